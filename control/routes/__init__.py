@@ -1,0 +1,1 @@
+"""HTTP routes of the control server, one module per resource."""

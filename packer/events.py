@@ -1,0 +1,263 @@
+"""Events into and actions out of the residency core of one node.
+
+Events are past facts, actions are orders. Covers: their shapes and what each field means. Does not
+cover: what the core does with them (``residency``) or how they are carried out (``agent/loop.py``).
+Every value here is plain data, so that a ring of (now, event, actions) can be dumped and replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from packer.types import ModelRef, ModelSpec, TenantSpec, Tier
+
+
+class RefusalReason(StrEnum):
+    """Why a request was refused; the gateway maps each to one HTTP status and error code."""
+
+    UNKNOWN_MODEL = "unknown_model"  # 404; also what a foreign model looks like
+    RATE = "rate"  # 429: requests per minute
+    CONCURRENCY = "concurrency"  # 429: requests in flight
+    QUEUE_FULL = "queue_full"  # 429: too many are waiting already
+    NEVER_FITS = "never_fits"  # 507: no waiting can help; detail has the arithmetic
+    QUOTA_BYTES = "quota_bytes"  # 507: above the tenant's max bytes; detail has the arithmetic
+    RESTORE_FAILED = "restore_failed"  # 503 (retryable) after every tier was tried
+    MODEL_BROKEN = "model_broken"  # 422: the model itself can not be built; retrying can not help
+    TIMEOUT = "timeout"  # 503: the request's deadline passed while it waited
+    WORKER_DIED = "worker_died"  # 503, retryable
+    DRAINING = "draining"  # 503, retryable: the node is leaving
+
+
+# --- events: past facts ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Control's newest plan was accepted: these are now all tenants and all model versions."""
+
+    tenants: tuple[TenantSpec, ...]
+    models: tuple[ModelSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSeen:
+    """A device exists or changed. ``budget_bytes`` already excludes what foreign processes use."""
+
+    device: str
+    budget_bytes: int
+    healthy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TierBudgetSeen:
+    """The host or disk tier may hold this many bytes from now on."""
+
+    tier: Tier
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackFound:
+    """At start-up: a complete pack of this version is on disk. ``host_bytes``: its size when opened."""
+
+    ref: ModelRef
+    disk_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """A caller wants to use a model; ``request`` is unique for the life of the process."""
+
+    request: str
+    ref: ModelRef
+    deadline_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The caller left before it was answered (granted or not; the core copes with both)."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A granted request is over, well or badly."""
+
+    request: str
+    device_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The bytes ordered by ``Restore`` are on the device and the model can answer."""
+
+    ref: ModelRef
+    device: str
+    from_tier: Tier
+    restore_ms: int
+    host_filled: bool = False  # the host segment that the order reserved now holds a full copy
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreFailed:
+    """``corrupt``: the copy in ``from_tier`` is bad and must be dropped. ``broken``: the model itself
+    can not be built whatever tier it comes from. Neither: a passing fault, another try may help."""
+
+    ref: ModelRef
+    device: str
+    from_tier: Tier
+    message: str
+    corrupt: bool = False
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """The device bytes ordered away by ``Evict`` are free again."""
+
+    ref: ModelRef
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A complete, fsynced, renamed pack is on disk."""
+
+    ref: ModelRef
+    device: str
+    disk_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackFailed:
+    """No pack was written (full disk, worker gone). The model goes on serving from the device."""
+
+    ref: ModelRef
+    device: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The copy in a tier ordered away by ``Drop`` is gone for good."""
+
+    ref: ModelRef
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDied:
+    """The process that held a tenant's weights on a device is gone, and all it held with it."""
+
+    tenant: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """The node leaves: refuse new requests, let granted ones finish."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time passed; asked for by ``Wake``."""
+
+
+Event = (
+    Planned
+    | DeviceSeen
+    | TierBudgetSeen
+    | PackFound
+    | Requested
+    | Cancelled
+    | Finished
+    | Restored
+    | RestoreFailed
+    | Evicted
+    | Packed
+    | PackFailed
+    | Dropped
+    | WorkerDied
+    | DrainAsked
+    | Ticked
+)
+
+
+# --- actions: orders ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Bring the chunks from ``first_chunk`` to the end onto the device from ``from_tier``.
+
+    ``host_bytes`` > 0: also fill a host segment of at most that size on the way (disk only).
+    Answered by ``Restored``, ``RestoreFailed`` or ``WorkerDied``.
+    """
+
+    ref: ModelRef
+    device: str
+    from_tier: Tier
+    first_chunk: int = 0
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Free the device bytes of the chunks from ``keep_chunks`` to the end. Answered by ``Evicted``."""
+
+    ref: ModelRef
+    device: str
+    keep_chunks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Write the pack from the device copy, at most ``disk_bytes``. Answered by ``Packed``/``PackFailed``."""
+
+    ref: ModelRef
+    device: str
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Remove the copy in the host or disk tier. Answered by ``Dropped``."""
+
+    ref: ModelRef
+    tier: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The request may run now on this device. ``tier`` is where the weights were when it arrived;
+    ``restore_ms`` is the time from its arrival to this grant if it had to wait for a restore, else 0."""
+
+    request: str
+    ref: ModelRef
+    device: str
+    tier: Tier
+    restore_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The request will not run. ``retry_ms``: when to come back, None when waiting can not help."""
+
+    request: str
+    reason: RefusalReason
+    detail: str
+    retry_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Send ``Ticked`` at or soon after this time."""
+
+    at_ms: int
+
+
+Action = Restore | Evict | Pack | Drop | Grant | Refuse | Wake

@@ -1,0 +1,215 @@
+"""Values shared by the cores, the node and control: names, sizes, quotas, model specs.
+
+Covers: parsing and limits of every name that a user can type, and the immutable descriptions of
+tenants, keys and models. Does not cover: events and actions of the residency core (``events``),
+their encoding on the wire (``wire``), or the layout of a model's bytes (``layout``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+# A tenant is a DNS-label-like word, so that it can later be a host name or a Kubernetes namespace.
+TENANT_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,37}[a-z0-9])?")
+TENANT_CHARS_MAX = 39
+# A model's name may look like a Hugging Face repository name; 64 characters keep log lines readable.
+MODEL_NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
+MODEL_NAME_CHARS_MAX = 64
+# A version is the first 16 hex digits of the sha256 of the model's manifest.
+VERSION_PATTERN = re.compile(r"[0-9a-f]{16}")
+VERSION_CHARS = 16
+# "@latest" is an alias that control resolves; it never names a pack.
+LATEST = "latest"
+
+
+class BadValue(ValueError):
+    """A value from outside breaks a limit. Names the field, the limit and the way out."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class Tier(StrEnum):
+    """Where bytes are, fastest first."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    ORIGIN = "origin"
+
+
+class Task(StrEnum):
+    """What an engine does with a model."""
+
+    EMBEDDING = "embedding"
+    CLASSIFICATION = "classification"
+    GENERATION = "generation"
+
+
+def parse_tenant(text: str, field: str = "tenant") -> str:
+    """Return ``text`` if it is a tenant name, else raise ``BadValue``."""
+    if not TENANT_PATTERN.fullmatch(text):
+        raise BadValue(
+            field,
+            f"{text[:80]!r} is not a tenant name: use 1 to {TENANT_CHARS_MAX} of a-z, 0-9 and '-', "
+            "starting and ending with a letter or digit",
+        )
+    return text
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelName:
+    """``tenant/name``: what a tenant calls, whatever version is latest."""
+
+    tenant: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelRef:
+    """``tenant/name@version``: one immutable version of a model."""
+
+    tenant: str
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.tenant}/{self.name}@{self.version}"
+
+    @property
+    def model(self) -> ModelName:
+        return ModelName(self.tenant, self.name)
+
+
+def parse_model(text: str, field: str = "model") -> tuple[ModelName, str | None]:
+    """Parse ``tenant/name`` or ``tenant/name@version`` (already percent-decoded).
+
+    Returns the name and the version (None when absent or ``latest``). The one parser for model
+    references: every surface calls it after decoding and before any look-up, so that an encoded
+    slash or dot can not mean different things to a check and to a look-up.
+    Raises ``BadValue``.
+    """
+    wrong = BadValue(
+        field,
+        f"{text[:120]!r} is not a model reference: write tenant/name or tenant/name@version, the name "
+        f"being 1 to {MODEL_NAME_CHARS_MAX} of letters, digits, '.', '_' and '-'",
+    )
+    head, at, version = text.partition("@")
+    tenant, slash, name = head.partition("/")
+    if not slash or not TENANT_PATTERN.fullmatch(tenant):
+        raise wrong
+    if not MODEL_NAME_PATTERN.fullmatch(name) or ".." in name:
+        raise wrong
+    if at and version != LATEST and not VERSION_PATTERN.fullmatch(version):
+        raise wrong
+    return ModelName(tenant, name), (version if at and version != LATEST else None)
+
+
+def parse_ref(text: str, field: str = "model") -> ModelRef:
+    """Parse ``tenant/name@version``; the version is required. Raises ``BadValue``."""
+    model, version = parse_model(text, field)
+    if version is None:
+        raise BadValue(field, f"{text[:120]!r} must name a version: tenant/name@version")
+    return ModelRef(model.tenant, model.name, version)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_BINARY = {"K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
+
+
+def parse_bytes(text: str, field: str = "bytes") -> int:
+    """Parse ``96MiB``, ``2GB``, ``1048576``. Decimal units are powers of 1000. Raises ``BadValue``."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise BadValue(field, f"{text[:40]!r} is not a size: write for example 96MiB, 2GB or 1048576")
+    number, unit = float(match[1]), (match[2] or "").upper()
+    scale = _BINARY[unit[0]] if "I" in unit else _UNITS[unit.rstrip("B")]
+    return int(number * scale)
+
+
+@dataclass(frozen=True, slots=True)
+class ByteQuota:
+    """Bytes a tenant may hold in one tier: ``reserved`` is guaranteed, ``max`` is hard (None: no cap)."""
+
+    reserved: int = 0
+    max: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TenantQuota:
+    """Everything a tenant is promised and limited to on one node. None means not limited."""
+
+    device: ByteQuota = ByteQuota()
+    host: ByteQuota = ByteQuota()
+    disk: ByteQuota = ByteQuota()
+    requests_per_minute: int | None = None
+    concurrency: int | None = None
+    weight: int = 1
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSpec:
+    """A tenant as a node sees it."""
+
+    tenant: str
+    quota: TenantQuota = TenantQuota()
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpec:
+    """An API key as a node sees it: the sha256 of its secret half, never the secret.
+
+    A plain fast hash is right because the secret is 256 random bits; a slow hash on the request
+    path would only be a way to exhaust the node.
+    """
+
+    key_id: str
+    secret_sha256: str
+    tenant: str
+    expires_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OriginFile:
+    """One file of a model directory: relative path, exact size, sha256 in hex."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One immutable version, everything a node needs before it has seen a byte of it.
+
+    ``image_bytes`` is the exact size of the raw weights laid out on a device (``layout.lay_out``);
+    ``chunk_bytes`` are the sizes of its chunks in execution order and add up to it.
+    ``workspace_bytes`` is what requests need beside the weights: until it is measured it is the named
+    first-load estimate of ``layout.first_workspace_estimate``.
+    ``origin`` is a URL (``file://``, ``s3://`` …) of the directory that holds ``files``, or
+    ``control:`` when control's own store holds them and the node fetches them over its uplink.
+    """
+
+    ref: ModelRef
+    origin: str
+    files: tuple[OriginFile, ...]
+    engine: str
+    task: Task
+    image_bytes: int
+    chunk_bytes: tuple[int, ...]
+    workspace_bytes: int
+    created_ms: int
+    latest: bool = True
