@@ -1,0 +1,137 @@
+"""What the gateway asks of the node, and the values that travel between gateway and engine.
+
+Covers: the node as the gateway sees it (``NodeFacade``, ``Lease``), a refusal, an engine's request,
+frames and error. Does not cover: who implements them (``agent/node.py``), how they cross to a worker
+(``agent/frames.py``), or HTTP (``agent/gateway.py``).
+
+Imported by the agent process and by workers, so it imports nothing but the shared values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from packer.events import RefusalReason
+from packer.types import KeySpec, ModelSpec, Tier
+
+# A value that JSON can carry. Sequence and Mapping, not list and dict, so that a ``list[str]`` is one.
+JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One order to an engine. ``op`` is ``embed``, ``classify`` or ``generate``.
+
+    ``fields`` is what the order needs, already checked for types and limits by the gateway:
+    ``embed`` and ``classify`` take ``inputs`` (texts, or lists of token numbers); ``generate`` takes
+    one of ``prompt``, ``messages`` or ``tokens``, and ``max_tokens`` (absent: as many as the model's
+    context allows), ``temperature``, ``top_p``, ``seed`` (absent: not seeded), ``stop`` (texts).
+    """
+
+    op: str
+    fields: Mapping[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFrame:
+    """One piece of an engine's answer.
+
+    ``embed``: one frame, header ``count``, ``dimensions``, ``prompt_tokens``; body float32 little-endian.
+    ``classify``: one frame, header ``labels``, ``prompt_tokens``; body float32 [inputs, labels].
+    ``generate``: frames with ``delta`` (text), then one with ``finish_reason`` (``stop`` or ``length``),
+    ``prompt_tokens`` and ``completion_tokens``.
+    """
+
+    header: Mapping[str, JSON] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class EngineError(Exception):
+    """An engine can not do what this request asks; the request is at fault, not the node.
+
+    ``code`` is ``invalid_request``, ``context_length_exceeded`` or another word of that kind; ``field``
+    is the request's field that must change, when there is one.
+    """
+
+    def __init__(self, code: str, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.field = field
+
+
+class Refused(Exception):
+    """The node will not run the request. ``retry_ms``: when to come back, None when it can not help."""
+
+    def __init__(self, reason: RefusalReason, detail: str, retry_ms: int | None = None) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+        self.retry_ms = retry_ms
+
+
+@dataclass(frozen=True, slots=True)
+class RateView:
+    """A tenant's requests-per-minute limit as it stands now. ``limit_requests`` None: not limited."""
+
+    limit_requests: int | None
+    remaining_requests: int
+    reset_ms: int
+
+
+class Lease(Protocol):
+    """The right to use a resident model; held while the context manager that gave it is open."""
+
+    @property
+    def tier(self) -> Tier:
+        """Where the weights were when the request arrived."""
+
+    @property
+    def restore_ms(self) -> int:
+        """How long the request waited for its weights; 0 when they were on the device."""
+
+    @property
+    def device(self) -> str:
+        """Which device answers."""
+
+    def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        """The engine's answer, frame by frame.
+
+        Raises ``EngineError`` when the request is at fault and ``Refused`` (``WORKER_DIED``) when the
+        process that held the weights is gone. Closing the iterator (``aclose``) cancels in the worker.
+        """
+
+
+class NodeFacade(Protocol):
+    """A node as its gateway sees it. Every call but ``lease`` answers at once, from memory."""
+
+    @property
+    def name(self) -> str:
+        """The node's name, for the ``x-bunkhouse-node`` header."""
+
+    def find_key(self, key_text: str) -> KeySpec | None:
+        """The key if its secret is right and it has not expired, else None. Constant time."""
+
+    def models_of(self, tenant: str) -> Sequence[ModelSpec]:
+        """Every version of the tenant's models, latest and older."""
+
+    def resolve(self, tenant: str, text: str) -> ModelSpec | None:
+        """The version that ``text`` (decoded) names. None when it is malformed, unknown or foreign."""
+
+    def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int) -> AbstractAsyncContextManager[Lease]:
+        """Wait until the model is resident and hold it there. Raises ``Refused``.
+
+        Cancelling while it waits withdraws the request; leaving the context ends it.
+        """
+
+    def rate_view(self, tenant: str) -> RateView:
+        """For the ``x-ratelimit-*`` headers."""
+
+    def ready(self) -> bool:
+        """Whether the node can accept requests: it has a plan and is not draining."""
+
+    def metrics_text(self) -> str:
+        """Prometheus text format; holds no prompts and no secrets."""
