@@ -1,0 +1,142 @@
+"""Opening the files of a model's origin for a worker to read.
+
+Covers: ``file://`` (the worker gets the files themselves), every other store that ``obstore`` knows
+and control's own store (the worker gets pipes that are fed from here). Does not cover: checking what
+is in the files: the worker hashes every byte against the manifest before the version may serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+from obstore.store import from_url
+
+from packer.types import KIB, MIB, ModelSpec, OriginFile
+
+# The kernel's usual ceiling for an unprivileged pipe; a larger pipe means fewer wake-ups per byte.
+PIPE_BYTES = 1 * MIB
+# One read of a remote origin; small enough that a slow link shows progress, large enough to be cheap.
+PIECE_BYTES = 256 * KIB
+CONTROL_ORIGIN = "control:"
+
+# Opens a stream of one file of a version that control's store holds (the uplink provides it).
+ControlFetch = Callable[[ModelSpec, str], AsyncIterator[bytes]]
+
+
+class OriginUnavailable(Exception):
+    """The origin can not be read now; the text says which file and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOrigin:
+    """Descriptors by path, and the pumps that feed those that are pipes."""
+
+    descriptors: dict[str, int]
+    pumps: dict[str, asyncio.Task[None]]
+
+    def failure(self) -> str | None:
+        """What broke off in the middle, if anything did: then a short file is not the file's fault."""
+        for path, pump in self.pumps.items():
+            if pump.done() and not pump.cancelled() and (error := pump.exception()):
+                return f"{path}: {type(error).__name__}: {error}"
+        return None
+
+
+@asynccontextmanager
+async def open_origin(spec: ModelSpec, fetch: ControlFetch) -> AsyncIterator[OpenOrigin]:
+    """Descriptors of every file, readable from first byte to last, closed on leaving.
+
+    A worker that gets a pipe sees its end early when the origin fails in the middle; its length and
+    hash checks then refuse the file, and ``failure`` tells why. Raises ``OriginUnavailable``.
+    """
+    descriptors: dict[str, int] = {}
+    pumps: dict[str, asyncio.Task[None]] = {}
+    if spec.origin.startswith("file://"):
+        descriptors = _open_files(spec)
+    else:
+        try:
+            for file in spec.files:
+                reader, writer = os.pipe2(os.O_CLOEXEC)
+                fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                descriptors[file.path] = reader
+                stream = fetch(spec, file.path) if spec.origin == CONTROL_ORIGIN else _read_store(spec, file)
+                pumps[file.path] = asyncio.create_task(_pump(stream, writer))
+        except OSError as error:
+            await _stop(pumps, descriptors)
+            raise OriginUnavailable(f"{spec.ref}: {error}") from None
+    try:
+        yield OpenOrigin(descriptors, pumps)
+    finally:
+        await _stop(pumps, descriptors)
+
+
+async def _stop(pumps: dict[str, asyncio.Task[None]], descriptors: dict[str, int]) -> None:
+    # Readers close first: a pump that is blocked in a full pipe then gets EPIPE and ends.
+    for descriptor in descriptors.values():
+        os.close(descriptor)
+    for pump in pumps.values():
+        pump.cancel()
+    await asyncio.gather(*pumps.values(), return_exceptions=True)
+
+
+def _open_files(spec: ModelSpec) -> dict[str, int]:
+    root = unquote(urlsplit(spec.origin).path)
+    descriptors: dict[str, int] = {}
+    try:
+        for file in spec.files:
+            # No component below the registered directory may be a link: it could lead out of it.
+            descriptor = os.open(os.path.join(root, file.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptors[file.path] = descriptor
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(f"{file.path} is not a regular file")
+    except OSError as error:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+        raise OriginUnavailable(f"{spec.ref}: origin {spec.origin}: {error}") from None
+    return descriptors
+
+
+async def _read_store(spec: ModelSpec, file: OriginFile) -> AsyncIterator[bytes]:
+    store = from_url(spec.origin)
+    answer = await store.get_async(file.path)
+    async for piece in answer.stream(min_chunk_size=PIECE_BYTES):
+        yield bytes(piece)
+
+
+async def _pump(stream: AsyncIterator[bytes], writer: int) -> None:
+    """Copy a stream into a pipe; ends early and quietly when either side goes away."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(writer, False)
+    try:
+        async for piece in stream:
+            view = memoryview(piece)
+            while view:
+                try:
+                    view = view[os.write(writer, view) :]
+                except BlockingIOError:
+                    await _writable(loop, writer)
+    except BrokenPipeError:
+        return
+    finally:
+        os.close(writer)
+
+
+async def _writable(loop: asyncio.AbstractEventLoop, descriptor: int) -> None:
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_writer(descriptor, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_writer(descriptor)

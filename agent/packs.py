@@ -1,0 +1,111 @@
+"""The node's two cache tiers as files: pack files on disk, opened segments in host memory.
+
+Covers: their names, creating, renaming, dropping, and sweeping what a crash left behind. Does not
+cover: what is in them (``packer/pack.py``), which to keep (``packer/residency.py``), or their keys
+(``agent/journal.py``). The agent hands descriptors to workers and never reads a byte of weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from packer.types import MIB, ModelRef
+
+# Free bytes of the file system that packs never take, so that logs, the journal and other programs
+# go on working when a disk is nearly full.
+DISK_FREE_FLOOR_BYTES = 256 * MIB
+
+
+class PackDirectory:
+    """``<root>/<tenant>/<name>@<version>.pack``; a name that ends in ``.tmp`` was never finished."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def path(self, ref: ModelRef) -> Path:
+        # The grammar of tenant and name admits no slash and no leading dot, so this stays below root.
+        return self._root / ref.tenant / f"{ref.name}@{ref.version}.pack"
+
+    def free_bytes(self) -> int:
+        """Bytes that packs may still take on this file system."""
+        return max(0, shutil.disk_usage(self._root).free - DISK_FREE_FLOOR_BYTES)
+
+    def create(self, ref: ModelRef) -> int:
+        """A descriptor of a new temporary file for a pack; raises ``OSError``."""
+        path = self.path(ref)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        return os.open(_temporary(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def publish(self, ref: ModelRef) -> None:
+        """Give the finished, fsynced temporary file its name, durably."""
+        path = self.path(ref)
+        os.replace(_temporary(path), path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def abandon(self, ref: ModelRef) -> None:
+        with suppress(FileNotFoundError):
+            _temporary(self.path(ref)).unlink()
+
+    def open(self, ref: ModelRef) -> int:
+        """A read-only descriptor; raises ``FileNotFoundError`` when somebody removed the file."""
+        return os.open(self.path(ref), os.O_RDONLY | os.O_CLOEXEC)
+
+    def drop(self, ref: ModelRef) -> None:
+        with suppress(FileNotFoundError):
+            self.path(ref).unlink()
+
+    def sweep(self, known: Iterable[ModelRef]) -> list[ModelRef]:
+        """Remove every file that the journal does not know; return the known whose file is missing."""
+        wanted = {self.path(ref): ref for ref in known}
+        for path in sorted(self._root.glob("*/*")):
+            if path not in wanted:
+                path.unlink()
+        return [ref for path, ref in wanted.items() if not path.exists()]
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+class HostSegments:
+    """One memory file per model version, owned by the agent so that it survives the worker.
+
+    A segment is in use by nobody but the workers of its tenant, which get its descriptor for one
+    restore; closing the agent's descriptor then gives the memory back.
+    """
+
+    def __init__(self) -> None:
+        self._segments: dict[ModelRef, int] = {}
+
+    def create(self, ref: ModelRef, size_bytes: int) -> int:
+        """A new, empty segment of ``size_bytes``; replaces what was there. Raises ``OSError``."""
+        self.drop(ref)
+        descriptor = os.memfd_create("bunk-host", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, size_bytes)
+        self._segments[ref] = descriptor
+        return descriptor
+
+    def get(self, ref: ModelRef) -> int | None:
+        return self._segments.get(ref)
+
+    def drop(self, ref: ModelRef) -> None:
+        descriptor = self._segments.pop(ref, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def allocated_bytes(self) -> int:
+        """Bytes that the kernel has really allocated to all segments."""
+        return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in self._segments.values())
+
+    def close(self) -> None:
+        for ref in list(self._segments):
+            self.drop(ref)
