@@ -108,10 +108,6 @@ class Lease(Protocol):
 class NodeFacade(Protocol):
     """A node as its gateway sees it. Every call but ``lease`` answers at once, from memory."""
 
-    @property
-    def name(self) -> str:
-        """The node's name, for the ``x-bunkhouse-node`` header."""
-
     def find_key(self, key_text: str) -> KeySpec | None:
         """The key if its secret is right and it has not expired, else None. Constant time."""
 
