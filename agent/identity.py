@@ -1,0 +1,165 @@
+"""The node's key and certificate on disk, and the TLS contexts made from them.
+
+Covers: making the key, the certificate request, checking a join token's pin against a CA, storing what
+control answered. Does not cover: talking to control (``agent/uplink.py``) or issuing certificates
+(``control/authority.py``).
+
+The key never leaves this directory (0700, files 0600); losing it costs one new join token.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import os
+import ssl
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from packer.wire import JoinAnswer, decode, encode
+
+# A token is about 110 characters; a file much larger than that is not a token file.
+TOKEN_CHARS_MAX = 512
+# Renew after this share of a certificate's life, so that control may be away for the rest of it.
+RENEW_AT_SHARE = 2 / 3
+
+
+class BadIdentity(Exception):
+    """The token, the CA or the stored identity can not be used; the text says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    pin: str  # base64url sha256 of the CA's SubjectPublicKeyInfo, unpadded
+    token_id: str
+    secret: str
+
+
+def read_token(path: Path) -> JoinToken:
+    """Parse ``<pin>.<id>.<secret>`` from a file; raises ``BadIdentity``."""
+    try:
+        text = path.read_text()[: TOKEN_CHARS_MAX + 1].strip()
+    except OSError as error:
+        raise BadIdentity(f"--join-token-file: {error}") from None
+    parts = text.split(".")
+    if len(parts) != 3 or not all(parts) or len(text) > TOKEN_CHARS_MAX:
+        raise BadIdentity(f"{path} holds no join token; make one with: bunk node token create")
+    return JoinToken(*parts)
+
+
+def check_pin(token: JoinToken, ca_pem: bytes) -> None:
+    """Refuse a control server whose CA is not the one the token was made by. Nothing secret has been
+    sent before this returns; raises ``BadIdentity``."""
+    try:
+        certificates = x509.load_pem_x509_certificates(ca_pem)
+    except ValueError:
+        raise BadIdentity("control answered something that is not a CA certificate") from None
+    for certificate in certificates:
+        spki = certificate.public_key().public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        pin = base64.urlsafe_b64encode(hashlib.sha256(spki).digest()).rstrip(b"=").decode()
+        if hmac.compare_digest(pin, token.pin.rstrip("=")):
+            return
+    raise BadIdentity(
+        "this control server's CA does not match the join token's pin: it is not the server that made the "
+        "token (or somebody sits in between). The token's secret was not sent."
+    )
+
+
+class Identity:
+    """Files of one node: ``node.key``, ``identity.json`` (the last ``JoinAnswer``)."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory = directory
+        self._key_path = directory / "node.key"
+        self._answer_path = directory / "identity.json"
+        self.answer: JoinAnswer | None = None
+        if self._answer_path.exists():
+            self.answer = decode(self._answer_path.read_bytes(), JoinAnswer)
+
+    def csr_pem(self, name: str) -> str:
+        """A certificate request for this node's key, which is made on first use."""
+        if not self._key_path.exists():
+            made = ec.generate_private_key(ec.SECP256R1())
+            pem = made.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+            _write_private(self._key_path, pem)
+        key = serialization.load_pem_private_key(self._key_path.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise BadIdentity(f"{self._key_path} is not an EC key; remove it and join with a new token")
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+        return request.public_bytes(serialization.Encoding.PEM).decode()
+
+    def save(self, answer: JoinAnswer) -> None:
+        _write_private(self._answer_path, encode(answer))
+        self.answer = answer
+
+    def forget(self) -> None:
+        """Control does not know this node any more: the next join starts afresh, with the same key."""
+        self._answer_path.unlink(missing_ok=True)
+        self.answer = None
+
+    def expires_s(self) -> float:
+        """Unix time at which the certificate ends; 0 without one."""
+        return self._times()[1]
+
+    def renew_due(self) -> bool:
+        begins, ends = self._times()
+        return time.time() >= begins + (ends - begins) * RENEW_AT_SHARE
+
+    def expired(self) -> bool:
+        return time.time() >= self.expires_s()
+
+    def _times(self) -> tuple[float, float]:
+        if self.answer is None:
+            return (0.0, 0.0)
+        leaf = x509.load_pem_x509_certificates(self.answer.certificate_pem.encode())[0]
+        return (leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp())
+
+    def context(self) -> ssl.SSLContext:
+        """TLS 1.3 with this node's certificate, trusting only the cluster's CA."""
+        assert self.answer is not None
+        context = verified_context(self.answer.ca_pem)
+        chain = self._directory / "node.crt"
+        _write_private(chain, self.answer.certificate_pem.encode())
+        context.load_cert_chain(chain, self._key_path)
+        return context
+
+
+def verified_context(ca_pem: str) -> ssl.SSLContext:
+    """TLS 1.3, trusting only this CA."""
+    context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cadata=ca_pem)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+def unverified_context() -> ssl.SSLContext:
+    """For the one request that fetches the CA to compare with the pin; carries nothing secret."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,307 @@
+"""The node's line to control: join, beat, plans, records, and fetching what control's store holds.
+
+Covers: everything that is said to control; the node always dials. Does not cover: keys and certificates
+(``agent/identity.py``) or what a plan means (``packer/residency.py``). While control is away nothing
+here fails a request: the node serves with its last plan and this keeps trying, with growing pauses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote
+
+import aiohttp
+
+from agent.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
+from agent.origin import PIECE_BYTES, OriginUnavailable
+from packer.types import ModelSpec
+from packer.wire import (
+    MESSAGE_BYTES_MAX,
+    SPOOL_RECORDS_MAX,
+    WIRE_VERSION,
+    BadMessage,
+    Beat,
+    BeatAnswer,
+    JoinAnswer,
+    JoinAsk,
+    Plan,
+    Record,
+    RenewAsk,
+    Report,
+    decode,
+    encode,
+)
+
+log = logging.getLogger("bunk.uplink")
+
+# A long poll: short enough that middleboxes keep the connection, long enough to be nearly free.
+POLL_WAIT_MS = 20_000
+# Reports go out this long after a change, so that a burst of changes is one beat.
+REPORT_PAUSE_S = 0.2
+# Pauses between tries while control is away: they double up to the greatest, with jitter so that a
+# fleet does not come back in one wave.
+RETRY_FIRST_S = 0.2
+RETRY_MAX_S = 10.0
+# An answer that takes longer than this beyond the poll's own wait is a dead connection.
+ANSWER_TIMEOUT_S = 15.0
+
+
+class UplinkOwner(Protocol):
+    """What the uplink asks of the node."""
+
+    def report(self) -> Report: ...
+    def have_plan(self) -> tuple[int, int]: ...
+    async def accept_plan(self, plan: Plan) -> None: ...
+    async def spooled(self, limit: int) -> tuple[Record, ...]: ...
+    async def acknowledge(self, acked_seq: int) -> None: ...
+
+
+class Uplink:
+    """Runs until cancelled. ``changed`` says that there is something new to report."""
+
+    def __init__(
+        self, owner: UplinkOwner, identity: Identity, control_url: str, name: str, token_file: Path | None
+    ) -> None:
+        self._owner = owner
+        self._identity = identity
+        self._url = control_url.rstrip("/")
+        self._name = name
+        self._token_file = token_file
+        self._gateway_url = ""
+        self._changed = asyncio.Event()
+        self._session: aiohttp.ClientSession | None = None
+        self._online = asyncio.Event()
+
+    def changed(self) -> None:
+        self._changed.set()
+
+    @property
+    def connected(self) -> bool:
+        return self._online.is_set()
+
+    async def run(self, gateway_url: str) -> None:
+        """Join if need be, then beat for ever. Raises ``BadIdentity`` when only a person can help, of
+        which ``NodeDeleted`` means that the node must stop serving as well."""
+        self._gateway_url = gateway_url
+        while True:
+            if self._identity.answer is None or (self._identity.expired() and self._token_file):
+                await self._join_until_joined()
+            if self._identity.expired():
+                raise BadIdentity(
+                    "this node's certificate has expired and there is no join token: make one with "
+                    "`bunk node token create` and start the agent with --join-token-file"
+                )
+            try:
+                await self._talk()
+            except _Renewed:
+                log.info("certificate renewed")
+            except _Forgotten as error:
+                self._identity.forget()
+                if self._token_file is None or not self._token_file.exists():
+                    raise NodeDeleted(
+                        f"control deleted this node ({error}); join again with a new token from "
+                        "`bunk node token create`"
+                    ) from None
+            finally:
+                self._online.clear()
+
+    async def _talk(self) -> None:
+        """Poll and push over one session until it must be made anew."""
+        connector = aiohttp.TCPConnector(ssl=self._identity.context(), limit=0)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            self._session = session
+            tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._push())]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                self._session = None
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- join -------------------------------------------------------------------------------------
+
+    async def _join_until_joined(self) -> None:
+        if self._token_file is None:
+            raise BadIdentity("this node has not joined: start the agent with --join-token-file")
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                await self._join(self._token_file)
+                return
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                log.warning("join: control at %s does not answer: %s", self._url, error)
+            pause_s = await _pause(pause_s)
+
+    async def _join(self, token_file: Path) -> None:
+        token = read_token(token_file)
+        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            async with session.get(f"{self._url}/node/v1/ca", ssl=unverified_context()) as answer:
+                ca_pem = await answer.content.read(64 * 1024)
+            check_pin(token, ca_pem)
+            ask = JoinAsk(
+                WIRE_VERSION,
+                token.token_id,
+                token.secret,
+                self._identity.csr_pem(self._name),
+                self._name,
+                self._gateway_url,
+            )
+            context = verified_context(ca_pem.decode())
+            async with session.post(
+                f"{self._url}/node/v1/join", data=encode(ask), ssl=context, headers=_JSON
+            ) as answer:
+                body = await answer.content.read(MESSAGE_BYTES_MAX)
+                if answer.status >= 500:
+                    raise aiohttp.ClientError(f"control answered {answer.status}")
+                if answer.status >= 300:
+                    raise BadIdentity(
+                        f"control refused to let this node join ({answer.status}): {_text(body)}"
+                    )
+        joined = decode(body, JoinAnswer)
+        self._identity.save(joined)
+        # A spent token is of no use to anybody but a thief.
+        token_file.unlink(missing_ok=True)
+        log.info("joined cluster %s as %s", joined.cluster, joined.node)
+
+    # --- beats ------------------------------------------------------------------------------------
+
+    async def _poll(self) -> None:
+        """Long polls, one after the other: this is how plans arrive."""
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                await self._beat(POLL_WAIT_MS if self.connected else 0)
+                pause_s = RETRY_FIRST_S
+                if self._identity.renew_due():
+                    await self._renew()
+            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
+                if self.connected:
+                    log.warning("control is away, serving on with the last plan: %s", error)
+                self._online.clear()
+                if self._identity.expired():
+                    raise _Renewed from None  # leads to the check for expiry in run()
+                pause_s = await _pause(pause_s)
+
+    async def _push(self) -> None:
+        """Short beats when something changed: reports and records."""
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(REPORT_PAUSE_S)
+            # The poll loop owns retrying; its first answer leads on here.
+            await self._online.wait()
+            self._changed.clear()
+            try:
+                more = await self._beat(0)
+            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
+                log.debug("report not delivered: %s", error)
+                more = True
+            if more:
+                self._changed.set()
+
+    async def _beat(self, wait_ms: int) -> bool:
+        """One beat; true when more records wait."""
+        assert self._session is not None
+        assert self._identity.answer is not None
+        records = () if wait_ms else await self._owner.spooled(SPOOL_RECORDS_MAX)
+        epoch, seq = self._owner.have_plan()
+        beat = Beat(
+            WIRE_VERSION, self._identity.answer.node, epoch, seq, wait_ms, self._owner.report(), records
+        )
+        timeout = aiohttp.ClientTimeout(total=wait_ms / 1000 + ANSWER_TIMEOUT_S, sock_connect=5)
+        async with self._session.post(
+            f"{self._url}/node/v1/beat", data=encode(beat), headers=_JSON, timeout=timeout
+        ) as answer:
+            body = await answer.read()
+            if answer.status in (401, 403, 404):
+                raise _Forgotten(_text(body))
+            if answer.status != 200:
+                raise aiohttp.ClientError(f"beat: control answered {answer.status}: {_text(body)}")
+        got = decode(body, BeatAnswer)
+        if not self.connected:
+            log.info("connected to control at %s", self._url)
+            self._online.set()
+            self._changed.set()
+        if records:
+            await self._owner.acknowledge(got.acked_seq)
+        if got.plan is not None:
+            await self._consider(got.plan)
+        return len(records) == SPOOL_RECORDS_MAX
+
+    async def _consider(self, plan: Plan) -> None:
+        mine = self._identity.answer
+        assert mine is not None
+        if plan.cluster != mine.cluster or plan.node != mine.node:
+            log.error("ignored a plan for node %s of cluster %s", plan.node, plan.cluster)
+            return
+        if (plan.epoch, plan.seq) <= self._owner.have_plan():
+            return
+        await self._owner.accept_plan(plan)
+
+    async def _renew(self) -> None:
+        assert self._session is not None
+        ask = RenewAsk(WIRE_VERSION, self._identity.csr_pem(self._name))
+        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        async with self._session.post(
+            f"{self._url}/node/v1/renew", data=encode(ask), headers=_JSON, timeout=timeout
+        ) as answer:
+            body = await answer.read()
+            if answer.status != 200:
+                raise aiohttp.ClientError(f"renew: control answered {answer.status}: {_text(body)}")
+        self._identity.save(decode(body, JoinAnswer))
+        raise _Renewed
+
+    # --- origins ----------------------------------------------------------------------------------
+
+    async def fetch(self, spec: ModelSpec, path: str) -> AsyncIterator[bytes]:
+        """One file of a version that control's own store holds. Raises ``OriginUnavailable``."""
+        if self._session is None:
+            raise OriginUnavailable(f"{spec.ref}: its origin is control's store, and control is away")
+        ref = spec.ref
+        where = quote(f"{ref.tenant}/{ref.name}/{ref.version}/{path}")
+        try:
+            async with self._session.get(f"{self._url}/node/v1/origins/{where}") as answer:
+                if answer.status != 200:
+                    raise OriginUnavailable(f"{ref}: {path}: control answered {answer.status}")
+                async for piece in answer.content.iter_chunked(PIECE_BYTES):
+                    yield piece
+        except (aiohttp.ClientError, TimeoutError, ssl.SSLError) as error:
+            raise OriginUnavailable(f"{ref}: {path}: {error}") from None
+
+
+class NodeDeleted(BadIdentity):
+    """An operator deleted this node: it must stop serving."""
+
+
+class _Renewed(Exception):
+    """The session must be made anew with another certificate."""
+
+
+class _Forgotten(Exception):
+    """Control does not know this node."""
+
+
+_JSON = {"Content-Type": "application/json"}
+
+
+async def _pause(pause_s: float) -> float:
+    """Wait about ``pause_s``; returns the next, longer pause."""
+    await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+    return min(RETRY_MAX_S, pause_s * 2)
+
+
+def _text(body: bytes) -> str:
+    with suppress(UnicodeDecodeError):
+        return body[:500].decode()
+    return f"{len(body)} bytes"
