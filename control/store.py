@@ -169,11 +169,13 @@ class Store:
             yield rows.PutKey(rows.KeyRow(*row))
         for (spec,) in query("select spec from models"):
             yield rows.PutModel(msgspec.json.decode(spec, type=ModelSpec))
-        for row in query(
+        for upload_id, tenant, name, version, files, created_ms, committed in query(
             "select upload_id, tenant, name, version, files, created_ms, committed from uploads"
         ):
-            files = msgspec.json.decode(row[4], type=tuple[OriginFile, ...])
-            yield rows.PutUpload(rows.UploadRow(*row[:4], files, row[5], bool(row[6])))
+            declared = msgspec.json.decode(files, type=tuple[OriginFile, ...])
+            yield rows.PutUpload(
+                rows.UploadRow(upload_id, tenant, name, version, declared, created_ms, bool(committed))
+            )
         for row in query(
             "select node, incarnation, key_sha256, gateway_url, joined_ms, acked_seq from nodes"
         ):
