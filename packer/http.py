@@ -1,0 +1,524 @@
+"""What both HTTP surfaces must do alike: API keys, guards on requests, errors in OpenAI's shape.
+
+Covers: header names, the text of an API key and its check, reading a body within limits, decoding
+JSON, the error shape and the status of every refusal, the middleware that turns errors into answers,
+and the shape of a model in ``/v1/models``. Does not cover: routes, who may call them, or what a key
+may see (``agent/gateway.py``, ``control/routes``).
+
+It lives in the leaf because a tenant may call the same paths on the router and on a node and must not
+be able to tell them apart by an error or a limit, while agent and control never import each other.
+It is the one file of the leaf that knows HTTP; no core imports it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import re
+import secrets
+import traceback
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from packer.events import RefusalReason
+from packer.types import KIB, MIB, KeySpec, ModelSpec
+
+T = TypeVar("T")
+
+logger = logging.getLogger("bunkhouse.http")
+
+REQUEST_ID_HEADER = "x-request-id"
+NODE_HEADER = "x-bunkhouse-node"
+TIER_HEADER = "x-bunkhouse-tier"
+RESTORE_MS_HEADER = "x-bunkhouse-restore-ms"
+DEVICE_HEADER = "x-bunkhouse-device"
+RATE_LIMIT_HEADER = "x-ratelimit-limit-requests"
+RATE_REMAINING_HEADER = "x-ratelimit-remaining-requests"
+RATE_RESET_HEADER = "x-ratelimit-reset-requests"
+# What a router hands on from a node's answer, beside content type and length.
+PASSED_HEADERS = (
+    REQUEST_ID_HEADER,
+    NODE_HEADER,
+    TIER_HEADER,
+    RESTORE_MS_HEADER,
+    DEVICE_HEADER,
+    RATE_LIMIT_HEADER,
+    RATE_REMAINING_HEADER,
+    RATE_RESET_HEADER,
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+)
+
+# One JSON request. 1 MiB is about 250,000 tokens of text, more than any model here reads at once.
+JSON_BYTES_MAX = 1 * MIB
+# Bodies held at one time, by all callers and by one tenant: the bound on what requests cost in memory.
+BODIES_BYTES_MAX = 256 * MIB
+OWNER_BODIES_BYTES_MAX = 32 * MIB
+# A body that is not complete by then is a broken or hostile client; 1 MiB in 30 s is 35 kB/s.
+BODY_READ_SECONDS = 30.0
+# One request or header line; also the longest path.
+HEADER_LINE_BYTES_MAX = 8 * KIB
+# What an error repeats of the caller's own words.
+ECHO_CHARS_MAX = 120
+# openai-python gives up at once when told to wait longer than 120 s.
+RETRY_SECONDS_MAX = 120
+# When a refusal is worth retrying but nothing measured says when.
+RETRY_MS_DEFAULT = 1000
+
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+HEAD_SENT: web.RequestKey[bool] = web.RequestKey("head_sent", bool)
+
+
+# --- API keys ---------------------------------------------------------------------------------------
+
+_KEY = re.compile(r"bk_([a-z2-7]{12})_([A-Za-z0-9_-]{43})")
+_ABSENT_SHA256 = "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class KeyText:
+    """An API key taken apart. Holds the secret: never log, store or send it."""
+
+    key_id: str
+    secret: str = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        return f"bk_{self.key_id}_{self.secret}"
+
+    @property
+    def secret_sha256(self) -> str:
+        return secret_sha256(self.secret)
+
+
+def make_key() -> KeyText:
+    """A new key: 60 random bits of name, 256 of secret."""
+    key_id = base64.b32encode(secrets.token_bytes(8)).decode("ascii").lower()[:12]
+    return KeyText(key_id, base64.urlsafe_b64encode(secrets.token_bytes(32)).decode("ascii").rstrip("="))
+
+
+def parse_key(text: str) -> KeyText | None:
+    """Take ``bk_<key_id>_<secret>`` apart; None when it is not written like a key."""
+    match = _KEY.fullmatch(text)
+    return KeyText(match[1], match[2]) if match else None
+
+
+def secret_sha256(secret: str) -> str:
+    """What is stored of a secret. A fast hash is right for 256 random bits (see ``KeySpec``)."""
+    return hashlib.sha256(secret.encode("ascii")).hexdigest()
+
+
+def check_key(keys: Mapping[str, KeySpec], text: str, now_ms: int) -> KeySpec | None:
+    """The key that ``text`` proves, from ``keys`` by id; None when unknown, wrong or expired.
+
+    An unknown id costs the same hash and comparison as a known one. ``now_ms`` is wall-clock time.
+    """
+    parsed = parse_key(text)
+    if parsed is None:
+        return None
+    known = keys.get(parsed.key_id)
+    stored = known.secret_sha256 if known else _ABSENT_SHA256
+    right = hmac.compare_digest(parsed.secret_sha256, stored)
+    if known is None or not right:
+        return None
+    if known.expires_ms is not None and now_ms >= known.expires_ms:
+        return None
+    return known
+
+
+def bearer_text(request: web.Request) -> str | None:
+    """The credential of the one ``Authorization: Bearer`` header; None when absent, doubled or other."""
+    values = request.headers.getall("Authorization", [])
+    if len(values) != 1:
+        return None
+    scheme, _, credential = values[0].strip().partition(" ")
+    return credential.strip() if scheme.lower() == "bearer" else None
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+class ApiError(Exception):
+    """An answer that is an error. Raise it anywhere below ``protect``; the guard renders it.
+
+    ``kind`` is OpenAI's ``type``, ``field`` its ``param``. ``retry_ms`` becomes ``Retry-After``;
+    ``should_retry`` overrides the openai client's own judgement of the status.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        field: str | None = None,
+        hint: str | None = None,
+        retry_ms: int | None = None,
+        should_retry: bool | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.kind = kind
+        self.field = field
+        self.hint = hint
+        self.retry_ms = retry_ms
+        self.should_retry = should_retry
+        self.headers = dict(headers or {})
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalStatus:
+    """How a refusal of the residency core looks over HTTP."""
+
+    status: int
+    code: str
+    kind: str
+    retryable: bool
+
+
+REFUSAL_STATUS: Mapping[RefusalReason, RefusalStatus] = {
+    RefusalReason.UNKNOWN_MODEL: RefusalStatus(404, "model_not_found", "invalid_request_error", False),
+    RefusalReason.RATE: RefusalStatus(429, "rate_limit_exceeded", "requests", True),
+    RefusalReason.CONCURRENCY: RefusalStatus(429, "concurrency_limit_exceeded", "requests", True),
+    RefusalReason.QUEUE_FULL: RefusalStatus(429, "queue_full", "requests", True),
+    RefusalReason.NEVER_FITS: RefusalStatus(507, "never_fits", "insufficient_storage", False),
+    RefusalReason.QUOTA_BYTES: RefusalStatus(507, "insufficient_quota", "insufficient_storage", False),
+    RefusalReason.RESTORE_FAILED: RefusalStatus(503, "restore_failed", "server_error", True),
+    RefusalReason.MODEL_BROKEN: RefusalStatus(422, "model_broken", "invalid_request_error", False),
+    RefusalReason.TIMEOUT: RefusalStatus(503, "restore_timeout", "server_error", True),
+    RefusalReason.WORKER_DIED: RefusalStatus(503, "worker_died", "server_error", True),
+    RefusalReason.DRAINING: RefusalStatus(503, "node_draining", "server_error", True),
+}
+
+
+def refusal(reason: RefusalReason, detail: str, retry_ms: int | None, model: str = "") -> ApiError:
+    """The answer to a request that the residency core refused."""
+    if reason is RefusalReason.UNKNOWN_MODEL:
+        return model_not_found(model)
+    shape = REFUSAL_STATUS[reason]
+    if shape.retryable and retry_ms is None:
+        retry_ms = RETRY_MS_DEFAULT
+    return ApiError(
+        shape.status,
+        shape.code,
+        detail or reason.value,
+        kind=shape.kind,
+        retry_ms=retry_ms if shape.retryable else None,
+        should_retry=shape.retryable,
+    )
+
+
+def model_not_found(text: str) -> ApiError:
+    """The one answer for a model that is absent, malformed, or somebody else's."""
+    return ApiError(
+        404,
+        "model_not_found",
+        f"The model {text[:ECHO_CHARS_MAX]!r} does not exist or your key has no access to it; "
+        "GET /v1/models lists the models that it may use.",
+        field="model",
+    )
+
+
+def invalid_key() -> ApiError:
+    """The one answer for a key that is absent, malformed, unknown, wrong or expired."""
+    return ApiError(
+        401,
+        "invalid_api_key",
+        "No valid API key: send 'Authorization: Bearer bk_…' with a key that exists and has not expired.",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def retry_headers(error: ApiError) -> dict[str, str]:
+    """``Retry-After`` in whole seconds (never 0), ``retry-after-ms`` exactly, ``x-should-retry``."""
+    headers: dict[str, str] = {}
+    if error.retry_ms is not None:
+        exact_ms = min(max(error.retry_ms, 1), RETRY_SECONDS_MAX * 1000)
+        headers["Retry-After"] = str(-(-exact_ms // 1000))
+        headers["retry-after-ms"] = str(exact_ms)
+    if error.should_retry is not None:
+        headers["x-should-retry"] = "true" if error.should_retry else "false"
+    return headers
+
+
+def openai_error(error: ApiError) -> dict[str, dict[str, str | None]]:
+    """The body of an error as OpenAI writes it; also what goes into a stream that fails half-way."""
+    message = f"{error.message} {error.hint}" if error.hint else error.message
+    return {"error": {"message": message, "type": error.kind, "param": error.field, "code": error.code}}
+
+
+def openai_response(request: web.Request, error: ApiError) -> web.Response:
+    """Render for ``/v1``: OpenAI's error shape with the headers that its client obeys."""
+    return web.Response(
+        status=error.status,
+        body=json.dumps(openai_error(error)).encode(),
+        content_type="application/json",
+        headers={**error.headers, **retry_headers(error)},
+    )
+
+
+# --- requests ---------------------------------------------------------------------------------------
+
+
+class BodyBudget:
+    """Bytes of request bodies held at one time, in all and by one owner (a tenant).
+
+    Without it a thousand connections of one key, each sending one large body slowly, fill the memory.
+    """
+
+    def __init__(
+        self, total_bytes: int = BODIES_BYTES_MAX, owner_bytes: int = OWNER_BODIES_BYTES_MAX
+    ) -> None:
+        self.total_bytes = total_bytes
+        self.owner_bytes = owner_bytes
+        self._held: dict[str, int] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(self._held.values())
+
+    @asynccontextmanager
+    async def body(
+        self, request: web.Request, owner: str, limit_bytes: int = JSON_BYTES_MAX
+    ) -> AsyncIterator[bytes]:
+        """The request's whole body; its bytes stay counted until the block is left. Raises ``ApiError``."""
+        declared = request.content_length
+        if declared is not None and declared > limit_bytes:
+            raise too_large(limit_bytes)
+        taken = declared or 0
+        self._take(owner, taken)
+        try:
+            parts: list[bytes] = []
+            size = 0
+            try:
+                async with asyncio.timeout(BODY_READ_SECONDS):
+                    while part := await request.content.readany():
+                        size += len(part)
+                        if size > limit_bytes:
+                            raise too_large(limit_bytes)
+                        if size > taken:
+                            self._take(owner, size - taken)
+                            taken = size
+                        parts.append(part)
+            except TimeoutError:
+                raise ApiError(
+                    408, "body_timeout", f"The request's body was not complete after {BODY_READ_SECONDS:g} s."
+                ) from None
+            yield b"".join(parts)
+        finally:
+            self._give(owner, taken)
+
+    def _take(self, owner: str, count: int) -> None:
+        if self._held.get(owner, 0) + count > self.owner_bytes or self.held_bytes + count > self.total_bytes:
+            raise ApiError(
+                429,
+                "too_many_bytes_in_flight",
+                f"Requests that are being answered hold too many bytes already (limit {self.owner_bytes} "
+                f"bytes for a tenant, {self.total_bytes} in all); send fewer at one time.",
+                kind="requests",
+                retry_ms=RETRY_MS_DEFAULT,
+                should_retry=True,
+            )
+        self._held[owner] = self._held.get(owner, 0) + count
+
+    def _give(self, owner: str, count: int) -> None:
+        left = self._held.get(owner, 0) - count
+        if left > 0:
+            self._held[owner] = left
+        else:
+            self._held.pop(owner, None)
+
+
+def too_large(limit_bytes: int) -> ApiError:
+    return ApiError(
+        413,
+        "body_too_large",
+        f"The request's body is larger than the limit of {limit_bytes} bytes; send fewer inputs at one time.",
+    )
+
+
+_AT = re.compile(r" - at `\$\.?(.*)`$")
+
+
+def decode_json(body: bytes, kind: type[T]) -> T:
+    """Decode and check a JSON body; raises ``ApiError`` 400 that names the field.
+
+    Nesting is limited by the decoder's own recursion check; it is an error, never a crash.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        at = _AT.search(text)
+        name = at[1] if at else ""
+        message = text[: at.start()] if at else text
+        raise ApiError(
+            400, "invalid_value", f"{name or 'body'}: {message[: 2 * ECHO_CHARS_MAX]}", field=name or None
+        ) from None
+    except RecursionError:
+        raise ApiError(400, "invalid_json", "The request's body is nested too deeply.") from None
+    except (msgspec.DecodeError, UnicodeError) as error:
+        message = str(error)[: 2 * ECHO_CHARS_MAX]
+        raise ApiError(400, "invalid_json", f"The request's body is not JSON: {message}") from None
+
+
+def refuse_encoding(request: web.Request) -> None:
+    """Refuse a compressed body before a byte of it is read.
+
+    aiohttp would inflate it before any size limit is looked at (see ``runner``, which turns that off).
+    """
+    for value in request.headers.getall("Content-Encoding", []):
+        if value.strip().lower() not in ("", "identity"):
+            raise ApiError(
+                415,
+                "unsupported_content_encoding",
+                f"Content-Encoding {value[:ECHO_CHARS_MAX]!r} is not accepted; send the body uncompressed.",
+                headers={"Accept-Encoding": "identity"},
+            )
+
+
+# --- the guard --------------------------------------------------------------------------------------
+
+Render = Callable[[web.Request, ApiError], web.Response]
+
+
+def protect(app: web.Application, render: Render) -> None:
+    """Install the guard on ``app``, outermost: every answer gets a request id, every error a body."""
+    app.middlewares.insert(0, request_guard(render))
+    app.on_response_prepare.append(_mark)
+
+
+def runner(app: web.Application) -> web.AppRunner:
+    """The one way to serve an app: bodies never inflated, a handler cancelled when its caller leaves."""
+    return web.AppRunner(
+        app,
+        access_log=None,
+        auto_decompress=False,
+        handler_cancellation=True,
+        max_line_size=HEADER_LINE_BYTES_MAX,
+        max_field_size=HEADER_LINE_BYTES_MAX,
+    )
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
+def request_guard(render: Render) -> Middleware:
+    """The outermost middleware: a request id, no compressed bodies, and never a bare error."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[REQUEST_ID] = new_request_id()
+        try:
+            refuse_encoding(request)
+            return await handler(request)
+        except ApiError as error:
+            if request.get(HEAD_SENT, False):
+                raise ConnectionResetError("failed after the answer's head was sent") from None
+            return render(request, error)
+        except web.HTTPException as error:
+            return render(request, _from_aiohttp(request, error))
+        except Exception as error:
+            if isinstance(error, ConnectionError) and (request.transport is None or request.get(HEAD_SENT)):
+                raise  # the caller left; there is nobody to tell
+            _log_fault(request, error)
+            if request.get(HEAD_SENT, False):
+                raise ConnectionResetError("failed after the answer's head was sent") from None
+            return render(request, _internal(request))
+
+    return guard
+
+
+def _from_aiohttp(request: web.Request, error: web.HTTPException) -> ApiError:
+    if error.status == 404:
+        path = request.path[:ECHO_CHARS_MAX]
+        return ApiError(404, "unknown_route", f"There is no {request.method[:16]} {path!r} here.")
+    if error.status == 405:
+        allow = error.headers.get("Allow", "")
+        return ApiError(
+            405,
+            "method_not_allowed",
+            f"{request.method[:16]} is not possible here; possible: {allow}.",
+            headers={"Allow": allow},
+        )
+    return ApiError(error.status, "http_error", error.reason)
+
+
+def _internal(request: web.Request) -> ApiError:
+    return ApiError(
+        500,
+        "internal_error",
+        f"An internal error; its log line carries {request[REQUEST_ID]}.",
+        kind="server_error",
+    )
+
+
+def _log_fault(request: web.Request, error: Exception) -> None:
+    """Log where, never what: an exception's text may hold a caller's words."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource is not None else "unknown route"
+    logger.error("%s %s failed: %s\n%s", request[REQUEST_ID], route, type(error).__name__, frames)
+
+
+async def _mark(request: web.Request, response: web.StreamResponse) -> None:
+    request[HEAD_SENT] = True
+    response.headers["Server"] = "bunkhouse"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    # A router hands on the node's id, so that one id finds the request on both.
+    if REQUEST_ID_HEADER not in response.headers and REQUEST_ID in request:
+        response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
+
+
+# --- the shape of a model ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model in ``/v1/models``: OpenAI's four fields, then ours."""
+
+    id: str
+    created: int  # seconds
+    owned_by: str
+    version: str
+    task: str
+    object: str = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelList:
+    data: tuple[ModelCard, ...]
+    object: str = "list"
+
+
+def model_card(spec: ModelSpec) -> ModelCard:
+    """The latest version goes by its plain name, an older one by ``tenant/name@version``."""
+    name = str(spec.ref.model) if spec.latest else str(spec.ref)
+    return ModelCard(name, spec.created_ms // 1000, spec.ref.tenant, spec.ref.version, spec.task.value)
+
+
+def model_list(specs: Sequence[ModelSpec]) -> ModelList:
+    """A tenant's models by name, the latest version of each before its older ones."""
+    ordered = sorted(specs, key=lambda spec: (spec.ref.model, not spec.latest, -spec.created_ms))
+    return ModelList(tuple(model_card(spec) for spec in ordered))
+
+
+def json_response(value: object, status: int = 200) -> web.Response:
+    """An answer from a value that msgspec can encode."""
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
