@@ -1,0 +1,350 @@
+"""The cluster's certificate authority and its join tokens.
+
+Covers: making and keeping the CA's key, the certificates of nodes and of the node listener, reading
+who a client certificate speaks for, the text of a join token, and the pure decision whether a token may
+be redeemed. Does not cover: storing tokens and nodes (``control.catalog``), the routes
+(``control.routes.nodes``), or the node's side (it checks the pin before it sends the secret).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import ipaddress
+import os
+import re
+import secrets
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from control.catalog import NodeRow, TokenRow
+from packer.types import BadValue
+
+CA_LIFE = timedelta(days=3650)
+# Revocation is the node's removal, checked on each request; a short life bounds what a copy is worth.
+NODE_CERTIFICATE_LIFE = timedelta(hours=24)
+# Made anew at each start and at two thirds of its life while the process runs.
+SERVER_CERTIFICATE_LIFE = timedelta(days=30)
+RENEW_AT_SHARE = 2 / 3
+# Certificates are valid from a little earlier, for clocks that are behind.
+CLOCK_SKEW = timedelta(minutes=10)
+# A request for an EC key is about 500 bytes; RSA 4096 about 1,700.
+CSR_CHARS_MAX = 8_192
+# A node's name is one path segment of a URI, a file name and a label.
+NODE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+# 80 and 256 random bits.
+TOKEN_ID_BYTES = 10
+TOKEN_SECRET_BYTES = 32
+TOKEN_TTL_S_DEFAULT = 3_600
+TOKEN_TTL_S_MAX = 7 * 24 * 3_600
+
+
+class BadCertificateRequest(ValueError):
+    """A certificate request that is not one, or asks for a kind of key that is not issued for."""
+
+
+class NotANode(Exception):
+    """The client's certificate does not speak for a node of this cluster (or there is none)."""
+
+
+class JoinRefused(Exception):
+    """A join token may not be redeemed. ``conflict``: somebody else redeemed it or holds the name."""
+
+    def __init__(self, message: str, *, conflict: bool = False) -> None:
+        super().__init__(message)
+        self.conflict = conflict
+
+
+def parse_node(text: str, field: str = "name") -> str:
+    """Return ``text`` if it is a node name, else raise ``BadValue``."""
+    if not NODE_PATTERN.fullmatch(text) or ".." in text:
+        raise BadValue(
+            field,
+            f"{text[:80]!r} is not a node name: use 1 to 63 of letters, digits, '.', '_' and '-', "
+            "starting and ending with a letter or digit",
+        )
+    return text
+
+
+# --- join tokens ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """A token's text taken apart. Holds the secret: never log or store it."""
+
+    pin: str
+    token_id: str
+    secret: str = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        return f"{self.pin}.{self.token_id}.{self.secret}"
+
+
+def make_token(pin: str) -> JoinToken:
+    return JoinToken(
+        pin,
+        secrets.token_hex(TOKEN_ID_BYTES),
+        base64.urlsafe_b64encode(secrets.token_bytes(TOKEN_SECRET_BYTES)).rstrip(b"=").decode(),
+    )
+
+
+def hash_secret(secret: str) -> str:
+    """What is stored of a token's secret: it has 256 random bits, so a fast hash is right."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def check_redemption(
+    token: TokenRow | None,
+    secret: str,
+    node: str,
+    key_sha256: str,
+    known: NodeRow | None,
+    now_ms: int,
+) -> None:
+    """Decide whether ``token`` may make ``node`` with this public key join. Raises ``JoinRefused``.
+
+    A token is good once, but for the key that redeemed it again: an answer can be lost on its way.
+    """
+    stored = token.secret_sha256 if token else "0" * 64
+    right = hmac.compare_digest(hash_secret(secret), stored)
+    if token is None or not right or now_ms >= token.expires_ms:
+        raise JoinRefused(
+            "the join token is unknown, expired or revoked; make a new one with `bunk node token create`"
+        )
+    if token.used_key_sha256 is not None:
+        if token.used_key_sha256 != key_sha256:
+            raise JoinRefused(
+                "the join token was already redeemed by another key. If that was not you, remove the node "
+                "that used it (`bunk events` names it); a token is good for one node, make a new one",
+                conflict=True,
+            )
+        if token.used_node != node:
+            raise JoinRefused(
+                f"the join token was already redeemed, for the name {token.used_node!r}; make a new one",
+                conflict=True,
+            )
+        if known is None:
+            raise JoinRefused("the node that redeemed this token was removed; make a new token")
+    if token.node is not None and token.node != node:
+        raise JoinRefused(f"the join token is for a node named {token.node!r}, not {node!r}")
+    if known is not None and known.key_sha256 != key_sha256:
+        raise JoinRefused(
+            f"a node named {node!r} exists with another key; remove it first with `bunk node rm {node}`, "
+            "or choose another --name",
+            conflict=True,
+        )
+
+
+# --- certificates ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NodeIdentity:
+    """Whom a client certificate speaks for."""
+
+    node: str
+    key_sha256: str
+
+
+class Authority:
+    """The CA of one cluster: a P-256 key and its certificate in two files of control's directory."""
+
+    def __init__(self, directory: Path, cluster: str) -> None:
+        self.cluster = cluster
+        self._directory = directory
+        key_path, certificate_path = directory / "ca.key", directory / "ca.pem"
+        if not key_path.exists() or not certificate_path.exists():
+            key = ec.generate_private_key(ec.SECP256R1())
+            certificate = _self_signed(key, cluster)
+            # The key goes last: with it in place the pair is complete, without it both are made anew.
+            key_path.unlink(missing_ok=True)
+            write_private(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
+            write_private(key_path, _private_pem(key))
+        loaded = serialization.load_pem_private_key(key_path.read_bytes(), None)
+        if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+            raise ValueError(f"{key_path} is not an EC key; restore it from a backup")
+        self._key = loaded
+        self._certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+        self.ca_pem = self._certificate.public_bytes(serialization.Encoding.PEM).decode()
+        self.pin = (
+            base64.urlsafe_b64encode(_spki_digest(self._certificate.public_key())).rstrip(b"=").decode()
+        )
+
+    def read_request(self, csr_pem: str) -> x509.CertificateSigningRequest:
+        """Check a certificate request; raises ``BadCertificateRequest``. Only its key is used."""
+        if len(csr_pem) > CSR_CHARS_MAX:
+            raise BadCertificateRequest(f"longer than the limit of {CSR_CHARS_MAX} characters")
+        try:
+            request = x509.load_pem_x509_csr(csr_pem.encode())
+            key = request.public_key()
+            genuine = request.is_signature_valid
+        except Exception:  # cryptography raises many types on hostile DER; none of them is our fault
+            raise BadCertificateRequest("is not a certificate request in PEM form") from None
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+            raise BadCertificateRequest("must be for a P-256 key")
+        if not genuine:
+            raise BadCertificateRequest("is not signed by the key that it names")
+        return request
+
+    def issue_node(self, request: x509.CertificateSigningRequest, node: str) -> str:
+        """A client certificate for ``node`` with the request's key; PEM chain, leaf first."""
+        san = x509.UniformResourceIdentifier(f"spiffe://{self.cluster}/node/{node}")
+        leaf = self._sign(
+            request.public_key(), node, [san], ExtendedKeyUsageOID.CLIENT_AUTH, NODE_CERTIFICATE_LIFE
+        )
+        return leaf.public_bytes(serialization.Encoding.PEM).decode() + self.ca_pem
+
+    def identify(self, certificate_der: bytes | None, now: datetime) -> NodeIdentity:
+        """Whom a client certificate that TLS has verified speaks for; raises ``NotANode``.
+
+        The life is checked again because a connection may outlive its certificate.
+        """
+        if not certificate_der:
+            raise NotANode("no client certificate was sent")
+        certificate = x509.load_der_x509_certificate(certificate_der)
+        if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
+            raise NotANode("the client certificate has expired")
+        try:
+            names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except x509.ExtensionNotFound:
+            raise NotANode("the client certificate names nobody") from None
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+        prefix = f"spiffe://{self.cluster}/node/"
+        if len(uris) != 1 or not uris[0].startswith(prefix):
+            raise NotANode("the client certificate is not of this cluster")
+        return NodeIdentity(uris[0].removeprefix(prefix), key_sha256_of(certificate))
+
+    def server_context(self, hosts: Sequence[str]) -> ssl.SSLContext:
+        """TLS 1.3 for the node listener; a client certificate is verified when one is sent."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_OPTIONAL
+        context.load_verify_locations(cadata=self.ca_pem)
+        self.load_server_certificate(context, hosts)
+        return context
+
+    def load_server_certificate(self, context: ssl.SSLContext, hosts: Sequence[str]) -> None:
+        """Make a certificate for ``hosts`` and give it to ``context``; connections made later use it."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = [_host_name(host) for host in hosts]
+        leaf = self._sign(
+            key.public_key(), "control", names, ExtendedKeyUsageOID.SERVER_AUTH, SERVER_CERTIFICATE_LIFE
+        )
+        # The ssl module reads key pairs from files only.
+        path = self._directory / "server.pem"
+        leaf_pem = leaf.public_bytes(serialization.Encoding.PEM)
+        write_private(path, _private_pem(key) + leaf_pem + self.ca_pem.encode())
+        context.load_cert_chain(path)
+
+    def _sign(
+        self,
+        key: object,
+        common_name: str,
+        names: Sequence[x509.GeneralName],
+        usage: x509.ObjectIdentifier,
+        life: timedelta,
+    ) -> x509.Certificate:
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise BadCertificateRequest("must be for a P-256 key")
+        now = datetime.now(UTC)
+        issuer_key = self._key.public_key()
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
+            .issuer_name(self._certificate.subject)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - CLOCK_SKEW)
+            .not_valid_after(now + life)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
+        )
+        return builder.sign(self._key, hashes.SHA256())
+
+
+def key_sha256_of(holder: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    """What a node's key is known by: sha256 of its SubjectPublicKeyInfo, in hex."""
+    return _spki_digest(holder.public_key()).hex()
+
+
+def _spki_digest(key: object) -> bytes:
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise NotANode("only EC keys are issued for")
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).digest()
+
+
+def _self_signed(key: ec.EllipticCurvePrivateKey, cluster: str) -> x509.Certificate:
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Bunkhouse cluster {cluster}")])
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_after(now + CA_LIFE)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _host_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only this user may read; complete and durable, or not there at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,302 @@
+"""The fleet as control sees it: which nodes live, what they hold, where a request should go. Pure.
+
+``step(cluster, event, now_ms)`` changes the state and returns orders; it has no clock, no I/O and no
+chance. Covers: liveness, who waits for a plan, routing by where a model's bytes are. Does not cover:
+what goes into a plan (every node is told everything; placement comes with ``packer/placement.py``),
+delivery (``control.server``), or what a node decides by itself.
+
+Nothing here is written to disk: after a restart of control the nodes report again within seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from packer.types import ModelRef
+from packer.wire import ModelReport, Report
+
+# A node that holds a long poll open is heard every 20 s at the latest; two missed and a bit is silence.
+SILENT_AFTER_MS = 45_000
+# How long a routed request makes its node the likely place of the model, until a report tells.
+EXPECTED_MS = 30_000
+# Expectations remembered; the oldest go first. One is about 200 bytes.
+EXPECTED_MAX = 10_000
+# A node that could not be reached is asked last for this long.
+AVOID_MS = 5_000
+
+
+# --- events: past facts ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """A node exists (it joined now, or control started and remembers it)."""
+
+    node: str
+    gateway_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRemoved:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBeat:
+    """A node reported; ``waits`` says that it holds the line for a plan newer than it has."""
+
+    node: str
+    report: Report
+    have_epoch: int
+    have_seq: int
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PollEnded:
+    """The node's long poll ended without a plan (time is up, or the line broke)."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """There is a newer plan."""
+
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A request for ``ref`` was sent to ``node``."""
+
+    node: str
+    ref: ModelRef
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A routed request ended, however; ``reached`` is False when the node could not be talked to."""
+
+    node: str
+    reached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """Time passed."""
+
+
+Event = NodeJoined | NodeRemoved | NodeBeat | PollEnded | Changed | Routed | Answered | Ticked
+
+
+# --- actions: orders ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendPlan:
+    """Answer the node's beat with the plan of this number."""
+
+    node: str
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndPoll:
+    """Answer the node's long poll without a plan: it was removed."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoteSilent:
+    """The node has not been heard of for too long."""
+
+    node: str
+    silent_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoteBack:
+    """A silent node is heard again."""
+
+    node: str
+
+
+Action = SendPlan | EndPoll | NoteSilent | NoteBack
+
+
+# --- state ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class NodeView:
+    """One node: what it last said, and what control knows that it can not have said yet."""
+
+    node: str
+    gateway_url: str
+    report: Report | None = None
+    by_ref: dict[str, ModelReport] = field(default_factory=dict)
+    heard_ms: int | None = None  # None until the first beat since control started
+    silent: bool = False
+    waits: bool = False
+    have: tuple[int, int] = (0, 0)
+    in_flight: int = 0  # requests that this router has sent and not seen end
+    avoid_until_ms: int = 0
+
+
+@dataclass(slots=True)
+class Cluster:
+    """All nodes by name, the number of the newest plan, and where requests were sent a moment ago."""
+
+    nodes: dict[str, NodeView] = field(default_factory=dict)
+    newest: tuple[int, int] = (0, 0)
+    expected: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # ref: (node, until ms)
+
+
+def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
+    """Take one fact in, return what is to be done about it."""
+    match event:
+        case NodeJoined(node, gateway_url):
+            cluster.nodes.setdefault(node, NodeView(node, gateway_url)).gateway_url = gateway_url
+        case NodeRemoved(node):
+            removed = cluster.nodes.pop(node, None)
+            return [EndPoll(node)] if removed is not None and removed.waits else []
+        case NodeBeat():
+            return _beat(cluster, event, now_ms)
+        case PollEnded(node):
+            if (view := cluster.nodes.get(node)) is not None:
+                view.waits = False
+                view.heard_ms = now_ms
+        case Changed(epoch, seq):
+            cluster.newest = (epoch, seq)
+            return _answer_polls(cluster)
+        case Routed(node, ref):
+            _expect(cluster, node, ref, now_ms)
+        case Answered(node, reached):
+            if (view := cluster.nodes.get(node)) is not None:
+                view.in_flight = max(0, view.in_flight - 1)
+                if not reached:
+                    view.avoid_until_ms = now_ms + AVOID_MS
+        case Ticked():
+            return _tick(cluster, now_ms)
+    return []
+
+
+def _beat(cluster: Cluster, event: NodeBeat, now_ms: int) -> list[Action]:
+    """A ``SendPlan`` returned here answers this very beat, be it short or a long poll."""
+    view = cluster.nodes.get(event.node)
+    if view is None:
+        return []
+    actions: list[Action] = [NoteBack(event.node)] if view.silent else []
+    view.silent = False
+    view.heard_ms = now_ms
+    view.have = (event.have_epoch, event.have_seq)
+    view.gateway_url = event.report.gateway_url
+    view.report = event.report
+    view.by_ref = {model.ref: model for model in event.report.models}
+    view.avoid_until_ms = 0
+    if view.have < cluster.newest:
+        actions.append(SendPlan(view.node, *cluster.newest))
+    elif event.waits:
+        view.waits = True
+    return actions
+
+
+def _answer_polls(cluster: Cluster) -> list[Action]:
+    actions: list[Action] = []
+    for view in cluster.nodes.values():
+        if view.waits:
+            view.waits = False
+            actions.append(SendPlan(view.node, *cluster.newest))
+    return actions
+
+
+def _expect(cluster: Cluster, node: str, ref: ModelRef, now_ms: int) -> None:
+    if (view := cluster.nodes.get(node)) is not None:
+        view.in_flight += 1
+    cluster.expected.pop(ref, None)
+    cluster.expected[ref] = (node, now_ms + EXPECTED_MS)
+    while len(cluster.expected) > EXPECTED_MAX:
+        del cluster.expected[next(iter(cluster.expected))]
+
+
+def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
+    actions: list[Action] = []
+    for view in cluster.nodes.values():
+        if view.heard_ms is None:
+            # Silence is counted from control's start for nodes that it only remembers.
+            view.heard_ms = now_ms
+        elif view.waits:
+            continue  # its connection is open: it is there
+        elif not view.silent and now_ms - view.heard_ms > SILENT_AFTER_MS:
+            view.silent = True
+            actions.append(NoteSilent(view.node, now_ms - view.heard_ms))
+    while cluster.expected:
+        ref, (_, until_ms) = next(iter(cluster.expected.items()))
+        if until_ms > now_ms:
+            break
+        del cluster.expected[ref]
+    return actions
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def knows(cluster: Cluster, node: str, seq: int) -> bool:
+    """Whether the node has confirmed a plan of the present epoch that is not older than ``seq``."""
+    view = cluster.nodes.get(node)
+    return view is not None and view.have >= (cluster.newest[0], seq)
+
+
+def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) -> Sequence[str]:
+    """Nodes that may answer for ``ref``, best first.
+
+    Where the bytes are counts first (device, then on its way, host, disk), then free memory, then load.
+    Ties are broken by a hash of model and node, so that cold models spread and each goes home.
+    """
+    ranked = []
+    for view in cluster.nodes.values():
+        if view.silent or view.report is None or view.report.draining or not view.gateway_url:
+            continue
+        spread = hashlib.sha256(f"{ref}|{view.node}".encode()).hexdigest()
+        ranked.append(
+            (
+                view.avoid_until_ms > now_ms,
+                _distance(cluster, view, ref, now_ms),
+                not _has_room(view.report, image_bytes),
+                _load(view),
+                spread,
+                view.node,
+            )
+        )
+    return [entry[-1] for entry in sorted(ranked)]
+
+
+def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, now_ms: int) -> int:
+    """0 on a device, 1 on its way there, 2 in host memory, 3 on disk, 4 nowhere."""
+    known = view.by_ref.get(str(ref))
+    if known is not None and known.state == "resident":
+        return 0
+    node, until_ms = cluster.expected.get(ref, ("", 0))
+    if (known is not None and known.state == "restoring") or (node == view.node and until_ms > now_ms):
+        return 1
+    if known is not None and known.host_bytes:
+        return 2
+    return 3 if known is not None and known.disk_bytes else 4
+
+
+def _has_room(report: Report, image_bytes: int) -> bool:
+    return any(
+        device.healthy and device.budget_bytes - device.used_bytes >= image_bytes for device in report.devices
+    )
+
+
+def _load(view: NodeView) -> int:
+    """Requests in flight: what this router sent, or what the node says, whichever is more."""
+    reported = sum(model.leases + model.waiting for model in view.by_ref.values())
+    return max(view.in_flight, reported)
