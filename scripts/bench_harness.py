@@ -110,7 +110,7 @@ class Report:
 
 
 def measure(bench: Bench, rounds: int, progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Run every case once unmeasured and then ``rounds`` times, interleaved; a case's error passes through."""
+    """Run every case once unmeasured and then ``rounds`` times, interleaved; a case's error is not caught."""
     runs: dict[str, list[float]] = {case.name: [] for case in bench.cases}
     order = random.Random(ORDER_SEED)
     for case in bench.cases:

@@ -1,0 +1,232 @@
+"""Watches the memory of an agent's workers from outside, through /proc, while something else runs.
+
+Covers: finding the nursery and its workers below an agent's process id, reading how much of each worker
+is weights (mappings of the arena's memory files) and how much is not, and keeping the greatest values
+seen. Does not cover: what the agent's own ledger says, or memory on a GPU.
+
+The kernel's own books are the point: they count what is there, not what somebody meant to hold.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PROC = Path("/proc")
+ARENA = "memfd:bunk-arena"  # the name that the arena gives its memory files
+NURSERY = b"agent.nursery"
+# Reading smaps makes the kernel walk the page tables, so samples may take this share of one core at most.
+SAMPLING_SHARE_MAX = 0.1
+SAMPLE_INTERVAL_S_MIN = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMemory:
+    """One worker at one moment. ``device`` is "" when the worker's memory files do not name it."""
+
+    pid: int
+    device: str
+    rss_bytes: int
+    arena_bytes: int
+
+    @property
+    def other_bytes(self) -> int:
+        return self.rss_bytes - self.arena_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """The greatest values of all samples. ``nursery_bytes`` is what a worker has before any weights."""
+
+    samples: int
+    workers: int
+    nursery_bytes: int
+    arena_bytes: int
+    arena_bytes_by_device: dict[str, int]
+    worker_arena_bytes: int
+    worker_other_bytes: int
+    workers_rss_bytes: int
+    # The greatest of (all workers' RSS less what as many bare copies of the nursery would have).
+    above_baseline_bytes: int
+
+
+def children(pid: int) -> list[int]:
+    """The direct children of a process, [] if it is gone."""
+    found: list[int] = []
+    for task in _listed(PROC / str(pid) / "task"):
+        try:
+            found += [int(word) for word in (task / "children").read_text().split()]
+        except OSError:
+            continue  # the thread ended between the listing and the read
+    return found
+
+
+def find_nurseries(agent_pid: int) -> list[int]:
+    """Descendants of the agent that run the nursery's module and are not forks of one."""
+    found: list[int] = []
+    waiting = children(agent_pid)
+    while waiting:
+        pid = waiting.pop()
+        if NURSERY in _command(pid):
+            found.append(pid)
+        else:
+            waiting += children(pid)
+    return found
+
+
+def read_worker(pid: int) -> WorkerMemory | None:
+    """One worker's memory, None if it is gone or still being born."""
+    try:
+        text = (PROC / str(pid) / "smaps").read_text(errors="replace")
+    except OSError:
+        return None
+    return parse_smaps(pid, text)
+
+
+def parse_smaps(pid: int, text: str) -> WorkerMemory | None:
+    """Sum RSS over all mappings, and over those of the arena's memory files."""
+    rss = arena = 0
+    device = ""
+    in_arena = False
+    for line in text.splitlines():
+        head, _, rest = line.partition(" ")
+        if "-" in head and not head.endswith(":"):
+            at = rest.find(ARENA)
+            in_arena = at >= 0
+            if in_arena:
+                # "/memfd:bunk-arena cpu:0 (deleted)": what follows the name, if anything, is the device.
+                device = rest[at + len(ARENA) :].replace("(deleted)", "").strip(" -:") or device
+        elif head == "Rss:":
+            size = int(rest.split()[0]) * 1024
+            rss += size
+            arena += size if in_arena else 0
+    return WorkerMemory(pid, device, rss, arena) if rss else None
+
+
+def read_rss(pid: int) -> int:
+    """A process's resident bytes, 0 if it is gone."""
+    try:
+        text = (PROC / str(pid) / "status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmRSS:")), 0)
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _listed(path: Path) -> list[Path]:
+    try:
+        return list(path.iterdir())
+    except OSError:
+        return []
+
+
+@dataclass(slots=True)
+class MemoryWatch:
+    """Samples in a thread of its own from ``start`` until ``stop``, which returns the peaks."""
+
+    agent_pid: int
+    samples: int = 0
+    nursery_bytes: int = 0
+    arena_bytes: int = 0
+    by_device: dict[str, int] = field(default_factory=dict)
+    worker_arena_bytes: int = 0
+    worker_other_bytes: int = 0
+    workers_rss_bytes: int = 0
+    above_baseline_bytes: int = 0
+    seen: set[int] = field(default_factory=set)
+    error: Exception | None = None
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def start(self) -> MemoryWatch:
+        self._thread = threading.Thread(target=self._run, name="memory-watch", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> Peaks:
+        """The peaks so far. Raises what a sample raised: a watch that did not watch proves nothing."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self.error is not None:
+            raise self.error
+        return Peaks(
+            samples=self.samples,
+            workers=len(self.seen),
+            nursery_bytes=self.nursery_bytes,
+            arena_bytes=self.arena_bytes,
+            arena_bytes_by_device=dict(sorted(self.by_device.items())),
+            worker_arena_bytes=self.worker_arena_bytes,
+            worker_other_bytes=self.worker_other_bytes,
+            workers_rss_bytes=self.workers_rss_bytes,
+            above_baseline_bytes=self.above_baseline_bytes,
+        )
+
+    def _run(self) -> None:
+        try:
+            took_s = 0.0
+            while not self._stopped.wait(max(SAMPLE_INTERVAL_S_MIN, took_s / SAMPLING_SHARE_MAX)):
+                started_s = time.monotonic()
+                self.sample()
+                took_s = time.monotonic() - started_s
+        except Exception as error:  # kept for stop(), which raises it in the caller's thread
+            self.error = error
+
+    def sample(self) -> None:
+        """Look once, and a second time if the first look would raise a peak.
+
+        Workers are read one after another, so a model that leaves one worker and another that enters the
+        next could both be counted though they never were there together. What both looks saw was there
+        in the moment between them.
+        """
+        nurseries = find_nurseries(self.agent_pid)
+        self.samples += 1
+        self.nursery_bytes = max([self.nursery_bytes, *(read_rss(pid) for pid in nurseries)])
+        memories = _look(nurseries)
+        self.seen |= memories.keys()
+        if self._raise_peaks(list(memories.values()), trial=True):
+            again = _look(nurseries)
+            both = [_lesser(memories[pid], again[pid]) for pid in memories.keys() & again.keys()]
+            self._raise_peaks(both, trial=False)
+
+    def _raise_peaks(self, memories: list[WorkerMemory], trial: bool) -> bool:
+        """True if these memories raise a peak; ``trial`` only asks."""
+        if not memories:
+            return False
+        by_device: dict[str, int] = {}
+        for memory in memories:
+            by_device[memory.device] = by_device.get(memory.device, 0) + memory.arena_bytes
+        rss = sum(memory.rss_bytes for memory in memories)
+        new = {
+            "arena_bytes": sum(by_device.values()),
+            "workers_rss_bytes": rss,
+            "above_baseline_bytes": rss - self.nursery_bytes * len(memories),
+            "worker_arena_bytes": max(memory.arena_bytes for memory in memories),
+            "worker_other_bytes": max(memory.other_bytes for memory in memories),
+        }
+        raised = {name: value for name, value in new.items() if value > getattr(self, name)}
+        devices = {name: used for name, used in by_device.items() if used > self.by_device.get(name, -1)}
+        if not trial:
+            for name, value in raised.items():
+                setattr(self, name, value)
+            self.by_device |= devices
+        return bool(raised or devices)
+
+
+def _look(nurseries: list[int]) -> dict[int, WorkerMemory]:
+    workers = (child for pid in nurseries for child in children(pid))
+    return {pid: memory for pid in workers if (memory := read_worker(pid)) is not None}
+
+
+def _lesser(one: WorkerMemory, other: WorkerMemory) -> WorkerMemory:
+    arena = min(one.arena_bytes, other.arena_bytes)
+    rest = min(one.other_bytes, other.other_bytes)
+    return WorkerMemory(one.pid, one.device or other.device, arena + rest, arena)

@@ -1,0 +1,102 @@
+"""The tour's memory watch: it reads the kernel's books right and is not fooled by models on the move."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import process_memory
+import pytest
+from process_memory import MemoryWatch, WorkerMemory
+
+MIB = 1024 * 1024
+SMAPS = """\
+7f00-7f10 rw-s 00000000 00:01 42   /memfd:bunk-arena cpu:1 (deleted)
+Size:               2048 kB
+Rss:                1024 kB
+Pss:                1024 kB
+7f20-7f30 r-xp 00000000 08:01 99   /usr/lib/libtorch.so
+Rss:                 300 kB
+7f40-7f50 rw-s 00000000 00:01 43   /memfd:bunk-arena cpu:1 (deleted)
+Rss:                  76 kB
+VmFlags: rd wr
+"""
+
+
+def test_smaps_are_split_into_arena_and_rest() -> None:
+    memory = process_memory.parse_smaps(7, SMAPS)
+    assert memory == WorkerMemory(7, "cpu:1", rss_bytes=1400 * 1024, arena_bytes=1100 * 1024)
+    assert memory is not None
+    assert memory.other_bytes == 300 * 1024
+
+
+def test_arena_file_without_a_device_is_still_an_arena() -> None:
+    memory = process_memory.parse_smaps(7, SMAPS.replace(" cpu:1", ""))
+    assert memory == WorkerMemory(7, "", rss_bytes=1400 * 1024, arena_bytes=1100 * 1024)
+
+
+def test_arena_bytes_of_a_real_process_follow_what_it_touches() -> None:
+    """Reads this process: a mapped but untouched arena is nothing, touched pages are counted exactly."""
+    fd = os.memfd_create("bunk-arena")
+    os.ftruncate(fd, 8 * MIB)
+    with mmap.mmap(fd, 8 * MIB) as arena:
+        before = process_memory.read_worker(os.getpid())
+        arena[: 3 * MIB] = b"x" * (3 * MIB)
+        after = process_memory.read_worker(os.getpid())
+    os.close(fd)
+    assert before is not None
+    assert after is not None
+    assert (before.arena_bytes, after.arena_bytes) == (0, 3 * MIB)
+
+
+def test_process_that_is_gone_has_no_memory_and_no_children() -> None:
+    gone = 2**22 + 1  # above the kernel's greatest process id
+    assert process_memory.read_worker(gone) is None
+    assert process_memory.read_rss(gone) == 0
+    assert process_memory.children(gone) == []
+
+
+def watch_of(monkeypatch: pytest.MonkeyPatch, looks: list[dict[int, WorkerMemory]]) -> MemoryWatch:
+    """A watch that sees ``looks`` one after another, below a nursery of 10 MiB."""
+    remaining = iter(looks)
+    monkeypatch.setattr(process_memory, "find_nurseries", lambda pid: [1])
+    monkeypatch.setattr(process_memory, "read_rss", lambda pid: 10 * MIB)
+    monkeypatch.setattr(process_memory, "_look", lambda nurseries: next(remaining))
+    return MemoryWatch(agent_pid=0)
+
+
+def memory(pid: int, arena_mib: int, device: str = "cpu:0") -> WorkerMemory:
+    return WorkerMemory(pid, device, (arena_mib + 12) * MIB, arena_mib * MIB)
+
+
+def test_peaks_are_sums_over_the_workers_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = {5: memory(5, 40), 6: memory(6, 30), 7: memory(7, 90, "cpu:1")}
+    watch = watch_of(monkeypatch, [look, look])
+    watch.sample()
+    peaks = watch.stop()
+    assert peaks.arena_bytes_by_device == {"cpu:0": 70 * MIB, "cpu:1": 90 * MIB}
+    assert peaks.arena_bytes == 160 * MIB
+    assert peaks.worker_arena_bytes == 90 * MIB
+    assert peaks.worker_other_bytes == 12 * MIB
+    assert peaks.workers_rss_bytes == (160 + 3 * 12) * MIB
+    assert peaks.above_baseline_bytes == (160 + 3 * 2) * MIB
+    assert (peaks.samples, peaks.workers, peaks.nursery_bytes) == (1, 3, 10 * MIB)
+
+
+def test_model_that_moved_between_two_reads_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look reads worker 5 before it evicts and worker 6 after it restored; the second sees it."""
+    watch = watch_of(monkeypatch, [{5: memory(5, 80), 6: memory(6, 80)}, {5: memory(5, 0), 6: memory(6, 80)}])
+    watch.sample()
+    assert watch.stop().arena_bytes_by_device == {"cpu:0": 80 * MIB}
+
+
+def test_watch_that_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(pid: int) -> list[int]:
+        raise PermissionError("no /proc here")
+
+    monkeypatch.setattr(process_memory, "find_nurseries", broken)
+    watch = MemoryWatch(agent_pid=0).start()
+    assert watch._thread is not None
+    watch._thread.join()
+    with pytest.raises(PermissionError, match="no /proc here"):
+        watch.stop()
