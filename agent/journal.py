@@ -18,6 +18,7 @@ from pathlib import Path
 
 from sqlite_utils import Database, Migrations
 
+from agent.counters import PendingRecord
 from packer import seal
 from packer.types import ModelRef, parse_ref
 from packer.wire import BadMessage, Plan, Record, decode, encode
@@ -174,11 +175,20 @@ class Journal:
 
     # --- records on their way to control ----------------------------------------------------------
 
-    def spool(self, at_ms: int, kind: str, tenant: str, model: str, detail: str) -> None:
-        row = {"at_ms": at_ms, "kind": kind, "tenant": tenant, "model": model, "detail": detail}
-        last = self._db["spool"].insert(row).last_pk
-        if isinstance(last, int) and last % 1000 == 0:
-            self._db["spool"].delete_where("seq <= ?", [last - SPOOL_RECORDS_MAX])
+    def spool(self, records: Sequence[PendingRecord]) -> None:
+        """Append records in one transaction; the oldest beyond the limit go."""
+        with self._db.atomic():
+            for record in records:
+                row = {
+                    "at_ms": record.at_ms,
+                    "kind": record.kind,
+                    "tenant": record.tenant,
+                    "model": record.model,
+                    "detail": record.detail,
+                }
+                last = self._db["spool"].insert(row).last_pk
+            if records and isinstance(last, int):
+                self._db["spool"].delete_where("seq <= ?", [last - SPOOL_RECORDS_MAX])
 
     def spooled(self, limit: int) -> tuple[Record, ...]:
         return tuple(

@@ -1,0 +1,115 @@
+"""``bunk-agent``: parse, wire up, run, stop. Reads as a table of contents of a node."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from aiohttp import web
+
+from agent import config as configuration
+from agent.config import AgentConfig
+from agent.gateway import GatewayConfig, build_app
+from agent.identity import BadIdentity
+from agent.node import RunningNode
+from packer import http
+from packer.types import BadValue
+
+log = logging.getLogger("bunk.agent")
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_BROKEN = 70  # EX_SOFTWARE: the ledger broke; the supervisor restarts us and the journal rebuilds it
+# One descriptor per connection, worker, segment and pack being read.
+DESCRIPTORS_WANTED = 65_536
+# Answers that are being written when the agent is told to stop get this long to end.
+STOP_GRACE_S = 5.0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        config = configuration.load(sys.argv[1:])
+    except BadValue as error:
+        print(f"bunk-agent: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from None
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s %(message)s"
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_WANTED)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    # Core dumps would hold prompts and keys.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    raise SystemExit(asyncio.run(run(config)))
+
+
+async def run(config: AgentConfig) -> int:
+    """Serve until a signal, a broken ledger or a deleted node ends it; returns the exit code."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    node = RunningNode(config)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: node.loop.dump("asked"))
+    runner = http.runner(build_app(node, GatewayConfig(config.name, config.request_timeout_ms)))
+    try:
+        await node.start()
+        await runner.setup()
+        site = web.TCPSite(runner, config.listen_host, config.listen_port, shutdown_timeout=STOP_GRACE_S)
+        try:
+            await site.start()
+        except OSError as error:
+            log.error("--listen %s:%d: %s", config.listen_host, config.listen_port, error)
+            return EXIT_FAILED
+        port = runner.addresses[0][1]
+        host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
+        url = f"http://{host}:{port}"
+        log.info("gateway on %s", url)
+        if config.ready_file is not None:
+            _write_ready(config.ready_file, url)
+        return await _until_stopped(node, config.advertise_url or url, stop)
+    finally:
+        await runner.cleanup()
+        await node.close()
+
+
+async def _until_stopped(node: RunningNode, advertise_url: str, stop: asyncio.Event) -> int:
+    stopped = asyncio.create_task(stop.wait())
+    uplink = asyncio.create_task(node.run_uplink(advertise_url))
+    nursery = asyncio.create_task(node.nursery_died())
+    try:
+        await asyncio.wait((stopped, uplink, nursery, node.loop.broken), return_when=asyncio.FIRST_COMPLETED)
+        if node.loop.broken.done():
+            log.critical("the ledger broke: %r", node.loop.broken.result())
+            return EXIT_BROKEN
+        if nursery.done():
+            log.critical("the nursery died; restarting is the only way to get new workers")
+            return EXIT_BROKEN
+        if uplink.done():
+            log.critical("%s", uplink.exception())
+            return EXIT_FAILED if isinstance(uplink.exception(), BadIdentity) else EXIT_BROKEN
+        return 0
+    finally:
+        for task in (stopped, uplink, nursery):
+            task.cancel()
+        with suppress(BaseException):
+            await asyncio.gather(stopped, uplink, nursery, return_exceptions=True)
+
+
+def _write_ready(path: Path, url: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()

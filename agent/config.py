@@ -1,0 +1,128 @@
+"""The agent's configuration: command line and environment into one frozen value.
+
+Covers: every option of ``bunk-agent run`` with its default and limits. Does not cover: quotas and
+models, which come from control in the plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.devices import DeviceConfig, inventory
+from packer.types import GIB, BadValue, parse_bytes
+
+# The restore of a large model from a slow origin takes minutes; a caller that waits longer than this
+# is better served by an error that says when to come back.
+REQUEST_TIMEOUT_S_DEFAULT = 300
+NODE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    data_dir: Path
+    control_url: str | None  # None: serve the last plan only, never call out
+    join_token_file: Path | None
+    name: str
+    listen_host: str
+    listen_port: int
+    advertise_url: str | None
+    devices: tuple[DeviceConfig, ...]
+    host_budget_bytes: int
+    disk_budget_bytes: int
+    request_timeout_ms: int
+    threads: int
+    ready_file: Path | None
+    log_level: str
+
+
+def node_name(text: str) -> str:
+    """A node's name from what the user or the machine calls it; raises ``BadValue``."""
+    if not NODE_NAME.fullmatch(text):
+        raise BadValue("--name", f"{text[:80]!r}: use 1 to 63 of a-z, 0-9 and '-', as in a host name")
+    return text
+
+
+def parse_listen(text: str, field: str = "--listen") -> tuple[str, int]:
+    """``HOST:PORT``, ``[::1]:PORT``; port 0 picks a free one. Raises ``BadValue``."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise BadValue(field, f"{text[:80]!r}: write HOST:PORT, for example 127.0.0.1:8100")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def _host_budget_default_bytes() -> int:
+    """A quarter of the machine's memory, at most 64 GiB until somebody asks for more."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(64 * GIB, memory // 4)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bunk-agent", description="Bunkhouse node agent: one per GPU box.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="serve this box's devices")
+    run.add_argument("--data-dir", type=Path, required=True, help="packs, journal and identity live here")
+    run.add_argument("--control", metavar="URL", help="control's node URL (https://…)")
+    run.add_argument("--join-token-file", type=Path, help="file with a token of `bunk node token create`")
+    run.add_argument("--name", default=None, help="this node's name (default: the host name)")
+    run.add_argument("--listen", default="127.0.0.1:8100", help="tenants' HTTP surface (default %(default)s)")
+    run.add_argument("--advertise-url", help="where routers reach --listen, when that differs")
+    run.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="D",
+        help="cpu:SIZE, cuda, cuda:INDEX or cuda:UUID; repeatable (default: all GPUs, else one cpu device)",
+    )
+    run.add_argument("--host-bytes", metavar="SIZE", help="budget of the host-RAM tier (default: RAM/4)")
+    run.add_argument("--disk-bytes", default="100GiB", metavar="SIZE", help="budget of the disk tier")
+    run.add_argument(
+        "--request-timeout",
+        type=int,
+        default=REQUEST_TIMEOUT_S_DEFAULT,
+        metavar="SECONDS",
+        help="longest wait of a request for its model (default %(default)s)",
+    )
+    run.add_argument("--threads", type=int, default=0, help="compute threads per worker (default: cores)")
+    run.add_argument("--ready-file", type=Path, help="JSON with the gateway's URL, written when it listens")
+    run.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def load(argv: Sequence[str]) -> AgentConfig:
+    """Parse ``bunk-agent run …``; raises ``BadValue`` naming the option."""
+    options = arguments().parse_args(argv)
+    host, port = parse_listen(options.listen)
+    control_url = options.control
+    if control_url is not None and not control_url.startswith("https://"):
+        raise BadValue("--control", f"{control_url[:120]!r}: the uplink is TLS only, write https://HOST:PORT")
+    default_name = re.sub(r"[^a-z0-9-]", "-", socket.gethostname().lower()).strip("-")[:63] or "node"
+    host_bytes = options.host_bytes
+    if options.request_timeout < 1 or options.request_timeout > 3600:
+        raise BadValue("--request-timeout", "must be 1 to 3600 seconds")
+    if options.threads < 0 or options.threads > 1024:
+        raise BadValue("--threads", "must be 0 (all cores) to 1024")
+    disk_budget_bytes = parse_bytes(options.disk_bytes, "--disk-bytes")
+    return AgentConfig(
+        data_dir=options.data_dir,
+        control_url=control_url,
+        join_token_file=options.join_token_file,
+        name=node_name(options.name or default_name),
+        listen_host=host,
+        listen_port=port,
+        advertise_url=options.advertise_url,
+        devices=inventory(options.device),
+        host_budget_bytes=parse_bytes(host_bytes, "--host-bytes")
+        if host_bytes
+        else _host_budget_default_bytes(),
+        disk_budget_bytes=disk_budget_bytes,
+        request_timeout_ms=options.request_timeout * 1000,
+        threads=options.threads or os.cpu_count() or 1,
+        ready_file=options.ready_file,
+        log_level=options.log_level,
+    )

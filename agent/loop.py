@@ -1,0 +1,237 @@
+"""The one loop that owns a node's state: inbox -> residency.step -> dispatch.
+
+Covers: feeding events to the core one at a time, checking its invariants after every step, starting
+what it orders and feeding the answers back, waking it on time, and the leases that callers hold.
+Does not cover: any decision (``packer/residency.py``) or how an order is carried out
+(``agent/orders.py``): nothing slow ever runs here.
+
+Every (now, event, actions) goes to a bounded ring; a broken invariant dumps it and stops the process,
+because a ledger that is wrong is worse than a restart that rebuilds it from the journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from agent.facade import EngineFrame, EngineRequest, Refused
+from packer import residency
+from packer.events import (
+    Action,
+    Cancelled,
+    Drop,
+    Event,
+    Evict,
+    Finished,
+    Grant,
+    Pack,
+    Refuse,
+    Requested,
+    Restore,
+    Ticked,
+    Wake,
+)
+from packer.types import ModelRef, ModelSpec, Tier
+
+log = logging.getLogger("bunk.loop")
+
+# Enough history to see how a state came about; about 1 KiB each, so a dump stays a few MiB.
+RING_STEPS_MAX = 4096
+
+
+class Effects(Protocol):
+    """Carries out the core's orders; each answer is the event that says how it went (or None when a
+    ``WorkerDied`` says it already)."""
+
+    async def restore(self, order: Restore) -> Event | None: ...
+    async def evict(self, order: Evict) -> Event | None: ...
+    async def pack(self, order: Pack) -> Event | None: ...
+    async def drop(self, order: Drop) -> Event | None: ...
+    def run(self, ref: ModelRef, device: str, request: EngineRequest) -> AsyncIterator[EngineFrame]: ...
+
+
+@dataclass(slots=True)
+class HeldLease:
+    """A granted request. ``device_ms`` grows with every engine call made under it."""
+
+    effects: Effects
+    ref: ModelRef
+    device: str
+    tier: Tier
+    restore_ms: int
+    device_ms: int = 0
+
+    async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        frames = self.effects.run(self.ref, self.device, request)
+        try:
+            async for frame in frames:
+                yield frame
+        finally:
+            await frames.aclose()  # type: ignore[attr-defined]  # cancels inside the worker
+            self.device_ms += round((loop.time() - started) * 1000)
+
+
+class Loop:
+    """Owns ``core``. ``observe`` is told every step, for counters and records; it must not block."""
+
+    def __init__(
+        self,
+        core: residency.Node,
+        effects: Effects,
+        clock_ms: Callable[[], int],
+        observe: Callable[[int, Event, list[Action]], None],
+        dump_directory: Path,
+    ) -> None:
+        self.core = core
+        self._effects = effects
+        self._clock_ms = clock_ms
+        self._observe = observe
+        self._dump_directory = dump_directory
+        self._inbox: deque[Event] = deque()
+        self._draining = False
+        self._waiting: dict[str, asyncio.Future[Grant]] = {}
+        self._orders: set[asyncio.Task[None]] = set()
+        self._wake: asyncio.TimerHandle | None = None
+        self._wake_at_ms: int | None = None
+        self._ring: deque[tuple[int, Event, list[Action]]] = deque(maxlen=RING_STEPS_MAX)
+        self.steps = 0
+        # Resolves with the error when the core breaks: the process must stop.
+        self.broken: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+    def post(self, event: Event) -> None:
+        """Put an event in; it is handled before this returns unless a step is running already."""
+        self._inbox.append(event)
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            while self._inbox:
+                self._step(self._inbox.popleft())
+        except Exception as error:
+            if not self.broken.done():
+                self.broken.set_result(error)
+                self.dump("broken")
+            raise
+        finally:
+            self._draining = False
+
+    def _step(self, event: Event) -> None:
+        now_ms = self._clock_ms()
+        actions = residency.step(self.core, event, now_ms)
+        self._ring.append((now_ms, event, actions))
+        self.steps += 1
+        residency.check(self.core)
+        self._observe(now_ms, event, actions)
+        for action in actions:
+            self._dispatch(action)
+
+    def _dispatch(self, action: Action) -> None:
+        match action:
+            case Grant():
+                self._answer(action.request, action)
+            case Refuse():
+                refused = Refused(action.reason, action.detail, action.retry_ms)
+                self._answer(action.request, refused)
+            case Wake():
+                self._wake_up_at(action.at_ms)
+            case Restore():
+                self._start(self._effects.restore(action))
+            case Evict():
+                self._start(self._effects.evict(action))
+            case Pack():
+                self._start(self._effects.pack(action))
+            case Drop():
+                self._start(self._effects.drop(action))
+
+    def _answer(self, request: str, answer: Grant | Refused) -> None:
+        # A caller that left in this very tick has cancelled its future; its Cancelled is in the inbox,
+        # and the core takes it as the end of the grant.
+        future = self._waiting.get(request)
+        if future is None or future.done():
+            return
+        if isinstance(answer, Refused):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+    def _start(self, order: Awaitable[Event | None]) -> None:
+        task = asyncio.ensure_future(self._carry_out(order))
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
+
+    async def _carry_out(self, order: Awaitable[Event | None]) -> None:
+        try:
+            event = await order
+        except Exception as error:
+            # An effect turns every operating error into an event; anything else is our mistake, and the
+            # ledger would wait for ever for an answer that never comes.
+            log.exception("an order failed in an unforeseen way")
+            if not self.broken.done():
+                self.broken.set_result(error)
+            return
+        if event is not None:
+            self.post(event)
+
+    def _wake_up_at(self, at_ms: int) -> None:
+        if self._wake_at_ms is not None and self._wake_at_ms <= at_ms:
+            return
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake_at_ms = at_ms
+        delay_s = max(0, at_ms - self._clock_ms()) / 1000
+        self._wake = asyncio.get_running_loop().call_later(delay_s, self._ticked)
+
+    def _ticked(self) -> None:
+        self._wake, self._wake_at_ms = None, None
+        self.post(Ticked())
+
+    @asynccontextmanager
+    async def lease(self, spec: ModelSpec, request: str, timeout_ms: int) -> AsyncIterator[HeldLease]:
+        """Wait for the model and hold it; see ``NodeFacade.lease``."""
+        future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        self._waiting[request] = future
+        try:
+            self.post(Requested(request, spec.ref, self._clock_ms() + timeout_ms))
+            grant = await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                future.exception()  # a refusal that crossed with the cancellation is nobody's to read
+            self.post(Cancelled(request))
+            raise
+        finally:
+            del self._waiting[request]
+        held = HeldLease(self._effects, grant.ref, grant.device, grant.tier, grant.restore_ms)
+        try:
+            yield held
+        finally:
+            self.post(Finished(request, held.device_ms))
+
+    def dump(self, why: str) -> Path:
+        """Write the ring as JSON lines; returns the file."""
+        path = self._dump_directory / f"ring-{why}-{self.steps}.jsonl"
+        with path.open("w") as file:
+            for now_ms, event, actions in self._ring:
+                line = {
+                    "now_ms": now_ms,
+                    "event": [type(event).__name__, asdict(event)],
+                    "actions": [[type(action).__name__, asdict(action)] for action in actions],
+                }
+                file.write(json.dumps(line) + "\n")
+        log.error("dumped the last %d steps to %s", len(self._ring), path)
+        return path
+
+    async def close(self) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        for task in list(self._orders):
+            task.cancel()
+        await asyncio.gather(*self._orders, return_exceptions=True)

@@ -1,0 +1,87 @@
+"""A node's numbers in Prometheus' text format.
+
+Covers: names, labels and units of every metric. Does not cover: counting (``agent/counters.py``) or the
+ledger (``packer/residency.py``). Labels hold tenants, tiers and devices, whose number the operator
+decides; models are not a label, because tenants decide how many there are. No prompts, no secrets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from agent.counters import Counters
+from packer.wire import Report
+
+
+class _Families:
+    """What one scrape reads; made anew for each, so that nothing goes stale."""
+
+    def __init__(self, report: Report, counters: Counters) -> None:
+        self._report = report
+        self._counters = counters
+
+    def collect(self) -> Iterator[Metric]:
+        report, counters = self._report, self._counters
+        device = GaugeMetricFamily(
+            "bunkhouse_device_bytes", "Bytes of a device by use.", labels=["device", "use"]
+        )
+        for row in report.devices:
+            device.add_metric([row.device, "budget"], row.budget_bytes)
+            device.add_metric([row.device, "used"], row.used_bytes)
+            device.add_metric([row.device, "foreign"], row.foreign_bytes)
+        yield device
+        tier = GaugeMetricFamily("bunkhouse_tier_bytes", "Bytes of a cache tier.", labels=["tier", "use"])
+        tier.add_metric(["host", "budget"], report.host_budget_bytes)
+        tier.add_metric(["host", "used"], report.host_used_bytes)
+        tier.add_metric(["disk", "budget"], report.disk_budget_bytes)
+        tier.add_metric(["disk", "used"], report.disk_used_bytes)
+        yield tier
+        tenant_bytes = GaugeMetricFamily(
+            "bunkhouse_tenant_bytes", "Bytes a tenant holds in a tier.", labels=["tenant", "tier"]
+        )
+        requests = CounterMetricFamily("bunkhouse_requests", "Requests.", labels=["tenant"])
+        answers = CounterMetricFamily("bunkhouse_answers", "Requests answered to the end.", labels=["tenant"])
+        tokens = CounterMetricFamily("bunkhouse_tokens", "Tokens read and written.", labels=["tenant"])
+        device_s = CounterMetricFamily(
+            "bunkhouse_device_seconds", "Time engines worked for a tenant.", labels=["tenant"]
+        )
+        for tenant in report.tenants:
+            name = tenant.tenant
+            tenant_bytes.add_metric([name, "device"], tenant.device_bytes)
+            tenant_bytes.add_metric([name, "host"], tenant.host_bytes)
+            tenant_bytes.add_metric([name, "disk"], tenant.disk_bytes)
+            requests.add_metric([name], tenant.requests)
+            answers.add_metric([name], tenant.answers)
+            tokens.add_metric([name], tenant.tokens)
+            device_s.add_metric([name], tenant.device_ms / 1000)
+        yield from (tenant_bytes, requests, answers, tokens, device_s)
+        refusals = CounterMetricFamily("bunkhouse_refusals", "Requests refused.", labels=["tenant", "reason"])
+        for (name, reason), count in sorted(counters.refusals.items()):
+            refusals.add_metric([name, reason], count)
+        yield refusals
+        yield self._restores()
+        yield CounterMetricFamily("bunkhouse_evictions", "Models evicted from devices.", counters.evictions)
+        yield CounterMetricFamily("bunkhouse_workers_died", "Worker processes gone.", counters.workers_died)
+        yield CounterMetricFamily(
+            "bunkhouse_records_lost", "Records the journal did not get.", counters.records_lost
+        )
+
+    def _restores(self) -> Metric:
+        totals: dict[str, int] = {}
+        for model in self._counters.models.values():
+            for tier, count in model.restores.items():
+                totals[tier.value] = totals.get(tier.value, 0) + count.count
+        family = CounterMetricFamily("bunkhouse_restores", "Restores to a device.", labels=["from_tier"])
+        for tier, total in sorted(totals.items()):
+            family.add_metric([tier], total)
+        return family
+
+
+def render(report: Report, counters: Counters) -> str:
+    """The whole exposition; cheap enough to make on each scrape."""
+    registry = CollectorRegistry()
+    registry.register(_Families(report, counters))  # type: ignore[arg-type]  # a collector by shape
+    return generate_latest(registry).decode()

@@ -1,0 +1,341 @@
+"""A running node: the loop, its hands, its journal and its line to control, put together.
+
+Covers: start and stop in the right order, accepting plans, what the gateway asks (``NodeFacade``), what
+the uplink asks (``UplinkOwner``). Does not cover: HTTP (``agent/gateway.py``), deciding
+(``packer/residency.py``), carrying out (``agent/orders.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from agent import devices, metrics
+from agent.config import AgentConfig
+from agent.counters import Counters
+from agent.facade import EngineFrame, EngineRequest, Lease, RateView
+from agent.identity import BadIdentity, Identity
+from agent.journal import Journal, PackRow, load_node_key
+from agent.loop import HeldLease, Loop
+from agent.orders import JournalThread, Orders
+from agent.origin import OriginUnavailable
+from agent.packs import HostSegments, PackDirectory
+from agent.reports import build_report
+from agent.uplink import Uplink
+from agent.workers import Nursery
+from packer import residency
+from packer.events import Action, DeviceSeen, DrainAsked, Event, PackFound, Planned, TierBudgetSeen
+from packer.http import check_key
+from packer.types import BadValue, KeySpec, ModelName, ModelRef, ModelSpec, Tier, parse_model
+from packer.wire import Plan, Record, Report
+
+log = logging.getLogger("bunk.node")
+
+# GPUs are asked this often for foreign processes' bytes; NVML answers in about a millisecond.
+DEVICE_LOOK_S = 2.0
+# Records reach the journal in batches this far apart: one fsync for many records.
+RECORD_FLUSH_S = 0.25
+_NO_FETCH = "this version's files are in control's store, and this node was started without --control"
+
+
+def monotonic_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+def wall_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class RunningNode:
+    """Everything a node is, but its HTTP surface. ``start`` before use, ``close`` after."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.config = config
+        self.name = config.name
+        self.counters = Counters()
+        self.started_ms = wall_ms()
+        self.gateway_url = ""
+        self._devices = {device.device: device for device in config.devices}
+        self._foreign: dict[str, devices.DeviceState] = {}
+        node_key = load_node_key(config.data_dir / "seal.key")
+        self._journal = JournalThread(Journal(config.data_dir / "journal.db", node_key))
+        self._packs = PackDirectory(config.data_dir / "packs")
+        self._segments = HostSegments()
+        self._identity = Identity(config.data_dir / "identity")
+        self.uplink = (
+            Uplink(self, self._identity, config.control_url, config.name, config.join_token_file)
+            if config.control_url
+            else None
+        )
+        self._nursery = Nursery(threads=config.threads)
+        self.orders = Orders(
+            self._nursery,
+            self._devices,
+            self._packs,
+            self._segments,
+            self._journal,
+            self._fetch,
+            lambda ref: self._specs[ref],
+            wall_ms,
+        )
+        self.loop = Loop(residency.Node(), self.orders, monotonic_ms, self._observe, config.data_dir)
+        self.orders.post = self.loop.post
+        self._plan: Plan | None = None
+        self._plan_lock = asyncio.Lock()
+        self._keys: dict[str, KeySpec] = {}
+        self._specs: dict[ModelRef, ModelSpec] = {}
+        self._latest: dict[ModelName, ModelSpec] = {}
+        self._packs_found: list[PackRow] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # --- start and stop ---------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Find the packs, start the nursery, take up the last plan. Serves without control from here."""
+        journal = self._journal.journal
+        self._packs_found = await self._journal.call(journal.packs)
+        for ref in self._packs.sweep([row.ref for row in self._packs_found]):
+            log.warning("the pack of %s is missing on disk; it will be made again from its origin", ref)
+            await self._journal.call(journal.remove_pack, ref)
+            self._packs_found = [row for row in self._packs_found if row.ref != ref]
+        await self._nursery.start()
+        self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
+        self.loop.post(TierBudgetSeen(Tier.DISK, self.config.disk_budget_bytes))
+        self._look_at_devices()
+        plan = await self._journal.call(journal.plan)
+        if plan is not None:
+            self._apply(plan)
+        if any(device.kind == "cuda" for device in self._devices.values()):
+            self._tasks.append(asyncio.create_task(self._watch_devices()))
+        self._tasks.append(asyncio.create_task(self._flush_records()))
+
+    async def run_uplink(self, gateway_url: str) -> None:
+        """Beat until cancelled; raises ``BadIdentity`` when the node can not go on without a person."""
+        self.gateway_url = gateway_url
+        if self.uplink is None:
+            await asyncio.Event().wait()
+            return
+        try:
+            await self.uplink.run(gateway_url)
+        except BadIdentity as error:
+            if type(error) is not BadIdentity or self._plan is None:
+                raise
+            log.error("%s", error)
+            await asyncio.Event().wait()  # static stability: go on serving with the last plan
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.loop.close()
+        await self.orders.close()
+        await self._nursery.close()
+        await self._flush_once()
+        self._segments.close()
+        self._journal.close()
+        devices.close()
+
+    async def nursery_died(self) -> None:
+        """Returns when no more workers can be forked."""
+        await self._nursery.died.wait()
+
+    # --- devices ----------------------------------------------------------------------------------
+
+    def _look_at_devices(self) -> None:
+        pids = self.orders.worker_pids()
+        for name, device in self._devices.items():
+            state = devices.look(device, pids[name])
+            if self._foreign.get(name) != state:
+                self._foreign[name] = state
+                budget_bytes = max(0, device.budget_bytes - state.foreign_bytes)
+                self.loop.post(DeviceSeen(name, budget_bytes, state.healthy))
+
+    async def _watch_devices(self) -> None:
+        while True:
+            await asyncio.sleep(DEVICE_LOOK_S)
+            self._look_at_devices()
+
+    # --- plans ------------------------------------------------------------------------------------
+
+    def have_plan(self) -> tuple[int, int]:
+        return (self._plan.epoch, self._plan.seq) if self._plan else (0, 0)
+
+    async def accept_plan(self, plan: Plan) -> None:
+        """Keep a newer plan and act on it; it is on disk before it is in force."""
+        async with self._plan_lock:
+            if (plan.epoch, plan.seq) <= self.have_plan():
+                return
+            await self._journal.call(self._journal.journal.save_plan, plan)
+            self._apply(plan)
+            tenants = frozenset(tenant.tenant for tenant in plan.tenants)
+            shredded = await self._journal.call(self._journal.journal.shred_tenants, sorted(tenants))
+            for tenant in shredded:
+                log.info("tenant %s is gone; its keys are destroyed", tenant)
+            await self.orders.close_tenants(tenants)
+
+    def _apply(self, plan: Plan) -> None:
+        self._plan = plan
+        self._keys = {key.key_id: key for key in plan.keys}
+        # Versions that left the plan stay known until the core has let go of them.
+        self._specs |= {spec.ref: spec for spec in plan.models}
+        self._latest = {spec.ref.model: spec for spec in plan.models if spec.latest}
+        self.loop.post(Planned(plan.tenants, plan.models))
+        for row in self._packs_found:
+            self.loop.post(PackFound(row.ref, row.disk_bytes, row.host_bytes))
+        self._packs_found = []
+        planned = frozenset(spec.ref for spec in plan.models)
+        core = self.loop.core
+        self._specs = {
+            ref: spec
+            for ref, spec in self._specs.items()
+            if ref in planned or residency.model_view(core, ref) is not None
+        }
+        self.counters.forget(frozenset(self._specs), frozenset(tenant.tenant for tenant in plan.tenants))
+        if plan.draining:
+            self.loop.post(DrainAsked())
+        log.info("plan %d.%d: %d tenants, %d versions", plan.epoch, plan.seq, len(plan.tenants), len(planned))
+
+    # --- what the gateway asks --------------------------------------------------------------------
+
+    def find_key(self, key_text: str) -> KeySpec | None:
+        return check_key(self._keys, key_text, wall_ms())
+
+    def models_of(self, tenant: str) -> Sequence[ModelSpec]:
+        return [spec for spec in (self._plan.models if self._plan else ()) if spec.ref.tenant == tenant]
+
+    def resolve(self, tenant: str, text: str) -> ModelSpec | None:
+        try:
+            model, version = parse_model(text)
+        except BadValue:
+            return None
+        if model.tenant != tenant:
+            return None
+        if version is None:
+            return self._latest.get(model)
+        return self._specs.get(ModelRef(model.tenant, model.name, version))
+
+    @asynccontextmanager
+    async def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int) -> AsyncIterator[Lease]:
+        try:
+            async with self.loop.lease(spec, request_id, timeout_ms) as held:
+                metered = MeteredLease(held)
+                try:
+                    yield metered
+                finally:
+                    count = self.counters.tenant(spec.ref.tenant)
+                    count.tokens += metered.tokens
+                    count.device_ms += held.device_ms
+                # Only an answer that went well to its end is an answer.
+                count.answers += 1
+                self.counters.model(spec.ref).answers += 1
+        finally:
+            self.counters.done(request_id)
+
+    def rate_view(self, tenant: str) -> RateView:
+        view = residency.tenant_view(self.loop.core, tenant, monotonic_ms())
+        if view is None:
+            return RateView(None, 0, 0)
+        return RateView(view.rate_limit, view.rate_remaining, view.rate_reset_ms)
+
+    def ready(self) -> bool:
+        return self._plan is not None and not self._plan.draining
+
+    def metrics_text(self) -> str:
+        return metrics.render(self.report(), self.counters)
+
+    # --- what the uplink asks ---------------------------------------------------------------------
+
+    def report(self) -> Report:
+        return build_report(self)
+
+    @property
+    def device_configs(self) -> tuple[devices.DeviceConfig, ...]:
+        return self.config.devices
+
+    def foreign_bytes(self, device: str) -> int:
+        return self._foreign[device].foreign_bytes
+
+    def budget_bytes(self, tier: Tier) -> int:
+        return self.config.host_budget_bytes if tier is Tier.HOST else self.config.disk_budget_bytes
+
+    def now_ms(self) -> int:
+        return monotonic_ms()
+
+    @property
+    def draining(self) -> bool:
+        return bool(self._plan and self._plan.draining)
+
+    @property
+    def specs(self) -> Sequence[ModelSpec]:
+        return list(self._specs.values())
+
+    @property
+    def tenants(self) -> Sequence[str]:
+        return [tenant.tenant for tenant in (self._plan.tenants if self._plan else ())]
+
+    async def spooled(self, limit: int) -> tuple[Record, ...]:
+        return await self._journal.call(self._journal.journal.spooled, limit)
+
+    async def acknowledge(self, acked_seq: int) -> None:
+        await self._journal.call(self._journal.journal.acknowledge, acked_seq)
+
+    # --- records ----------------------------------------------------------------------------------
+
+    def _observe(self, now_ms: int, event: Event, actions: list[Action]) -> None:
+        self.counters.observe(wall_ms(), event, actions)
+        if self.uplink is not None:
+            self.uplink.changed()
+
+    async def _flush_records(self) -> None:
+        while True:
+            await asyncio.sleep(RECORD_FLUSH_S)
+            await self._flush_once()
+
+    async def _flush_once(self) -> None:
+        records = self.counters.take_records(wall_ms())
+        if records:
+            await self._journal.call(self._journal.journal.spool, records)
+            if self.uplink is not None:
+                self.uplink.changed()
+
+    async def _fetch(self, spec: ModelSpec, path: str) -> AsyncIterator[bytes]:
+        if self.uplink is None:
+            raise OriginUnavailable(f"{spec.ref}: {_NO_FETCH}")
+        async for piece in self.uplink.fetch(spec, path):
+            yield piece
+
+
+class MeteredLease:
+    """A lease that reads the token counts off the engine's last frames."""
+
+    def __init__(self, held: HeldLease) -> None:
+        self._held = held
+        self.tokens = 0
+
+    @property
+    def tier(self) -> Tier:
+        return self._held.tier
+
+    @property
+    def restore_ms(self) -> int:
+        return self._held.restore_ms
+
+    @property
+    def device(self) -> str:
+        return self._held.device
+
+    async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        frames = self._held.run(request)
+        try:
+            async for frame in frames:
+                for name in ("prompt_tokens", "completion_tokens"):
+                    tokens = frame.header.get(name)
+                    if isinstance(tokens, int):
+                        self.tokens += tokens
+                yield frame
+        finally:
+            await frames.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,298 @@
+"""Carrying out the core's orders: workers, packs, host segments, origins.
+
+Covers: one coroutine per kind of order; each returns the event that says how it went. Does not cover:
+deciding anything (``packer/residency.py``) or moving a byte (the worker does). A worker that dies
+answers all its orders at once, through ``WorkerDied``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from agent.devices import DeviceConfig
+from agent.facade import EngineFrame, EngineRequest, Refused
+from agent.journal import Journal, PackRow
+from agent.origin import ControlFetch, OriginUnavailable, open_origin
+from agent.packs import HostSegments, PackDirectory
+from agent.workers import Nursery, WorkerDead, WorkerFailure, WorkerHandle
+from packer.events import (
+    Drop,
+    Dropped,
+    Event,
+    Evict,
+    Evicted,
+    Pack,
+    Packed,
+    PackFailed,
+    RefusalReason,
+    Restore,
+    Restored,
+    RestoreFailed,
+    WorkerDied,
+)
+from packer.types import ModelRef, ModelSpec, Tier
+
+log = logging.getLogger("bunk.orders")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# A parked worker keeps its module skeletons and costs some 60 MiB of private memory; beyond this many
+# on one node the one that has been empty longest is closed.
+WORKERS_PARKED_MAX = 16
+WORKER_DIED_RETRY_MS = 1_000
+
+
+class JournalThread:
+    """Runs journal calls on one thread, so that the event loop never waits for the disk."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+        self.journal.close()
+
+
+class Orders:
+    """The node's hands. ``post`` takes the events that are nobody's answer: a worker's death."""
+
+    def __init__(
+        self,
+        nursery: Nursery,
+        devices: Mapping[str, DeviceConfig],
+        packs: PackDirectory,
+        segments: HostSegments,
+        journal: JournalThread,
+        fetch: ControlFetch,
+        spec_of: Callable[[ModelRef], ModelSpec],
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._nursery = nursery
+        self._devices = devices
+        self._packs = packs
+        self._segments = segments
+        self._journal = journal
+        self._fetch = fetch
+        self._spec_of = spec_of
+        self._clock_ms = clock_ms
+        self.post: Callable[[Event], None] = lambda event: None
+        self._workers: dict[tuple[str, str], WorkerHandle] = {}
+        self._spawning: dict[tuple[str, str], asyncio.Task[WorkerHandle]] = {}
+        # What each worker holds, oldest-emptied first: only for choosing which parked worker to close.
+        self._held: dict[tuple[str, str], set[ModelRef]] = {}
+        self._watches: set[asyncio.Task[None]] = set()
+
+    # --- workers ----------------------------------------------------------------------------------
+
+    def worker_pids(self) -> dict[str, list[int]]:
+        """Process ids by device."""
+        pids: dict[str, list[int]] = {device: [] for device in self._devices}
+        for (_, device), worker in self._workers.items():
+            pids[device].append(worker.pid)
+        return pids
+
+    async def _worker(self, tenant: str, device: str) -> WorkerHandle:
+        """The tenant's worker on a device, forked when there is none. Raises ``WorkerDead``."""
+        at = (tenant, device)
+        if at in self._workers:
+            return self._workers[at]
+        if at not in self._spawning:
+            self._spawning[at] = asyncio.create_task(self._spawn(at))
+        return await asyncio.shield(self._spawning[at])
+
+    async def _spawn(self, at: tuple[str, str]) -> WorkerHandle:
+        try:
+            await self._close_parked()
+            worker = await self._nursery.spawn(at[0], self._devices[at[1]])
+            self._workers[at] = worker
+            self._held[at] = set()
+            watch = asyncio.create_task(self._watch(at, worker))
+            self._watches.add(watch)
+            watch.add_done_callback(self._watches.discard)
+            return worker
+        finally:
+            del self._spawning[at]
+
+    async def _watch(self, at: tuple[str, str], worker: WorkerHandle) -> None:
+        await worker.died.wait()
+        if self._workers.get(at) is worker:
+            del self._workers[at]
+            del self._held[at]
+        self.post(WorkerDied(*at))
+
+    async def _close_parked(self) -> None:
+        parked = [at for at, held in self._held.items() if not held]
+        for at in parked[: max(0, len(parked) - WORKERS_PARKED_MAX + 1)]:
+            await self._workers[at].close()
+
+    async def close_tenants(self, kept: frozenset[str]) -> None:
+        """Close the empty workers of tenants that are no more."""
+        for at in [at for at, held in self._held.items() if at[0] not in kept and not held]:
+            await self._workers[at].close()
+
+    async def close(self) -> None:
+        for worker in list(self._workers.values()):
+            await worker.close()
+        for watch in list(self._watches):
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+
+    # --- orders -----------------------------------------------------------------------------------
+
+    async def restore(self, order: Restore) -> Event | None:
+        failed = partial(RestoreFailed, order.ref, order.device, order.from_tier)
+        try:
+            worker = await self._worker(order.ref.tenant, order.device)
+        except WorkerDead as error:
+            return failed(f"no worker: {error}")
+        self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
+        try:
+            if order.from_tier is Tier.ORIGIN:
+                return await self._restore_origin(worker, order)
+            return await self._restore_cached(worker, order)
+        except WorkerDead:
+            if order.host_bytes:
+                self._segments.drop(order.ref)
+            return None
+        except WorkerFailure as failure:
+            self._forget_held(order.ref, order.device)
+            if order.host_bytes:
+                self._segments.drop(order.ref)
+            return failed(failure.message, failure.corrupt, failure.broken)
+        except (OriginUnavailable, OSError) as error:
+            self._forget_held(order.ref, order.device)
+            if order.host_bytes:
+                self._segments.drop(order.ref)
+            missing = isinstance(error, FileNotFoundError) and order.from_tier is Tier.DISK
+            return failed(str(error), corrupt=missing)
+
+    async def _restore_origin(self, worker: WorkerHandle, order: Restore) -> Event:
+        spec = self._spec_of(order.ref)
+        async with open_origin(spec, self._fetch) as origin:
+            try:
+                done = await worker.load_origin(spec, origin.descriptors)
+            except WorkerFailure as failure:
+                reason = origin.failure()
+                if reason is not None:
+                    raise OriginUnavailable(reason) from failure
+                raise
+        return Restored(order.ref, order.device, Tier.ORIGIN, done.restore_ms)
+
+    async def _restore_cached(self, worker: WorkerHandle, order: Restore) -> Event:
+        spec = self._spec_of(order.ref)
+        if order.from_tier is Tier.HOST:
+            segment = self._segments.get(order.ref)
+            if segment is None:
+                raise WorkerFailure("the host segment is gone", corrupt=True, broken=False)
+            done = await worker.restore(spec, Tier.HOST, segment, None, None)
+            return Restored(order.ref, order.device, Tier.HOST, done.restore_ms)
+        key = await self._journal.call(self._journal.journal.data_key, order.ref)
+        if key is None:
+            raise WorkerFailure("the journal has no key for this pack", corrupt=True, broken=False)
+        tee = self._segments.create(order.ref, order.host_bytes) if order.host_bytes else None
+        pack = self._packs.open(order.ref)
+        try:
+            done = await worker.restore(spec, Tier.DISK, pack, key, tee)
+        finally:
+            os.close(pack)
+        filled = tee is not None and done.host_filled
+        if tee is not None and not filled:
+            self._segments.drop(order.ref)
+        return Restored(order.ref, order.device, Tier.DISK, done.restore_ms, filled)
+
+    async def evict(self, order: Evict) -> Event | None:
+        worker = self._workers.get((order.ref.tenant, order.device))
+        if worker is None:
+            return None
+        try:
+            await worker.evict(order.ref)
+        except WorkerDead:
+            return None
+        except WorkerFailure as failure:
+            # A worker that can not give memory back is of no use; its death frees it all.
+            log.error("evict %s on %s: %s; killing the worker", order.ref, order.device, failure.message)
+            worker.kill()
+            return None
+        self._forget_held(order.ref, order.device)
+        return Evicted(order.ref, order.device)
+
+    async def pack(self, order: Pack) -> Event | None:
+        ref = order.ref
+        worker = self._workers.get((ref.tenant, order.device))
+        if worker is None:
+            return None
+        try:
+            if order.disk_bytes > self._packs.free_bytes():
+                raise OSError(f"the file system has less than {order.disk_bytes} bytes free above its floor")
+            key, wrapped = await self._journal.call(self._journal.journal.seal_new_key, ref)
+            descriptor = self._packs.create(ref)
+            try:
+                summary = await worker.pack(ref, descriptor, key, order.disk_bytes)
+            finally:
+                os.close(descriptor)
+            # Publish before the journal knows: a crash in between leaves a file that the next start sweeps.
+            await asyncio.to_thread(self._packs.publish, ref)
+            row = PackRow(ref, summary.disk_bytes, summary.host_bytes)
+            await self._journal.call(self._journal.journal.add_pack, row, wrapped, self._clock_ms())
+        except WorkerDead:
+            self._packs.abandon(ref)
+            return None
+        except WorkerFailure as failure:
+            self._packs.abandon(ref)
+            return PackFailed(ref, order.device, failure.message)
+        except OSError as error:
+            with suppress(OSError):
+                self._packs.abandon(ref)
+            return PackFailed(ref, order.device, str(error))
+        return Packed(ref, order.device, summary.disk_bytes, summary.host_bytes)
+
+    async def drop(self, order: Drop) -> Event | None:
+        if order.tier is Tier.HOST:
+            self._segments.drop(order.ref)
+        else:
+            # The key first: from then on the file is noise, whatever happens to it.
+            await self._journal.call(self._journal.journal.remove_pack, order.ref)
+            await asyncio.to_thread(self._packs.drop, order.ref)
+        return Dropped(order.ref, order.tier)
+
+    async def run(self, ref: ModelRef, device: str, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        worker = self._workers.get((ref.tenant, device))
+        if worker is None:
+            raise _worker_died(ref)
+        frames = worker.run(ref, request)
+        try:
+            async for frame in frames:
+                yield frame
+        except WorkerDead:
+            raise _worker_died(ref) from None
+        finally:
+            await frames.aclose()  # type: ignore[attr-defined]
+
+    def _forget_held(self, ref: ModelRef, device: str) -> None:
+        held = self._held.get((ref.tenant, device))
+        if held is not None:
+            held.discard(ref)
+            if not held:
+                # Re-insert so that the dictionary's order is the order of becoming empty.
+                self._held[(ref.tenant, device)] = self._held.pop((ref.tenant, device))
+
+
+def _worker_died(ref: ModelRef) -> Refused:
+    return Refused(
+        RefusalReason.WORKER_DIED,
+        f"the process that held {ref.model} is gone; the same request will work again",
+        WORKER_DIED_RETRY_MS,
+    )
