@@ -1,0 +1,126 @@
+"""Who may pass the gateway's door, and what every answer says about its caller's limits.
+
+Covers: the key of each request (refused by default, whatever route is added later), the few open routes,
+metrics for this machine only, rate-limit headers. Does not cover: bodies, encodings and the error shape,
+which the router shares (``packer/http.py``), or what a key may see (``gateway``).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from agent.facade import NodeFacade, RateView
+from packer.http import (
+    DEVICE_HEADER,
+    NODE_HEADER,
+    RATE_LIMIT_HEADER,
+    RATE_REMAINING_HEADER,
+    RATE_RESET_HEADER,
+    RESTORE_MS_HEADER,
+    TIER_HEADER,
+    ApiError,
+    bearer_text,
+    invalid_key,
+)
+from packer.types import KeySpec, Tier
+
+# The routes that answer without a key. Health says only whether, never what.
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+# Needs no key, but a peer on this machine: a scraper seldom has a tenant's key, and numbers per tenant
+# are nobody else's business.
+LOCAL_PATHS = frozenset({"/metrics"})
+# A proxy on this machine would make every caller local; any of these says that one stands in between.
+FORWARDED_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+
+
+@dataclass(slots=True)
+class AnswerFacts:
+    """What a request's answer will say about how it was served; filled when it is granted."""
+
+    tier: Tier | None = None
+    restore_ms: int = 0
+    device: str = ""
+
+
+KEY: web.RequestKey[KeySpec] = web.RequestKey("key", KeySpec)
+FACTS: web.RequestKey[AnswerFacts] = web.RequestKey("facts", AnswerFacts)
+
+
+def require_key(node: NodeFacade) -> Middleware:
+    """Every request needs a valid key unless its route is on the written list; unknown paths need one too."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[FACTS] = AnswerFacts()
+        resource = request.match_info.route.resource
+        path = resource.canonical if resource is not None else ""
+        if path in OPEN_PATHS:
+            return await handler(request)
+        if path in LOCAL_PATHS:
+            if not is_local(request):
+                raise ApiError(403, "local_only", "This is answered to callers on this machine only.")
+            return await handler(request)
+        text = bearer_text(request)
+        key = node.find_key(text) if text else None
+        if key is None:
+            raise invalid_key()
+        request[KEY] = key
+        return await handler(request)
+
+    return check
+
+
+def is_local(request: web.Request) -> bool:
+    """Whether the peer is a process on this machine, with no proxy in between."""
+    if any(name in request.headers for name in FORWARDED_HEADERS) or request.transport is None:
+        return False
+    peer = request.transport.get_extra_info("peername")
+    if not isinstance(peer, tuple):
+        return True  # a unix socket has no address: its file's mode already chose who may connect
+    try:
+        address = ipaddress.ip_address(peer[0].partition("%")[0])
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def add_headers(app: web.Application, node: NodeFacade, node_name: str) -> None:
+    """Say on every answer, streamed and failed ones too, who served it, from where, and what is left."""
+
+    async def prepare(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers[NODE_HEADER] = node_name
+        facts, key = request.get(FACTS), request.get(KEY)
+        if facts is not None and facts.tier is not None:
+            response.headers[TIER_HEADER] = facts.tier.value
+            response.headers[RESTORE_MS_HEADER] = str(facts.restore_ms)
+            response.headers[DEVICE_HEADER] = facts.device
+        if key is not None:
+            response.headers.update(rate_headers(node.rate_view(key.tenant)))
+
+    app.on_response_prepare.append(prepare)
+
+
+def rate_headers(view: RateView) -> dict[str, str]:
+    """OpenAI's rate-limit headers; none when there is no limit, as a sentinel has broken clients before."""
+    if view.limit_requests is None:
+        return {}
+    return {
+        RATE_LIMIT_HEADER: str(view.limit_requests),
+        RATE_REMAINING_HEADER: str(max(view.remaining_requests, 0)),
+        RATE_RESET_HEADER: duration_text(max(view.reset_ms, 0)),
+    }
+
+
+def duration_text(span_ms: int) -> str:
+    """A span as OpenAI writes it: ``12ms``, ``1.5s``, ``6m0s``, ``1h2m3s``."""
+    if span_ms < 1000:
+        return f"{span_ms}ms"
+    minutes, rest_ms = divmod(span_ms, 60_000)
+    seconds = f"{rest_ms / 1000:.3f}".rstrip("0").rstrip(".")
+    hours, minutes = divmod(minutes, 60)
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + f"{seconds}s"
