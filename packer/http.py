@@ -403,11 +403,15 @@ def protect(app: web.Application, render: Render) -> None:
     app.on_response_prepare.append(_mark)
 
 
-def runner(app: web.Application) -> web.AppRunner:
-    """The one way to serve an app: bodies never inflated, a handler cancelled when its caller leaves."""
+def runner(app: web.Application, shutdown_seconds: float = 60.0) -> web.AppRunner:
+    """The one way to serve an app: bodies never inflated, a handler cancelled when its caller leaves.
+
+    ``shutdown_seconds``: how long requests that are being answered may take to end at an orderly stop.
+    """
     return web.AppRunner(
         app,
         access_log=None,
+        shutdown_timeout=shutdown_seconds,
         auto_decompress=False,
         handler_cancellation=True,
         max_line_size=HEADER_LINE_BYTES_MAX,
