@@ -1,0 +1,146 @@
+"""Bunkhouse's SDK: push models to a Bunkhouse and call them.
+
+    from bunkhouse import Client
+
+    with Client("http://127.0.0.1:8520", api_key=key) as client:
+        client.push("acme/minilm", "./all-MiniLM-L6-v2")
+        print(client.embed("acme/minilm", "hello").vectors[0][:4])
+
+Covers: the public names. Everything under a name that begins with an underscore is private. The
+clients are imported on first use, so that ``import bunkhouse`` stays a few milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bunkhouse._errors import (
+    STATUS_ERRORS,
+    ApiError,
+    AuthenticationFailed,
+    BadAnswer,
+    BadDirectory,
+    BadRequest,
+    BadValue,
+    BunkhouseError,
+    Conflict,
+    DoesNotFit,
+    NotFound,
+    PermissionDenied,
+    QuotaRefused,
+    RateLimited,
+    ServerFailed,
+    StreamFailed,
+    TimedOut,
+    TooLarge,
+    Unavailable,
+    Unreachable,
+)
+from bunkhouse._types import (
+    ByteQuota,
+    Classification,
+    Completion,
+    Device,
+    Embeddings,
+    Event,
+    Events,
+    Key,
+    Label,
+    Model,
+    ModelFile,
+    NewKey,
+    Node,
+    NodeToken,
+    Placement,
+    Placements,
+    Progress,
+    Quota,
+    QuotaUse,
+    Restores,
+    Served,
+    Tenant,
+    Usage,
+)
+from bunkhouse._version import __version__
+
+if TYPE_CHECKING:
+    from bunkhouse._async_client import AsyncClient
+    from bunkhouse._client import Client
+    from bunkhouse._retry import RetryPolicy
+    from bunkhouse._stream import AsyncTextStream, TextStream
+
+_LAZY = {
+    "AsyncClient": "bunkhouse._async_client",
+    "AsyncTextStream": "bunkhouse._stream",
+    "Client": "bunkhouse._client",
+    "RetryPolicy": "bunkhouse._retry",
+    "TextStream": "bunkhouse._stream",
+}
+
+__all__ = [
+    "STATUS_ERRORS",
+    "ApiError",
+    "AsyncClient",
+    "AsyncTextStream",
+    "AuthenticationFailed",
+    "BadAnswer",
+    "BadDirectory",
+    "BadRequest",
+    "BadValue",
+    "BunkhouseError",
+    "ByteQuota",
+    "Classification",
+    "Client",
+    "Completion",
+    "Conflict",
+    "Device",
+    "DoesNotFit",
+    "Embeddings",
+    "Event",
+    "Events",
+    "Key",
+    "Label",
+    "Model",
+    "ModelFile",
+    "NewKey",
+    "Node",
+    "NodeToken",
+    "NotFound",
+    "PermissionDenied",
+    "Placement",
+    "Placements",
+    "Progress",
+    "Quota",
+    "QuotaRefused",
+    "QuotaUse",
+    "RateLimited",
+    "Restores",
+    "RetryPolicy",
+    "Served",
+    "ServerFailed",
+    "StreamFailed",
+    "Tenant",
+    "TextStream",
+    "TimedOut",
+    "TooLarge",
+    "Unavailable",
+    "Unreachable",
+    "Usage",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a client when it is first named."""
+    import importlib
+
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'bunkhouse' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

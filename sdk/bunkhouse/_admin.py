@@ -1,0 +1,131 @@
+"""What each operator's method sends and how its answer is read.
+
+Covers: tenants, keys, quotas, nodes, ``ps`` and events under ``/api/v1``. Does not cover: tenants'
+calls (``_calls``). Creating a tenant, key or token is not repeatable: an unknown outcome is reported,
+not retried, because a second try would leave a secret that nobody has seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import Enum
+from typing import Final, Literal
+from urllib.parse import urlencode
+
+from bunkhouse import _decode
+from bunkhouse._request import Call, json_request, segment
+from bunkhouse._types import (
+    ByteQuota,
+    Events,
+    Key,
+    NewKey,
+    Node,
+    NodeToken,
+    Placements,
+    QuotaUse,
+    Tenant,
+)
+
+
+class Unset(Enum):
+    """Marks an argument that was not given, where None means "not limited"."""
+
+    UNSET = "unset"
+
+    def __repr__(self) -> str:
+        return "UNSET"
+
+
+UNSET: Final = Unset.UNSET
+MaybeInt = int | None | Literal[Unset.UNSET]
+
+
+def create_tenant(tenant: str) -> Call[Tenant]:
+    return Call(json_request("POST", "/api/v1/tenants", {"name": tenant}), _decode.one(_decode.tenant))
+
+
+def tenants() -> Call[tuple[Tenant, ...]]:
+    return Call(json_request("GET", "/api/v1/tenants", repeatable=True), _decode.items(_decode.tenant))
+
+
+def delete_tenant(tenant: str) -> Call[None]:
+    path = f"/api/v1/tenants/{segment(tenant, 'tenant')}"
+    return Call(json_request("DELETE", path, repeatable=True), _decode.nothing)
+
+
+def _keys_path(tenant: str) -> str:
+    return f"/api/v1/tenants/{segment(tenant, 'tenant')}/keys"
+
+
+def create_key(tenant: str, label: str | None, ttl_s: int | None) -> Call[NewKey]:
+    given: dict[str, object] = {"label": label, "ttl_s": ttl_s}
+    body = {name: value for name, value in given.items() if value is not None}
+    return Call(json_request("POST", _keys_path(tenant), body), _decode.one(_decode.new_key))
+
+
+def keys(tenant: str) -> Call[tuple[Key, ...]]:
+    return Call(json_request("GET", _keys_path(tenant), repeatable=True), _decode.items(_decode.key))
+
+
+def revoke_key(key_id: str) -> Call[None]:
+    path = f"/api/v1/keys/{segment(key_id, 'key_id')}"
+    return Call(json_request("DELETE", path, repeatable=True), _decode.nothing)
+
+
+def _quota_path(tenant: str) -> str:
+    return f"/api/v1/tenants/{segment(tenant, 'tenant')}/quota"
+
+
+def quota(tenant: str) -> Call[QuotaUse]:
+    return Call(json_request("GET", _quota_path(tenant), repeatable=True), _decode.one(_decode.quota_use))
+
+
+def set_quota(
+    tenant: str,
+    *,
+    device: ByteQuota | None,
+    host: ByteQuota | None,
+    disk: ByteQuota | None,
+    requests_per_minute: MaybeInt,
+    concurrency: MaybeInt,
+    weight: int | None,
+    priority: int | None,
+) -> Call[QuotaUse]:
+    """Only what is given is sent, and changes. A tier's quota is sent and replaced as a whole."""
+    body: dict[str, object] = {}
+    for tier, value in (("device", device), ("host", host), ("disk", disk)):
+        if value is not None:
+            body[tier] = asdict(value)
+    for name, limit in (("requests_per_minute", requests_per_minute), ("concurrency", concurrency)):
+        if limit is not UNSET:
+            body[name] = limit
+    for name, number in (("weight", weight), ("priority", priority)):
+        if number is not None:
+            body[name] = number
+    request = json_request("PATCH", _quota_path(tenant), body, repeatable=True)
+    return Call(request, _decode.one(_decode.quota_use))
+
+
+def nodes() -> Call[tuple[Node, ...]]:
+    return Call(json_request("GET", "/api/v1/nodes", repeatable=True), _decode.items(_decode.node))
+
+
+def create_node_token(name: str | None, ttl_s: int | None) -> Call[NodeToken]:
+    given: dict[str, object] = {"name": name, "ttl_s": ttl_s}
+    body = {field: value for field, value in given.items() if value is not None}
+    return Call(json_request("POST", "/api/v1/nodes/tokens", body), _decode.one(_decode.node_token))
+
+
+def delete_node(name: str) -> Call[None]:
+    path = f"/api/v1/nodes/{segment(name, 'name')}"
+    return Call(json_request("DELETE", path, repeatable=True), _decode.nothing)
+
+
+def ps() -> Call[Placements]:
+    return Call(json_request("GET", "/api/v1/ps", repeatable=True), _decode.one(_decode.placements))
+
+
+def events(after: int, limit: int, tenant: str | None) -> Call[Events]:
+    given = {"after": after, "limit": limit, "tenant": tenant}
+    query = urlencode({name: value for name, value in given.items() if value is not None})
+    return Call(json_request("GET", f"/api/v1/events?{query}", repeatable=True), _decode.one(_decode.events))

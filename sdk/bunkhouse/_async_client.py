@@ -1,0 +1,315 @@
+"""The async client: the methods of ``_client.Client`` on asyncio.
+
+Covers: one short method per call, over the same ``_calls``, ``_admin`` and ``_push``. Does not cover:
+what they send or how answers are read. Hashing and reading files during a push run in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
+
+from bunkhouse import _admin, _calls
+from bunkhouse._admin import UNSET, MaybeInt
+from bunkhouse._calls import EmbeddingInput, Message
+from bunkhouse._errors import BunkhouseError
+from bunkhouse._push import Done, advance, push_steps
+from bunkhouse._request import Answer, Call, resolve_address
+from bunkhouse._retry import RetryPolicy
+from bunkhouse._stream import AsyncTextStream
+from bunkhouse._transport import AsyncSender
+from bunkhouse._types import (
+    ByteQuota,
+    Classification,
+    Completion,
+    Embeddings,
+    Events,
+    Key,
+    Model,
+    NewKey,
+    Node,
+    NodeToken,
+    Placements,
+    ProgressCallback,
+    QuotaUse,
+    Tenant,
+)
+
+if TYPE_CHECKING:
+    import httpx2
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """A connection to a Bunkhouse control server, or to a node's gateway for the ``/v1`` calls.
+
+    ``base_url`` and ``api_key`` default to the environment's BUNKHOUSE_URL and BUNKHOUSE_API_KEY.
+    ``timeout_s`` overrides the limit of every call; by default it suits the call. Safe to share
+    between tasks of one event loop; close it, or use it in an ``async with`` statement.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float | None = None,
+        retry: RetryPolicy | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        address = resolve_address(base_url, api_key)
+        self._sender = AsyncSender(address, timeout_s, retry or RetryPolicy(), transport)
+
+    @property
+    def base_url(self) -> str:
+        return self._sender.address.base_url
+
+    def __repr__(self) -> str:
+        return f"AsyncClient(base_url={self.base_url!r})"
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._sender.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, call: Call[T]) -> T:
+        return call.parse(await self._sender.send(call.request))
+
+    async def _stream(self, call: Call[Completion]) -> AsyncTextStream:
+        head, response = await self._sender.open(_calls.streamed(call))
+        return AsyncTextStream(self._sender, head, response)
+
+    # Calling models.
+
+    async def embed(self, model: str, inputs: EmbeddingInput, *, dimensions: int | None = None) -> Embeddings:
+        """Embed one text, several, or token ids. One vector per input."""
+        return await self._run(_calls.embed(model, inputs, dimensions))
+
+    async def classify(self, model: str, inputs: str | Sequence[str]) -> Classification:
+        """Classify one text or several. One label per input."""
+        return await self._run(_calls.classify(model, inputs))
+
+    @overload
+    async def chat(
+        self,
+        model: str,
+        messages: str | Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Completion: ...
+    @overload
+    async def chat(
+        self,
+        model: str,
+        messages: str | Sequence[Message],
+        *,
+        stream: Literal[True],
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> AsyncTextStream: ...
+    async def chat(
+        self,
+        model: str,
+        messages: str | Sequence[Message],
+        *,
+        stream: bool = False,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Completion | AsyncTextStream:
+        """Answer a conversation (a string is one user message). ``stream=True`` iterates over text."""
+        call = _calls.chat(
+            model,
+            messages,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+        )
+        if stream:
+            return await self._stream(call)
+        return await self._run(call)
+
+    @overload
+    async def complete(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        stream: Literal[False] = False,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Completion: ...
+    @overload
+    async def complete(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        stream: Literal[True],
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> AsyncTextStream: ...
+    async def complete(
+        self,
+        model: str,
+        prompt: str,
+        *,
+        stream: bool = False,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Completion | AsyncTextStream:
+        """Continue a text. ``stream=True`` iterates over text as it is generated."""
+        call = _calls.complete(
+            model, prompt, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
+        )
+        if stream:
+            return await self._stream(call)
+        return await self._run(call)
+
+    # Models.
+
+    async def push(
+        self,
+        model: str,
+        directory: str | os.PathLike[str],
+        progress: ProgressCallback | None = None,
+        *,
+        ignore: Iterable[str] = (),
+    ) -> Model:
+        """Upload a Hugging Face style directory as a version of ``tenant/name``.
+
+        Resumes where an interrupted push of the same files stopped, and uploads nothing when the
+        latest version is the same. ``ignore``: glob patterns of files to leave out. ``progress`` is
+        called from a worker thread.
+        """
+        patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+        steps = push_steps(model, directory, patterns, progress)
+        outcome: Answer | BunkhouseError | None = None
+        while True:
+            step = await asyncio.to_thread(advance, steps, outcome)
+            if isinstance(step, Done):
+                return step.model
+            try:
+                outcome = await self._sender.send(step)
+            except BunkhouseError as error:
+                outcome = error
+
+    async def register(self, model: str, origin: str) -> Model:
+        """Register a directory that the server reads itself, by URL, instead of uploading it."""
+        return await self._run(_calls.register(model, origin))
+
+    async def models(self, tenant: str | None = None) -> tuple[Model, ...]:
+        """All versions this key may see, or one tenant's."""
+        return await self._run(_calls.models(tenant))
+
+    async def model(self, model: str) -> Model:
+        """One version; the latest when the reference names none."""
+        return await self._run(_calls.model(model))
+
+    async def delete_model(self, model: str) -> None:
+        """Delete a version, or with ``tenant/name`` all of them."""
+        await self._run(_calls.delete_model(model))
+
+    # Tenants, keys and quotas.
+
+    async def create_tenant(self, tenant: str) -> Tenant:
+        return await self._run(_admin.create_tenant(tenant))
+
+    async def tenants(self) -> tuple[Tenant, ...]:
+        return await self._run(_admin.tenants())
+
+    async def delete_tenant(self, tenant: str) -> None:
+        """Delete a tenant with its keys and models."""
+        await self._run(_admin.delete_tenant(tenant))
+
+    async def create_key(self, tenant: str, *, label: str | None = None, ttl_s: int | None = None) -> NewKey:
+        """Create a key. The answer holds the only copy of its text."""
+        return await self._run(_admin.create_key(tenant, label, ttl_s))
+
+    async def keys(self, tenant: str) -> tuple[Key, ...]:
+        return await self._run(_admin.keys(tenant))
+
+    async def revoke_key(self, key_id: str) -> None:
+        await self._run(_admin.revoke_key(key_id))
+
+    async def quota(self, tenant: str) -> QuotaUse:
+        """A tenant's quota and its use on each node."""
+        return await self._run(_admin.quota(tenant))
+
+    async def set_quota(
+        self,
+        tenant: str,
+        *,
+        device: ByteQuota | None = None,
+        host: ByteQuota | None = None,
+        disk: ByteQuota | None = None,
+        requests_per_minute: MaybeInt = UNSET,
+        concurrency: MaybeInt = UNSET,
+        weight: int | None = None,
+        priority: int | None = None,
+    ) -> QuotaUse:
+        """Change what is given and keep the rest. None for a rate means not limited."""
+        return await self._run(
+            _admin.set_quota(
+                tenant,
+                device=device,
+                host=host,
+                disk=disk,
+                requests_per_minute=requests_per_minute,
+                concurrency=concurrency,
+                weight=weight,
+                priority=priority,
+            )
+        )
+
+    # The fleet.
+
+    async def nodes(self) -> tuple[Node, ...]:
+        return await self._run(_admin.nodes())
+
+    async def create_node_token(self, *, name: str | None = None, ttl_s: int | None = None) -> NodeToken:
+        """Create a join token for one node. Hand it over in a file, never on a command line."""
+        return await self._run(_admin.create_node_token(name, ttl_s))
+
+    async def delete_node(self, name: str) -> None:
+        await self._run(_admin.delete_node(name))
+
+    async def ps(self) -> Placements:
+        """Where every version's bytes are now, and what it has done."""
+        return await self._run(_admin.ps())
+
+    async def events(self, *, after: int = 0, limit: int = 100, tenant: str | None = None) -> Events:
+        """What happened, oldest first, after the event with id ``after``."""
+        return await self._run(_admin.events(after, limit, tenant))

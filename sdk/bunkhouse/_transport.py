@@ -1,0 +1,270 @@
+"""Moves requests and answers over HTTP, with retries: once blocking, once async.
+
+Covers: the two senders over httpx2, the mapping of its exceptions, limits on what is read. Does not
+cover: what to send (``_calls``), whether to retry (``_retry``). Imported on the first client, not
+with the package: httpx2 costs about 100 ms to import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import httpx2
+
+from bunkhouse._errors import BadAnswer, TimedOut, Unreachable
+from bunkhouse._request import ANSWER_BYTES_MAX, Address, Answer, Request, error_of
+from bunkhouse._retry import RetryBudget, RetryPolicy, Tries
+from bunkhouse._version import __version__
+
+# A server that does not accept a connection in this time is away; its answers may take far longer.
+CONNECT_TIMEOUT_S = 5.0
+# Connections kept open per client; one per concurrent call is enough, idle ones cost the server.
+CONNECTIONS_MAX = 100
+CONNECTIONS_IDLE_MAX = 20
+USER_AGENT = f"bunkhouse-python/{__version__} python/{platform.python_version()}"
+
+
+def _headers(address: Address) -> dict[str, str]:
+    headers = {
+        "user-agent": USER_AGENT,
+        "accept": "application/json",
+        # Answers are read against a limit in bytes; compression would let a small one grow past it.
+        "accept-encoding": "identity",
+    }
+    if address.api_key:
+        headers["authorization"] = f"Bearer {address.api_key}"
+    return headers
+
+
+def _limits() -> httpx2.Limits:
+    return httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=CONNECTIONS_IDLE_MAX)
+
+
+def _timeout(request: Request, timeout_s: float | None) -> httpx2.Timeout:
+    limit_s = request.timeout_s if timeout_s is None else timeout_s
+    return httpx2.Timeout(limit_s, connect=min(CONNECT_TIMEOUT_S, limit_s))
+
+
+def _unreachable(address: Address, error: httpx2.HTTPError) -> Unreachable:
+    """What an exception of httpx2 means to a caller."""
+    where = address.base_url
+    reason = str(error) or type(error).__name__
+    if isinstance(error, (httpx2.ConnectError, httpx2.ProxyError)):
+        return Unreachable(f"cannot reach {where}: {reason}", sent=False)
+    if isinstance(error, httpx2.ConnectTimeout):
+        return TimedOut(f"cannot reach {where}: no connection within {CONNECT_TIMEOUT_S:g} s", sent=False)
+    if isinstance(error, httpx2.PoolTimeout):
+        return TimedOut(f"all {CONNECTIONS_MAX} connections of this client are busy", sent=False)
+    if isinstance(error, httpx2.TimeoutException):
+        return TimedOut(f"no answer from {where} in time: {reason}", sent=True)
+    return Unreachable(f"the connection to {where} broke: {reason}", sent=True)
+
+
+def _answer_head(response: httpx2.Response) -> Answer:
+    return Answer(response.status_code, {name.lower(): value for name, value in response.headers.items()})
+
+
+class _BodyBuffer:
+    """Collects a body up to the limit."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def add(self, chunk: bytes) -> None:
+        if len(self.data) + len(chunk) > ANSWER_BYTES_MAX:
+            raise BadAnswer(
+                f"the answer is above the limit of {ANSWER_BYTES_MAX} bytes: ask for less at once"
+            )
+        self.data += chunk
+
+
+class Sender:
+    """Blocking. Safe to share between threads."""
+
+    def __init__(
+        self,
+        address: Address,
+        timeout_s: float | None,
+        retry: RetryPolicy,
+        transport: httpx2.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._budget = RetryBudget()
+        self._sleep = sleep
+        self._http = httpx2.Client(
+            base_url=address.base_url,
+            headers=_headers(address),
+            limits=_limits(),
+            transport=transport,
+            # A proxy set for the office network must not stand between us and this machine.
+            trust_env=not address.loopback,
+        )
+
+    def close(self) -> None:
+        self._http.close()
+
+    def send(self, request: Request) -> Answer:
+        """Send until the outcome is final; raise it unless it is a success or accepted."""
+        tries = Tries(self._retry, self._budget)
+        while True:
+            try:
+                outcome: Answer | Unreachable = self._read(self._open(request))
+            except Unreachable as error:
+                outcome = error
+            delay_s = tries.wait_s(request, outcome, time.time())
+            if delay_s is None:
+                return _final(request, outcome)
+            self._sleep(delay_s)
+
+    def open(self, request: Request) -> tuple[Answer, httpx2.Response]:
+        """Like ``send``, but returns as soon as the head of a success is there; the caller closes it."""
+        tries = Tries(self._retry, self._budget)
+        while True:
+            outcome: Answer | Unreachable
+            try:
+                response = self._open(request)
+                head = _answer_head(response)
+                if 200 <= head.status < 300:
+                    tries.wait_s(request, head, 0.0)
+                    return head, response
+                outcome = self._read(response)
+            except Unreachable as error:
+                outcome = error
+            delay_s = tries.wait_s(request, outcome, time.time())
+            if delay_s is None:
+                _final(request, outcome)
+                raise BadAnswer("the server answered a stream with an empty status")
+            self._sleep(delay_s)
+
+    def broken(self, error: httpx2.HTTPError) -> Unreachable:
+        """The exception for an error while a stream is read."""
+        return _unreachable(self.address, error)
+
+    def _open(self, request: Request) -> httpx2.Response:
+        try:
+            built = self._http.build_request(
+                request.method,
+                request.path,
+                content=request.body,
+                headers=dict(request.headers),
+                timeout=_timeout(request, self._timeout_s),
+            )
+            return self._http.send(built, stream=True)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self.address, error) from error
+
+    def _read(self, response: httpx2.Response) -> Answer:
+        body = _BodyBuffer()
+        try:
+            for chunk in response.iter_raw():
+                body.add(chunk)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self.address, error) from error
+        finally:
+            response.close()
+        return replace(_answer_head(response), body=bytes(body.data))
+
+
+class AsyncSender:
+    """The same on asyncio."""
+
+    def __init__(
+        self,
+        address: Address,
+        timeout_s: float | None,
+        retry: RetryPolicy,
+        transport: httpx2.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._retry = retry
+        self._budget = RetryBudget()
+        self._sleep = sleep
+        self._http = httpx2.AsyncClient(
+            base_url=address.base_url,
+            headers=_headers(address),
+            limits=_limits(),
+            transport=transport,
+            trust_env=not address.loopback,
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def send(self, request: Request) -> Answer:
+        """Send until the outcome is final; raise it unless it is a success or accepted."""
+        tries = Tries(self._retry, self._budget)
+        while True:
+            try:
+                outcome: Answer | Unreachable = await self._read(await self._open(request))
+            except Unreachable as error:
+                outcome = error
+            delay_s = tries.wait_s(request, outcome, time.time())
+            if delay_s is None:
+                return _final(request, outcome)
+            await self._sleep(delay_s)
+
+    async def open(self, request: Request) -> tuple[Answer, httpx2.Response]:
+        """Like ``send``, but returns as soon as the head of a success is there; the caller closes it."""
+        tries = Tries(self._retry, self._budget)
+        while True:
+            outcome: Answer | Unreachable
+            try:
+                response = await self._open(request)
+                head = _answer_head(response)
+                if 200 <= head.status < 300:
+                    tries.wait_s(request, head, 0.0)
+                    return head, response
+                outcome = await self._read(response)
+            except Unreachable as error:
+                outcome = error
+            delay_s = tries.wait_s(request, outcome, time.time())
+            if delay_s is None:
+                _final(request, outcome)
+                raise BadAnswer("the server answered a stream with an empty status")
+            await self._sleep(delay_s)
+
+    def broken(self, error: httpx2.HTTPError) -> Unreachable:
+        """The exception for an error while a stream is read."""
+        return _unreachable(self.address, error)
+
+    async def _open(self, request: Request) -> httpx2.Response:
+        try:
+            built = self._http.build_request(
+                request.method,
+                request.path,
+                content=request.body,
+                headers=dict(request.headers),
+                timeout=_timeout(request, self._timeout_s),
+            )
+            return await self._http.send(built, stream=True)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self.address, error) from error
+
+    async def _read(self, response: httpx2.Response) -> Answer:
+        body = _BodyBuffer()
+        try:
+            async for chunk in response.aiter_raw():
+                body.add(chunk)
+        except httpx2.HTTPError as error:
+            raise _unreachable(self.address, error) from error
+        finally:
+            await response.aclose()
+        return replace(_answer_head(response), body=bytes(body.data))
+
+
+def _final(request: Request, outcome: Answer | Unreachable) -> Answer:
+    """The answer, if the caller wants it; else the exception it stands for."""
+    if isinstance(outcome, Unreachable):
+        raise outcome
+    if 200 <= outcome.status < 300 or outcome.status in request.accepts:
+        return outcome
+    raise error_of(outcome, time.time())

@@ -1,0 +1,288 @@
+"""The public values: what calls return and what some of them take.
+
+Covers: frozen dataclasses only. Does not cover: how they are read from the wire (``_decode``), or
+errors (``_errors``). Sizes are bytes and times are milliseconds, as their names say; ``_ms`` values
+that are points in time count from the Unix epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How one answer came to be: from the ``x-request-id`` and ``x-bunkhouse-*`` response headers.
+
+    ``tier`` is where the weights were when the request arrived (``device`` means warm) and
+    ``restore_ms`` how long it took to bring them to the device. None when the header is absent.
+    """
+
+    request_id: str | None = None
+    node: str | None = None
+    tier: str | None = None
+    restore_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """One vector per input, in the order of the inputs."""
+
+    model: str
+    vectors: list[list[float]]
+    prompt_tokens: int
+    served: Served
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A generated text, from ``chat`` or ``complete``."""
+
+    model: str
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    served: Served
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """The class of one input: its name, and the probability of every class by position."""
+
+    label: str
+    probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """One label per input, in the order of the inputs."""
+
+    model: str
+    labels: tuple[Label, ...]
+    prompt_tokens: int
+    served: Served
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """One file of a version: relative path, exact size, sha256 in hex."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One immutable version of a model. ``ref`` is ``tenant/name@version``."""
+
+    ref: str
+    tenant: str
+    name: str
+    version: str
+    latest: bool
+    task: str
+    engine: str
+    image_bytes: int
+    workspace_bytes: int
+    origin: str
+    created_ms: int
+    files: tuple[ModelFile, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """An account."""
+
+    tenant: str
+    created_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key as it may be listed: never its secret."""
+
+    key_id: str
+    tenant: str | None  # None: an operator's key
+    label: str | None = None
+    created_ms: int | None = None
+    expires_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key just created. ``key`` is the only copy of its text there will ever be; ``repr`` hides it."""
+
+    key_id: str
+    tenant: str | None
+    key: str = field(repr=False)
+    label: str | None = None
+    created_ms: int | None = None
+    expires_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ByteQuota:
+    """Bytes of one tier on one node: ``reserved`` is guaranteed, ``max`` is hard (None: no cap)."""
+
+    reserved: int = 0
+    max: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Everything a tenant is promised and limited to on one node. None means not limited."""
+
+    device: ByteQuota = ByteQuota()
+    host: ByteQuota = ByteQuota()
+    disk: ByteQuota = ByteQuota()
+    requests_per_minute: int | None = None
+    concurrency: int | None = None
+    weight: int = 1
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """A tenant's use of one node, counted since that node's agent started."""
+
+    node: str | None
+    tenant: str
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    in_flight: int
+    requests: int
+    answers: int
+    refusals: int
+    tokens: int
+    device_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaUse:
+    """A tenant's quota and its use on each node."""
+
+    tenant: str
+    quota: Quota
+    usage: tuple[Usage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of a node. ``foreign_bytes`` is what processes that are not ours hold there."""
+
+    node: str | None
+    device: str
+    kind: str
+    name: str
+    budget_bytes: int
+    used_bytes: int
+    foreign_bytes: int
+    healthy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A box that joined."""
+
+    name: str
+    state: str
+    gateway_url: str | None
+    joined_ms: int | None
+    last_beat_ms: int | None
+    draining: bool
+    devices: tuple[Device, ...]
+    host_budget_bytes: int
+    host_used_bytes: int
+    disk_budget_bytes: int
+    disk_used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeToken:
+    """A join token: single use, short-lived. ``repr`` hides its text."""
+
+    token_id: str
+    token: str = field(repr=False)
+    expires_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Restores:
+    """Restores of one model from one tier since the node's agent started."""
+
+    from_tier: str
+    count: int
+    restore_ms_p50: int
+    restore_ms_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a version's bytes are on one node, and what it has done there."""
+
+    node: str
+    ref: str
+    state: str
+    device: str | None
+    leases: int
+    waiting: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    requests: int
+    answers: int
+    restores: tuple[Restores, ...]
+    last_used_ms: int  # 0 when never
+
+
+@dataclass(frozen=True, slots=True)
+class Placements:
+    """What ``ps`` returns: a row per model and node, and the devices (an operator sees all)."""
+
+    items: tuple[Placement, ...]
+    devices: tuple[Device, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One fact that a node or control recorded."""
+
+    id: int
+    node: str | None
+    at_ms: int
+    kind: str
+    tenant: str
+    model: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """A page of events, oldest first. Pass ``next`` as ``after`` to continue."""
+
+    items: tuple[Event, ...]
+    next: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a push is.
+
+    ``hash`` and ``upload`` count bytes of all files together. ``skip`` names a file that is left out
+    because no engine reads it; its ``message`` says so.
+    """
+
+    step: Literal["hash", "upload", "skip"]
+    path: str
+    done_bytes: int
+    total_bytes: int
+    message: str = ""
+
+
+# Called while a push runs; ``AsyncClient`` calls it from a worker thread.
+ProgressCallback = Callable[[Progress], None]
