@@ -1,0 +1,236 @@
+"""A node that exists only in memory: what the gateway's tests drive instead of the loop and workers.
+
+Covers: ``NodeFacade`` with scripted refusals, restores that wait until a test lets them go, an engine that
+answers deterministically, and a log of what happened. Does not cover: budgets, tiers or real weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from agent.facade import EngineError, EngineFrame, EngineRequest, Lease, RateView, Refused
+from agent.gateway import GatewayConfig, build_app
+from packer.http import KeyText, check_key, make_key, runner
+from packer.types import BadValue, KeySpec, ModelRef, ModelSpec, Task, Tier, parse_model
+
+NOW_MS = 1_700_000_000_000
+DIMENSIONS = 8
+LABELS = ("negative", "positive")
+VERSION = "0123456789abcdef"
+OLDER = "fedcba9876543210"
+# A deadline for what must happen at once; reaching it fails the test.
+SOON_SECONDS = 10.0
+
+Script = Callable[[EngineRequest], AsyncIterator[EngineFrame]]
+
+
+def spec_of(tenant: str, name: str, task: Task, version: str = VERSION, latest: bool = True) -> ModelSpec:
+    return ModelSpec(
+        ref=ModelRef(tenant, name, version),
+        origin="control:",
+        files=(),
+        engine="transformers",
+        task=task,
+        image_bytes=4096,
+        chunk_bytes=(4096,),
+        workspace_bytes=4096,
+        created_ms=NOW_MS if latest else NOW_MS - 1000,
+        latest=latest,
+    )
+
+
+def vector_of(text: object) -> list[float]:
+    """Eight float32 numbers that depend on the text."""
+    digest = hashlib.sha256(repr(text).encode()).digest()
+    return [struct.unpack("<f", struct.pack("<f", byte / 255))[0] for byte in digest[:DIMENSIONS]]
+
+
+def _listed(request: EngineRequest, name: str) -> Sequence[object]:
+    value = request.fields[name]
+    assert isinstance(value, list)
+    return value
+
+
+async def answer(request: EngineRequest) -> AsyncIterator[EngineFrame]:
+    """The engine: vectors from hashes, labels by length, and a generator that repeats the prompt's words."""
+    if request.op == "embed":
+        inputs = _listed(request, "inputs")
+        body = b"".join(struct.pack(f"<{DIMENSIONS}f", *vector_of(one)) for one in inputs)
+        header = {"count": len(inputs), "dimensions": DIMENSIONS, "prompt_tokens": 3 * len(inputs)}
+        yield EngineFrame(header, body)
+    elif request.op == "classify":
+        inputs = _listed(request, "inputs")
+        body = b"".join(struct.pack("<2f", 0.25, 0.75) for _ in inputs)
+        yield EngineFrame({"labels": list(LABELS), "prompt_tokens": len(inputs)}, body)
+    else:
+        fields = request.fields
+        if "messages" in fields:
+            prompt = " ".join(
+                str(one["content"]) for one in _listed(request, "messages") if isinstance(one, dict)
+            )
+        else:
+            prompt = str(fields.get("prompt", fields.get("tokens")))
+        limit = fields.get("max_tokens", 1000)
+        assert isinstance(limit, int)
+        words = prompt.split()
+        for word in words[:limit]:
+            yield EngineFrame({"delta": word + " "})
+        reason = "stop" if len(words) <= limit else "length"
+        counts = {"prompt_tokens": len(words), "completion_tokens": min(len(words), limit)}
+        yield EngineFrame({"finish_reason": reason, **counts})
+
+
+@dataclass
+class FakeLease:
+    node: FakeNode
+    request_id: str
+    tier: Tier
+    restore_ms: int
+    device: str = "cpu:0"
+
+    async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        self.node.orders.append(request)
+        done = False
+        try:
+            async for frame in self.node.script(request):
+                yield frame
+            done = True
+        finally:
+            self.node.log(self.request_id, "ran" if done else "stopped")
+
+
+@dataclass
+class FakeNode:
+    """``hold``: leases wait for ``go``. ``refused``: what ``lease`` raises, by model name."""
+
+    hold: bool = False
+    tier: Tier = Tier.DISK
+    restore_ms: int = 37
+    script: Script = answer
+    rates: RateView = field(default_factory=lambda: RateView(None, 0, 0))
+    refused: dict[str, Refused] = field(default_factory=dict)
+    models: dict[ModelRef, ModelSpec] = field(default_factory=dict)
+    keys: dict[str, KeySpec] = field(default_factory=dict)
+    orders: list[EngineRequest] = field(default_factory=list)
+    events: list[tuple[str, str]] = field(default_factory=list)
+    is_ready: bool = True
+
+    def __post_init__(self) -> None:
+        self.go = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._pending: set[asyncio.Task[None]] = set()
+        for tenant in ("acme", "globex"):
+            for name, task in (
+                ("embed", Task.EMBEDDING),
+                ("moods", Task.CLASSIFICATION),
+                ("chat", Task.GENERATION),
+            ):
+                self.add(spec_of(tenant, name, task))
+        self.add(spec_of("acme", "embed", Task.EMBEDDING, OLDER, latest=False))
+        self.add(spec_of("globex", "secret", Task.EMBEDDING))
+        self.acme = self.add_key("acme")
+        self.globex = self.add_key("globex")
+        self.expired = self.add_key("acme", expires_ms=NOW_MS)
+
+    def add(self, spec: ModelSpec) -> None:
+        self.models[spec.ref] = spec
+
+    def add_key(self, tenant: str, expires_ms: int | None = None) -> str:
+        key: KeyText = make_key()
+        self.keys[key.key_id] = KeySpec(key.key_id, key.secret_sha256, tenant, expires_ms)
+        return key.text
+
+    def log(self, request_id: str, what: str) -> None:
+        self.events.append((request_id, what))
+        task = asyncio.get_running_loop().create_task(self._notify())
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def happened(self, what: str, times: int = 1) -> None:
+        """Wait until ``what`` is in the log ``times`` times."""
+        async with asyncio.timeout(SOON_SECONDS), self._changed:
+            await self._changed.wait_for(lambda: sum(one == what for _, one in self.events) >= times)
+
+    # --- NodeFacade -----------------------------------------------------------------------------------
+
+    def find_key(self, key_text: str) -> KeySpec | None:
+        return check_key(self.keys, key_text, NOW_MS)
+
+    def models_of(self, tenant: str) -> Sequence[ModelSpec]:
+        return [spec for spec in self.models.values() if spec.ref.tenant == tenant]
+
+    def resolve(self, tenant: str, text: str) -> ModelSpec | None:
+        try:
+            model, version = parse_model(text)
+        except BadValue:
+            return None
+        for spec in self.models_of(tenant):
+            if spec.ref.model == model and (spec.latest if version is None else spec.ref.version == version):
+                return spec
+        return None
+
+    @asynccontextmanager
+    async def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int) -> AsyncIterator[Lease]:
+        assert timeout_ms > 0
+        self.log(request_id, "requested")
+        if self.hold:
+            try:
+                await self.go.wait()
+            except asyncio.CancelledError:
+                self.log(request_id, "withdrawn")
+                raise
+        if spec.ref.name in self.refused:
+            raise self.refused[spec.ref.name]
+        self.log(request_id, "granted")
+        try:
+            yield FakeLease(self, request_id, self.tier, self.restore_ms)
+        finally:
+            self.log(request_id, "finished")
+
+    def rate_view(self, tenant: str) -> RateView:
+        return self.rates
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    def metrics_text(self) -> str:
+        return "# TYPE bunkhouse_up gauge\nbunkhouse_up 1\n"
+
+
+def too_long(field_name: str) -> Script:
+    """An engine that finds every input too long."""
+
+    async def script(request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        if request.op:
+            raise EngineError("context_length_exceeded", "9 tokens; the model reads at most 8", field_name)
+        yield EngineFrame()
+
+    return script
+
+
+@asynccontextmanager
+async def served(
+    node: FakeNode, *, keep_alive_ms: int = 3000, stall_seconds: float = 60.0
+) -> AsyncIterator[str]:
+    """The gateway over ``node`` on a real socket; gives its base URL."""
+    app = build_app(node, GatewayConfig("box-1", keep_alive_ms=keep_alive_ms, stall_seconds=stall_seconds))
+    running = runner(app)
+    await running.setup()
+    try:
+        site = web.TCPSite(running, "127.0.0.1", 0)
+        await site.start()
+        port = running.addresses[0][1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        await running.cleanup()

@@ -1,0 +1,595 @@
+"""The node's gateway over real sockets, driven by the unmodified ``openai`` client and by plain HTTP.
+
+Covers: every route's answer, streams, headers, refusals, callers that leave or stop reading. Does not
+cover: callers without a right to ask (``attacks/test_gateway_auth.py``), paths and hostile bodies
+(``attacks/test_gateway_paths.py``, ``attacks/test_gateway_bodies.py``), or real models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from fake_node import DIMENSIONS, OLDER, SOON_SECONDS, FakeNode, served, too_long, vector_of
+
+from agent.facade import EngineError, EngineFrame, EngineRequest, RateView, Refused
+from agent.guard import duration_text
+from packer.events import RefusalReason
+from packer.http import REFUSAL_STATUS, check_key, make_key, parse_key
+from packer.types import KeySpec, Tier
+
+
+@asynccontextmanager
+async def client(url: str, key: str, retries: int = 0) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=retries) as found:
+        yield found
+
+
+async def post(url: str, path: str, key: str, body: object) -> tuple[int, dict[str, str], Any]:
+    """One JSON request by plain HTTP: status, headers in lower case, decoded body."""
+    async with aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {key}"}
+        async with session.post(url + path, json=body, headers=headers) as answer:
+            lowered = {name.lower(): value for name, value in answer.headers.items()}
+            return answer.status, lowered, json.loads(await answer.read())
+
+
+def chat_body(**more: object) -> dict[str, object]:
+    return {"model": "acme/chat", "messages": [{"role": "user", "content": "one two three"}], **more}
+
+
+# --- models and embeddings ------------------------------------------------------------------------------
+
+
+async def test_models_lists_only_the_callers_tenant_latest_first() -> None:
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        ids = [model.id async for model in await api.models.list()]
+    assert ids == ["acme/chat", "acme/embed", f"acme/embed@{OLDER}", "acme/moods"]
+
+
+async def test_one_model_by_raw_and_encoded_slash() -> None:
+    """``openai`` encodes the slash of a model's name; other clients do not. Both find it."""
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        assert (await api.models.retrieve("acme/embed")).owned_by == "acme"
+        assert (await api.models.retrieve(f"acme/embed@{OLDER}")).id == f"acme/embed@{OLDER}"
+        async with aiohttp.ClientSession() as session:
+            headers = {"Authorization": f"Bearer {node.acme}"}
+            async with session.get(f"{url}/v1/models/acme/embed", headers=headers) as answer:
+                assert (await answer.json())["id"] == "acme/embed"
+
+
+async def test_embeddings_base64_and_float_agree_to_the_bit() -> None:
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        default = await api.embeddings.create(model="acme/embed", input=["a", "b"])
+        floats = await api.embeddings.create(model="acme/embed", input=["a", "b"], encoding_format="float")
+    assert [one.embedding for one in default.data] == [vector_of("a"), vector_of("b")]
+    assert [one.embedding for one in floats.data] == [vector_of("a"), vector_of("b")]
+    assert [one.index for one in default.data] == [0, 1]
+    assert default.usage.prompt_tokens == default.usage.total_tokens == 6
+
+
+async def test_every_form_of_input_reaches_the_engine_as_a_list() -> None:
+    node = FakeNode()
+    forms: list[Any] = ["text", ["a", "b"], [1, 2, 3], [[1], [2, 3]]]
+    async with served(node) as url, client(url, node.acme) as api:
+        for form in forms:
+            await api.embeddings.create(model="acme/embed", input=form)
+    seen = [order.fields["inputs"] for order in node.orders]
+    assert seen == [["text"], ["a", "b"], [[1, 2, 3]], [[1], [2, 3]]]
+
+
+async def test_a_long_list_of_tokens_is_one_input_not_too_many() -> None:
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        await api.embeddings.create(model="acme/embed", input=list(range(5000)))
+    assert len(node.orders) == 1
+
+
+async def test_a_large_answer_is_complete() -> None:
+    """2,048 inputs, the limit: the answer is written on a thread and still in order."""
+    node = FakeNode()
+    inputs = [f"text {i}" for i in range(2048)]
+    async with served(node) as url, client(url, node.acme) as api:
+        found = await api.embeddings.create(model="acme/embed", input=inputs, encoding_format="float")
+    assert [one.embedding for one in found.data] == [vector_of(one) for one in inputs]
+
+
+async def test_dimensions_must_be_the_models_own() -> None:
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        await api.embeddings.create(model="acme/embed", input="a", dimensions=DIMENSIONS)
+        with pytest.raises(openai.BadRequestError, match="gives 8 and can not be shortened") as caught:
+            await api.embeddings.create(model="acme/embed", input="a", dimensions=4)
+    assert caught.value.param == "dimensions"
+
+
+async def test_classify_answers_in_vllms_shape() -> None:
+    node = FakeNode()
+    async with served(node) as url:
+        status, _, answer = await post(
+            url, "/v1/classify", node.acme, {"model": "acme/moods", "input": ["a", "b"]}
+        )
+    assert status == 200
+    item = {"index": 1, "label": "positive", "probs": [0.25, 0.75], "num_classes": 2}
+    assert answer["data"][1] == item
+    assert answer["labels"] == ["negative", "positive"]
+    assert answer["usage"] == {"prompt_tokens": 2, "total_tokens": 2, "completion_tokens": 0}
+
+
+# --- generation -----------------------------------------------------------------------------------------
+
+
+async def test_chat_answers_whole() -> None:
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        answer = await api.chat.completions.create(
+            model="acme/chat",
+            messages=[
+                {"role": "developer", "content": "be brief"},
+                {"role": "user", "content": [{"type": "text", "text": "one two"}]},
+            ],
+            max_completion_tokens=3,
+            temperature=0,
+            top_p=0.5,
+            seed=7,
+            stop=["x"],
+        )
+    assert answer.choices[0].message.content == "be brief one "
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        4,
+        3,
+        7,
+    )
+    fields = dict(node.orders[0].fields)
+    assert fields.pop("messages") == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one two"},
+    ]
+    assert fields == {"max_tokens": 3, "temperature": 0.0, "top_p": 0.5, "seed": 7, "stop": ["x"]}
+
+
+async def test_chat_streams_with_usage_last() -> None:
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        stream = await api.chat.completions.create(
+            model="acme/chat",
+            messages=[{"role": "user", "content": "one two"}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in stream]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == "one two "
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == 4
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_the_synchronous_client_streams_too() -> None:
+    """``OpenAI`` in a thread, as most callers use it, while the server's loop runs in this one."""
+
+    def ask(url: str, key: str) -> str:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as api:
+            stream = api.completions.create(model="acme/chat", prompt="one two", stream=True)
+            return "".join(chunk.choices[0].text for chunk in stream)
+
+    async def run() -> str:
+        node = FakeNode()
+        async with served(node) as url:
+            return await asyncio.to_thread(ask, url, node.acme)
+
+    assert asyncio.run(run()) == "one two "
+
+
+async def test_completions_takes_several_prompts_in_order() -> None:
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        answer = await api.completions.create(model="acme/chat", prompt=["one two", "three"])
+        stream = await api.completions.create(model="acme/chat", prompt=["one two", "three"], stream=True)
+        chunks = [chunk.choices[0] async for chunk in stream]
+    assert [(one.index, one.text) for one in answer.choices] == [(0, "one two "), (1, "three ")]
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 6
+    assert "".join(one.text for one in chunks if one.index == 0) == "one two "
+    assert "".join(one.text for one in chunks if one.index == 1) == "three "
+    assert node.orders[0].fields["max_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("n", chat_body(n=2)),
+        ("tools", chat_body(tools=[{"type": "function"}])),
+        ("response_format", chat_body(response_format={"type": "json_object"})),
+        ("logprobs", chat_body(logprobs=True)),
+        ("presence_penalty", chat_body(presence_penalty=0.5)),
+        ("stream_options", chat_body(stream_options={"include_usage": True})),
+        ("stop", chat_body(stop=["a", "b", "c", "d", "e"])),
+        ("stop", chat_body(stop="")),
+        ("temperature", chat_body(temperature=2.5)),
+        ("top_p", chat_body(top_p=0)),
+        ("max_tokens", chat_body(max_tokens=0)),
+        ("max_completion_tokens", chat_body(max_tokens=1, max_completion_tokens=2)),
+        ("seed", chat_body(seed=2**70)),
+        ("messages", chat_body(messages=[])),
+        ("messages[0].role", chat_body(messages=[{"role": "tool", "content": "x"}])),
+        (
+            "messages[0].content[0]",
+            chat_body(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+        ),
+        ("model", chat_body(model="acme/embed")),
+    ],
+)
+async def test_what_can_not_be_honoured_is_refused_by_name_before_a_lease(field: str, body: object) -> None:
+    node = FakeNode()
+    async with served(node) as url:
+        status, _, answer = await post(url, "/v1/chat/completions", node.acme, body)
+    assert status == 400
+    assert answer["error"]["param"] == field
+    assert answer["error"]["message"].startswith(field)
+    assert node.events == []
+
+
+async def test_fields_that_ask_for_nothing_are_accepted() -> None:
+    body = chat_body(
+        n=1,
+        tools=[],
+        response_format={"type": "text"},
+        logprobs=False,
+        frequency_penalty=0,
+        user="u",
+        top_p=None,
+    )
+    node = FakeNode()
+    async with served(node) as url:
+        status, _, _ = await post(url, "/v1/chat/completions", node.acme, body)
+    assert status == 200
+
+
+# --- headers --------------------------------------------------------------------------------------------
+
+
+async def test_answers_carry_where_they_came_from_and_what_is_left() -> None:
+    node = FakeNode(tier=Tier.HOST, restore_ms=12, rates=RateView(60, 59, 361_000))
+    async with served(node) as url:
+        for path, body in (
+            ("/v1/embeddings", {"model": "acme/embed", "input": "a"}),
+            ("/v1/chat/completions", chat_body()),
+        ):
+            _, headers, _ = await post(url, path, node.acme, body)
+            assert headers["x-bunkhouse-node"] == "box-1"
+            assert headers["x-bunkhouse-tier"] == "host"
+            assert headers["x-bunkhouse-restore-ms"] == "12"
+            assert headers["x-ratelimit-limit-requests"] == "60"
+            assert headers["x-ratelimit-remaining-requests"] == "59"
+            assert headers["x-ratelimit-reset-requests"] == "6m1s"
+            assert headers["x-request-id"] in {request_id for request_id, _ in node.events}
+
+
+async def test_streams_carry_the_same_headers_and_no_limit_has_no_header() -> None:
+    node = FakeNode()
+    async with served(node) as url, aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {node.acme}"}
+        body = chat_body(stream=True)
+        async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as answer:
+            text = await answer.text()
+            assert answer.content_type == "text/event-stream"
+            assert answer.headers["x-bunkhouse-tier"] == "disk"
+            assert not any(name.lower().startswith("x-ratelimit") for name in answer.headers)
+    assert text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    ("span_ms", "written"),
+    [(0, "0ms"), (12, "12ms"), (1000, "1s"), (1500, "1.5s"), (360_000, "6m0s"), (3_723_000, "1h2m3s")],
+)
+def test_durations_are_written_as_openai_writes_them(span_ms: int, written: str) -> None:
+    assert duration_text(span_ms) == written
+
+
+# --- refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", list(RefusalReason))
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_refusal_has_its_status_and_tells_when_to_come_back(
+    reason: RefusalReason, stream: bool
+) -> None:
+    """A refused stream that has said nothing yet is a plain error, not an event."""
+    node = FakeNode(refused={"chat": Refused(reason, "needs 9 of 5 bytes", 1234)})
+    async with served(node) as url:
+        status, headers, answer = await post(url, "/v1/chat/completions", node.acme, chat_body(stream=stream))
+    shape = REFUSAL_STATUS[reason]
+    assert (status, answer["error"]["code"], answer["error"]["type"]) == (
+        shape.status,
+        shape.code,
+        shape.kind,
+    )
+    if reason is RefusalReason.UNKNOWN_MODEL:
+        assert "retry-after" not in headers
+        return
+    assert answer["error"]["message"] == "needs 9 of 5 bytes"
+    assert headers["x-should-retry"] == ("true" if shape.retryable else "false")
+    if shape.retryable:
+        assert (headers["retry-after"], headers["retry-after-ms"]) == ("2", "1234")
+    else:
+        assert "retry-after" not in headers
+
+
+async def test_refusal_reasons_are_all_mapped() -> None:
+    assert set(REFUSAL_STATUS) == set(RefusalReason)
+
+
+@pytest.mark.parametrize(
+    ("retry_ms", "seconds", "exact"), [(None, "1", "1000"), (0, "1", "1"), (999_999, "120", "120000")]
+)
+async def test_retry_after_is_never_zero_nor_beyond_what_the_client_obeys(
+    retry_ms: int | None, seconds: str, exact: str
+) -> None:
+    node = FakeNode(refused={"embed": Refused(RefusalReason.RATE, "60 a minute", retry_ms)})
+    async with served(node) as url:
+        body = {"model": "acme/embed", "input": "a"}
+        status, headers, _ = await post(url, "/v1/embeddings", node.acme, body)
+    assert (status, headers["retry-after"], headers["retry-after-ms"]) == (429, seconds, exact)
+
+
+async def test_the_openai_client_obeys_should_retry() -> None:
+    """A passing refusal is retried at once by the client itself, an impossible one is not."""
+    node = FakeNode(
+        refused={
+            "chat": Refused(RefusalReason.WORKER_DIED, "gone", 1),
+            "embed": Refused(RefusalReason.NEVER_FITS, "needs 9 of 5 bytes"),
+        }
+    )
+    async with served(node) as url, client(url, node.acme, retries=2) as api:
+        with pytest.raises(openai.InternalServerError, match="gone"):
+            await api.completions.create(model="acme/chat", prompt="a")
+        assert [what for _, what in node.events].count("requested") == 3
+        with pytest.raises(openai.APIStatusError, match="needs 9 of 5 bytes") as caught:
+            await api.embeddings.create(model="acme/embed", input="a")
+        assert caught.value.status_code == 507
+        assert [what for _, what in node.events].count("requested") == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engines_error_names_the_callers_field(stream: bool) -> None:
+    node = FakeNode(script=too_long("tokens"))
+    async with served(node) as url:
+        body = {"model": "acme/chat", "prompt": [1, 2], "stream": stream}
+        status, headers, answer = await post(url, "/v1/completions", node.acme, body)
+    assert status == 400
+    assert answer["error"]["code"] == "context_length_exceeded"
+    assert answer["error"]["param"] == "prompt"
+    assert headers["x-bunkhouse-tier"] == "disk"
+    await node.happened("finished")
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "header", "body"),
+    [
+        ("embeddings", "acme/embed", {"count": 2, "dimensions": 8, "prompt_tokens": 1}, bytes(64)),
+        ("embeddings", "acme/embed", {"count": 1, "dimensions": 8, "prompt_tokens": 1}, bytes(31)),
+        ("embeddings", "acme/embed", {"count": 1, "dimensions": -8, "prompt_tokens": 1}, bytes(32)),
+        ("embeddings", "acme/embed", {}, b""),
+        ("classify", "acme/moods", {"labels": [], "prompt_tokens": 1}, b""),
+        ("classify", "acme/moods", {"labels": ["a"], "prompt_tokens": "x"}, bytes(4)),
+        ("completions", "acme/chat", {"delta": 7}, b""),
+        ("completions", "acme/chat", {"delta": "never ends with a reason"}, b""),
+        ("completions", "acme/chat", {"finish_reason": "stop"}, b""),
+    ],
+)
+async def test_a_worker_that_answers_nonsense_is_a_clean_500(
+    path: str, model: str, header: dict[str, Any], body: bytes
+) -> None:
+    async def script(request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        yield EngineFrame(header, body)
+
+    node = FakeNode(script=script)
+    async with served(node) as url:
+        ask = {"model": model, "prompt" if path == "completions" else "input": "a"}
+        status, _, answer = await post(url, f"/v1/{path}", node.acme, ask)
+    assert status == 500
+    assert answer["error"]["code"] == "engine_fault"
+    await node.happened("finished")
+
+
+async def test_a_fault_in_the_node_is_a_500_that_logs_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        if request.op:
+            raise RuntimeError(f"while running {request.fields}")
+        yield EngineFrame()
+
+    node = FakeNode(script=script)
+    async with served(node) as url:
+        body = {"model": "acme/embed", "input": "canary-3141"}
+        status, headers, answer = await post(url, "/v1/embeddings", node.acme, body)
+    assert status == 500
+    assert headers["x-request-id"] in answer["error"]["message"]
+    assert headers["x-request-id"] in caplog.text
+    assert "canary" not in caplog.text + json.dumps(answer)
+    assert node.acme not in caplog.text
+
+
+# --- streams that wait, fail or lose their caller -------------------------------------------------------
+
+
+async def test_a_stream_says_that_it_is_restoring_and_then_answers() -> None:
+    """Comments keep the connection alive; OpenAI's client ignores them and gets the whole answer."""
+    node = FakeNode(hold=True)
+    async with served(node, keep_alive_ms=5) as url, aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {node.acme}"}
+        body = chat_body(stream=True)
+        async with session.post(f"{url}/v1/chat/completions", json=body, headers=headers) as answer:
+            assert await answer.content.readline() == b": restoring\n"
+            node.go.set()
+            rest = await answer.content.read()
+    assert b": restored tier=disk restore_ms=37\n" in rest
+    assert rest.endswith(b"data: [DONE]\n\n")
+
+    node = FakeNode(hold=True)
+    async with served(node, keep_alive_ms=5) as url, client(url, node.acme) as api:
+        stream = await api.completions.create(model="acme/chat", prompt="one two", stream=True)
+        node.go.set()
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == "one two "
+
+
+async def test_a_refusal_after_the_first_comment_is_an_event_that_the_client_raises() -> None:
+    node = FakeNode(
+        hold=True, refused={"chat": Refused(RefusalReason.RESTORE_FAILED, "every tier failed", 500)}
+    )
+    async with served(node, keep_alive_ms=5) as url, client(url, node.acme) as api:
+        stream = await api.completions.create(model="acme/chat", prompt="one", stream=True)
+        node.go.set()
+        with pytest.raises(openai.APIError, match="every tier failed"):
+            await anext(aiter(stream))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [EngineError("invalid_request", "stopped making sense"), Refused(RefusalReason.WORKER_DIED, "gone")],
+)
+async def test_an_error_in_mid_stream_is_an_event_that_the_client_raises(error: Exception) -> None:
+    async def script(request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        yield EngineFrame({"delta": "one "})
+        raise error
+
+    node = FakeNode(script=script)
+    async with served(node) as url, client(url, node.acme) as api:
+        stream = await api.completions.create(model="acme/chat", prompt="one", stream=True)
+        chunks = aiter(stream)
+        assert (await anext(chunks)).choices[0].text == "one "
+        with pytest.raises(openai.APIError, match=r"stopped making sense|gone"):
+            await anext(chunks)
+
+
+async def test_a_fault_in_mid_stream_cuts_the_answer_instead_of_ending_it_well() -> None:
+    async def script(request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        yield EngineFrame({"delta": "one "})
+        raise RuntimeError("planted")
+
+    node = FakeNode(script=script)
+    async with served(node) as url, aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {node.acme}"}
+        body = {"model": "acme/chat", "prompt": "a", "stream": True}
+        with pytest.raises(aiohttp.ClientPayloadError):
+            async with session.post(f"{url}/v1/completions", json=body, headers=headers) as answer:
+                await answer.read()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_caller_that_leaves_while_waiting_withdraws_its_request(stream: bool) -> None:
+    node = FakeNode(hold=True)
+    async with served(node) as url, client(url, node.acme) as api:
+        asking = asyncio.create_task(api.completions.create(model="acme/chat", prompt="a", stream=stream))
+        await node.happened("requested")
+        asking.cancel()
+        await node.happened("withdrawn")
+    assert "granted" not in {what for _, what in node.events}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_caller_that_leaves_while_it_is_answered_stops_the_engine(stream: bool) -> None:
+    never = asyncio.Event()
+    running = asyncio.Event()
+
+    async def script(request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        yield EngineFrame({"delta": "one "})
+        running.set()
+        await never.wait()
+
+    node = FakeNode(script=script)
+    async with served(node) as url, aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {node.acme}"}
+        body = {"model": "acme/chat", "prompt": "a", "stream": stream}
+        asking = asyncio.create_task(session.post(f"{url}/v1/completions", json=body, headers=headers))
+        await asyncio.wait_for(running.wait(), SOON_SECONDS)
+        if stream:
+            answer = await asking
+            assert await answer.content.readline() != b""
+            answer.close()
+        asking.cancel()
+        await node.happened("stopped")
+        await node.happened("finished")
+
+
+async def test_a_caller_that_stops_reading_loses_its_lease() -> None:
+    """The engine could write for ever; the gateway buffers little and gives up on the caller."""
+
+    async def script(request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        while True:
+            yield EngineFrame({"delta": "x" * 65536})
+
+    node = FakeNode(script=script)
+    async with served(node, stall_seconds=0.2) as url:
+        host, port = url.removeprefix("http://").split(":")
+        # A small window from the start, so that the kernel takes little.
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        body = json.dumps({"model": "acme/chat", "prompt": "a", "stream": True}).encode()
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (node.acme.encode(), len(body), body)
+        )
+        assert b"200 OK" in await reader.readline()
+        await node.happened("finished")
+        writer.transport.abort()
+
+
+async def test_the_lease_is_over_before_the_caller_has_its_whole_answer() -> None:
+    """So that a caller with a concurrency of one may ask again at once."""
+    node = FakeNode()
+    async with served(node) as url, client(url, node.acme) as api:
+        await api.embeddings.create(model="acme/embed", input="a")
+        assert node.events[-1][1] == "finished"
+        stream = await api.completions.create(model="acme/chat", prompt="a", stream=True)
+        async for _ in stream:
+            pass
+        assert node.events[-1][1] == "finished"
+
+
+# --- health, and keys ------------------------------------------------------------------------------------
+
+
+async def test_health_and_readiness_need_no_key() -> None:
+    node = FakeNode()
+    async with served(node) as url, aiohttp.ClientSession() as session:
+        for path, ready, status in (
+            ("/healthz", False, 200),
+            ("/readyz", False, 503),
+            ("/readyz", True, 200),
+        ):
+            node.is_ready = ready
+            async with session.get(url + path) as answer:
+                assert answer.status == status
+        async with session.get(f"{url}/metrics") as answer:
+            assert "bunkhouse_up 1" in await answer.text()
+
+
+def test_a_made_key_parses_and_checks_only_with_its_own_secret() -> None:
+    key, other = make_key(), make_key()
+    assert parse_key(key.text) == key
+    keys = {key.key_id: KeySpec(key.key_id, key.secret_sha256, "acme", expires_ms=10)}
+    assert check_key(keys, key.text, 9) == keys[key.key_id]
+    assert check_key(keys, key.text, 10) is None
+    assert check_key(keys, other.text, 9) is None
+    assert check_key(keys, f"bk_{key.key_id}_{other.secret}", 9) is None
+    assert key.secret not in repr(key)
+
+
+def test_vectors_of_the_fake_are_exact_float32() -> None:
+    """Guards the tests above: a fake that rounds would hide a gateway that does."""
+    assert all(struct.unpack("<f", struct.pack("<f", one))[0] == one for one in vector_of("a"))
