@@ -34,8 +34,8 @@ migrations = Migrations("journal")
 
 @migrations()
 def m001_first_tables(db: Database) -> None:
-    db["meta"].create({"key": str, "value": str}, pk="key")
-    db["packs"].create(
+    db.table("meta").create({"key": str, "value": str}, pk="key")
+    db.table("packs").create(
         {
             "ref": str,
             "tenant": str,
@@ -46,7 +46,7 @@ def m001_first_tables(db: Database) -> None:
         },
         pk="ref",
     )
-    db["tenant_keys"].create({"tenant": str, "wrapped_key": bytes}, pk="tenant")
+    db.table("tenant_keys").create({"tenant": str, "wrapped_key": bytes}, pk="tenant")
     db.execute(
         "create table spool (seq integer primary key autoincrement, at_ms integer not null, "
         "kind text not null, tenant text not null, model text not null, detail text not null)"
@@ -103,11 +103,11 @@ class Journal:
     # --- the last plan ----------------------------------------------------------------------------
 
     def save_plan(self, plan: Plan) -> None:
-        self._db["meta"].upsert({"key": "plan", "value": encode(plan).decode()}, pk="key")
+        self._db.table("meta").upsert({"key": "plan", "value": encode(plan).decode()}, pk="key")
 
     def plan(self) -> Plan | None:
         """The last accepted plan; None on a new node or when an upgrade changed its shape."""
-        rows = list(self._db["meta"].rows_where("key = ?", ["plan"]))
+        rows = list(self._db.table("meta").rows_where("key = ?", ["plan"]))
         if not rows:
             return None
         try:
@@ -120,7 +120,7 @@ class Journal:
     def packs(self) -> list[PackRow]:
         return [
             PackRow(parse_ref(row["ref"]), row["disk_bytes"], row["host_bytes"])
-            for row in self._db["packs"].rows_where(order_by="ref")
+            for row in self._db.table("packs").rows_where(order_by="ref")
         ]
 
     def seal_new_key(self, ref: ModelRef) -> tuple[bytes, bytes]:
@@ -129,7 +129,7 @@ class Journal:
         return key, seal.wrap_key(self._tenant_key(ref.tenant), key, str(ref).encode())
 
     def add_pack(self, row: PackRow, wrapped_key: bytes, now_ms: int) -> None:
-        self._db["packs"].upsert(
+        self._db.table("packs").upsert(
             {
                 "ref": str(row.ref),
                 "tenant": row.ref.tenant,
@@ -143,31 +143,31 @@ class Journal:
 
     def data_key(self, ref: ModelRef) -> bytes | None:
         """The key that opens a pack, or None when the journal knows no such pack."""
-        rows = list(self._db["packs"].rows_where("ref = ?", [str(ref)]))
+        rows = list(self._db.table("packs").rows_where("ref = ?", [str(ref)]))
         if not rows:
             return None
         return seal.unwrap_key(self._tenant_key(ref.tenant), rows[0]["wrapped_key"], str(ref).encode())
 
     def remove_pack(self, ref: ModelRef) -> None:
-        self._db["packs"].delete_where("ref = ?", [str(ref)])
+        self._db.table("packs").delete_where("ref = ?", [str(ref)])
 
     def _tenant_key(self, tenant: str) -> bytes:
-        rows = list(self._db["tenant_keys"].rows_where("tenant = ?", [tenant]))
+        rows = list(self._db.table("tenant_keys").rows_where("tenant = ?", [tenant]))
         if rows:
             return seal.unwrap_key(self._node_key, rows[0]["wrapped_key"], tenant.encode())
         key = os.urandom(32)
         wrapped = seal.wrap_key(self._node_key, key, tenant.encode())
-        self._db["tenant_keys"].insert({"tenant": tenant, "wrapped_key": wrapped}, pk="tenant")
+        self._db.table("tenant_keys").insert({"tenant": tenant, "wrapped_key": wrapped}, pk="tenant")
         return key
 
     def shred_tenants(self, kept: Sequence[str]) -> list[str]:
         """Destroy the key of every tenant not in ``kept``: what its packs held is unreadable from now on."""
-        known = [str(row["tenant"]) for row in self._db["tenant_keys"].rows]
+        known = [str(row["tenant"]) for row in self._db.table("tenant_keys").rows]
         gone = [tenant for tenant in known if tenant not in kept]
         for tenant in gone:
             with self._db.atomic():
-                self._db["packs"].delete_where("tenant = ?", [tenant])
-                self._db["tenant_keys"].delete_where("tenant = ?", [tenant])
+                self._db.table("packs").delete_where("tenant = ?", [tenant])
+                self._db.table("tenant_keys").delete_where("tenant = ?", [tenant])
         if gone:
             # The write-ahead log still holds the old pages until it is truncated.
             self._connection.execute("pragma wal_checkpoint(truncate)")
@@ -186,15 +186,15 @@ class Journal:
                     "model": record.model,
                     "detail": record.detail,
                 }
-                last = self._db["spool"].insert(row).last_pk
+                last = self._db.table("spool").insert(row).last_pk
             if records and isinstance(last, int):
-                self._db["spool"].delete_where("seq <= ?", [last - SPOOL_RECORDS_MAX])
+                self._db.table("spool").delete_where("seq <= ?", [last - SPOOL_RECORDS_MAX])
 
     def spooled(self, limit: int) -> tuple[Record, ...]:
         return tuple(
             Record(row["seq"], row["at_ms"], row["kind"], row["tenant"], row["model"], row["detail"])
-            for row in self._db["spool"].rows_where(order_by="seq", limit=limit)
+            for row in self._db.table("spool").rows_where(order_by="seq", limit=limit)
         )
 
     def acknowledge(self, acked_seq: int) -> None:
-        self._db["spool"].delete_where("seq <= ?", [acked_seq])
+        self._db.table("spool").delete_where("seq <= ?", [acked_seq])

@@ -75,13 +75,13 @@ class _Families:
             for tier, count in model.restores.items():
                 totals[tier.value] = totals.get(tier.value, 0) + count.count
         family = CounterMetricFamily("bunkhouse_restores", "Restores to a device.", labels=["from_tier"])
-        for tier, total in sorted(totals.items()):
-            family.add_metric([tier], total)
+        for from_tier, total in sorted(totals.items()):
+            family.add_metric([from_tier], total)
         return family
 
 
 def render(report: Report, counters: Counters) -> str:
     """The whole exposition; cheap enough to make on each scrape."""
     registry = CollectorRegistry()
-    registry.register(_Families(report, counters))  # type: ignore[arg-type]  # a collector by shape
+    registry.register(_Families(report, counters))
     return generate_latest(registry).decode()

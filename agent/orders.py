@@ -37,6 +37,7 @@ from packer.events import (
     RestoreFailed,
     WorkerDied,
 )
+from packer.seal import BadSeal
 from packer.types import ModelRef, ModelSpec, Tier
 
 log = logging.getLogger("bunk.orders")
@@ -199,7 +200,11 @@ class Orders:
                 raise WorkerFailure("the host segment is gone", corrupt=True, broken=False)
             done = await worker.restore(spec, Tier.HOST, segment, None, None)
             return Restored(order.ref, order.device, Tier.HOST, done.restore_ms)
-        key = await self._journal.call(self._journal.journal.data_key, order.ref)
+        try:
+            key = await self._journal.call(self._journal.journal.data_key, order.ref)
+        except BadSeal as error:
+            # The node key was replaced: nothing on disk can be opened any more, all of it can be rebuilt.
+            raise WorkerFailure(str(error), corrupt=True, broken=False) from None
         if key is None:
             raise WorkerFailure("the journal has no key for this pack", corrupt=True, broken=False)
         tee = self._segments.create(order.ref, order.host_bytes) if order.host_bytes else None
@@ -279,7 +284,7 @@ class Orders:
         except WorkerDead:
             raise _worker_died(ref) from None
         finally:
-            await frames.aclose()  # type: ignore[attr-defined]
+            await frames.aclose()  # type: ignore[attr-defined]  # an async generator
 
     def _forget_held(self, ref: ModelRef, device: str) -> None:
         held = self._held.get((ref.tenant, device))

@@ -25,6 +25,8 @@ PIPE_BYTES = 1 * MIB
 # One read of a remote origin; small enough that a slow link shows progress, large enough to be cheap.
 PIECE_BYTES = 256 * KIB
 CONTROL_ORIGIN = "control:"
+# No link may lead out of the directory, and a fifo in it must not block the node for ever.
+_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 # Opens a stream of one file of a version that control's store holds (the uplink provides it).
 ControlFetch = Callable[[ModelSpec, str], AsyncIterator[bytes]]
@@ -91,16 +93,30 @@ def _open_files(spec: ModelSpec) -> dict[str, int]:
     descriptors: dict[str, int] = {}
     try:
         for file in spec.files:
-            # No component below the registered directory may be a link: it could lead out of it.
-            descriptor = os.open(os.path.join(root, file.path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            descriptors[file.path] = descriptor
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            descriptors[file.path] = _open_beneath(root, file.path)
+            if not stat.S_ISREG(os.fstat(descriptors[file.path]).st_mode):
                 raise OSError(f"{file.path} is not a regular file")
     except OSError as error:
         for descriptor in descriptors.values():
             os.close(descriptor)
         raise OriginUnavailable(f"{spec.ref}: origin {spec.origin}: {error}") from None
     return descriptors
+
+
+def _open_beneath(root: str, path: str) -> int:
+    """Open a file without following a link in any component below ``root``: it could lead out."""
+    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        *directories, name = path.split("/")
+        for directory in directories:
+            inner = os.open(directory, _OPEN_FLAGS | os.O_DIRECTORY, dir_fd=at)
+            os.close(at)
+            at = inner
+        return os.open(name, _OPEN_FLAGS, dir_fd=at)
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: {error.strerror}") from None
+    finally:
+        os.close(at)
 
 
 async def _read_store(spec: ModelSpec, file: OriginFile) -> AsyncIterator[bytes]:
