@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -234,3 +235,15 @@ async def served(
         yield f"http://127.0.0.1:{port}"
     finally:
         await running.cleanup()
+
+
+async def _main() -> None:
+    """Serve in a process of its own, for tests that measure memory: prints URL and key, ends with stdin."""
+    node = FakeNode()
+    async with served(node) as url:
+        print(url, node.acme, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
