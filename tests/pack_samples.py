@@ -1,0 +1,123 @@
+"""Small models, images and packs for the tests of the byte side of packer.
+
+Covers: building safetensors files, images and sealed packs in memory files. Holds no test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from packer.layout import DTYPE_BITS, ImageLayout, TensorInfo, lay_out, parse_header
+from packer.pack import PackReader, PackWriter, Scratch
+from packer.types import MIB, ModelRef, Task
+
+REF = ModelRef("acme", "tiny", "0123456789abcdef")
+KEY = bytes(range(32))
+SIDE = {"config.json": b'{"model_type": "bert"}', "tokenizer.json": b"t" * 5000, "vocab.txt": b""}
+
+
+def safetensors_bytes(tensors: Sequence[tuple[str, str, list[int], bytes]]) -> bytes:
+    """A safetensors file of (name, dtype, shape, data)."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape, data in tensors:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(data for *_, data in tensors)
+
+
+def split_safetensors(file: bytes) -> tuple[bytes, int]:
+    """The header of a safetensors file, and the file's size."""
+    size = int.from_bytes(file[:8], "little")
+    return file[8 : 8 + size], len(file)
+
+
+def weights(dtype: str, count: int, seed: int) -> bytes:
+    """Bytes that look like weights of this dtype: for bf16 and fp32 with few exponents."""
+    draw = random.Random(seed)
+    if dtype == "BF16":
+        return b"".join(
+            (draw.getrandbits(8) | (draw.choice((0x3C, 0x3B, 0x3D, 0xBC)) << 8)).to_bytes(2, "little")
+            for _ in range(count)
+        )
+    if dtype == "F32":
+        return b"".join(
+            (draw.getrandbits(24) | (draw.choice((0x3C, 0x3B, 0xBC)) << 24)).to_bytes(4, "little")
+            for _ in range(count)
+        )
+    return draw.randbytes(count * DTYPE_BITS[dtype] // 8)
+
+
+def small_model() -> tuple[bytes, ImageLayout]:
+    """A model of several dtypes and chunks, a few pages in all: its file and its layout."""
+    tensors = [
+        ("embeddings.word.weight", "F32", [40, 32], weights("F32", 1280, 1)),
+        ("embeddings.position_ids", "I64", [1, 64], weights("I64", 64, 2)),
+        ("encoder.layer.0.dense.weight", "BF16", [64, 33], weights("BF16", 2112, 3)),
+        ("encoder.layer.0.dense.bias", "BF16", [33], weights("BF16", 33, 4)),
+        ("encoder.layer.1.dense.weight", "F16", [77], weights("F16", 77, 5)),
+        ("encoder.layer.1.scale", "U8", [], b"\x07"),
+        ("pooler.weight", "F32", [30], bytes(120)),
+        ("pooler.empty", "F32", [0, 8], b""),
+    ]
+    file = safetensors_bytes(tensors)
+    header, size = split_safetensors(file)
+    return file, lay_out(parse_header(header, "model.safetensors", size))
+
+
+def image_of(file: bytes, layout: ImageLayout) -> bytearray:
+    """The image that the layout makes of the file's tensors."""
+    image = bytearray(layout.image_bytes)
+    for placed in layout.tensors:
+        info: TensorInfo = placed.info
+        data = file[info.file_offset : info.file_offset + info.nbytes]
+        image[placed.image_offset : placed.image_offset + info.nbytes] = data
+    return image
+
+
+@contextmanager
+def memory_file(data: bytes = b"") -> Iterator[int]:
+    fd = os.memfd_create("bunk-test")
+    try:
+        os.pwrite(fd, data, 0)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def write_pack(
+    fd: int, layout: ImageLayout, image: bytearray, ref: ModelRef = REF, key: bytes = KEY
+) -> PackWriter:
+    """Write and finish a sealed pack of this image."""
+    writer = PackWriter(fd, ref, "transformers", Task.EMBEDDING, layout, key, 64 * MIB)
+    for path, data in SIDE.items():
+        writer.add_file(path, data)
+    view = memoryview(image)
+    for i, span in enumerate(layout.chunks):
+        writer.add_chunk(i, view[span.image_offset : span.image_offset + span.nbytes])
+    writer.finish()
+    return writer
+
+
+def pack_bytes(ref: ModelRef = REF, key: bytes = KEY) -> bytes:
+    """A finished sealed pack of ``small_model``."""
+    file, layout = small_model()
+    with memory_file() as fd:
+        write_pack(fd, layout, image_of(file, layout), ref, key)
+        return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def read_image(reader: PackReader, tee_fd: int | None = None) -> bytearray:
+    """The whole image, chunk by chunk, into dirty memory, so that every byte must be written."""
+    layout = reader.index.layout
+    image = bytearray(b"\xa5" * layout.image_bytes)
+    view, scratch = memoryview(image), Scratch()
+    for i, span in enumerate(layout.chunks):
+        reader.read_chunk(i, view[span.image_offset : span.image_offset + span.nbytes], scratch, tee_fd)
+    return image
