@@ -27,8 +27,9 @@ class EngineRequest:
 
     ``fields`` is what the order needs, already checked for types and limits by the gateway:
     ``embed`` and ``classify`` take ``inputs`` (texts, or lists of token numbers); ``generate`` takes
-    one of ``prompt``, ``messages`` or ``tokens``, and ``max_tokens`` (absent: as many as the model's
-    context allows), ``temperature``, ``top_p``, ``seed`` (absent: not seeded), ``stop`` (texts).
+    one of ``prompt``, ``messages`` or ``tokens``, ``stop`` (texts), and when the caller gave them
+    ``max_tokens`` (absent: as many as the model's context allows), ``temperature``, ``top_p`` (absent: what
+    the model's directory says) and ``seed`` (absent: not seeded).
     """
 
     op: str

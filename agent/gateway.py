@@ -136,11 +136,17 @@ def api_error(error: Refused | EngineError | EngineFault, asked: str) -> ApiErro
     if isinstance(error, Refused):
         return refusal(error.reason, error.detail, error.retry_ms, asked)
     if isinstance(error, EngineError):
-        field = _API_FIELDS.get(error.field, error.field) if error.field else None
-        return ApiError(400, error.code, error.message, field=field)
+        field = _caller_field(error.field) if error.field else None
+        return ApiError(400, error.code, f"{field}: {error.message}" if field else error.message, field=field)
     # Its text names sizes and fields only, so it may be logged; the caller can do nothing with it.
     logger.error("an engine broke its contract: %s", error)
     return ApiError(500, "engine_fault", "The engine answered nonsense; it was logged.", kind="server_error")
+
+
+def _caller_field(field: str) -> str:
+    """``inputs[3]`` of an engine is ``input[3]`` of the caller's body."""
+    name, bracket, rest = field.partition("[")
+    return _API_FIELDS.get(name, name) + bracket + rest
 
 
 @web.middleware

@@ -196,11 +196,12 @@ def classify_request(ask: ClassifyAsk) -> EngineRequest:
 
 def _sampling(ask: CompletionAsk | ChatAsk, max_tokens: int | None) -> dict[str, JSON]:
     stops = [ask.stop] if isinstance(ask.stop, str) else list(ask.stop or ())
-    fields: dict[str, JSON] = {
-        "temperature": 1.0 if ask.temperature is None else ask.temperature,
-        "top_p": 1.0 if ask.top_p is None else ask.top_p,
-        "stop": stops,
-    }
+    fields: dict[str, JSON] = {"stop": stops}
+    # Absent stays absent: the model's own directory may say what it is best sampled with.
+    if ask.temperature is not None:
+        fields["temperature"] = ask.temperature
+    if ask.top_p is not None:
+        fields["top_p"] = ask.top_p
     if max_tokens is not None:
         fields["max_tokens"] = max_tokens
     if ask.seed is not None:

@@ -207,7 +207,8 @@ async def test_completions_takes_several_prompts_in_order() -> None:
     assert answer.usage.total_tokens == 6
     assert "".join(one.text for one in chunks if one.index == 0) == "one two "
     assert "".join(one.text for one in chunks if one.index == 1) == "three "
-    assert node.orders[0].fields["max_tokens"] == 16
+    # What the caller did not say is the model's own to decide, but for OpenAI's default length.
+    assert node.orders[0].fields == {"prompt": "one two", "max_tokens": 16, "stop": []}
 
 
 @pytest.mark.parametrize(
@@ -368,13 +369,14 @@ async def test_the_openai_client_obeys_should_retry() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_engines_error_names_the_callers_field(stream: bool) -> None:
-    node = FakeNode(script=too_long("tokens"))
+    node = FakeNode(script=too_long("tokens[1]"))
     async with served(node) as url:
         body = {"model": "acme/chat", "prompt": [1, 2], "stream": stream}
         status, headers, answer = await post(url, "/v1/completions", node.acme, body)
     assert status == 400
     assert answer["error"]["code"] == "context_length_exceeded"
-    assert answer["error"]["param"] == "prompt"
+    assert answer["error"]["param"] == "prompt[1]"
+    assert answer["error"]["message"] == "prompt[1]: 9 tokens; the model reads at most 8"
     assert headers["x-bunkhouse-tier"] == "disk"
     await node.happened("finished")
 
