@@ -134,7 +134,7 @@ class Spawn(msgspec.Struct, frozen=True, tag=True):
     device: str
     kind: str
     uuid: str
-    compute_threads: int | None
+    compute_threads: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
