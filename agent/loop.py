@@ -219,8 +219,10 @@ class Loop:
         """Write the ring as JSON lines; returns the file."""
         path = self._dump_directory / f"ring-{why}-{self.steps}.jsonl"
         with path.open("w") as file:
-            for now_ms, event, actions in self._ring:
+            first = self.steps - len(self._ring) + 1
+            for number, (now_ms, event, actions) in enumerate(self._ring, start=first):
                 line = {
+                    "step": number,
                     "now_ms": now_ms,
                     "event": [type(event).__name__, asdict(event)],
                     "actions": [[type(action).__name__, asdict(action)] for action in actions],
