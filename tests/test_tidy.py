@@ -148,18 +148,42 @@ def find_impurity(source: Source) -> Iterator[Finding]:
 
 def find_set_order(source: Source) -> Iterator[Finding]:
     """Places where the order of a set could decide something, as far as the syntax tells."""
-    sets = _names_of_sets(source.tree)
+    # A name means something else in another function; an attribute seldom does.
+    attributes, _ = _names_of_sets(source.tree)
+    *functions, rest = _scopes(source.tree)
+    _, constants = _names_of_sets(rest)
+    yield from _find_set_order_in(rest, attributes | constants, source.path)
+    for scope in functions:
+        _, names = _names_of_sets(scope)
+        parameters = {node.arg for node in ast.walk(scope) if isinstance(node, ast.arg)}
+        yield from _find_set_order_in(scope, attributes | names | (constants - parameters), source.path)
+
+
+def _scopes(tree: ast.Module) -> Iterator[ast.Module]:
+    """Each outermost function or method alone, then the rest of the module without them."""
+    rest: list[ast.stmt] = []
+    for statement in tree.body:
+        inside = statement.body if isinstance(statement, ast.ClassDef) else [statement]
+        for node in inside:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield ast.Module([node], [])
+            else:
+                rest.append(node)
+    yield ast.Module(rest, [])
+
+
+def _find_set_order_in(scope: ast.Module, sets: frozenset[str], path: str) -> Iterator[Finding]:
     harmless = {
         id(argument)
-        for call in ast.walk(source.tree)
+        for call in ast.walk(scope)
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ORDER_FREE_CALLS
         for argument in call.args
     }
-    for node in ast.walk(source.tree):
+    for node in ast.walk(scope):
         for taken in _taken_in_order(node):
             if id(node) not in harmless and _is_set(taken, sets):
                 yield Finding(
-                    source.path,
+                    path,
                     taken.lineno,
                     f"the order of the set {ast.unparse(taken)!r} is chance: use sorted() or a dict",
                 )
@@ -182,16 +206,23 @@ def _taken_in_order(node: ast.AST) -> Iterator[ast.expr]:
             yield node.func.value
 
 
-def _names_of_sets(tree: ast.Module) -> frozenset[str]:
-    """Names and attributes that are annotated as, or assigned, a set anywhere in the file."""
+def _names_of_sets(tree: ast.Module) -> tuple[frozenset[str], frozenset[str]]:
+    """What is annotated as, or assigned, a set: attributes (of any object), and plain names."""
+    attributes: set[str] = set()
     names: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation is not None:
-            if _is_set_annotation(node.annotation):
-                names.add(node.arg if isinstance(node, ast.arg) else _last_name(node.target))
-        elif isinstance(node, ast.Assign) and _is_set(node.value, frozenset()):
-            names.update(_last_name(target) for target in node.targets)
-    return frozenset(names - {""})
+        if isinstance(node, ast.ClassDef):
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+            attributes |= {_last_name(f.target) for f in fields if _is_set_annotation(f.annotation)}
+        elif isinstance(node, ast.arg) and node.annotation is not None:
+            names |= {node.arg} if _is_set_annotation(node.annotation) else set()
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            annotated = isinstance(node, ast.AnnAssign) and _is_set_annotation(node.annotation)
+            if annotated or (node.value is not None and _is_set(node.value, frozenset())):
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+                attributes |= {target.attr for target in targets if isinstance(target, ast.Attribute)}
+    return frozenset(attributes), frozenset(names)
 
 
 def _is_set_annotation(annotation: ast.expr) -> bool:
@@ -254,12 +285,9 @@ def find_missing_docstring(source: Source) -> Iterator[Finding]:
 
 
 def find_sleep(source: Source) -> Iterator[Finding]:
-    """Sleeps in tests: they are slow on a fast machine and wrong on a slow one."""
+    """Sleeps in tests: slow on a fast machine, wrong on a slow one. asyncio's may be on a virtual clock."""
     for node in ast.walk(source.tree):
-        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in {"time.sleep", "asyncio.sleep"}:
-            continue
-        # asyncio.sleep(0) lets others run once and waits for nothing.
-        if not (node.args and isinstance(node.args[0], ast.Constant) and node.args[0].value == 0):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.sleep":
             yield Finding(source.path, node.lineno, "a test must not sleep: wait for the event itself")
 
 
@@ -382,6 +410,7 @@ def test_allowed_import_is_not_found(path: str, text: str) -> None:
         "seen = set()\nseen.pop()",
         "for i, x in enumerate({1, 2}): f(x)",
         "y = {k: 1 for k in {1, 2}}",
+        "KNOWN = frozenset('ab')\ndef f(): return list(KNOWN)",
     ],
 )
 def test_impurity_is_found(text: str) -> None:
@@ -399,6 +428,7 @@ def test_impurity_is_found(text: str) -> None:
         "for x in {1: 2}: f(x)",
         "import re",
         "stack = []\nstack.pop()",
+        "def f(a: set[int]): return 1 in a\ndef g(a: list[int]): return [*a]",
     ],
 )
 def test_purity_is_not_accused(text: str) -> None:
@@ -422,4 +452,4 @@ def test_vague_names_and_test_packages_are_found() -> None:
 def test_missing_docstring_and_sleep_are_found() -> None:
     assert list(find_missing_docstring(Source.of("x.py", "x = 1")))
     assert list(find_sleep(Source.of("tests/test_x.py", "import time\ntime.sleep(1)")))
-    assert not list(find_sleep(Source.of("tests/test_x.py", "import asyncio\nasyncio.sleep(0)")))
+    assert not list(find_sleep(Source.of("tests/test_x.py", "import asyncio\nasyncio.sleep(1)")))
