@@ -3,6 +3,10 @@
 Events are past facts, actions are orders. Covers: their shapes and what each field means. Does not
 cover: what the core does with them (``residency``) or how they are carried out (``agent/loop.py``).
 Every value here is plain data, so that a ring of (now, event, actions) can be dumped and replayed.
+
+Slow orders carry a number, ``order``, and an answer may repeat it. The core then ignores an answer to an
+order that it has given up (its worker died) even when an equal order is under way; 0 means not stated,
+and the answer is taken for the order that is.
 """
 
 from __future__ import annotations
@@ -99,6 +103,7 @@ class Restored:
     from_tier: Tier
     restore_ms: int
     host_filled: bool = False  # the host segment that the order reserved now holds a full copy
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,7 @@ class RestoreFailed:
     message: str
     corrupt: bool = False
     broken: bool = False
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,7 @@ class Evicted:
 
     ref: ModelRef
     device: str
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +137,7 @@ class Packed:
     device: str
     disk_bytes: int
     host_bytes: int
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +147,7 @@ class PackFailed:
     ref: ModelRef
     device: str
     message: str
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +156,7 @@ class Dropped:
 
     ref: ModelRef
     tier: Tier
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +213,7 @@ class Restore:
     from_tier: Tier
     first_chunk: int = 0
     host_bytes: int = 0
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +223,18 @@ class Evict:
     ref: ModelRef
     device: str
     keep_chunks: int = 0
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Write the pack from the device copy, at most ``disk_bytes``. Answered by ``Packed``/``PackFailed``."""
+    """Write the pack from the device copy, at most ``disk_bytes``. Answered by ``Packed``/``PackFailed``,
+    also when the worker dies: only this answer says that no file is left behind unaccounted."""
 
     ref: ModelRef
     device: str
     disk_bytes: int
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +243,7 @@ class Drop:
 
     ref: ModelRef
     tier: Tier
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)

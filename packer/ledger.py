@@ -1,0 +1,291 @@
+"""The state of one node and its exact books: who holds which bytes where, who waits, who runs.
+
+Covers: the mutable records that ``residency`` steps over, and the only functions that move bytes
+between accounts. Does not cover: when to move them (``residency``), whom to evict (``room``), or proving
+that the books add up (``invariants``).
+
+Every byte on a device is in three places at once: the device's account, its tenant's account and the
+model's own figure. Only ``hold_device``/``leave_device``/``release_device`` and their ``_copy`` sisters
+write them, so that they can not drift apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from packer.events import RefusalReason
+from packer.keep import RestoreSpeeds, Reuse
+from packer.quota import Account, Tenant
+from packer.types import MIB, ModelRef, ModelSpec, Tier
+
+
+class State(StrEnum):
+    """Where a model stands on its device."""
+
+    ABSENT = "absent"
+    RESTORING = "restoring"
+    RESIDENT = "resident"
+    EVICTING = "evicting"
+
+
+class CopyState(StrEnum):
+    """Where a model stands in the host or disk tier."""
+
+    ABSENT = "absent"
+    FILLING = "filling"  # bytes are reserved: a pack is being written or a segment filled
+    HELD = "held"
+    DROPPING = "dropping"
+
+
+@dataclass(slots=True, eq=False)
+class Copy:
+    """A model's copy in the host or disk tier. ``readers`` running restores read it: not droppable."""
+
+    state: CopyState = CopyState.ABSENT
+    held_bytes: int = 0
+    readers: int = 0
+    order: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    """A device, its byte account, what is on it in order of arrival, and who may evict from it."""
+
+    name: str
+    healthy: bool
+    account: Account = field(default_factory=Account)
+    models: dict[ModelRef, Model] = field(default_factory=dict)
+    claim: Claim | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Claim:
+    """The one waiting model that may evict from a device, and since when it waits for room there."""
+
+    ref: ModelRef
+    since_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why requests for a model are refused without trying, and until when."""
+
+    reason: RefusalReason
+    message: str
+    until_ms: int
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One version on this node.
+
+    ``resident_chunks`` of its chunks, counted from the first, are on the device (or coming, or going):
+    eviction takes chunks from the tail, so a prefix describes every state. This version of the core
+    moves all of them at once.
+    ``residency`` numbers the stays on a device: a lease of an earlier one pins nothing.
+    ``source`` is the tier that the running restore reads.
+    """
+
+    spec: ModelSpec
+    tenant: Tenant
+    planned: bool = True
+    state: State = State.ABSENT
+    device: Device | None = None
+    device_bytes: int = 0
+    resident_chunks: int = 0
+    source: Tier = Tier.ORIGIN
+    order: int = 0
+    started_ms: int = 0
+    residency: int = 0
+    leases: int = 0
+    packing: bool = False  # a pack is being written from this stay on the device
+    host: Copy = field(default_factory=Copy)
+    disk: Copy = field(default_factory=Copy)
+    opened_bytes: int = 0  # what the pack takes in the host tier; 0 until there was a pack
+    waiters: dict[str, Waiter] = field(default_factory=dict)
+    tries: dict[Tier, int] = field(default_factory=dict)
+    not_before_ms: int = 0
+    failure: Failure | None = None
+    pack_not_before_ms: int = 0
+    reuse: Reuse = field(default_factory=Reuse)
+    measured_ms: dict[Tier, int] = field(default_factory=dict)
+    charged_ms: int = 0
+
+    @property
+    def ref(self) -> ModelRef:
+        return self.spec.ref
+
+    @property
+    def need_bytes(self) -> int:
+        """Bytes it holds on a device when all of it is there."""
+        return self.spec.image_bytes + self.spec.workspace_bytes
+
+    @property
+    def idle(self) -> bool:
+        """On a device and in nobody's use: it may be evicted now."""
+        return self.state is State.RESIDENT and not self.leases and not self.packing
+
+    @property
+    def empty(self) -> bool:
+        """It holds no byte anywhere, so its record may be forgotten."""
+        return (
+            self.state is State.ABSENT
+            and self.host.state is CopyState.ABSENT
+            and self.disk.state is CopyState.ABSENT
+        )
+
+    def copy(self, tier: Tier) -> Copy:
+        return self.host if tier is Tier.HOST else self.disk
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that was neither granted nor refused yet."""
+
+    request: str
+    model: Model
+    arrived_ms: int
+    deadline_ms: int
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A granted request. It pins its model only during the stay that it was granted in."""
+
+    request: str
+    model: Model
+    residency: int
+    granted_ms: int
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """All state of one node. Created empty; the first events tell it devices, budgets and the plan."""
+
+    now_ms: int = 0
+    has_plan: bool = False
+    draining: bool = False
+    devices: dict[str, Device] = field(default_factory=dict)
+    # The host and disk tiers; their limit is None until it was seen, and nothing is put there before.
+    host: Account = field(default_factory=Account)
+    disk: Account = field(default_factory=Account)
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    models: dict[ModelRef, Model] = field(default_factory=dict)
+    requests: dict[str, Waiter | Lease] = field(default_factory=dict)
+    waiting: int = 0
+    # Models with waiters, in the order in which their first waiter came.
+    queue: dict[ModelRef, Model] = field(default_factory=dict)
+    # Models that a claim with no patience left wants gone: leased ones finish, new requests wait.
+    condemned: dict[ModelRef, ModelRef] = field(default_factory=dict)
+    # Models that left the plan and still hold something.
+    removed: dict[ModelRef, Model] = field(default_factory=dict)
+    # Resident models without a pack, candidates for one.
+    unpacked: dict[ModelRef, Model] = field(default_factory=dict)
+    # Models with bytes in the host or disk tier.
+    in_host: dict[ModelRef, Model] = field(default_factory=dict)
+    in_disk: dict[ModelRef, Model] = field(default_factory=dict)
+    speeds: RestoreSpeeds = field(default_factory=RestoreSpeeds)
+    virtual_us: int = 0
+    order: int = 0
+    # (at_ms, sequence, request or "" for a plain wake-up); entries of answered requests go stale.
+    timers: list[tuple[int, int, str]] = field(default_factory=list)
+    timer_sequence: int = 0
+    wake_ms: int | None = None
+    # Something changed that may let a waiting model move; cleared when all were looked at.
+    dirty: bool = False
+
+    def account(self, tier: Tier) -> Account:
+        return self.host if tier is Tier.HOST else self.disk
+
+    def copies(self, tier: Tier) -> dict[ModelRef, Model]:
+        return self.in_host if tier is Tier.HOST else self.in_disk
+
+
+def next_order(node: Node) -> int:
+    node.order += 1
+    return node.order
+
+
+# Raw weights may grow a little when they are sealed: headers, tags, incompressible chunks. A sixteenth
+# plus 1 MiB is above what the pack format can ever add.
+PACK_GROWTH_PARTS = 16
+PACK_FIXED_BYTES = MIB
+
+
+def pack_reservation_bytes(spec: ModelSpec) -> int:
+    """The most that a pack of this version may take on disk."""
+    side = sum(file.size_bytes for file in spec.files if not file.path.endswith(".safetensors"))
+    return spec.image_bytes + spec.image_bytes // PACK_GROWTH_PARTS + PACK_FIXED_BYTES + side
+
+
+# --- device bytes ---------------------------------------------------------------------------------
+
+
+def hold_device(model: Model, device: Device) -> None:
+    """Take all bytes of a model on a device, before the order that brings them."""
+    nbytes = model.need_bytes
+    device.account.hold(nbytes)
+    model.tenant.device.hold(nbytes)
+    model.device, model.device_bytes = device, nbytes
+    model.resident_chunks = len(model.spec.chunk_bytes)
+    device.models[model.ref] = model
+
+
+def leave_device(model: Model) -> None:
+    """Note that the bytes were ordered away; they are held until ``release_device``."""
+    assert model.device is not None
+    model.device.account.leaving_bytes += model.device_bytes
+    model.tenant.device.leaving_bytes += model.device_bytes
+
+
+def release_device(model: Model) -> None:
+    """The bytes are gone, ordered away before or not; the model is absent."""
+    assert model.device is not None
+    leaving = model.state is State.EVICTING
+    model.device.account.release(model.device_bytes, leaving)
+    model.tenant.device.release(model.device_bytes, leaving)
+    del model.device.models[model.ref]
+    model.device, model.device_bytes, model.resident_chunks = None, 0, 0
+    model.state = State.ABSENT
+    model.order = 0
+
+
+# --- bytes of copies ------------------------------------------------------------------------------
+
+
+def hold_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
+    """Reserve room for a copy that is about to be made."""
+    node.account(tier).hold(nbytes)
+    model.tenant.account(tier).hold(nbytes)
+    copy = model.copy(tier)
+    copy.state, copy.held_bytes = CopyState.FILLING, nbytes
+    node.copies(tier)[model.ref] = model
+
+
+def settle_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
+    """A complete copy of ``nbytes`` exists, reserved or found; what is too much is shed later."""
+    copy = model.copy(tier)
+    for account in (node.account(tier), model.tenant.account(tier)):
+        account.release(copy.held_bytes, leaving=False)
+        account.hold_found(nbytes)
+    copy.state, copy.held_bytes, copy.order = CopyState.HELD, nbytes, 0
+    node.copies(tier)[model.ref] = model
+
+
+def leave_copy(node: Node, model: Model, tier: Tier) -> None:
+    """Note that the copy was ordered away; its bytes are held until ``release_copy``."""
+    copy = model.copy(tier)
+    node.account(tier).leaving_bytes += copy.held_bytes
+    model.tenant.account(tier).leaving_bytes += copy.held_bytes
+    copy.state = CopyState.DROPPING
+
+
+def release_copy(node: Node, model: Model, tier: Tier) -> None:
+    """The copy is gone, or was never made."""
+    copy = model.copy(tier)
+    leaving = copy.state is CopyState.DROPPING
+    node.account(tier).release(copy.held_bytes, leaving)
+    model.tenant.account(tier).release(copy.held_bytes, leaving)
+    copy.state, copy.held_bytes, copy.order = CopyState.ABSENT, 0, 0
+    node.copies(tier).pop(model.ref, None)

@@ -1,0 +1,434 @@
+"""Requests: who waits, whose turn it is, who may evict, and every grant and refusal.
+
+Covers: granting, waiting, deadlines and timers, retry hints, the fair order between tenants, claims on
+devices, starting restores and evictions for waiting models. Does not cover: what an event means
+(``residency``), which victims to take (``room``), or bytes below the device (``upkeep``).
+
+Whose turn: the highest priority first, then the tenant with the least virtual time (restore and device
+time caused, by weight), then the oldest. Each device has at most one **claim**: the first waiting model
+that needs room there. Only the claim may evict, and its room is promised to it, so two waiting models
+can not evict each other's prey for ever; a later one may pass only if it fits into what is free beyond
+the promise. A claim that waited ``CLAIM_PATIENCE_MS`` for models in use condemns them: what runs goes on,
+what comes new waits, so that a model in constant use can not starve another tenant.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from packer import keep, quota, room
+from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, Wake
+from packer.ledger import (
+    Claim,
+    CopyState,
+    Device,
+    Lease,
+    Model,
+    Node,
+    State,
+    Waiter,
+    hold_copy,
+    hold_device,
+    leave_copy,
+    leave_device,
+    next_order,
+)
+from packer.types import ModelRef, Tier
+
+# Waiting requests cost some 500 bytes each here and a socket in the gateway; a tenant that queues more
+# than this is better served by a 429 that says when to come back.
+WAITING_PER_TENANT_MAX = 256
+WAITING_MAX = 4096
+# Blocked models looked at in one step. Beyond that they keep their place and are tried in a later step;
+# it bounds the time of a step when very many models wait.
+BLOCKED_PER_STEP_MAX = 64
+# How long a claim lets newcomers go on using the models that it needs gone: some hundred warm answers,
+# and short against the seconds that people wait for a cold model.
+CLAIM_PATIENCE_MS = 2_000
+# Retry hints: not sooner than a network round trip makes sense, not later than a client keeps waiting.
+RETRY_MS_MIN = 100
+RETRY_MS_MAX = 120_000
+# Stale timers are swept once there are this many more than live ones.
+STALE_TIMERS_MAX = 256
+
+
+# --- timers ---------------------------------------------------------------------------------------
+
+
+def wake_at(node: Node, at_ms: int, request: str = "") -> None:
+    """Look again at ``at_ms``: at the request's deadline, or (no request) at whatever waits then."""
+    node.timer_sequence += 1
+    heapq.heappush(node.timers, (at_ms, node.timer_sequence, request))
+
+
+def _stale(node: Node, request: str) -> bool:
+    return bool(request) and not isinstance(node.requests.get(request), Waiter)
+
+
+def expire(node: Node, now_ms: int, out: list[Action]) -> None:
+    """Handle the timers that are due: refuse waiters past their deadline."""
+    timers = node.timers
+    while timers and timers[0][0] <= now_ms:
+        _, _, request = heapq.heappop(timers)
+        if not request:
+            node.dirty = True
+            continue
+        waiter = node.requests.get(request)
+        if isinstance(waiter, Waiter):
+            model = waiter.model
+            retry = retry_ms(node, model, now_ms)
+            waited_ms = now_ms - waiter.arrived_ms
+            detail = f"{model.ref} was not ready after {waited_ms} ms; it is {_standing(model)}"
+            refuse_waiter(node, waiter, RefusalReason.TIMEOUT, detail, retry, out)
+
+
+def _standing(model: Model) -> str:
+    if model.state is State.RESTORING:
+        return f"being restored from the {model.source} tier"
+    return "waiting for room" if model.state is State.ABSENT else f"{model.state} and not free"
+
+
+def schedule_wake(node: Node, now_ms: int, out: list[Action]) -> None:
+    """Ask to be woken for the next live timer, unless an earlier wake-up is on its way."""
+    timers = node.timers
+    if len(timers) > 2 * node.waiting + STALE_TIMERS_MAX:
+        node.timers = timers = [entry for entry in timers if not _stale(node, entry[2])]
+        heapq.heapify(timers)
+    while timers and _stale(node, timers[0][2]):
+        heapq.heappop(timers)
+    if not timers:
+        return
+    at_ms = timers[0][0]
+    if node.wake_ms is None or node.wake_ms <= now_ms or at_ms < node.wake_ms:
+        node.wake_ms = at_ms
+        out.append(Wake(at_ms))
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def grantable(node: Node, model: Model) -> bool:
+    """May a request use the model right now?"""
+    device = model.device
+    return (
+        model.state is State.RESIDENT
+        and model.planned
+        and device is not None
+        and device.healthy
+        and model.ref not in node.condemned
+    )
+
+
+def grant(
+    node: Node, request: str, model: Model, tier: Tier, waited_ms: int, now_ms: int, out: list[Action]
+) -> None:
+    assert model.device is not None
+    node.requests[request] = Lease(request, model, model.residency, now_ms)
+    model.leases += 1
+    model.tenant.granted += 1
+    out.append(Grant(request, model.ref, model.device.name, tier, waited_ms))
+
+
+def enqueue(node: Node, request: str, model: Model, now_ms: int, deadline_ms: int) -> None:
+    tenant = model.tenant
+    if not tenant.waiting:
+        # A tenant that was away does not come back with saved-up turns.
+        tenant.virtual_us = max(tenant.virtual_us, node.virtual_us)
+    waiter = Waiter(request, model, now_ms, deadline_ms)
+    node.requests[request] = waiter
+    model.waiters[request] = waiter
+    node.queue[model.ref] = model
+    tenant.waiting += 1
+    node.waiting += 1
+    wake_at(node, deadline_ms, request)
+
+
+def leave_queue(node: Node, waiter: Waiter) -> None:
+    """Take a waiter out of every book; it is answered or gone."""
+    model = waiter.model
+    del node.requests[waiter.request]
+    del model.waiters[waiter.request]
+    model.tenant.waiting -= 1
+    node.waiting -= 1
+    if not model.waiters:
+        del node.queue[model.ref]
+        node.dirty = True
+
+
+def refuse_waiter(
+    node: Node, waiter: Waiter, reason: RefusalReason, detail: str, retry: int | None, out: list[Action]
+) -> None:
+    leave_queue(node, waiter)
+    out.append(Refuse(waiter.request, reason, detail, retry))
+
+
+def refuse_all(
+    node: Node, model: Model, reason: RefusalReason, detail: str, retry: int | None, out: list[Action]
+) -> None:
+    for waiter in list(model.waiters.values()):
+        refuse_waiter(node, waiter, reason, detail, retry, out)
+
+
+def grant_waiters(node: Node, model: Model, tier: Tier, now_ms: int, out: list[Action]) -> None:
+    """Grant everybody who waits for a model that is there; oldest first."""
+    for waiter in list(model.waiters.values()):
+        leave_queue(node, waiter)
+        # Whoever waited only for a condemnation to pass did not wait for a restore.
+        waited_ms = 0 if tier is Tier.DEVICE else now_ms - waiter.arrived_ms
+        grant(node, waiter.request, model, tier, waited_ms, now_ms, out)
+
+
+def clamp_retry_ms(ms: int) -> int:
+    return min(max(ms, RETRY_MS_MIN), RETRY_MS_MAX)
+
+
+def retry_ms(node: Node, model: Model, now_ms: int) -> int:
+    """When to come back for a model: what its restore still takes, and those before it in the queue."""
+    expected_ms = room.restore_ms(node, model)
+    if model.state is State.RESTORING:
+        return clamp_retry_ms(expected_ms - (now_ms - model.started_ms))
+    if model.state is State.RESIDENT:
+        return clamp_retry_ms(0)
+    for before in node.queue.values():
+        if before is model:
+            break
+        expected_ms += room.restore_ms(node, before)
+        if expected_ms >= RETRY_MS_MAX:
+            break
+    return clamp_retry_ms(max(expected_ms, model.not_before_ms - now_ms))
+
+
+# --- orders on devices ----------------------------------------------------------------------------
+
+
+def order_evict(node: Node, model: Model, out: list[Action]) -> None:
+    assert model.device is not None
+    model.state = State.EVICTING
+    model.order = next_order(node)
+    leave_device(model)
+    node.unpacked.pop(model.ref, None)
+    node.condemned.pop(model.ref, None)
+    out.append(Evict(model.ref, model.device.name, 0, model.order))
+
+
+def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: list[Action]) -> None:
+    source = room.source_tier(model)
+    if source is None:
+        # The last tier that had tries left lost its copy meanwhile: a new round over all tiers.
+        model.tries.clear()
+        source = room.source_tier(model) or Tier.ORIGIN
+    cost_ms = room.restore_ms_from(node, model, source)
+    hold_device(model, device)
+    model.state = State.RESTORING
+    model.source = source
+    model.order = next_order(node)
+    model.started_ms = now_ms
+    model.charged_ms = cost_ms
+    # The node's virtual time follows whoever is served, so that newcomers start level with them.
+    node.virtual_us = max(node.virtual_us, model.tenant.virtual_us)
+    quota.charge(model.tenant, cost_ms)
+    host_bytes = 0
+    if source is not Tier.ORIGIN:
+        model.copy(source).readers += 1
+    if source is Tier.DISK:
+        make_host_room(node, model, now_ms, out)
+        host_bytes = _reserve_host(node, model)
+    out.append(Restore(model.ref, device.name, source, 0, host_bytes, model.order))
+
+
+def make_host_room(node: Node, model: Model, now_ms: int, out: list[Action]) -> None:
+    """Drop less valuable host copies so that this model's next restore from disk can leave one.
+
+    Nobody waits for it: if the room is there when the restore starts, the copy is made on the way.
+    """
+    if model.host.state is not CopyState.ABSENT or not model.opened_bytes or node.host.limit_bytes is None:
+        return
+    if not room.has_copy(model, Tier.DISK):
+        return
+    for victim in room.copy_victims(node, model, Tier.HOST, model.opened_bytes, 0, 0, now_ms) or ():
+        order_drop(node, victim, Tier.HOST, out)
+
+
+def _reserve_host(node: Node, model: Model) -> int:
+    nbytes = model.opened_bytes
+    known = nbytes > 0 and node.host.limit_bytes is not None and model.host.state is CopyState.ABSENT
+    if not known or not node.host.fits(nbytes) or not model.tenant.host.fits(nbytes):
+        return 0
+    hold_copy(node, model, Tier.HOST, nbytes)
+    return nbytes
+
+
+def order_drop(node: Node, model: Model, tier: Tier, out: list[Action]) -> None:
+    leave_copy(node, model, tier)
+    copy = model.copy(tier)
+    copy.order = next_order(node)
+    out.append(Drop(model.ref, tier, copy.order))
+
+
+# --- whose turn -----------------------------------------------------------------------------------
+
+
+def turns(node: Node, now_ms: int) -> list[Model]:
+    """Waiting models that could start, in the order of their turn; claims that stand come first."""
+    claimed = [
+        model
+        for device in node.devices.values()
+        if device.claim is not None
+        and (model := node.queue.get(device.claim.ref)) is not None
+        and _startable(model, now_ms)
+    ]
+    by_tenant: dict[str, list[Model]] = {}
+    for model in node.queue.values():
+        if _startable(model, now_ms) and model not in claimed:
+            by_tenant.setdefault(model.tenant.spec.tenant, []).append(model)
+    heap: list[tuple[int, int, int, str]] = []
+    for place, (name, models) in enumerate(by_tenant.items()):
+        models.reverse()
+        tenant = models[-1].tenant
+        heap.append((-tenant.quota.priority, tenant.virtual_us, place, name))
+    heapq.heapify(heap)
+    ordered = claimed
+    while heap:
+        priority, virtual_us, place, name = heap[0]
+        models = by_tenant[name]
+        model = models.pop()
+        ordered.append(model)
+        if models:
+            ahead_us = room.restore_ms(node, model) * 1000 // max(model.tenant.quota.weight, 1)
+            heapq.heapreplace(heap, (priority, virtual_us + ahead_us, place, name))
+        else:
+            heapq.heappop(heap)
+    return ordered
+
+
+def _startable(model: Model, now_ms: int) -> bool:
+    return model.state is State.ABSENT and model.not_before_ms <= now_ms
+
+
+def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
+    """Start what can start, let the claims evict, refuse what can never fit."""
+    before = node.condemned
+    earlier = room.Earlier({}, {})
+    claims: dict[str, Claim] = {}
+    condemned: dict[Model, Model] = {}
+    blocked = 0
+    for model in turns(node, now_ms) if not node.draining else ():
+        if blocked >= BLOCKED_PER_STEP_MAX:
+            break
+        if not _try_start(node, model, earlier, claims, condemned, now_ms, out):
+            blocked += 1
+    for device in node.devices.values():
+        device.claim = claims.get(device.name)
+    node.condemned = {victim.ref: wanted.ref for victim, wanted in condemned.items()}
+    for ref in before:
+        if ref not in node.condemned:
+            release_condemned(node, ref, now_ms, out)
+
+
+def release_condemned(node: Node, ref: ModelRef, now_ms: int, out: list[Action]) -> None:
+    """A claim that no longer needs this model lets its waiters go on."""
+    model = node.queue.get(ref)
+    if model is not None and grantable(node, model):
+        grant_waiters(node, model, Tier.DEVICE, now_ms, out)
+
+
+def _try_start(
+    node: Node,
+    model: Model,
+    earlier: room.Earlier,
+    claims: dict[str, Claim],
+    condemned: dict[Model, Model],
+    now_ms: int,
+    out: list[Action],
+) -> bool:
+    """Start a restore if it fits, else claim a device; True when the model no longer waits for room."""
+    healthy = [device for device in node.devices.values() if device.healthy]
+    fitting = [device for device in healthy if room.fits_now(model, device, earlier)]
+    if fitting:
+        # Best fit: the device with the least room left over, so that large holes stay whole.
+        start_restore(node, model, min(fitting, key=_left_over), now_ms, out)
+        return True
+    claim = _choose_claim(node, model, healthy, earlier, claims, now_ms)
+    if claim is None:
+        hope = room.hopeless(node, model, now_ms)
+        if hope is not None:
+            refuse_all(node, model, hope.reason, hope.detail, hope.retry_ms, out)
+            return True
+        return False
+    device, victims = claim
+    held = device.claim
+    since_ms = held.since_ms if held is not None and held.ref == model.ref else now_ms
+    claims[device.name] = Claim(model.ref, since_ms)
+    if all(victim.idle for victim in victims):
+        for victim in victims:
+            order_evict(node, victim, out)
+        make_host_room(node, model, now_ms, out)
+    elif now_ms - since_ms >= CLAIM_PATIENCE_MS:
+        condemned.update((victim, model) for victim in victims if victim.state is State.RESIDENT)
+    elif since_ms == now_ms:
+        wake_at(node, now_ms + CLAIM_PATIENCE_MS)
+    earlier.add(device.name, model.tenant.spec.tenant, model.need_bytes)
+    return False
+
+
+def _left_over(device: Device) -> tuple[int, str]:
+    return ((device.account.limit_bytes or 0) - device.account.used_bytes, device.name)
+
+
+def _choose_claim(
+    node: Node,
+    model: Model,
+    healthy: list[Device],
+    earlier: room.Earlier,
+    claims: dict[str, Claim],
+    now_ms: int,
+) -> tuple[Device, list[Model]] | None:
+    """The device to make room on and whom to evict there: fewest bytes of idle models now; else, of
+    models in use, for later. A claim that stands keeps its device unless another can serve at once."""
+    free = [device for device in healthy if device.name not in claims]
+    for busy in (False, True):
+        best: tuple[tuple[bool, int, int, str], Device, list[Model]] | None = None
+        for device in free:
+            if (device.account.limit_bytes or 0) < model.need_bytes:
+                continue
+            victims = room.device_victims(node, model, device, earlier, busy, now_ms)
+            if victims is None:
+                continue
+            stands = device.claim is not None and device.claim.ref == model.ref
+            evicted = sum(victim.device_bytes for victim in victims)
+            rank = (not stands, evicted, *_left_over(device))
+            if best is None or rank < best[0]:
+                best = (rank, device, victims)
+        if best is not None:
+            return best[1], best[2]
+    return None
+
+
+def waiting_refusal(node: Node, model: Model, now_ms: int) -> room.Hopeless | None:
+    """Why one more request for this model may not wait, or None."""
+    failure = model.failure
+    if failure is not None and now_ms < failure.until_ms:
+        lasting = failure.reason is RefusalReason.MODEL_BROKEN
+        retry = None if lasting else clamp_retry_ms(failure.until_ms - now_ms)
+        return room.Hopeless(failure.reason, failure.message, retry)
+    if model.tenant.waiting >= WAITING_PER_TENANT_MAX or node.waiting >= WAITING_MAX:
+        mine = model.tenant.waiting >= WAITING_PER_TENANT_MAX
+        whose = f"tenant {model.ref.tenant}" if mine else "this node"
+        limit = WAITING_PER_TENANT_MAX if mine else WAITING_MAX
+        return room.Hopeless(
+            RefusalReason.QUEUE_FULL,
+            f"{limit} requests of {whose} are waiting already, the limit",
+            retry_ms(node, model, now_ms),
+        )
+    if model.state is State.ABSENT and not model.waiters:
+        return room.hopeless(node, model, now_ms)
+    return None
+
+
+def note_device_time(node: Node, lease: Lease, device_ms: int) -> None:
+    """Meter a finished request: fair queueing's charge and the tenant's mean use."""
+    tenant = lease.model.tenant
+    if device_ms > 0:
+        quota.charge(tenant, device_ms)
+        kept_of_four = keep.KEPT_OF_FOUR
+        tenant.use_ms = device_ms if not tenant.use_ms else (kept_of_four * tenant.use_ms + device_ms) // 4

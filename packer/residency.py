@@ -1,0 +1,543 @@
+"""The residency core of one node: ``step(node, event, now_ms) -> [Action]``.
+
+Covers: what every event means for the state, in one place, and the views that the agent reads. Does not
+cover: the books (``ledger``), whose turn it is (``queueing``), who must go (``room``, ``upkeep``), quotas
+(``quota``), or the proof after every step (``invariants.check``).
+
+Promises, besides those of ``check``: pure and deterministic (no clock, no I/O, no randomness, no set is
+ever iterated); a late answer (to an order that a worker's death has ended) changes nothing; ``Finished``
+and ``Cancelled`` of a request that is not known are ignored; ``Cancelled`` of a granted request ends it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packer import keep, queueing, quota, room, upkeep
+from packer.events import (
+    Action,
+    Cancelled,
+    DeviceSeen,
+    DrainAsked,
+    Dropped,
+    Event,
+    Evicted,
+    Finished,
+    Packed,
+    PackFailed,
+    PackFound,
+    Planned,
+    RefusalReason,
+    Refuse,
+    Requested,
+    Restored,
+    RestoreFailed,
+    Ticked,
+    TierBudgetSeen,
+    WorkerDied,
+)
+from packer.invariants import check
+from packer.ledger import (
+    CopyState,
+    Device,
+    Failure,
+    Lease,
+    Model,
+    Node,
+    State,
+    Waiter,
+    release_copy,
+    release_device,
+    settle_copy,
+)
+from packer.quota import InvariantBroken, Tenant
+from packer.types import ModelRef, ModelSpec, Task, TenantSpec, Tier
+
+__all__ = [
+    "InvariantBroken",
+    "ModelView",
+    "Node",
+    "TenantView",
+    "check",
+    "device_bytes_used",
+    "model_view",
+    "restore_ms_estimate",
+    "step",
+    "tenant_view",
+    "tier_bytes_used",
+]
+
+# A model that can not be built is not tried again for this long: building fails the same way each time.
+BROKEN_MS = 60_000
+# After every tier failed, callers are turned away this long instead of queueing up behind one more try.
+FAILED_MS = 5_000
+# Pause before another try after a passing fault; doubles per try up to the limit.
+BACKOFF_MS_FIRST = 200
+BACKOFF_MS_MAX = 5_000
+# When a draining node refuses, another node should be asked soon.
+DRAINING_RETRY_MS = 1_000
+
+
+def step(node: Node, event: Event, now_ms: int) -> list[Action]:
+    """Take in one fact; returns the orders that follow from it, in the order to carry them out."""
+    now_ms = node.now_ms = max(node.now_ms, now_ms)
+    out: list[Action] = []
+    match event:
+        case Requested():
+            _requested(node, event, now_ms, out)
+        case Finished():
+            _finished(node, event.request, event.device_ms)
+        case Cancelled():
+            _cancelled(node, event.request)
+        case Restored():
+            _restored(node, event, now_ms, out)
+        case RestoreFailed():
+            _restore_failed(node, event, now_ms, out)
+        case Evicted():
+            _evicted(node, event)
+        case Packed():
+            _packed(node, event)
+        case PackFailed():
+            _pack_failed(node, event, now_ms)
+        case Dropped():
+            _dropped(node, event)
+        case WorkerDied():
+            _worker_died(node, event, now_ms, out)
+        case PackFound():
+            _pack_found(node, event)
+        case Planned():
+            _planned(node, event, now_ms, out)
+        case DeviceSeen():
+            _device_seen(node, event)
+        case TierBudgetSeen():
+            _tier_budget_seen(node, event)
+        case DrainAsked():
+            _drain_asked(node, out)
+        case Ticked():
+            # The wake-up asked for is spent; whatever is still due is asked for again below.
+            node.wake_ms = None
+    queueing.expire(node, now_ms, out)
+    _settle(node, now_ms, out)
+    queueing.schedule_wake(node, now_ms, out)
+    return out
+
+
+def _settle(node: Node, now_ms: int, out: list[Action]) -> None:
+    """Draw the consequences until nothing more follows.
+
+    A refusal or a grant inside may make room for the next; every round answers at least one request or
+    starts something, so the rounds end.
+    """
+    while node.dirty:
+        node.dirty = False
+        upkeep.retire(node, out)
+        upkeep.shed(node, now_ms, out)
+        for model in list(node.queue.values()):
+            if model.state is State.RESIDENT and queueing.grantable(node, model):
+                queueing.grant_waiters(node, model, Tier.DEVICE, now_ms, out)
+        queueing.start_waiting(node, now_ms, out)
+        upkeep.order_packs(node, now_ms, out)
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+def _requested(node: Node, event: Requested, now_ms: int, out: list[Action]) -> None:
+    if event.request in node.requests:
+        raise InvariantBroken(f"request {event.request} was requested twice")
+
+    def refuse(reason: RefusalReason, detail: str, retry_ms: int | None) -> None:
+        out.append(Refuse(event.request, reason, detail, retry_ms))
+
+    if node.draining:
+        return refuse(RefusalReason.DRAINING, "this node is leaving; ask another one", DRAINING_RETRY_MS)
+    model = node.models.get(event.ref)
+    if model is None or not model.planned:
+        return refuse(RefusalReason.UNKNOWN_MODEL, f"there is no model {event.ref}", None)
+    tenant = model.tenant
+    concurrency = tenant.quota.concurrency
+    if concurrency is not None and tenant.in_flight >= concurrency:
+        retry = queueing.clamp_retry_ms(tenant.use_ms)
+        detail = f"{tenant.in_flight} requests of tenant {event.ref.tenant} are in flight, the limit"
+        return refuse(RefusalReason.CONCURRENCY, detail, retry)
+    wait_ms = tenant.rate.wait_ms(now_ms)
+    if wait_ms:
+        detail = f"tenant {event.ref.tenant} may send {tenant.rate.per_minute} requests per minute"
+        return refuse(RefusalReason.RATE, detail, wait_ms)
+    ready = queueing.grantable(node, model)
+    if not ready:
+        refusal = queueing.waiting_refusal(node, model, now_ms)
+        if refusal is not None:
+            return refuse(refusal.reason, refusal.detail, refusal.retry_ms)
+    # Only a request that is let in counts against the rate: a refusal costs the node next to nothing.
+    tenant.rate.take(now_ms)
+    keep.note_use(model.reuse, now_ms)
+    if ready:
+        queueing.grant(node, event.request, model, Tier.DEVICE, 0, now_ms, out)
+    else:
+        if not model.waiters:
+            node.dirty = True
+        queueing.enqueue(node, event.request, model, now_ms, event.deadline_ms)
+    return None
+
+
+def _finished(node: Node, request: str, device_ms: int) -> None:
+    lease = node.requests.get(request)
+    if not isinstance(lease, Lease):
+        return
+    del node.requests[request]
+    model = lease.model
+    model.tenant.granted -= 1
+    queueing.note_device_time(node, lease, device_ms)
+    if lease.residency == model.residency:
+        model.leases -= 1
+        if not model.leases:
+            node.dirty = True
+    upkeep.forget_tenant(node, model.tenant)
+
+
+def _cancelled(node: Node, request: str) -> None:
+    known = node.requests.get(request)
+    if isinstance(known, Waiter):
+        queueing.leave_queue(node, known)
+    else:
+        _finished(node, request, 0)
+
+
+# --- answers of orders ----------------------------------------------------------------------------
+
+
+def _answers(model: Model | None, state: State, device: str, order: int) -> bool:
+    """Is this the answer to the order that is under way, and not to one that was given up?"""
+    return (
+        model is not None
+        and model.state is state
+        and model.device is not None
+        and model.device.name == device
+        and order in (0, model.order)
+    )
+
+
+def _end_restore(node: Node, model: Model, host_filled: bool) -> None:
+    """The running restore is over: its source may go, its host reservation is a copy or is free."""
+    if model.source is not Tier.ORIGIN:
+        model.copy(model.source).readers -= 1
+    if model.host.state is CopyState.FILLING:
+        if host_filled:
+            settle_copy(node, model, Tier.HOST, model.host.held_bytes)
+        else:
+            release_copy(node, model, Tier.HOST)
+    model.order = 0
+    node.dirty = True
+
+
+def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> None:
+    model = node.models.get(event.ref)
+    if model is None or not _answers(model, State.RESTORING, event.device, event.order):
+        return
+    model.state = State.RESIDENT
+    _end_restore(node, model, event.host_filled)
+    model.residency += 1
+    model.leases = 0
+    model.tries.clear()
+    model.failure = None
+    taken_ms = max(event.restore_ms, 0)
+    keep.note_restore(node.speeds, model.measured_ms, model.source, model.spec.image_bytes, taken_ms)
+    # What was charged was an estimate; the tenant pays what it took.
+    quota.charge(model.tenant, taken_ms - model.charged_ms)
+    node.unpacked[model.ref] = model
+    # Leased in the same step, before anyone may evict it.
+    if queueing.grantable(node, model):
+        queueing.grant_waiters(node, model, model.source, now_ms, out)
+
+
+def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Action]) -> None:
+    model = node.models.get(event.ref)
+    if model is None or not _answers(model, State.RESTORING, event.device, event.order):
+        return
+    source = model.source
+    _give_up_restore(node, model)
+    if event.broken:
+        model.failure = Failure(RefusalReason.MODEL_BROKEN, event.message, now_ms + BROKEN_MS)
+        queueing.refuse_all(node, model, RefusalReason.MODEL_BROKEN, event.message, None, out)
+    elif event.corrupt and source is not Tier.ORIGIN:
+        # The copy is bad, the next tier is asked at once.
+        queueing.order_drop(node, model, source, out)
+    else:
+        _try_again_later(node, model, source, RefusalReason.RESTORE_FAILED, event.message, now_ms, out)
+
+
+def _give_up_restore(node: Node, model: Model) -> None:
+    _end_restore(node, model, host_filled=False)
+    release_device(model)
+
+
+def _try_again_later(
+    node: Node,
+    model: Model,
+    source: Tier,
+    reason: RefusalReason,
+    message: str,
+    now_ms: int,
+    out: list[Action],
+) -> None:
+    """Count a passing fault of a tier: back off and try again, or turn callers away for a while."""
+    model.tries[source] = model.tries.get(source, 0) + 1
+    if room.source_tier(model) is not None:
+        failed = sum(model.tries.values())
+        model.not_before_ms = now_ms + min(BACKOFF_MS_FIRST << min(failed - 1, 16), BACKOFF_MS_MAX)
+        queueing.wake_at(node, model.not_before_ms)
+        return
+    model.tries.clear()
+    model.not_before_ms = 0
+    detail = f"{model.ref} could not be restored from any tier: {message}"
+    model.failure = Failure(reason, detail, now_ms + FAILED_MS)
+    queueing.refuse_all(node, model, reason, detail, FAILED_MS, out)
+
+
+def _evicted(node: Node, event: Evicted) -> None:
+    model = node.models.get(event.ref)
+    if model is None or not _answers(model, State.EVICTING, event.device, event.order):
+        return
+    release_device(model)
+    node.dirty = True
+
+
+def _packed(node: Node, event: Packed) -> None:
+    model = node.models.get(event.ref)
+    if model is None or model.disk.state is not CopyState.FILLING:
+        return
+    if event.order not in (0, model.disk.order):
+        return
+    model.packing = False
+    model.opened_bytes = event.host_bytes
+    settle_copy(node, model, Tier.DISK, event.disk_bytes)
+    node.dirty = True
+
+
+def _pack_failed(node: Node, event: PackFailed, now_ms: int) -> None:
+    model = node.models.get(event.ref)
+    if model is None or model.disk.state is not CopyState.FILLING:
+        return
+    if event.order not in (0, model.disk.order):
+        return
+    model.packing = False
+    release_copy(node, model, Tier.DISK)
+    model.pack_not_before_ms = now_ms + upkeep.PACK_RETRY_MS
+    if model.state is State.RESIDENT:
+        node.unpacked[model.ref] = model
+    node.dirty = True
+
+
+def _dropped(node: Node, event: Dropped) -> None:
+    model = node.models.get(event.ref)
+    if model is None or event.tier not in (Tier.HOST, Tier.DISK):
+        return
+    copy = model.copy(event.tier)
+    if copy.state is not CopyState.DROPPING or event.order not in (0, copy.order):
+        return
+    release_copy(node, model, event.tier)
+    if event.tier is Tier.DISK and model.state is State.RESIDENT:
+        node.unpacked[model.ref] = model
+    node.dirty = True
+
+
+def _worker_died(node: Node, event: WorkerDied, now_ms: int, out: list[Action]) -> None:
+    device = node.devices.get(event.device)
+    if device is None:
+        return
+    for model in [m for m in device.models.values() if m.ref.tenant == event.tenant]:
+        if model.state is State.RESTORING:
+            source = model.source
+            _give_up_restore(node, model)
+            message = f"the worker on {event.device} died"
+            _try_again_later(node, model, source, RefusalReason.WORKER_DIED, message, now_ms, out)
+        else:
+            # Its leases end with their own Finished, but pin nothing any more. A pack that was being
+            # written keeps its reservation until its answer says what is left of the file.
+            release_device(model)
+            model.leases = 0
+            model.residency += 1
+            model.packing = False
+            node.unpacked.pop(model.ref, None)
+            node.condemned.pop(model.ref, None)
+    node.dirty = True
+
+
+# --- facts about the node -------------------------------------------------------------------------
+
+
+def _pack_found(node: Node, event: PackFound) -> None:
+    model = node.models.get(event.ref)
+    if model is None:
+        # Before the first plan nothing is known about it; afterwards it is nobody's and is dropped.
+        model = _add_model(node, _unknown_spec(event.ref), planned=False)
+    if model.disk.state not in (CopyState.ABSENT, CopyState.HELD):
+        return
+    model.opened_bytes = event.host_bytes
+    settle_copy(node, model, Tier.DISK, event.disk_bytes)
+    node.unpacked.pop(model.ref, None)
+    node.dirty = True
+
+
+def _unknown_spec(ref: ModelRef) -> ModelSpec:
+    """Stands in for the description of a version that no plan has named yet; it is never restored."""
+    return ModelSpec(ref, "", (), "", Task.EMBEDDING, 0, (), 0, 0, latest=False)
+
+
+def _add_model(node: Node, spec: ModelSpec, planned: bool) -> Model:
+    name = spec.ref.tenant
+    tenant = node.tenants.get(name)
+    if tenant is None:
+        tenant = node.tenants[name] = Tenant(TenantSpec(name), planned=False)
+    tenant.models += 1
+    model = node.models[spec.ref] = Model(spec, tenant, planned)
+    if not planned:
+        node.removed[spec.ref] = model
+    return model
+
+
+def _planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None:
+    node.has_plan = True
+    for tenant in node.tenants.values():
+        tenant.planned = False
+    for spec in event.tenants:
+        known = node.tenants.get(spec.tenant)
+        if known is None:
+            known = node.tenants[spec.tenant] = Tenant(spec)
+        quota.apply_quota(known, spec, now_ms)
+    for model in node.models.values():
+        model.planned = False
+    for model_spec in event.models:
+        ref = model_spec.ref
+        planned_tenant = node.tenants.get(ref.tenant)
+        if planned_tenant is None or not planned_tenant.planned:
+            continue  # a model of a tenant that the plan does not name is not served
+        model_known = node.models.get(ref) or _add_model(node, model_spec, planned=True)
+        model_known.spec = model_spec
+        model_known.planned = True
+        node.removed.pop(ref, None)
+    for model in list(node.models.values()):
+        if not model.planned:
+            node.removed[model.ref] = model
+            detail = f"there is no model {model.ref}"
+            queueing.refuse_all(node, model, RefusalReason.UNKNOWN_MODEL, detail, None, out)
+    for tenant in list(node.tenants.values()):
+        if not tenant.planned:
+            quota.apply_quota(tenant, TenantSpec(tenant.spec.tenant), now_ms)
+            tenant.planned = False
+            upkeep.forget_tenant(node, tenant)
+    _capacity_changed(node)
+
+
+def _device_seen(node: Node, event: DeviceSeen) -> None:
+    device = node.devices.get(event.device)
+    if device is None:
+        device = node.devices[event.device] = Device(event.device, event.healthy)
+    device.healthy = event.healthy
+    device.account.set_limit(max(event.budget_bytes, 0))
+    _capacity_changed(node)
+
+
+def _tier_budget_seen(node: Node, event: TierBudgetSeen) -> None:
+    if event.tier in (Tier.HOST, Tier.DISK):
+        node.account(event.tier).set_limit(max(event.budget_bytes, 0))
+        _capacity_changed(node)
+
+
+def _capacity_changed(node: Node) -> None:
+    devices_bytes = sum(d.account.limit_bytes or 0 for d in node.devices.values() if d.healthy)
+    quota.share_reserves(node.tenants, Tier.DEVICE, devices_bytes)
+    for tier in (Tier.HOST, Tier.DISK):
+        quota.share_reserves(node.tenants, tier, node.account(tier).limit_bytes or 0)
+    node.dirty = True
+
+
+def _drain_asked(node: Node, out: list[Action]) -> None:
+    node.draining = True
+    detail = "this node is leaving; ask another one"
+    for model in list(node.queue.values()):
+        queueing.refuse_all(node, model, RefusalReason.DRAINING, detail, DRAINING_RETRY_MS, out)
+    node.dirty = True
+
+
+# --- views ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """Where a version stands on this node."""
+
+    state: State
+    device: str | None
+    leases: int
+    waiting: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TenantView:
+    """What a tenant holds and may still do. ``rate_limit`` None: requests are not limited."""
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    in_flight: int
+    rate_limit: int | None
+    rate_remaining: int
+    rate_reset_ms: int
+
+
+def device_bytes_used(node: Node, device: str) -> int:
+    """Bytes held on a device: weights and workspace, those coming and going included."""
+    known = node.devices.get(device)
+    return known.account.used_bytes if known is not None else 0
+
+
+def tier_bytes_used(node: Node, tier: Tier) -> int:
+    """Bytes held in a tier, those coming and going included; of all devices for ``Tier.DEVICE``."""
+    if tier is Tier.DEVICE:
+        return sum(device.account.used_bytes for device in node.devices.values())
+    return node.account(tier).used_bytes if tier is not Tier.ORIGIN else 0
+
+
+def model_view(node: Node, ref: ModelRef) -> ModelView | None:
+    """None when the node knows nothing of this version."""
+    model = node.models.get(ref)
+    if model is None:
+        return None
+    return ModelView(
+        state=model.state,
+        device=model.device.name if model.device is not None else None,
+        leases=model.leases,
+        waiting=len(model.waiters),
+        device_bytes=model.device_bytes,
+        host_bytes=model.host.held_bytes,
+        disk_bytes=model.disk.held_bytes,
+    )
+
+
+def tenant_view(node: Node, tenant: str, now_ms: int) -> TenantView | None:
+    """None when the node knows nothing of this tenant."""
+    known = node.tenants.get(tenant)
+    if known is None:
+        return None
+    return TenantView(
+        device_bytes=known.device.used_bytes,
+        host_bytes=known.host.used_bytes,
+        disk_bytes=known.disk.used_bytes,
+        in_flight=known.in_flight,
+        rate_limit=known.rate.per_minute,
+        rate_remaining=known.rate.remaining(now_ms),
+        rate_reset_ms=known.rate.reset_ms(now_ms),
+    )
+
+
+def restore_ms_estimate(node: Node, ref: ModelRef) -> int:
+    """Expected time until this version could answer: 0 when resident or unknown."""
+    model = node.models.get(ref)
+    if model is None or model.state is State.RESIDENT:
+        return 0
+    return room.restore_ms(node, model)

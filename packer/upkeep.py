@@ -1,0 +1,124 @@
+"""Upkeep after every change: what must go because it may not stay, and packs that should be written.
+
+Covers: models that left the plan, budgets and limits that sank, unhealthy devices, ordering packs of
+models that came from their origin. Does not cover: room for waiting requests (``queueing``).
+"""
+
+from __future__ import annotations
+
+from packer import room
+from packer.events import Action, Pack
+from packer.ledger import (
+    CopyState,
+    Model,
+    Node,
+    State,
+    hold_copy,
+    next_order,
+    pack_reservation_bytes,
+)
+from packer.queueing import order_drop, order_evict
+from packer.quota import Tenant
+from packer.types import ModelRef, Tier
+
+# A pack that could not be written, or for which nothing may be dropped, is tried again after this long:
+# a disk that is full stays full for a while, and every try reads the whole model.
+PACK_RETRY_MS = 60_000
+
+
+def retire(node: Node, out: list[Action]) -> None:
+    """Take models that left the plan out of every tier; leased ones finish first.
+
+    Before the first plan nothing has left it: packs found at start-up wait for it.
+    """
+    if not node.has_plan:
+        return
+    for model in list(node.removed.values()):
+        if model.idle:
+            order_evict(node, model, out)
+        for tier in (Tier.HOST, Tier.DISK):
+            if room.droppable(model.copy(tier)):
+                order_drop(node, model, tier, out)
+        if model.empty:
+            forget(node, model)
+
+
+def forget(node: Node, model: Model) -> None:
+    del node.removed[model.ref]
+    del node.models[model.ref]
+    model.tenant.models -= 1
+    forget_tenant(node, model.tenant)
+
+
+def forget_tenant(node: Node, tenant: Tenant) -> None:
+    """Let go of a tenant that left the plan, once nothing of it is left."""
+    name = tenant.spec.tenant
+    if not tenant.planned and not tenant.models and not tenant.granted and node.tenants.get(name) is tenant:
+        del node.tenants[name]
+
+
+def shed(node: Node, now_ms: int, out: list[Action]) -> None:
+    """Evict and drop what is idle until every budget and every max is kept again."""
+    for device in node.devices.values():
+        if not device.healthy or device.account.excess_bytes:
+            for model in room.device_surplus(node, device, now_ms):
+                order_evict(node, model, out)
+    for tier in (Tier.HOST, Tier.DISK):
+        if node.account(tier).excess_bytes:
+            for model in room.copies_surplus(node, tier, None, now_ms):
+                order_drop(node, model, tier, out)
+    for tenant in node.tenants.values():
+        if tenant.device.excess_bytes:
+            for model in room.tenant_surplus(node, tenant, now_ms):
+                order_evict(node, model, out)
+        for tier in (Tier.HOST, Tier.DISK):
+            if tenant.account(tier).excess_bytes:
+                for model in room.copies_surplus(node, tier, tenant, now_ms):
+                    order_drop(node, model, tier, out)
+
+
+def order_packs(node: Node, now_ms: int, out: list[Action]) -> None:
+    """Order a pack of every resident model that has none, as far as the disk tier has room for it."""
+    if not node.unpacked or node.disk.limit_bytes is None or node.draining:
+        return
+    pending = 0
+    pending_by_tenant: dict[str, int] = {}
+    done: list[ModelRef] = []
+    for ref, model in node.unpacked.items():
+        if not _wants_pack(model, now_ms):
+            if model.state is not State.RESIDENT or model.disk.state is CopyState.HELD:
+                done.append(ref)
+            continue
+        nbytes = pack_reservation_bytes(model.spec)
+        own = pending_by_tenant.get(ref.tenant, 0)
+        victims = room.copy_victims(node, model, Tier.DISK, nbytes, pending, own, now_ms)
+        if victims is None:
+            model.pack_not_before_ms = now_ms + PACK_RETRY_MS
+            continue
+        for victim in victims:
+            order_drop(node, victim, Tier.DISK, out)
+        if not pending and node.disk.fits(nbytes) and model.tenant.disk.fits(nbytes):
+            _order_pack(node, model, nbytes, out)
+            done.append(ref)
+        else:
+            pending += nbytes
+            pending_by_tenant[ref.tenant] = own + nbytes
+    for ref in done:
+        node.unpacked.pop(ref, None)
+
+
+def _wants_pack(model: Model, now_ms: int) -> bool:
+    return (
+        model.planned
+        and model.state is State.RESIDENT
+        and model.disk.state is CopyState.ABSENT
+        and now_ms >= model.pack_not_before_ms
+    )
+
+
+def _order_pack(node: Node, model: Model, nbytes: int, out: list[Action]) -> None:
+    assert model.device is not None
+    hold_copy(node, model, Tier.DISK, nbytes)
+    model.packing = True
+    model.disk.order = next_order(node)
+    out.append(Pack(model.ref, model.device.name, nbytes, model.disk.order))
