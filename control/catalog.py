@@ -215,6 +215,7 @@ class Catalog:
     spec_bytes: dict[ModelRef, int] = field(default_factory=dict)
     plan_model_bytes: int = 0
     key_seq: dict[str, int] = field(default_factory=dict)
+    key_specs: dict[str, KeySpec] = field(default_factory=dict)  # what a caller's key is checked against
     model_seq: dict[ModelRef, int] = field(default_factory=dict)
 
     def apply(self, change: Change, seq: int) -> None:
@@ -229,9 +230,13 @@ class Catalog:
             case PutKey(row):
                 self.keys[row.key_id] = row
                 self.key_seq[row.key_id] = seq
+                self.key_specs[row.key_id] = KeySpec(
+                    row.key_id, row.secret_sha256, row.tenant or "", row.expires_ms
+                )
             case DropKey(key_id):
                 self.keys.pop(key_id, None)
                 self.key_seq.pop(key_id, None)
+                self.key_specs.pop(key_id, None)
             case PutQuota(tenant, quota):
                 self.quotas[tenant] = quota
             case PutModel(spec):

@@ -307,10 +307,11 @@ class Store:
 
     # --- records ---
 
-    def write_records(self, batch: Sequence[SpooledRecords]) -> dict[str, int]:
-        """Store the records of many beats in one transaction; the highest sequence by incarnation.
+    def write_records(self, batch: Sequence[SpooledRecords], own: Sequence[Record] = ()) -> dict[str, int]:
+        """Store the records of many beats, and control's own, in one transaction.
 
-        Delivered twice, a record is stored once: its sequence is not above the one acknowledged.
+        Returns the highest sequence stored by incarnation. Delivered twice, a record is stored once:
+        its sequence is not above the one acknowledged.
         """
         acked: dict[str, int] = {}
         with _mapped(), self._db.atomic():
@@ -325,15 +326,10 @@ class Store:
                     "update nodes set acked_seq = max(acked_seq, ?) where incarnation = ?",
                     (high, spooled.incarnation),
                 )
-            self._prune()
-        return acked
-
-    def write_own_records(self, records: Sequence[Record]) -> None:
-        """Store control's own records (a node joined, a token was refused …)."""
-        with _mapped(), self._db.atomic():
-            for record in records:
+            for record in own:
                 self._insert_record("control", "", record)
             self._prune()
+        return acked
 
     def _insert_record(self, node: str, incarnation: str, record: Record) -> None:
         self._until_prune -= 1

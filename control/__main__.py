@@ -1,0 +1,30 @@
+"""``bunk-control``: parse the command line, set up logging, serve. Everything else is elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+
+from control.config import parse_config
+from control.server import serve
+from control.state import AlreadyRunning
+from control.store import StoreUnavailable
+
+
+def main() -> None:
+    """Exit status: 0 after an orderly stop, 1 when it can not start, 2 for wrong arguments."""
+    config = parse_config(sys.argv[1:])
+    # Everything that control writes is its own: the CA's key, the operator's key, tenants' models.
+    os.umask(0o077)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(serve(config))
+    except (AlreadyRunning, StoreUnavailable, OSError) as error:
+        print(f"bunk-control: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Who may call what: the one table that routes are registered through, and the check before each.
+
+Covers: the kinds of access, the caller that a handler is given, errors in the management API's shape,
+and reading a JSON body. Does not cover: what an individual handler lets a tenant see (each calls
+``tenant_of`` or compares with its own rows), or who a client certificate speaks for
+(``control.authority``).
+
+There is no way to add a route without stating its access, and a test enumerates all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from control.authority import NotANode
+from control.catalog import NodeRow, TenantRow
+from control.model_store import ModelStoreError
+from control.state import Control, wall_ms
+from control.store import StoreUnavailable
+from packer.http import (
+    ApiError,
+    bearer_text,
+    check_key,
+    decode_json,
+    invalid_key,
+    openai_response,
+    parse_key,
+    retry_headers,
+)
+from packer.types import BadValue, parse_tenant
+
+T = TypeVar("T")
+
+OPERATOR_OWNER = "operator!"
+RETRY_STORE_MS = 2_000
+
+
+class Access(StrEnum):
+    """What a caller must show. ``CALLER``: an operator's or any tenant's key."""
+
+    OPEN = "open"
+    OPERATOR = "operator"
+    CALLER = "caller"
+    TENANT = "tenant"
+    NODE = "node"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: a key's tenant (None: an operator), or a node's row on the node listener."""
+
+    tenant: str | None = None
+    key_id: str = ""
+    node: NodeRow | None = None
+
+    @property
+    def is_operator(self) -> bool:
+        return bool(self.key_id) and self.tenant is None
+
+    @property
+    def owner(self) -> str:
+        """What the bytes of the caller's bodies are counted under (see ``packer.http.BodyBudget``)."""
+        if self.node is not None:
+            return f"node!{self.node.node}"  # no tenant's name has a '!'
+        return self.tenant or OPERATOR_OWNER
+
+
+Handle = Callable[[Control, web.Request, Caller], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """``stays``: the handler runs to its end although its caller has left, because it changes state."""
+
+    method: str
+    path: str
+    access: Access
+    handle: Handle
+    stays: bool = True
+
+
+def add_routes(app: web.Application, control: Control, routes: Sequence[Route]) -> None:
+    for route in routes:
+        app.router.add_route(route.method, route.path, _guarded(control, route))
+
+
+def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        caller = identify(control, request, route.access)
+        try:
+            if not route.stays:
+                return await route.handle(control, request, caller)
+            task = asyncio.ensure_future(route.handle(control, request, caller))
+            control.keep(task)
+            return await asyncio.shield(task)
+        except BadValue as error:
+            raise ApiError(400, "invalid_value", error.message, field=error.field) from None
+        except (StoreUnavailable, ModelStoreError) as error:
+            control.log_fault(request.path, error)
+            raise ApiError(
+                503,
+                "store_unavailable",
+                "Control's own storage can not be read or written now; nothing was changed.",
+                kind="server_error",
+                hint="The operator finds the reason in control's log (a full disk, most often).",
+                retry_ms=RETRY_STORE_MS,
+                should_retry=True,
+            ) from None
+
+    return handler
+
+
+def identify(control: Control, request: web.Request, access: Access) -> Caller:
+    """The caller, if ``access`` lets them in. Raises ``ApiError`` 401 or 403."""
+    if access is Access.OPEN:
+        return Caller()
+    if access is Access.NODE:
+        return _identify_node(control, request)
+    text = bearer_text(request) or ""
+    known = check_key(control.catalog.key_specs, text, wall_ms())
+    parsed = parse_key(text)
+    if known is None or parsed is None:
+        raise invalid_key()
+    caller = Caller(known.tenant or None, parsed.key_id)
+    if access is Access.OPERATOR and not caller.is_operator:
+        raise ApiError(403, "operator_key_required", "This needs an operator's key, not a tenant's.")
+    if access is Access.TENANT and caller.is_operator:
+        raise ApiError(
+            403,
+            "tenant_key_required",
+            "Models are called with a tenant's key, not an operator's.",
+            hint="Make one with: bunk key create TENANT",
+        )
+    return caller
+
+
+def _identify_node(control: Control, request: web.Request) -> Caller:
+    transport = request.transport
+    tls = transport.get_extra_info("ssl_object") if transport is not None else None
+    certificate = tls.getpeercert(binary_form=True) if tls is not None else None
+    try:
+        identity = control.authority.identify(certificate, datetime.now(UTC))
+    except NotANode as error:
+        raise ApiError(
+            401, "node_certificate_required", f"Only nodes may call this: {error}.", hint="Join first."
+        ) from None
+    row = control.catalog.nodes.get(identity.node)
+    if row is None or row.key_sha256 != identity.key_sha256:
+        raise ApiError(
+            403,
+            "node_removed",
+            f"The node {identity.node!r} was removed from this cluster.",
+            hint="Join again with a new token from: bunk node token create",
+        )
+    return Caller(node=row)
+
+
+# --- for handlers ---------------------------------------------------------------------------------
+
+
+def not_found(what: str, text: str) -> ApiError:
+    """The same for what does not exist and for what is somebody else's."""
+    return ApiError(404, f"{what}_not_found", f"There is no {what} {text[:120]!r}, or it is not yours.")
+
+
+def tenant_of(control: Control, caller: Caller, text: str) -> TenantRow:
+    """The tenant in a path, if it exists and the caller may act for it; else the one 404."""
+    row = control.catalog.tenants.get(text)
+    if row is None or not (caller.is_operator or caller.tenant == text):
+        raise not_found("tenant", text)
+    return row
+
+
+def own_tenant_filter(control: Control, request: web.Request, caller: Caller) -> str | None:
+    """The tenant that a list is limited to: a tenant's own, or what an operator asks for (None: all)."""
+    asked = request.query.get("tenant")
+    if asked is None:
+        return caller.tenant
+    return tenant_of(control, caller, parse_tenant(asked)).tenant
+
+
+def whole_number(request: web.Request, name: str, default: int, most: int) -> int:
+    """A number from the query, 0 to ``most``."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdecimal() or len(text) > 18 or int(text) > most:
+        raise BadValue(name, f"must be a whole number from 0 to {most}")
+    return int(text)
+
+
+async def read_json(control: Control, request: web.Request, caller: Caller, kind: type[T]) -> T:
+    """The body, decoded and checked. Raises ``ApiError`` that names the field."""
+    async with control.bodies.body(request, caller.owner) as body:
+        return decode_json(body, kind)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list as every list of the management API is answered."""
+
+    items: Sequence[object]
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBody:
+    code: str
+    message: str
+    field: str | None
+    hint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    error: ErrorBody
+
+
+def render_error(request: web.Request, error: ApiError) -> web.Response:
+    """OpenAI's shape below ``/v1``, the management API's elsewhere."""
+    if request.path.startswith("/v1/") or request.path == "/v1":
+        return openai_response(request, error)
+    # A caller's words that an error repeats may hold what is no valid text.
+    message = error.message.encode("utf-8", "replace").decode()
+    body = ErrorAnswer(ErrorBody(error.code, message, error.field, error.hint))
+    return web.Response(
+        status=error.status,
+        body=msgspec.json.encode(body),
+        content_type="application/json",
+        headers={**error.headers, **retry_headers(error)},
+    )

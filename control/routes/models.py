@@ -1,0 +1,237 @@
+"""Models: list, show, delete, and register an origin that control only points at.
+
+Covers also what uploads share with it: examining a directory off the loop, building the spec of a new
+version, and the limits on versions. Does not cover: uploads (``control.routes.uploads``) or how
+models are called (``control.routes.router``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+from aiohttp import web
+
+from control.catalog import (
+    CONTROL_ORIGIN,
+    PLAN_MODEL_BYTES_MAX,
+    VERSIONS_MAX,
+    VERSIONS_PER_TENANT_MAX,
+    model_arrival,
+    model_removal,
+    plan_bytes,
+)
+from control.model_store import Directory, Examined, ModelStoreError, WrongDigest, examine, open_origin
+from control.routes.access import (
+    Access,
+    Caller,
+    Items,
+    Route,
+    not_found,
+    own_tenant_filter,
+    read_json,
+    tenant_of,
+)
+from control.routes.tenants import drop_files
+from control.state import Control, wall_ms
+from packer.directory import BadDirectory, manifest_digest
+from packer.http import ApiError, json_response
+from packer.layout import BadHeader
+from packer.types import BadValue, ModelName, ModelRef, ModelSpec, OriginFile, parse_model
+
+
+class OriginAsk(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswer:
+    ref: str
+    tenant: str
+    name: str
+    version: str
+    latest: bool
+    task: str
+    engine: str
+    image_bytes: int
+    workspace_bytes: int
+    origin: str
+    created_ms: int
+    files: Sequence[OriginFile]
+
+
+def model_answer(spec: ModelSpec) -> ModelAnswer:
+    return ModelAnswer(
+        str(spec.ref),
+        spec.ref.tenant,
+        spec.ref.name,
+        spec.ref.version,
+        spec.latest,
+        spec.task.value,
+        spec.engine,
+        spec.image_bytes,
+        spec.workspace_bytes,
+        spec.origin,
+        spec.created_ms,
+        spec.files,
+    )
+
+
+# --- shared with uploads --------------------------------------------------------------------------
+
+
+async def examine_off_loop(
+    control: Control,
+    directory: Directory,
+    declared: Mapping[str, OriginFile] | None = None,
+    spoiled: Callable[[str], None] | None = None,
+) -> Examined:
+    """``examine`` on a thread, a few at a time; what it refuses becomes a 422 that names the file.
+
+    ``spoiled`` is called with a file that is not what was declared, so that it can be sent again.
+    """
+    async with control.examinations:
+        try:
+            return await asyncio.to_thread(examine, directory, declared)
+        except (BadDirectory, BadHeader) as error:
+            path = error.path if isinstance(error, BadDirectory) else error.file
+            raise ApiError(422, "model_refused", str(error), field=path) from None
+        except WrongDigest as error:
+            if spoiled is not None:
+                await asyncio.to_thread(spoiled, error.path)
+            raise ApiError(
+                422, "wrong_sha256", f"{error}; send this file again from byte 0.", field=error.path
+            ) from None
+        except (OSError, ModelStoreError) as error:
+            control.log_fault("examine", error)
+            raise ApiError(
+                409, "files_changed", "The files could not be read to their end; are they being changed?"
+            ) from None
+
+
+def new_spec(ref: ModelRef, origin: str, examined: Examined, now_ms: int) -> ModelSpec:
+    facts = examined.facts
+    return ModelSpec(
+        ref=ref,
+        origin=origin,
+        files=examined.files,
+        engine=facts.engine,
+        task=facts.task,
+        image_bytes=facts.image_bytes,
+        chunk_bytes=facts.chunk_bytes,
+        workspace_bytes=facts.workspace_bytes,
+        created_ms=now_ms,
+    )
+
+
+def check_room(control: Control, spec: ModelSpec) -> None:
+    """Refuse a version that would make plans too large. The caller holds ``writing``."""
+    catalog = control.catalog
+    if len(catalog.of_tenant.get(spec.ref.tenant, {})) >= VERSIONS_PER_TENANT_MAX:
+        raise ApiError(
+            507,
+            "too_many_versions",
+            f"This tenant has {VERSIONS_PER_TENANT_MAX} versions, the limit; delete some first.",
+            should_retry=False,
+        )
+    wanted = catalog.plan_model_bytes + plan_bytes(spec)
+    if len(catalog.models) >= VERSIONS_MAX or wanted > PLAN_MODEL_BYTES_MAX:
+        raise ApiError(
+            507,
+            "cluster_full",
+            f"With this version plans would have {len(catalog.models) + 1} versions and {wanted} bytes, the "
+            f"limits are {VERSIONS_MAX} and {PLAN_MODEL_BYTES_MAX}; delete versions first.",
+            should_retry=False,
+        )
+
+
+# --- routes ---------------------------------------------------------------------------------------
+
+
+async def register(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    ask = await read_json(control, request, caller, OriginAsk)
+    tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
+    name = own_name(tenant, ask.name)
+    try:
+        url, directory = await asyncio.to_thread(open_origin, ask.origin, control.config.origin_roots)
+    except BadDirectory as error:
+        raise ApiError(422, "model_refused", str(error), field=error.path) from None
+    examined = await examine_off_loop(control, directory)
+    spec = new_spec(ModelRef(tenant, name, manifest_digest(examined.files)), url, examined, wall_ms())
+    async with control.writing:
+        tenant_of(control, caller, tenant)  # it may have been deleted meanwhile
+        known = control.catalog.models.get(spec.ref)
+        if known is None:
+            check_room(control, spec)
+        else:
+            # The same content: the version stays what it is, but a registered origin may have moved.
+            origin = known.origin if known.origin == CONTROL_ORIGIN else url
+            spec = replace(known, origin=origin, latest=True)
+        await control.write(model_arrival(control.catalog, spec))
+        answer = model_answer(control.catalog.models[spec.ref])
+    control.record("model_registered", tenant=tenant, model=str(spec.ref), detail=url)
+    return json_response(answer, 201 if known is None else 200)
+
+
+def own_name(tenant: str, name: str) -> str:
+    """A model's name without tenant and version. Raises ``BadValue``."""
+    if "@" in name or "/" in name:
+        raise BadValue("name", "is a model's own name, without tenant and version")
+    return parse_model(f"{tenant}/{name}", "name")[0].name
+
+
+async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    tenant = own_tenant_filter(control, request, caller)
+    names = sorted(control.catalog.tenants) if tenant is None else [tenant]
+    return json_response(
+        Items([model_answer(spec) for name in names for spec in control.catalog.models_of(name)])
+    )
+
+
+def named_model(
+    control: Control, request: web.Request, caller: Caller
+) -> tuple[ModelName, str | None, ModelSpec]:
+    """The model in the path, written ``tenant/name`` or ``tenant/name@version``, ``/`` or ``%2F``."""
+    text = request.match_info["ref"]
+    try:
+        model, version = parse_model(text)
+    except BadValue:
+        raise not_found("model", text) from None
+    spec = control.catalog.resolve(model, version)
+    if spec is None or not (caller.is_operator or caller.tenant == model.tenant):
+        raise not_found("model", text)
+    return model, version, spec
+
+
+async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    _, _, spec = named_model(control, request, caller)
+    return json_response(model_answer(spec))
+
+
+async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """One version when the path names it, else all versions of the model."""
+    async with control.writing:
+        model, version, spec = named_model(control, request, caller)
+        if request.match_info["ref"].endswith("@latest"):
+            version = spec.ref.version
+        changes = model_removal(control.catalog, model, version)
+        before = control.catalog.versions_of(model)
+        await control.write(changes)
+    gone = [old for old in before if old.ref not in control.catalog.models]
+    for old in gone:
+        control.record(
+            "model_deleted", tenant=model.tenant, model=str(old.ref), detail=f"by key {caller.key_id}"
+        )
+    await drop_files(control, gone)
+    return web.Response(status=204)
+
+
+ROUTES = (
+    Route("POST", "/api/v1/tenants/{tenant}/models", Access.OPERATOR, register),
+    Route("GET", "/api/v1/models", Access.CALLER, list_all),
+    Route("GET", "/api/v1/models/{ref:.+}", Access.CALLER, show),
+    Route("DELETE", "/api/v1/models/{ref:.+}", Access.CALLER, delete),
+)

@@ -1,0 +1,385 @@
+"""Nodes: join tokens and the list for operators; join, renew, beat and origins for nodes.
+
+Covers both sides, because a node's name means the same on each. The second table is served on the node
+listener only, where everything but the CA and the join needs a client certificate whose node exists.
+Does not cover: certificates and who may redeem a token (``control.authority``), or who is sent a plan
+(``control.cluster``).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+from aiohttp import web
+
+from control import cluster as fleet
+from control.authority import (
+    TOKEN_TTL_S_DEFAULT,
+    TOKEN_TTL_S_MAX,
+    BadCertificateRequest,
+    JoinRefused,
+    check_redemption,
+    hash_secret,
+    key_sha256_of,
+    make_token,
+    parse_node,
+)
+from control.catalog import (
+    CONTROL_ORIGIN,
+    NODES_MAX,
+    TOKENS_MAX,
+    Change,
+    DropNode,
+    DropToken,
+    NodeRow,
+    PutNode,
+    PutToken,
+    TokenRow,
+)
+from control.routes.access import Access, Caller, Items, Route, not_found, read_json
+from control.state import Control, TooManyRecords, wall_ms
+from packer.http import ApiError, json_response
+from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile
+from packer.wire import (
+    SPOOL_RECORDS_MAX,
+    WIRE_VERSION,
+    BadMessage,
+    Beat,
+    BeatAnswer,
+    DeviceReport,
+    JoinAnswer,
+    JoinAsk,
+    RenewAsk,
+    decode,
+    encode,
+)
+
+T = TypeVar("T")
+
+# A join is a token, two names and a certificate request.
+JOIN_BYTES_MAX = 32 * KIB
+# A report of 20,000 models and 1,000 records is about 12 MB.
+BEAT_BYTES_MAX = 16 * MIB
+GATEWAY_URL_CHARS_MAX = 256
+# Held open this long at most: shorter than what middleboxes cut, and than fleet.SILENT_AFTER_MS.
+POLL_MS_MAX = 30_000
+# Numbers from nodes end up in 64-bit columns and in JSON that browsers read.
+NUMBER_MAX = 2**53
+# Reported models and tenants; no node can hold more than the cluster has.
+REPORTED_MAX = 20_000
+RETRY_RECORDS_MS = 2_000
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+class TokenAsk(msgspec.Struct, forbid_unknown_fields=True):
+    ttl_s: Annotated[int, msgspec.Meta(ge=1, le=TOKEN_TTL_S_MAX)] = TOKEN_TTL_S_DEFAULT
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    token: str
+    token_id: str
+    name: str | None
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAnswer:
+    node: str
+    state: str  # "up", "draining", "silent", "unheard" (not since control started)
+    gateway_url: str
+    joined_ms: int
+    heard_ago_ms: int | None
+    have_epoch: int
+    have_seq: int
+    devices: Sequence[DeviceReport]
+    host_budget_bytes: int
+    host_used_bytes: int
+    disk_budget_bytes: int
+    disk_used_bytes: int
+
+
+async def make_join_token(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    ask = await read_json(control, request, caller, TokenAsk)
+    node = parse_node(ask.name) if ask.name is not None else None
+    token = make_token(control.authority.pin)
+    now_ms = wall_ms()
+    row = TokenRow(token.token_id, hash_secret(token.secret), node, now_ms, now_ms + ask.ttl_s * 1000)
+    async with control.writing:
+        ended = [old for old in control.catalog.tokens.values() if old.expires_ms <= now_ms]
+        if len(control.catalog.tokens) - len(ended) >= TOKENS_MAX:
+            raise ApiError(
+                429,
+                "too_many_tokens",
+                f"There are {TOKENS_MAX} live join tokens, the limit; wait for some to end.",
+            )
+        changes: list[Change] = [DropToken(old.token_id) for old in ended]
+        await control.write([*changes, PutToken(row)])
+    control.record("token_created", detail=f"{row.token_id}, by key {caller.key_id}")
+    return json_response(TokenAnswer(token.text, row.token_id, node, row.expires_ms), 201)
+
+
+async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    now_ms = control.now_ms()
+    rows = sorted(control.catalog.nodes.values(), key=lambda row: row.node)
+    return json_response(Items([_node_answer(row, control.cluster.nodes[row.node], now_ms) for row in rows]))
+
+
+def _node_answer(row: NodeRow, view: fleet.NodeView, now_ms: int) -> NodeAnswer:
+    report = view.report
+    if view.silent:
+        state = "silent"
+    elif report is None:
+        state = "unheard"
+    else:
+        state = "draining" if report.draining else "up"
+    return NodeAnswer(
+        node=row.node,
+        state=state,
+        gateway_url=view.gateway_url,
+        joined_ms=row.joined_ms,
+        heard_ago_ms=now_ms - view.heard_ms if report is not None and view.heard_ms is not None else None,
+        have_epoch=view.have[0],
+        have_seq=view.have[1],
+        devices=report.devices if report else (),
+        host_budget_bytes=report.host_budget_bytes if report else 0,
+        host_used_bytes=report.host_used_bytes if report else 0,
+        disk_budget_bytes=report.disk_budget_bytes if report else 0,
+        disk_used_bytes=report.disk_used_bytes if report else 0,
+    )
+
+
+async def remove(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """The node's certificate is refused from now on; it is told at its next word."""
+    node = request.match_info["node"]
+    async with control.writing:
+        if node not in control.catalog.nodes:
+            raise not_found("node", node)
+        changes: list[Change] = [
+            DropToken(row.token_id) for row in control.catalog.tokens.values() if row.used_node == node
+        ]
+        await control.write([*changes, DropNode(node)])
+        control.act(fleet.step(control.cluster, fleet.NodeRemoved(node), control.now_ms()))
+    control.record("node_removed", detail=f"{node}, by key {caller.key_id}")
+    return web.Response(status=204)
+
+
+# --- join and renew -------------------------------------------------------------------------------
+
+
+async def ca(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    return web.Response(text=control.authority.ca_pem, content_type="application/x-pem-file")
+
+
+async def join(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    async with control.bodies.body(request, "join!", JOIN_BYTES_MAX) as body:
+        ask = _decode(body, JoinAsk)
+    node = parse_node(ask.name)
+    check_gateway_url(ask.gateway_url)
+    try:
+        csr = control.authority.read_request(ask.csr_pem)
+    except BadCertificateRequest as error:
+        raise BadValue("csr_pem", str(error)) from None
+    key_sha256 = key_sha256_of(csr)
+    async with control.writing:
+        token = control.catalog.tokens.get(ask.token_id)
+        known = control.catalog.nodes.get(node)
+        try:
+            check_redemption(token, ask.token_secret, node, key_sha256, known, wall_ms())
+        except JoinRefused as error:
+            if error.conflict:
+                control.record("join_refused", detail=f"{node} from {request.remote}: {error}")
+            raise ApiError(
+                409 if error.conflict else 401,
+                "join_conflict" if error.conflict else "join_refused",
+                f"Join refused: {error}.",
+                should_retry=False,
+            ) from None
+        if known is None and len(control.catalog.nodes) >= NODES_MAX:
+            raise ApiError(
+                507, "too_many_nodes", f"There are {NODES_MAX} nodes, the limit; remove one first."
+            )
+        assert token is not None  # a token that is absent was refused above
+        row = known or NodeRow(node, secrets.token_hex(8), key_sha256, ask.gateway_url, wall_ms())
+        used = replace(token, used_key_sha256=key_sha256, used_node=node)
+        await control.write([PutToken(used), PutNode(replace(row, gateway_url=ask.gateway_url))])
+        joined = fleet.NodeJoined(node, ask.gateway_url)
+        control.act(fleet.step(control.cluster, joined, control.now_ms()))
+    control.record("node_joined", detail=f"{node} from {request.remote}, token {token.token_id}")
+    return _certificate_answer(control, control.authority.issue_node(csr, node), node)
+
+
+async def renew(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    row = _row(caller)
+    async with control.bodies.body(request, caller.owner, JOIN_BYTES_MAX) as body:
+        ask = _decode(body, RenewAsk)
+    try:
+        csr = control.authority.read_request(ask.csr_pem)
+    except BadCertificateRequest as error:
+        raise BadValue("csr_pem", str(error)) from None
+    if key_sha256_of(csr) != row.key_sha256:
+        raise ApiError(
+            409, "other_key", "A certificate is renewed for the node's own key; join again to change the key."
+        )
+    return _certificate_answer(control, control.authority.issue_node(csr, row.node), row.node)
+
+
+def _certificate_answer(control: Control, chain_pem: str, node: str) -> web.Response:
+    answer = JoinAnswer(WIRE_VERSION, control.meta.cluster, node, chain_pem, control.authority.ca_pem)
+    return web.Response(body=encode(answer), content_type="application/json")
+
+
+def check_gateway_url(url: str) -> None:
+    """Where this router will send tenants' requests. Raises ``BadValue``."""
+    wrong = BadValue(
+        "gateway_url",
+        f"must be http(s)://host:port of at most {GATEWAY_URL_CHARS_MAX} characters, without a path",
+    )
+    if len(url) > GATEWAY_URL_CHARS_MAX or not url.isascii() or not url.isprintable() or " " in url:
+        raise wrong
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise wrong
+    if parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
+        raise wrong
+
+
+def _row(caller: Caller) -> NodeRow:
+    assert caller.node is not None  # Access.NODE gives every handler one
+    return caller.node
+
+
+# --- beats ----------------------------------------------------------------------------------------
+
+
+async def beat(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """Take the report and the records in; answer at once with a newer plan, or when there is one."""
+    row = _row(caller)
+    async with control.bodies.body(request, caller.owner, BEAT_BYTES_MAX) as body:
+        message = _decode(body, Beat)
+    _check_beat(message, row)
+    if message.have_epoch > control.meta.epoch and not await control.leap_epoch(message.have_epoch):
+        raise ApiError(
+            409,
+            "epoch_ahead",
+            f"The node has a plan of epoch {message.have_epoch}, control is at {control.meta.epoch}; is this "
+            "the right control server?",
+        )
+    acked_seq = row.acked_seq
+    if message.records:
+        try:
+            acked_seq = await control.store_spooled(row, message.records)
+        except TooManyRecords:
+            raise ApiError(
+                503, "records_full", "Too many records wait to be stored.", retry_ms=RETRY_RECORDS_MS
+            ) from None
+    waits = message.wait_ms > 0 and not control.stopping
+    due = control.hear(fleet.NodeBeat(row.node, message.report, message.have_epoch, message.have_seq, waits))
+    if waits and not due:
+        due = await control.poll(row.node, min(message.wait_ms, POLL_MS_MAX))
+    current = control.catalog.nodes.get(row.node)
+    if current is None or current.incarnation != row.incarnation:
+        raise ApiError(403, "node_removed", f"The node {row.node!r} was removed from this cluster.")
+    plan = control.plan_for(row.node) if due else None
+    answer = BeatAnswer(WIRE_VERSION, plan, max(acked_seq, current.acked_seq))
+    return web.Response(body=encode(answer), content_type="application/json")
+
+
+def _check_beat(message: Beat, row: NodeRow) -> None:
+    if message.node != row.node:
+        raise BadValue("node", f"{message.node[:80]!r} is not what this certificate is for")
+    if len(message.records) > SPOOL_RECORDS_MAX:
+        raise BadValue("records", f"at most {SPOOL_RECORDS_MAX} in one beat; send the rest with the next")
+    report = message.report
+    if max(len(report.models), len(report.tenants), len(report.devices)) > REPORTED_MAX:
+        raise BadValue("report", f"at most {REPORTED_MAX} models, tenants or devices")
+    numbers = [message.have_epoch, message.have_seq, message.wait_ms]
+    numbers += [number for record in message.records for number in (record.seq, record.at_ms)]
+    if any(not 0 <= number <= NUMBER_MAX for number in numbers):
+        raise BadValue("beat", f"numbers must be from 0 to {NUMBER_MAX}")
+    check_gateway_url(report.gateway_url)
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
+    try:
+        return decode(body, kind)
+    except BadMessage as error:
+        raise ApiError(400, "bad_message", str(error)[:500]) from None
+
+
+# --- origins --------------------------------------------------------------------------------------
+
+
+async def origin(control: Control, request: web.Request, caller: Caller) -> web.StreamResponse:
+    """One file of a version that control's store holds; a single ``Range`` is honoured."""
+    info = request.match_info
+    spec = control.catalog.models.get(ModelRef(info["tenant"], info["name"], info["version"]))
+    files = spec.files if spec is not None and spec.origin == CONTROL_ORIGIN else ()
+    file = next((file for file in files if file.path == info["path"]), None)
+    if spec is None or file is None:
+        # 410 and not 404: to a node, 404 from control means that the node itself is unknown.
+        raise ApiError(410, "file_gone", "There is no such file of such a version in control's store.")
+    start, end = _range(request, file)
+    partial = (start, end) != (0, file.size_bytes)
+    answer = web.StreamResponse(status=206 if partial else 200)
+    answer.content_type = "application/octet-stream"
+    answer.content_length = end - start
+    answer.headers["Accept-Ranges"] = "bytes"
+    answer.headers["ETag"] = f'"{file.sha256}"'
+    if partial:
+        answer.headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size_bytes}"
+    pieces = control.models.stream(spec.ref, file.path, start, end)
+    first = await anext(pieces, b"")  # fails before the head is sent, if it fails
+    await answer.prepare(request)
+    await answer.write(first)
+    async for piece in pieces:
+        await answer.write(piece)
+    await answer.write_eof()
+    return answer
+
+
+def _range(request: web.Request, file: OriginFile) -> tuple[int, int]:
+    size = file.size_bytes
+    try:
+        asked = request.http_range
+    except ValueError:
+        asked = None
+    if asked is not None:
+        start, end, _ = asked.indices(size)
+        if asked.start is None and asked.stop is None:
+            return 0, size
+        if start < end:
+            return start, end
+    raise ApiError(
+        416,
+        "range_not_satisfiable",
+        f"The file has {size} bytes.",
+        headers={"Content-Range": f"bytes */{size}"},
+    )
+
+
+ROUTES = (
+    Route("GET", "/api/v1/nodes", Access.OPERATOR, list_all),
+    Route("POST", "/api/v1/nodes/tokens", Access.OPERATOR, make_join_token),
+    Route("DELETE", "/api/v1/nodes/{node}", Access.OPERATOR, remove),
+)
+
+NODE_ROUTES = (
+    Route("GET", "/node/v1/ca", Access.OPEN, ca),
+    Route("POST", "/node/v1/join", Access.OPEN, join),
+    Route("POST", "/node/v1/renew", Access.NODE, renew),
+    Route("POST", "/node/v1/beat", Access.NODE, beat, stays=False),
+    Route("GET", "/node/v1/origins/{tenant}/{name}/{version}/{path:.+}", Access.NODE, origin, stays=False),
+)

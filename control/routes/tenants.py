@@ -1,0 +1,91 @@
+"""Tenants: create, list, delete.
+
+Deleting one removes its keys, versions and uploads in the same transaction, so the next plan has none
+of them; its files go right after, and if control dies in between, at its next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+from aiohttp import web
+
+from control.catalog import TENANTS_MAX, PutQuota, PutTenant, TenantRow, tenant_removal
+from control.routes.access import Access, Caller, Items, Route, read_json, tenant_of
+from control.state import Control, wall_ms
+from packer.http import ApiError, json_response
+from packer.types import ModelSpec, TenantQuota, parse_tenant
+
+
+class TenantAsk(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TenantAnswer:
+    tenant: str
+    created_ms: int
+    keys: int
+    models: int
+
+
+def tenant_answer(control: Control, row: TenantRow) -> TenantAnswer:
+    return TenantAnswer(
+        row.tenant,
+        row.created_ms,
+        len(control.catalog.keys_of(row.tenant)),
+        len({spec.ref.name for spec in control.catalog.models_of(row.tenant)}),
+    )
+
+
+async def create(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    ask = await read_json(control, request, caller, TenantAsk)
+    name = parse_tenant(ask.name, "name")
+    async with control.writing:
+        if name in control.catalog.tenants:
+            raise ApiError(409, "tenant_exists", f"The tenant {name!r} exists already.", field="name")
+        if len(control.catalog.tenants) >= TENANTS_MAX:
+            raise ApiError(
+                507, "too_many_tenants", f"There are {TENANTS_MAX} tenants, the limit; delete one first."
+            )
+        row = TenantRow(name, wall_ms())
+        await control.write([PutTenant(row), PutQuota(name, TenantQuota())])
+    control.record("tenant_created", tenant=name, detail=f"by key {caller.key_id}")
+    return json_response(tenant_answer(control, row), 201)
+
+
+async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    rows = sorted(control.catalog.tenants.values(), key=lambda row: row.tenant)
+    return json_response(Items([tenant_answer(control, row) for row in rows]))
+
+
+async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    async with control.writing:
+        name = tenant_of(control, caller, request.match_info["tenant"]).tenant
+        specs = control.catalog.models_of(name)
+        open_uploads = [row.upload_id for row in control.catalog.uploads_of(name)]
+        await control.write(tenant_removal(control.catalog, name))
+    control.record("tenant_deleted", detail=f"{name}, by key {caller.key_id}")
+    for upload_id in open_uploads:
+        control.forget_upload(upload_id)
+    await drop_files(control, specs)
+    return web.Response(status=204)
+
+
+async def drop_files(control: Control, specs: Sequence[ModelSpec]) -> None:
+    """Remove the files of versions that are no longer in the catalog."""
+    for spec in specs:
+        async with control.ref_lock(spec.ref):
+            # It may have been pushed again meanwhile; then its files are wanted.
+            if spec.ref not in control.catalog.models:
+                await asyncio.to_thread(control.models.drop, spec.ref)
+
+
+ROUTES = (
+    Route("POST", "/api/v1/tenants", Access.OPERATOR, create),
+    Route("GET", "/api/v1/tenants", Access.OPERATOR, list_all),
+    Route("DELETE", "/api/v1/tenants/{tenant}", Access.OPERATOR, delete),
+)

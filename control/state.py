@@ -1,0 +1,460 @@
+"""The state of the control server: what is in memory, the writer thread, long polls, records.
+
+Covers: owning the catalog and the cluster core, making changes durable before they are visible,
+batching nodes' records, waking long polls, sweeping. Does not cover: the listeners
+(``control.server``), what each route does (``control.routes``), the tables (``control.store``), or
+decisions about the fleet (``control.cluster``).
+
+One event loop owns all state in memory. Writes go through one thread; whoever changes something holds
+``writing`` from its check to its change, so that two callers can not both pass the same check.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+from aiohttp import web
+
+from control import cluster as fleet
+from control.authority import RENEW_AT_SHARE, SERVER_CERTIFICATE_LIFE, Authority, write_private
+from control.catalog import (
+    Catalog,
+    Change,
+    DropToken,
+    DropUpload,
+    KeyRow,
+    NodeRow,
+    PutKey,
+    UploadRow,
+    changes_plan,
+)
+from control.config import Config
+from control.model_store import ModelStore
+from control.store import Meta, SpooledRecords, Store, StoreUnavailable
+from packer.http import BodyBudget, make_key
+from packer.types import ModelRef
+from packer.wire import WIRE_VERSION, Plan, Record
+
+log = logging.getLogger("bunk.control")
+
+T = TypeVar("T")
+
+TICK_S = 1.0
+SWEEP_EVERY_S = 600.0
+# Requests that are being answered may take this long to end at an orderly stop.
+STOP_S = 10.0
+# Records waiting to be stored; beats that bring more are asked to come back.
+RECORDS_PENDING_MAX = 100_000
+# Model directories hashed at one time; each is one busy core.
+EXAMINATIONS_MAX = 2
+# A restored backup may be behind its nodes' plans by some starts of control, never by thousands.
+EPOCH_LEAP_MAX = 1_000
+
+
+class AlreadyRunning(Exception):
+    """Another control server uses this data directory."""
+
+
+class TooManyRecords(Exception):
+    """More records wait to be stored than control holds in memory."""
+
+
+@dataclass(slots=True)
+class PendingRecords:
+    """Records of one beat that wait for the next transaction."""
+
+    spooled: SpooledRecords
+    stored: asyncio.Future[int]
+
+
+class Control:
+    """Everything that routes act on. Made by ``start``, given back by ``close``."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.catalog = Catalog()
+        self.cluster = fleet.Cluster()
+        self.bodies = BodyBudget()
+        self.writing = asyncio.Lock()
+        self.examinations = asyncio.Semaphore(EXAMINATIONS_MAX)
+        self.upload_dir = config.data_dir / "uploads"
+        self.models = ModelStore(config.data_dir / "models")
+        self.busy_parts: set[tuple[str, int]] = set()
+        self.touched_ms: dict[str, int] = {}  # when each upload was last written to
+        self._ref_locks: dict[ModelRef, tuple[asyncio.Lock, int]] = {}
+        self._writer = ThreadPoolExecutor(1, "control-writer")
+        self._reader = ThreadPoolExecutor(1, "control-reader")
+        self._pending: list[PendingRecords] = []
+        self._own_records: list[Record] = []
+        self._records_due = asyncio.Event()
+        self._heard = asyncio.Event()
+        self._polls: dict[str, asyncio.Future[bool]] = {}
+        self._kept: set[asyncio.Task[object]] = set()
+        self._background: list[asyncio.Task[None]] = []
+        self.stopping = False
+        # Set by start().
+        self.meta: Meta
+        self.authority: Authority
+        self.session: aiohttp.ClientSession
+        self._store: Store
+        self._read_store: Store
+        self._lock_file: int
+        self._node_tls: ssl.SSLContext | None = None
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Open the data directory, raise the epoch, load everything, sweep what a crash left."""
+        folder = self.config.data_dir
+        for path in (folder, self.upload_dir):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock_file = _lock(folder / "lock")
+        path = folder / "control.db"
+        self._store = await self._on(self._writer, lambda: Store(path))
+        self.meta = await self._on(self._writer, lambda: self._store.start(secrets.token_hex(8)))
+        self.catalog = await self._on(self._writer, self._store.load)
+        self._read_store = await self._on(self._reader, lambda: Store(path))
+        self.authority = Authority(folder, self.meta.cluster)
+        await self._ensure_operator()
+        await asyncio.to_thread(self._sweep_files)
+        for row in self.catalog.nodes.values():
+            self.act(fleet.step(self.cluster, fleet.NodeJoined(row.node, row.gateway_url), self.now_ms()))
+        self.cluster.newest = (self.meta.epoch, self.meta.seq)
+        connector = aiohttp.TCPConnector(limit=0)  # bounded by the router's own limit
+        self.session = aiohttp.ClientSession(connector=connector, auto_decompress=False, trust_env=False)
+        self._background = [asyncio.create_task(self._store_records()), asyncio.create_task(self._tick())]
+
+    async def close(self) -> None:
+        """Stop in order: polls are answered by then, what is kept runs out, records are stored."""
+        self.stopping = True
+        if self._kept:
+            await asyncio.wait(self._kept, timeout=STOP_S)
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        with suppress(StoreUnavailable):
+            await self._flush_records()
+        await self.session.close()
+        await self._on(self._reader, self._read_store.close)
+        await self._on(self._writer, self._store.close)
+        self._reader.shutdown()
+        self._writer.shutdown()
+        os.close(self._lock_file)
+
+    async def _ensure_operator(self) -> None:
+        """On the first start: an operator key whose text is written to one private file."""
+        if any(row.tenant is None for row in self.catalog.keys.values()):
+            return
+        key = make_key()
+        row = KeyRow(key.key_id, key.secret_sha256, None, "first operator key", wall_ms(), None)
+        # The file first: a key in the database that nobody knows would be of no use.
+        write_private(self.config.data_dir / "operator.key", f"{key.text}\n".encode())
+        async with self.writing:
+            await self.write([PutKey(row)])
+
+    def _sweep_files(self) -> None:
+        for ref in self.models.sweep(set(self.catalog.models)):
+            log.warning("removed files of %s, which no version claims", ref)
+        for folder in self.upload_dir.iterdir():
+            row = self.catalog.uploads.get(folder.name)
+            if row is None or row.committed:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                self.touched_ms[folder.name] = max(
+                    int(path.stat().st_mtime * 1000) for path in (folder, *folder.iterdir())
+                )
+
+    # --- threads and tasks ---
+
+    async def _on(self, pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+    async def read(self, call: Callable[[Store], T]) -> T:
+        """Ask the database something on the reader's thread."""
+        return await self._on(self._reader, lambda: call(self._read_store))
+
+    def keep(self, task: asyncio.Future[web.StreamResponse]) -> None:
+        """Let a handler's task run to its end although its caller may leave."""
+        if isinstance(task, asyncio.Task):
+            self._kept.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[object]) -> None:
+        self._kept.discard(task)
+        if not task.cancelled():
+            task.exception()  # the caller got it, or has left; it must not be reported as lost
+
+    def now_ms(self) -> int:
+        """The clock of the cluster core: steady, so that a clock that is set can not silence nodes."""
+        return time.monotonic_ns() // 1_000_000
+
+    def log_fault(self, where: str, error: Exception) -> None:
+        log.error("%s: %s", where, error)
+
+    # --- changes ---
+
+    async def write(self, changes: Sequence[Change]) -> None:
+        """Make changes durable, then visible, then known to nodes. The caller holds ``writing``."""
+        assert self.writing.locked()
+        await asyncio.shield(asyncio.ensure_future(self._write(changes)))
+
+    async def _write(self, changes: Sequence[Change]) -> None:
+        news = any(changes_plan(change) for change in changes)
+        seq = self.meta.seq + 1 if news else self.meta.seq
+        await self._on(self._writer, lambda: self._store.write(changes, seq))
+        for change in changes:
+            self.catalog.apply(change, seq)
+        if news:
+            self.meta = replace(self.meta, seq=seq)
+            self.act(fleet.step(self.cluster, fleet.Changed(self.meta.epoch, seq), self.now_ms()))
+
+    async def leap_epoch(self, have_epoch: int) -> bool:
+        """A node has a plan of a later epoch: this database is a restored backup. Overtake it."""
+        async with self.writing:
+            if have_epoch <= self.meta.epoch:
+                return True
+            if have_epoch - self.meta.epoch > EPOCH_LEAP_MAX:
+                return False
+            log.warning("a node has a plan of epoch %d, this is %d: overtaking", have_epoch, self.meta.epoch)
+            self.meta = await self._on(
+                self._writer, lambda: self._store.start(self.meta.cluster, have_epoch + 1)
+            )
+            changed = fleet.Changed(self.meta.epoch, self.meta.seq)
+            self.act(fleet.step(self.cluster, changed, self.now_ms()))
+            return True
+
+    def ref_lock(self, ref: ModelRef) -> RefLock:
+        """Held while a version's files are written or removed."""
+        return RefLock(self._ref_locks, ref)
+
+    def plan_for(self, node: str) -> Plan:
+        """The newest plan. Every node is told of everything; placement is not control's yet."""
+        parts = self.catalog.plan_parts()
+        return Plan(WIRE_VERSION, self.meta.cluster, node, self.meta.epoch, self.meta.seq, *parts)
+
+    # --- nodes ---
+
+    def act(self, actions: Sequence[fleet.Action]) -> None:
+        """Carry out what the cluster core ordered."""
+        for action in actions:
+            match action:
+                case fleet.SendPlan(node) | fleet.EndPoll(node):
+                    poll = self._polls.pop(node, None)
+                    if poll is not None and not poll.done():
+                        poll.set_result(isinstance(action, fleet.SendPlan))
+                case fleet.NoteSilent(node, silent_ms):
+                    log.warning("node %s is silent for %d ms", node, silent_ms)
+                    self.record("node_silent", detail=f"{node}: nothing heard for {silent_ms} ms")
+                case fleet.NoteBack(node):
+                    log.info("node %s is back", node)
+                    self.record("node_back", detail=node)
+
+    def hear(self, event: fleet.NodeBeat) -> bool:
+        """Take a beat in; True when its answer must carry the plan."""
+        actions = fleet.step(self.cluster, event, self.now_ms())
+        due = any(isinstance(action, fleet.SendPlan) for action in actions)
+        self.act([action for action in actions if not isinstance(action, fleet.SendPlan)])
+        self._heard.set()
+        self._heard = asyncio.Event()
+        return due
+
+    async def poll(self, node: str, wait_ms: int) -> bool:
+        """Wait for a newer plan on behalf of a node; True when there is one."""
+        if self.stopping:
+            return False
+        poll: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        earlier = self._polls.get(node)
+        self._polls[node] = poll
+        if earlier is not None and not earlier.done():
+            earlier.set_result(False)  # its connection is most likely dead
+        try:
+            return await asyncio.wait_for(poll, wait_ms / 1000)
+        except TimeoutError:
+            return False
+        finally:
+            if self._polls.get(node) is poll:
+                del self._polls[node]
+                self.act(fleet.step(self.cluster, fleet.PollEnded(node), self.now_ms()))
+
+    async def end_polls(self) -> None:
+        """Answer every long poll now: the server stops."""
+        self.stopping = True
+        for poll in list(self._polls.values()):
+            if not poll.done():
+                poll.set_result(False)
+
+    async def until_heard(self, true: Callable[[], bool], wait_s: float) -> bool:
+        """Wait until ``true`` holds; it is asked again after every beat."""
+        try:
+            async with asyncio.timeout(wait_s):
+                while not true():
+                    await self._heard.wait()
+        except TimeoutError:
+            return true()
+        return True
+
+    # --- records ---
+
+    def record(self, kind: str, tenant: str = "", model: str = "", detail: str = "") -> None:
+        """Note a fact of control's own for ``bunk events``; stored with the next batch."""
+        if len(self._own_records) < RECORDS_PENDING_MAX:
+            self._own_records.append(Record(0, wall_ms(), kind, tenant, model, detail))
+            self._records_due.set()
+
+    async def store_spooled(self, row: NodeRow, records: tuple[Record, ...]) -> int:
+        """Store a node's records with whatever else is waiting; the highest sequence stored."""
+        if sum(len(item.spooled.records) for item in self._pending) + len(records) > RECORDS_PENDING_MAX:
+            raise TooManyRecords
+        stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        spooled = SpooledRecords(row.node, row.incarnation, row.acked_seq, records)
+        self._pending.append(PendingRecords(spooled, stored))
+        self._records_due.set()
+        return await stored
+
+    async def _store_records(self) -> None:
+        """One transaction for all records that gathered while the one before was written."""
+        while True:
+            await self._records_due.wait()
+            self._records_due.clear()
+            try:
+                await self._flush_records()
+            except StoreUnavailable as error:
+                self.log_fault("records", error)
+
+    async def _flush_records(self) -> None:
+        batch, self._pending = self._pending, []
+        own, self._own_records = self._own_records, []
+        if not batch and not own:
+            return
+        try:
+            acked = await self._on(
+                self._writer, lambda: self._store.write_records([item.spooled for item in batch], own)
+            )
+        except StoreUnavailable as error:
+            for item in batch:
+                if not item.stored.done():
+                    item.stored.set_exception(error)
+                    item.stored.exception()  # its beat may have left
+            raise
+        for node, row in list(self.catalog.nodes.items()):
+            if row.incarnation in acked:
+                high = max(row.acked_seq, acked[row.incarnation])
+                self.catalog.nodes[node] = replace(row, acked_seq=high)
+        for item in batch:
+            if not item.stored.done():
+                item.stored.set_result(acked[item.spooled.incarnation])
+
+    # --- time ---
+
+    async def _tick(self) -> None:
+        sweep_at = self.now_ms() + int(SWEEP_EVERY_S * 1000)
+        renew_at = self.now_ms() + int(SERVER_CERTIFICATE_LIFE.total_seconds() * RENEW_AT_SHARE * 1000)
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
+                if self.now_ms() >= sweep_at:
+                    sweep_at = self.now_ms() + int(SWEEP_EVERY_S * 1000)
+                    await self.sweep(wall_ms())
+                if self.now_ms() >= renew_at and self._node_tls is not None:
+                    renew_at = self.now_ms() + int(
+                        SERVER_CERTIFICATE_LIFE.total_seconds() * RENEW_AT_SHARE * 1000
+                    )
+                    self.authority.load_server_certificate(self._node_tls, self._node_hosts())
+            except (StoreUnavailable, OSError) as error:
+                self.log_fault("tick", error)
+
+    async def sweep(self, now_ms: int) -> None:
+        """Remove join tokens that ended and uploads that nobody touched for long."""
+        async with self.writing:
+            life_ms = self.config.upload_life_s * 1000
+            old = [row for row in self.catalog.uploads.values() if now_ms - self.last_touch_ms(row) > life_ms]
+            ended = [row for row in self.catalog.tokens.values() if row.expires_ms <= now_ms]
+            changes: list[Change] = [DropUpload(row.upload_id) for row in old]
+            changes += [DropToken(row.token_id) for row in ended]
+            if changes:
+                await self.write(changes)
+        for row in old:
+            self.forget_upload(row.upload_id)
+
+    def last_touch_ms(self, row: UploadRow) -> int:
+        return max(row.created_ms, self.touched_ms.get(row.upload_id, 0))
+
+    def forget_upload(self, upload_id: str) -> None:
+        """Remove the part files of an upload that is no longer in the catalog (or is committed)."""
+        self.touched_ms.pop(upload_id, None)
+        asyncio.get_running_loop().run_in_executor(
+            None, lambda: shutil.rmtree(self.upload_dir / upload_id, ignore_errors=True)
+        )
+
+    # --- listeners ---
+
+    def _node_hosts(self) -> list[str]:
+        host = self.config.node_listen.host
+        names = ["127.0.0.1", "::1", "localhost", *self.config.node_hosts]
+        if host not in ("0.0.0.0", "::"):
+            names.append(host)
+        return list(dict.fromkeys(names))
+
+    def node_tls(self) -> ssl.SSLContext:
+        self._node_tls = self.authority.server_context(self._node_hosts())
+        return self._node_tls
+
+
+class RefLock:
+    """A lock per version that exists only while somebody holds or wants it."""
+
+    def __init__(self, locks: dict[ModelRef, tuple[asyncio.Lock, int]], ref: ModelRef) -> None:
+        self._locks = locks
+        self._ref = ref
+
+    async def __aenter__(self) -> None:
+        lock, users = self._locks.get(self._ref, (asyncio.Lock(), 0))
+        self._locks[self._ref] = (lock, users + 1)
+        try:
+            await lock.acquire()
+        except BaseException:
+            self._leave()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._locks[self._ref][0].release()
+        self._leave()
+
+    def _leave(self) -> None:
+        lock, users = self._locks[self._ref]
+        if users == 1:
+            del self._locks[self._ref]
+        else:
+            self._locks[self._ref] = (lock, users - 1)
+
+
+def wall_ms() -> int:
+    """Wall clock, for what people read and for the life of keys and tokens."""
+    return time.time_ns() // 1_000_000
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise AlreadyRunning(
+            f"another control server uses {path.parent}: stop it, or choose another --data-dir"
+        ) from None
+    return descriptor
