@@ -1,0 +1,262 @@
+"""Codecs: bit-exact for every bit pattern, worth their bytes, and harmless on bad planes.
+
+Does not cover sealed or stored chunks (test_pack) or whole hostile packs (attacks/test_hostile_packs).
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from pack_samples import weights
+
+from packer.codec import BadPlanes, CodecId, Encoded, Workspace, decode_into, encode, plane_bytes
+from packer.layout import CHUNK_BYTES, DTYPE_BITS
+
+PAGE = 4096
+
+
+def round_trip(dtype: str, raw: bytes, space: Workspace | None = None) -> Encoded:
+    """Encode and decode into memory that holds something else; the bytes must be the same."""
+    encoded = encode(dtype, memoryview(raw), space)
+    out = bytearray(b"\xa5" * len(raw))
+    decode_into(encoded.codec_id, encoded.planes, memoryview(out), space)
+    assert bytes(out) == raw
+    assert encoded.stored_bytes <= max(len(raw), 8)
+    return encoded
+
+
+def gaussian(count: int, seed: int = 0) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    return (np.random.default_rng(seed).standard_normal(count) * 0.02).astype(np.float32)
+
+
+def bf16(values: np.ndarray[tuple[int], np.dtype[np.float32]]) -> bytes:
+    return bytes((values.view(np.uint32) >> 16).astype("<u2").tobytes())
+
+
+# --- exactness ------------------------------------------------------------------------------------
+
+
+def test_all_65536_bf16_patterns_survive_among_weights() -> None:
+    """NaN payloads, infinities, -0 and subnormals are escapes of N12 and come back bit by bit."""
+    patterns = np.arange(65536, dtype="<u2")
+    words = np.frombuffer(bf16(gaussian(2**21)), dtype="<u2").copy()
+    places = np.random.default_rng(1).permutation(len(words))[: len(patterns)]
+    words[places] = patterns
+    assert round_trip("BF16", words.tobytes()).codec_id == CodecId.N12
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_all_16_bit_patterns_alone_survive(dtype: str) -> None:
+    round_trip(dtype, np.arange(65536, dtype="<u2").tobytes())
+
+
+def test_all_upper_halves_of_fp32_survive_with_any_lower_half() -> None:
+    random_low = np.random.default_rng(2).integers(0, 65536, 2**20, dtype=np.uint32)
+    words = gaussian(2**20).view(np.uint32).copy()
+    places = np.random.default_rng(3).permutation(len(words))[:65536]
+    words[places] = (np.arange(65536, dtype=np.uint32) << 16) | random_low[:65536]
+    assert round_trip("F32", words.astype("<u4").tobytes()).codec_id == CodecId.N12_TOP
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 15, 16, 127, 239, 240, 241, 254, 255])
+def test_windows_at_both_ends_of_the_exponents(exponent: int) -> None:
+    draw = random.Random(exponent)
+    near = [max(0, min(255, exponent + draw.randint(-3, 3))) for _ in range(4096)]
+    words = [(draw.getrandbits(1) << 15) | (e << 7) | draw.getrandbits(7) for e in near]
+    raw = b"".join(word.to_bytes(2, "little") for word in words)
+    assert round_trip("BF16", raw).codec_id == CodecId.N12
+
+
+def test_escapes_at_the_first_and_last_weight() -> None:
+    words = np.frombuffer(bf16(gaussian(8192)), dtype="<u2").copy()
+    words[[0, 4095, 4096, 8191]] = [0x7FC1, 0xFF80, 0x0000, 0x8001]
+    assert round_trip("BF16", words.tobytes()).codec_id == CodecId.N12
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 7, 8, 15, 17, 31, 4094, 4095, 4096, 4097, 4098, 300_001])
+def test_odd_lengths_survive(dtype: str, size: int) -> None:
+    round_trip(dtype, random.Random(size).randbytes(size))
+    round_trip(dtype, (weights("BF16", 64, 1) * (size // 128 + 1))[:size])
+
+
+@given(
+    st.sampled_from(sorted(DTYPE_BITS)),
+    st.one_of(
+        st.binary(max_size=600),
+        st.builds(
+            lambda piece, times: piece * times, st.binary(min_size=1, max_size=40), st.integers(1, 400)
+        ),
+    ),
+)
+def test_any_bytes_survive_as_any_dtype(dtype: str, raw: bytes) -> None:
+    round_trip(dtype, raw)
+
+
+def test_one_workspace_serves_chunks_of_all_kinds_in_any_order() -> None:
+    """Nothing of an earlier chunk may show through a buffer that is used again."""
+    space, draw = Workspace(), random.Random(7)
+    for step in range(60):
+        dtype = draw.choice(["BF16", "F32", "F16", "I8", "I64", "F8_E4M3"])
+        size = PAGE * draw.choice([1, 2, 7, 64])
+        kinds = (weights("BF16", size // 2, step), weights("F32", size // 4, step), bytes(size))
+        round_trip(dtype, draw.choice(kinds), space)
+
+
+def test_threads_with_their_own_workspace_do_not_disturb_each_other() -> None:
+    raws = [bf16(gaussian(2**18, seed)) for seed in range(4)]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        space = Workspace()
+        for _ in range(20):
+            try:
+                round_trip("BF16", raws[number], space)
+            except AssertionError:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# --- gain -----------------------------------------------------------------------------------------
+
+
+def test_bf16_weights_take_two_thirds() -> None:
+    raw = bf16(gaussian(CHUNK_BYTES // 2))
+    encoded = round_trip("BF16", raw)
+    assert encoded.codec_id == CodecId.N12
+    assert encoded.stored_bytes <= 0.667 * len(raw)
+
+
+def test_fp32_weights_take_five_sixths_and_upcast_bf16_a_third() -> None:
+    values = gaussian(CHUNK_BYTES // 4)
+    assert round_trip("F32", values.tobytes()).stored_bytes <= 0.84 * CHUNK_BYTES
+    upcast = (values.view(np.uint32) & 0xFFFF0000).astype("<u4").tobytes()
+    encoded = round_trip("F32", upcast)
+    assert encoded.planes[0] == b""
+    assert encoded.stored_bytes <= 0.34 * CHUNK_BYTES
+
+
+def test_fp16_weights_take_less_than_seven_eighths() -> None:
+    raw = gaussian(CHUNK_BYTES // 2).astype(np.float16).tobytes()
+    assert round_trip("F16", raw).stored_bytes <= 0.87 * len(raw)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
+def test_noise_is_stored_raw_and_constants_as_one_pattern(dtype: str) -> None:
+    noise = random.Random(3).randbytes(64 * PAGE)
+    assert round_trip(dtype, noise).codec_id == CodecId.RAW
+    for pattern in (bytes(8), b"\x00\x00\x80\x3f" * 2, bytes(range(8))):
+        assert round_trip(dtype, pattern * 512).stored_bytes == 8
+
+
+def test_pruned_weights_fall_back_to_what_is_smaller() -> None:
+    """Nine zeros in ten are no window of exponents; plain zstd finds them."""
+    values = gaussian(2**20)
+    values[np.random.default_rng(1).random(2**20) < 0.9] = 0
+    assert round_trip("BF16", bf16(values)).stored_bytes < 0.3 * 2**21
+
+
+# --- bad planes -----------------------------------------------------------------------------------
+
+
+def refused(codec_id: int, planes: list[bytes], size: int) -> None:
+    with pytest.raises(BadPlanes):
+        decode_into(codec_id, planes, memoryview(bytearray(size)))
+
+
+def test_wrong_counts_and_sizes_of_planes_are_refused() -> None:
+    refused(CodecId.RAW, [], PAGE)
+    refused(CodecId.RAW, [bytes(PAGE), b""], PAGE)
+    refused(CodecId.RAW, [bytes(PAGE - 1)], PAGE)
+    refused(CodecId.RAW, [b""], PAGE)
+    refused(CodecId.FILL, [bytes(7)], PAGE)
+    refused(CodecId.FILL, [bytes(8)], PAGE + 1)
+    refused(CodecId.N12, [bytes(10)], PAGE)
+    refused(CodecId.N12, [b"", b"", b""], PAGE)
+    refused(CodecId.N12, [b"", b"", bytes(8)], PAGE + 1)
+    refused(CodecId.N12_TOP, [b"", b"", b"", bytes(8)], PAGE + 2)
+    refused(6, [b""], PAGE)
+    refused(-1, [b""], PAGE)
+    refused(10**9, [b""], PAGE)
+
+
+def escapes(base: int, form: int, reserved: int, count: int, body: bytes) -> bytes:
+    return bytes([base, form]) + reserved.to_bytes(2, "little") + count.to_bytes(4, "little") + body
+
+
+@pytest.mark.parametrize(
+    "plane",
+    [
+        b"",
+        bytes(7),
+        escapes(241, 0, 0, 0, b""),
+        escapes(0, 2, 0, 0, b""),
+        escapes(0, 0, 1, 0, b""),
+        escapes(0, 0, 0, 1, b""),
+        escapes(0, 0, 0, 0, b"x"),
+        escapes(0, 0, 0, 2**32 - 1, b""),
+        escapes(0, 0, 0, 1, (2048).to_bytes(4, "little") + b"ab"),
+        escapes(0, 0, 0, 1, b"\xff\xff\xff\xffab"),
+        escapes(0, 0, 0, 2, (5).to_bytes(4, "little") + bytes(4) + b"abcd"),
+        escapes(0, 0, 0, 2, b"\xff\xff\xff\xff\x02\x00\x00\x00abcd"),
+        escapes(0, 1, 0, 1, zstandard.compress(bytes(7))),
+        escapes(0, 1, 0, 1, b"not zstd"),
+        escapes(0, 1, 0, 129, zstandard.compress(bytes(6 * 129))),
+    ],
+)
+def test_lying_escapes_are_refused(plane: bytes) -> None:
+    """Positions outside the chunk, falling positions, counts that would allocate, wrong sizes."""
+    refused(CodecId.N12, [bytes(2048), bytes(1024), plane], PAGE)
+
+
+def test_good_planes_next_to_the_lying_ones_decode() -> None:
+    good = escapes(240, 0, 0, 1, (2047).to_bytes(4, "little") + b"ab")
+    out = bytearray(PAGE)
+    decode_into(CodecId.N12, [bytes(2048), bytes(1024), good], memoryview(out))
+    assert out[-2:] == b"ab"
+    assert out[:2] == (240 << 7).to_bytes(2, "little")
+
+
+@given(st.data())
+def test_mutated_planes_decode_to_something_or_are_refused(data: st.DataObject) -> None:
+    dtype, size = data.draw(st.sampled_from([("BF16", 2), ("F32", 4), ("I8", 1)]))
+    raw = weights(dtype, 8192 // size, 5) if size > 1 else (b"abcdefg" * 2000)[:8192]
+    encoded = encode(dtype, memoryview(raw))
+    planes = [bytearray(plane) for plane in encoded.planes]
+    for _ in range(data.draw(st.integers(1, 3))):
+        plane = planes[data.draw(st.integers(0, len(planes) - 1))]
+        action = data.draw(st.sampled_from(["flip", "cut", "grow"]))
+        if action == "grow":
+            plane += data.draw(st.binary(min_size=1, max_size=20))
+        elif plane:
+            at = data.draw(st.integers(0, len(plane) - 1))
+            if action == "flip":
+                plane[at] ^= 1 << data.draw(st.integers(0, 7))
+            else:
+                del plane[at:]
+    out = bytearray(8192)
+    try:
+        decode_into(encoded.codec_id, [bytes(plane) for plane in planes], memoryview(out))
+    except BadPlanes:
+        return
+    assert len(out) == 8192
+
+
+def test_codec_numbers_are_pinned() -> None:
+    """They are in files: a number is never reused."""
+    numbers = {codec.name: codec.value for codec in CodecId}
+    assert numbers == {"RAW": 0, "FILL": 1, "ZSTD": 2, "PLANES2": 3, "N12": 4, "N12_TOP": 5}
+    for codec in CodecId:
+        assert len(plane_bytes(codec, PAGE)) <= 4
