@@ -7,15 +7,14 @@ not retried, because a second try would leave a secret that nobody has seen.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import Enum
 from typing import Final, Literal
 from urllib.parse import urlencode
 
 from bunkhouse import _decode
+from bunkhouse._errors import BadValue
 from bunkhouse._request import Call, json_request, segment
 from bunkhouse._types import (
-    ByteQuota,
     Events,
     Key,
     NewKey,
@@ -38,6 +37,7 @@ class Unset(Enum):
 
 UNSET: Final = Unset.UNSET
 MaybeInt = int | None | Literal[Unset.UNSET]
+Int = int | Literal[Unset.UNSET]
 
 
 def create_tenant(tenant: str) -> Call[Tenant]:
@@ -80,28 +80,21 @@ def quota(tenant: str) -> Call[QuotaUse]:
     return Call(json_request("GET", _quota_path(tenant), repeatable=True), _decode.one(_decode.quota_use))
 
 
-def set_quota(
-    tenant: str,
-    *,
-    device: ByteQuota | None,
-    host: ByteQuota | None,
-    disk: ByteQuota | None,
-    requests_per_minute: MaybeInt,
-    concurrency: MaybeInt,
-    weight: int | None,
-    priority: int | None,
-) -> Call[QuotaUse]:
-    """Only what is given is sent, and changes. A tier's quota is sent and replaced as a whole."""
+def set_quota(tenant: str, **change: MaybeInt) -> Call[QuotaUse]:
+    """``change`` is named as in ``Client.set_quota``; only what is given is sent, and changes."""
     body: dict[str, object] = {}
-    for tier, value in (("device", device), ("host", host), ("disk", disk)):
-        if value is not None:
-            body[tier] = asdict(value)
-    for name, limit in (("requests_per_minute", requests_per_minute), ("concurrency", concurrency)):
-        if limit is not UNSET:
-            body[name] = limit
-    for name, number in (("weight", weight), ("priority", priority)):
-        if number is not None:
-            body[name] = number
+    for name, value in change.items():
+        tier, _, part = name.partition("_")
+        if value is UNSET:
+            continue
+        if tier in ("device", "host", "disk"):
+            inner = body.setdefault(tier, {})
+            assert isinstance(inner, dict)
+            inner[part] = value
+        else:
+            body[name] = value
+    if not body:
+        raise BadValue("quota", "give at least one field to change, for example device_max")
     request = json_request("PATCH", _quota_path(tenant), body, repeatable=True)
     return Call(request, _decode.one(_decode.quota_use))
 
@@ -125,7 +118,7 @@ def ps() -> Call[Placements]:
     return Call(json_request("GET", "/api/v1/ps", repeatable=True), _decode.one(_decode.placements))
 
 
-def events(after: int, limit: int, tenant: str | None) -> Call[Events]:
+def events(after: int | None, limit: int, tenant: str | None) -> Call[Events]:
     given = {"after": after, "limit": limit, "tenant": tenant}
     query = urlencode({name: value for name, value in given.items() if value is not None})
     return Call(json_request("GET", f"/api/v1/events?{query}", repeatable=True), _decode.one(_decode.events))

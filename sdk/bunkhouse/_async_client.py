@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from bunkhouse import _admin, _calls
-from bunkhouse._admin import UNSET, MaybeInt
+from bunkhouse._admin import UNSET, Int, MaybeInt
 from bunkhouse._calls import EmbeddingInput, Message
 from bunkhouse._errors import BunkhouseError
 from bunkhouse._push import Done, advance, push_steps
@@ -22,7 +22,6 @@ from bunkhouse._retry import RetryPolicy
 from bunkhouse._stream import AsyncTextStream
 from bunkhouse._transport import AsyncSender
 from bunkhouse._types import (
-    ByteQuota,
     Classification,
     Completion,
     Embeddings,
@@ -272,21 +271,27 @@ class AsyncClient:
         self,
         tenant: str,
         *,
-        device: ByteQuota | None = None,
-        host: ByteQuota | None = None,
-        disk: ByteQuota | None = None,
+        device_reserved: Int = UNSET,
+        device_max: MaybeInt = UNSET,
+        host_reserved: Int = UNSET,
+        host_max: MaybeInt = UNSET,
+        disk_reserved: Int = UNSET,
+        disk_max: MaybeInt = UNSET,
         requests_per_minute: MaybeInt = UNSET,
         concurrency: MaybeInt = UNSET,
-        weight: int | None = None,
-        priority: int | None = None,
+        weight: Int = UNSET,
+        priority: Int = UNSET,
     ) -> QuotaUse:
-        """Change what is given and keep the rest. None for a rate means not limited."""
+        """Change what is given and keep the rest. None takes a limit away. Bytes are per node."""
         return await self._run(
             _admin.set_quota(
                 tenant,
-                device=device,
-                host=host,
-                disk=disk,
+                device_reserved=device_reserved,
+                device_max=device_max,
+                host_reserved=host_reserved,
+                host_max=host_max,
+                disk_reserved=disk_reserved,
+                disk_max=disk_max,
                 requests_per_minute=requests_per_minute,
                 concurrency=concurrency,
                 weight=weight,
@@ -310,6 +315,8 @@ class AsyncClient:
         """Where every version's bytes are now, and what it has done."""
         return await self._run(_admin.ps())
 
-    async def events(self, *, after: int = 0, limit: int = 100, tenant: str | None = None) -> Events:
-        """What happened, oldest first, after the event with id ``after``."""
+    async def events(
+        self, *, after: int | None = None, limit: int = 100, tenant: str | None = None
+    ) -> Events:
+        """What happened, oldest first: after the event with id ``after``, or the newest."""
         return await self._run(_admin.events(after, limit, tenant))

@@ -227,7 +227,12 @@ def model(row: Fields) -> Model:
 
 
 def tenant(row: Fields) -> Tenant:
-    return Tenant(row.maybe_text("tenant") or row.text("name"), row.maybe_number("created_ms"))
+    return Tenant(
+        tenant=row.text("tenant"),
+        created_ms=row.maybe_number("created_ms"),
+        keys=row.maybe_number("keys"),
+        models=row.maybe_number("models"),
+    )
 
 
 def key(row: Fields) -> Key:
@@ -303,20 +308,17 @@ def device(row: Fields) -> Device:
 
 
 def node(row: Fields) -> Node:
-    """Control may nest what the node itself reported under ``report``."""
-    report = row.inner("report") if row.raw("report") else row
     return Node(
-        name=row.maybe_text("name") or row.text("node"),
-        state=row.text("state", ""),
-        gateway_url=row.maybe_text("gateway_url") or report.maybe_text("gateway_url"),
+        node=row.text("node"),
+        state=row.text("state"),
+        gateway_url=row.maybe_text("gateway_url"),
         joined_ms=row.maybe_number("joined_ms"),
-        last_beat_ms=row.maybe_number("last_beat_ms"),
-        draining=report.flag("draining"),
-        devices=tuple(device(each) for each in report.each("devices")),
-        host_budget_bytes=report.number("host_budget_bytes", 0),
-        host_used_bytes=report.number("host_used_bytes", 0),
-        disk_budget_bytes=report.number("disk_budget_bytes", 0),
-        disk_used_bytes=report.number("disk_used_bytes", 0),
+        heard_ago_ms=row.maybe_number("heard_ago_ms"),
+        devices=tuple(device(each) for each in row.each("devices")),
+        host_budget_bytes=row.number("host_budget_bytes", 0),
+        host_used_bytes=row.number("host_used_bytes", 0),
+        disk_budget_bytes=row.number("disk_budget_bytes", 0),
+        disk_used_bytes=row.number("disk_used_bytes", 0),
     )
 
 

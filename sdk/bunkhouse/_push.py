@@ -29,7 +29,6 @@ from bunkhouse._request import (
     Request,
     error_of,
     json_request,
-    model_path,
     segment,
     split_model,
 )
@@ -46,6 +45,8 @@ PIECE_BYTES = 8 * 1024 * 1024
 HASH_BYTES = 1024 * 1024
 # Times in a row that a push finds its place again without any progress in between.
 RESUMES_MAX = 5
+# Wait before the first of them; doubles: 6 s in all.
+RESUME_WAIT_S = 0.2
 # Times that a push declares its files anew because the server forgot the upload.
 DECLARES_MAX = 3
 
@@ -275,9 +276,6 @@ def push_steps(
     for path in listing.skipped:
         tell(Progress("skip", path, 0, 0, "left out: no engine reads it"))
     push = _Push(model, listing, _hash_files(listing, tell), tell)
-    latest = yield from push.find_latest()
-    if latest is not None:
-        return latest
     declares = 0
     while True:
         upload_id, offsets = yield from push.declare()
@@ -286,10 +284,7 @@ def push_steps(
             yield from push.upload(upload_id, offsets)
             return (yield from push.commit(upload_id))
         except NotFound:
-            # The upload is gone: it expired, or a commit whose answer was lost has used it up.
-            latest = yield from push.find_latest()
-            if latest is not None:
-                return latest
+            # The upload expired meanwhile. Declaring again finds the version if it was committed after all.
             if declares >= DECLARES_MAX:
                 raise
 
@@ -302,16 +297,6 @@ class _Push:
     listing: Listing
     digests: dict[str, str]
     tell: ProgressCallback
-
-    def find_latest(self) -> Generator[Request, Answer, Model | None]:
-        """The latest version, if it is exactly what is being pushed: then nothing is uploaded."""
-        path = f"/api/v1/models/{model_path(self.model)}"
-        answer = yield Request("GET", path, repeatable=True, accepts=frozenset({404}))
-        if answer.status == 404:
-            return None
-        latest = _decode.model(_decode.fields_of(answer))
-        same = {file.path: file.sha256 for file in latest.files} == self.digests
-        return latest if same and latest.latest else None
 
     def declare(self) -> Generator[Request, Answer, tuple[str, dict[str, int]]]:
         """Open the upload, or find the open one of the same files, and where each file stands."""
@@ -366,7 +351,7 @@ class _Push:
             except (Unreachable, Unavailable) as error:
                 failure = error
             if reached is None:
-                reached = yield from self._ask_offset(upload_id, file)
+                reached = yield from self._ask_offset(upload_id, file, RESUME_WAIT_S * 2**stuck)
             if reached is not None and not 0 <= reached <= file.size_bytes:
                 raise BadAnswer(
                     f"the server says that {file.path!r} is at {reached} of {file.size_bytes} bytes"
@@ -378,10 +363,13 @@ class _Push:
                 offsets[file.path] = reached
                 self._tell_uploaded(file, offsets)
 
-    def _ask_offset(self, upload_id: str, file: LocalFile) -> Generator[Request, Answer, int | None]:
+    def _ask_offset(
+        self, upload_id: str, file: LocalFile, delay_s: float
+    ) -> Generator[Request, Answer, int | None]:
         """Where the server stands with a file; None when it cannot be asked right now."""
         try:
-            answer = yield Request("GET", _upload_path(upload_id), repeatable=True)
+            # The wait lets the server notice that the earlier request is over, or come back.
+            answer = yield Request("GET", _upload_path(upload_id), repeatable=True, delay_s=delay_s)
         except (Unreachable, Unavailable):
             return None
         return self._offsets(_decode.fields_of(answer))[file.path]

@@ -89,6 +89,7 @@ class Request:
     repeatable: bool = False
     timeout_s: float = MANAGEMENT_TIMEOUT_S
     accepts: frozenset[int] = frozenset()
+    delay_s: float = 0.0  # waited before it is sent the first time
 
 
 @dataclass(frozen=True, slots=True)

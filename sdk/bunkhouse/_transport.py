@@ -112,6 +112,8 @@ class Sender:
 
     def send(self, request: Request) -> Answer:
         """Send until the outcome is final; raise it unless it is a success or accepted."""
+        if request.delay_s:
+            self._sleep(request.delay_s)
         tries = Tries(self._retry, self._budget)
         while True:
             try:
@@ -201,6 +203,8 @@ class AsyncSender:
 
     async def send(self, request: Request) -> Answer:
         """Send until the outcome is final; raise it unless it is a success or accepted."""
+        if request.delay_s:
+            await self._sleep(request.delay_s)
         tries = Tries(self._retry, self._budget)
         while True:
             try:

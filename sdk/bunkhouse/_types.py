@@ -95,10 +95,12 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """An account."""
+    """An account, and how many keys and models (by name) it has."""
 
     tenant: str
     created_ms: int | None = None
+    keys: int | None = None
+    models: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +189,13 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A box that joined."""
+    """A box that joined. ``state``: up, draining, silent, or unheard (not since control started)."""
 
-    name: str
+    node: str
     state: str
     gateway_url: str | None
     joined_ms: int | None
-    last_beat_ms: int | None
-    draining: bool
+    heard_ago_ms: int | None
     devices: tuple[Device, ...]
     host_budget_bytes: int
     host_used_bytes: int

@@ -1,0 +1,5 @@
+"""``python -m bunkhouse.cli`` is ``bunk``."""
+
+from bunkhouse.cli import main
+
+main()

@@ -1,0 +1,189 @@
+"""``bunk node``, ``bunk ps`` and ``bunk events``.
+
+Covers: boxes, where bytes are, what happened. Does not cover: starting a stack (``up``).
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from bunkhouse._client import Client
+from bunkhouse._types import Device, Event, Node, Placement
+from bunkhouse.cli.api import Span, api_command, confirm, save_option, yes_option
+from bunkhouse.cli.private import write_private
+from bunkhouse.cli.tables import Output, ago, moment, printable, size, span, table
+
+# Seconds between two looks for new events.
+FOLLOW_S = 1.0
+# Events fetched per look while following; more are fetched at once until none are left.
+FOLLOW_LIMIT = 500
+
+
+@click.group()
+def node() -> None:
+    """Boxes that joined."""
+
+
+def _of(used: int, budget: int) -> str:
+    return f"{size(used)} / {size(budget)}"
+
+
+def _devices(row: Node) -> str:
+    return ", ".join(
+        f"{each.device} {_of(each.used_bytes, each.budget_bytes)}{'' if each.healthy else ' (unhealthy)'}"
+        for each in row.devices
+    )
+
+
+def _node_ls(client: Client, out: Output) -> None:
+    """List boxes."""
+    out.rows(
+        client.nodes(),
+        [
+            ("NODE", lambda row: row.node),
+            ("STATE", lambda row: row.state),
+            ("HEARD", lambda row: span(row.heard_ago_ms)),
+            ("DEVICES", _devices),
+            ("HOST", lambda row: _of(row.host_used_bytes, row.host_budget_bytes)),
+            ("DISK", lambda row: _of(row.disk_used_bytes, row.disk_budget_bytes)),
+            ("GATEWAY", lambda row: row.gateway_url),
+        ],
+        "no nodes",
+    )
+
+
+@yes_option
+@click.argument("name", metavar="NODE")
+def _node_rm(client: Client, out: Output, name: str, yes: bool) -> None:
+    """Remove a box: its certificate is refused from now on."""
+    confirm(f"Remove node {name}?", yes)
+    client.delete_node(name)
+    out.document({"deleted": name}, f"removed node {name}")
+
+
+@node.group("token")
+def token() -> None:
+    """Join tokens."""
+
+
+@save_option
+@click.option("--ttl", "ttl_s", type=Span(), help="How long it is valid: 900, 15m, 24h.")
+@click.option("--name", help="The only node name it may be used for.")
+def _token_create(
+    client: Client, out: Output, name: str | None, ttl_s: int | None, save_to: Path | None
+) -> None:
+    """Create a join token for one box and print it. It is shown this once."""
+    created = client.create_node_token(name=name, ttl_s=ttl_s)
+    if save_to is None:
+        note = f"token {created.token_id}, valid until {moment(created.expires_ms)}, shown only now:"
+        out.secret(created, created.token, note)
+        return
+    write_private(save_to, created.token + "\n")
+    shown = {"token_id": created.token_id, "expires_ms": created.expires_ms}
+    out.document(shown, f"token {created.token_id} is in {save_to}")
+
+
+api_command(node, "ls")(_node_ls)
+api_command(node, "rm")(_node_rm)
+api_command(token, "create")(_token_create)
+
+
+def _restores(row: Placement) -> str:
+    return ", ".join(
+        f"{each.from_tier} {each.count}x {each.restore_ms_p50}/{each.restore_ms_max} ms"
+        for each in row.restores
+        if each.count
+    )
+
+
+def _ps(client: Client, out: Output) -> None:
+    """Show where every version's bytes are and what it has done."""
+    now = client.ps()
+    if out.json:
+        out.document(now, "")
+        return
+    out.rows(
+        now.items,
+        [
+            ("MODEL", lambda row: row.ref),
+            ("NODE", lambda row: row.node),
+            ("STATE", lambda row: row.state),
+            ("ON", lambda row: row.device),
+            ("DEVICE", lambda row: size(row.device_bytes)),
+            ("HOST", lambda row: size(row.host_bytes)),
+            ("DISK", lambda row: size(row.disk_bytes)),
+            ("LEASES", lambda row: row.leases),
+            ("WAITING", lambda row: row.waiting),
+            ("REQUESTS", lambda row: row.requests),
+            ("ANSWERS", lambda row: row.answers),
+            ("RESTORES (MEDIAN/MAX)", _restores),
+            ("USED", lambda row: ago(row.last_used_ms)),
+        ],
+        "no models on any node",
+    )
+    if now.devices:
+        click.echo("\n" + _device_table(now.devices))
+
+
+def _device_table(devices: tuple[Device, ...]) -> str:
+    return table(
+        devices,
+        [
+            ("NODE", lambda row: row.node),
+            ("DEVICE", lambda row: row.device),
+            ("NAME", lambda row: row.name),
+            ("USED", lambda row: size(row.used_bytes)),
+            ("BUDGET", lambda row: size(row.budget_bytes)),
+            ("FOREIGN", lambda row: size(row.foreign_bytes)),
+            ("HEALTHY", lambda row: "yes" if row.healthy else "no"),
+        ],
+    )
+
+
+def _event_line(event: Event) -> str:
+    parts = (moment(event.at_ms), event.node or "-", event.kind, event.model or event.tenant, event.detail)
+    return "  ".join(part for part in parts if part).replace("\n", " ")
+
+
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new ones, one per line.")
+@click.option("--tenant", help="Only this tenant's.")
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="At most so many."
+)
+@click.option("--after", type=click.IntRange(min=0), help="Those after this id. Default: the newest.")
+def _events(
+    client: Client, out: Output, after: int | None, limit: int, tenant: str | None, follow: bool
+) -> None:
+    """Show what happened, oldest first."""
+    if follow:
+        _follow(client, out, after, tenant)
+        return
+    page = client.events(after=after, limit=limit, tenant=tenant)
+    if out.json:
+        out.document(page, "")
+        return
+    if not page.items:
+        click.echo("no events", err=True)
+    for event in page.items:
+        click.echo(printable(_event_line(event)))
+    if len(page.items) >= limit:
+        click.echo(f"go on: bunk events --after {page.next}", err=True)
+
+
+def _follow(client: Client, out: Output, after: int | None, tenant: str | None) -> None:
+    while True:
+        page = client.events(after=after, limit=FOLLOW_LIMIT, tenant=tenant)
+        for event in page.items:
+            out.line(event, _event_line(event))
+        after = max(after or 0, page.next)
+        if len(page.items) < FOLLOW_LIMIT:
+            time.sleep(FOLLOW_S)
+
+
+def add_fleet_commands(group: click.Group) -> None:
+    """Add the commands that are not in a subgroup."""
+    api_command(group, "ps")(_ps)
+    api_command(group, "events")(_events)

@@ -1,0 +1,31 @@
+"""The root of the ``bunk`` command.
+
+Covers: the group and its subgroups. Does not cover: the commands, which live in ``accounts``,
+``models``, ``fleet`` and ``up`` and are added here.
+"""
+
+from __future__ import annotations
+
+import click
+
+from bunkhouse._version import __version__
+from bunkhouse.cli.accounts import key, quota, tenant
+from bunkhouse.cli.fleet import add_fleet_commands, node
+from bunkhouse.cli.models import model
+from bunkhouse.cli.up import up
+
+_EPILOG = """\
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 no key, wrong key or not allowed, 5 refused
+by a quota, 6 server unreachable, 130 interrupted.
+"""
+
+
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="bunk")
+def bunk() -> None:
+    """Pack many tenants' models onto the GPUs you already own."""
+
+
+for _command in (up, node, tenant, key, quota, model):
+    bunk.add_command(_command)
+add_fleet_commands(bunk)

@@ -1,0 +1,115 @@
+"""``bunk model``: push, list, remove.
+
+Covers: the commands and the progress bar of a push. Does not cover: what a push takes and how it
+resumes (``bunkhouse._push``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from bunkhouse._client import Client
+from bunkhouse._errors import BadValue
+from bunkhouse._types import Progress, ProgressCallback
+from bunkhouse.cli.api import api_command, confirm, yes_option
+from bunkhouse.cli.tables import Output, moment, printable, size
+
+
+@click.group()
+def model() -> None:
+    """Models."""
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[ProgressCallback]:
+    """Progress on standard error: bars on a terminal, and in any case what is left out."""
+
+    def tell_skipped(step: Progress) -> None:
+        if step.step == "skip" and not quiet:
+            click.echo(printable(f"{step.path}: {step.message}"), err=True)
+
+    if quiet or not sys.stderr.isatty():
+        yield tell_skipped
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    numbers = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bars("{task.description}", BarColumn(), *numbers, console=Console(stderr=True)) as bars:
+        tasks = {"hash": bars.add_task("hash", total=None), "upload": bars.add_task("upload", total=None)}
+
+        def tell(step: Progress) -> None:
+            if step.step == "skip":
+                bars.console.print(printable(f"{step.path}: {step.message}"), markup=False, highlight=False)
+            else:
+                bars.update(tasks[step.step], completed=step.done_bytes, total=step.total_bytes)
+
+        yield tell
+
+
+@click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out files that match (repeatable).")
+@click.option("--from", "origin", metavar="URL", help="Register a directory that the server reads: file:///…")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.argument("name", metavar="MODEL")
+def _model_push(
+    client: Client,
+    out: Output,
+    name: str,
+    directory: Path | None,
+    origin: str | None,
+    ignore: tuple[str, ...],
+) -> None:
+    """Upload DIRECTORY as a new version of MODEL (tenant/name), or register it with --from.
+
+    An interrupted push continues where it stopped when it is run again.
+    """
+    if (directory is None) == (origin is None):
+        raise BadValue("DIRECTORY", "give either a directory to upload, or --from URL")
+    if origin is not None:
+        if ignore:
+            raise BadValue("--ignore", "works with a directory only: the server reads the whole origin")
+        pushed = client.register(name, origin)
+    else:
+        assert directory is not None
+        with _progress(quiet=out.json) as progress:
+            pushed = client.push(name, directory, progress, ignore=ignore)
+    out.document(pushed, f"{pushed.ref}  {pushed.task}, {size(pushed.image_bytes)} on a device")
+
+
+@click.argument("name", metavar="[TENANT]", required=False)
+def _model_ls(client: Client, out: Output, name: str | None) -> None:
+    """List the versions this key may see, or one tenant's."""
+    out.rows(
+        client.models(name),
+        [
+            ("MODEL", lambda row: row.ref),
+            ("LATEST", lambda row: "yes" if row.latest else ""),
+            ("TASK", lambda row: row.task),
+            ("IMAGE", lambda row: size(row.image_bytes)),
+            ("WORKSPACE", lambda row: size(row.workspace_bytes)),
+            ("ORIGIN", lambda row: row.origin),
+            ("CREATED", lambda row: moment(row.created_ms)),
+        ],
+        "no models",
+    )
+
+
+@yes_option
+@click.argument("name", metavar="MODEL")
+def _model_rm(client: Client, out: Output, name: str, yes: bool) -> None:
+    """Delete tenant/name@version, or with tenant/name all its versions."""
+    what = name if "@" in name else f"all versions of {name}"
+    confirm(f"Delete {what}?", yes)
+    client.delete_model(name)
+    out.document({"deleted": name}, f"deleted {what}")
+
+
+api_command(model, "push")(_model_push)
+api_command(model, "ls")(_model_ls)
+api_command(model, "rm")(_model_rm)
