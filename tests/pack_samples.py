@@ -92,10 +92,15 @@ def memory_file(data: bytes = b"") -> Iterator[int]:
 
 
 def write_pack(
-    fd: int, layout: ImageLayout, image: bytearray, ref: ModelRef = REF, key: bytes = KEY
+    fd: int,
+    layout: ImageLayout,
+    image: bytearray,
+    ref: ModelRef = REF,
+    key: bytes = KEY,
+    limit_bytes: int = 64 * MIB,
 ) -> PackWriter:
     """Write and finish a sealed pack of this image."""
-    writer = PackWriter(fd, ref, "transformers", Task.EMBEDDING, layout, key, 64 * MIB)
+    writer = PackWriter(fd, ref, "transformers", Task.EMBEDDING, layout, key, limit_bytes)
     for path, data in SIDE.items():
         writer.add_file(path, data)
     view = memoryview(image)

@@ -153,7 +153,7 @@ def test_real_minilm_gives_its_facts() -> None:
 def test_every_architecture_is_one_that_transformers_has() -> None:
     from transformers.models.auto import modeling_auto as auto
 
-    tables = {
+    tables: dict[Task, dict[str, object]] = {
         Task.EMBEDDING: auto.MODEL_MAPPING_NAMES,
         Task.CLASSIFICATION: auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         Task.GENERATION: auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -259,6 +259,7 @@ def test_shards_must_agree_with_their_index() -> None:
     good = {"weight_map": {"a": first, "b": second}}
     paths.append("model.safetensors.index.json")
     assert inspect(paths, {**files, paths[-1]: json.dumps(good).encode()}, headers).image_bytes == 4096
+    wrong: object
     for wrong in (
         {"weight_map": {"a": first}},
         {"weight_map": {"a": first, "b": first}},
