@@ -135,6 +135,11 @@ class Store:
     def close(self) -> None:
         self._db.close()
 
+    def pragma(self, name: str) -> str:
+        """A setting of the connection, as text."""
+        with _mapped():
+            return str(self._db.execute(f"pragma {name}").fetchone()[0])
+
     # --- start ---
 
     def start(self, new_cluster: str, epoch_least: int = 1) -> Meta:

@@ -1,0 +1,239 @@
+"""The cluster core: liveness, who is sent a plan, and where a request goes.
+
+Covers: scenarios as lists of events, on a clock that only the test moves. Does not cover: delivery
+(``test_control``).
+"""
+
+from __future__ import annotations
+
+from running_control import empty_report, model_report
+
+from control.cluster import (
+    EXPECTED_MAX,
+    EXPECTED_MS,
+    SILENT_AFTER_MS,
+    Answered,
+    Changed,
+    Cluster,
+    EndPoll,
+    Event,
+    NodeBeat,
+    NodeJoined,
+    NodeRemoved,
+    NoteBack,
+    NoteSilent,
+    PollEnded,
+    Routed,
+    SendPlan,
+    Ticked,
+    choose_node,
+    knows,
+    step,
+)
+from packer.types import MIB, ModelRef
+from packer.wire import DeviceReport, ModelReport
+
+REF = ModelRef("acme", "minilm", "a" * 16)
+OTHER = ModelRef("acme", "other", "b" * 16)
+
+
+def beat(
+    node: str,
+    *models: ModelReport,
+    have: tuple[int, int] = (1, 5),
+    waits: bool = False,
+    used: int = 0,
+    draining: bool = False,
+) -> NodeBeat:
+    device = DeviceReport("cpu:0", "cpu", "cpu", 96 * MIB, used, 0, True)
+    report = empty_report(f"http://{node}:1", models, devices=(device,), draining=draining)
+    return NodeBeat(node, report, *have, waits)
+
+
+def cluster_of(*events: Event) -> Cluster:
+    """Nodes a, b and c, all up to date with plan (1, 5); then ``events`` at time 0."""
+    cluster = Cluster(newest=(1, 5))
+    for node in "abc":
+        step(cluster, NodeJoined(node, f"http://{node}:1"), 0)
+        step(cluster, beat(node), 0)
+    for event in events:
+        step(cluster, event, 0)
+    return cluster
+
+
+def order(cluster: Cluster, ref: ModelRef = REF, now_ms: int = 0) -> list[str]:
+    return list(choose_node(cluster, ref, 10 * MIB, now_ms))
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def test_a_beat_that_is_behind_is_answered_with_the_plan() -> None:
+    cluster = cluster_of()
+    for have in ((0, 0), (1, 4), (0, 99)):
+        for waits in (False, True):
+            assert step(cluster, beat("a", have=have, waits=waits), 1) == [SendPlan("a", 1, 5)]
+    assert step(cluster, beat("a", waits=True), 1) == []
+
+
+def test_a_change_answers_exactly_the_polls_that_wait() -> None:
+    cluster = cluster_of(beat("a", waits=True), beat("c", waits=True))
+    assert step(cluster, Changed(1, 6), 1) == [SendPlan("a", 1, 6), SendPlan("c", 1, 6)]
+    assert step(cluster, Changed(1, 7), 2) == []
+
+
+def test_a_short_beat_does_not_end_the_long_poll() -> None:
+    cluster = cluster_of(beat("a", waits=True), beat("a"))
+    assert step(cluster, Changed(1, 6), 1) == [SendPlan("a", 1, 6)]
+
+
+def test_a_poll_that_ended_is_not_answered() -> None:
+    cluster = cluster_of(beat("a", waits=True), PollEnded("a"))
+    assert step(cluster, Changed(1, 6), 1) == []
+
+
+def test_a_removed_node_loses_its_poll_and_is_not_heard_any_more() -> None:
+    cluster = cluster_of(beat("a", waits=True))
+    assert step(cluster, NodeRemoved("a"), 1) == [EndPoll("a")]
+    assert step(cluster, NodeRemoved("a"), 1) == []
+    assert step(cluster, beat("a", have=(0, 0)), 1) == []
+    assert order(cluster) == [node for node in order(cluster_of()) if node != "a"]
+
+
+def test_a_new_epoch_makes_every_plan_stale() -> None:
+    cluster = cluster_of(beat("a", waits=True, have=(1, 5)))
+    assert step(cluster, Changed(2, 5), 1) == [SendPlan("a", 2, 5)]
+    assert not knows(cluster, "a", 0)
+    step(cluster, beat("a", have=(2, 5)), 2)
+    assert knows(cluster, "a", 5)
+    assert not knows(cluster, "a", 6)
+    assert not knows(cluster, "nobody", 0)
+
+
+# --- liveness -------------------------------------------------------------------------------------
+
+
+def test_silence_is_noted_once_and_so_is_the_return() -> None:
+    cluster = cluster_of()
+    assert step(cluster, Ticked(), SILENT_AFTER_MS) == []
+    later = SILENT_AFTER_MS + 1
+    assert step(cluster, Ticked(), later) == [NoteSilent(node, later) for node in "abc"]
+    assert step(cluster, Ticked(), later + 1) == []
+    assert order(cluster) == []
+    assert step(cluster, beat("b"), later + 2) == [NoteBack("b")]
+    assert order(cluster) == ["b"]
+
+
+def test_a_node_that_holds_its_poll_open_is_not_silent() -> None:
+    cluster = cluster_of(beat("a", waits=True))
+    assert step(cluster, Ticked(), 10 * SILENT_AFTER_MS) == [
+        NoteSilent(node, 10 * SILENT_AFTER_MS) for node in "bc"
+    ]
+
+
+def test_a_node_that_is_only_remembered_has_time_to_report() -> None:
+    cluster = Cluster()
+    step(cluster, NodeJoined("a", "http://a:1"), 0)
+    assert step(cluster, Ticked(), 1_000_000) == []
+    assert step(cluster, Ticked(), 1_000_000 + SILENT_AFTER_MS) == []
+    assert step(cluster, Ticked(), 1_000_001 + SILENT_AFTER_MS) == [NoteSilent("a", SILENT_AFTER_MS + 1)]
+
+
+# --- routing --------------------------------------------------------------------------------------
+
+
+def test_bytes_decide_first() -> None:
+    """Device before on its way, before host, before disk, before nothing."""
+    cluster = cluster_of(
+        NodeJoined("d", "http://d:1"),
+        NodeJoined("e", "http://e:1"),
+        beat("e"),
+        beat("a", model_report(str(REF), "absent", disk_bytes=1)),
+        beat("b", model_report(str(REF), "resident", device_bytes=1, leases=50)),
+        beat("c", model_report(str(REF), "absent", host_bytes=1, disk_bytes=1)),
+        beat("d", model_report(str(REF), "restoring", device_bytes=1)),
+    )
+    assert order(cluster) == ["b", "d", "c", "a", "e"]
+
+
+def test_among_equals_the_less_loaded_wins() -> None:
+    def resident(node: str, leases: int) -> NodeBeat:
+        return beat(node, model_report(str(REF), "resident", leases=leases))
+
+    cluster = cluster_of(resident("a", 3), resident("b", 1), resident("c", 2))
+    assert order(cluster) == ["b", "c", "a"]
+
+
+def test_what_this_router_sent_counts_before_the_node_says_so() -> None:
+    cluster = cluster_of(*(beat(node, model_report(str(REF), "resident")) for node in "abc"))
+    first, second, third = order(cluster)
+    for node in (first, first, second):
+        step(cluster, Routed(node, REF), 0)
+    assert order(cluster) == [third, second, first]
+    for node in (first, first, second):
+        step(cluster, Answered(node, True), 0)
+    assert order(cluster) == [first, second, third]
+
+
+def test_callers_of_a_cold_model_follow_the_first() -> None:
+    cluster = cluster_of()
+    target = order(cluster)[-1]
+    step(cluster, Routed(target, REF), 0)
+    step(cluster, Answered(target, True), 0)
+    assert order(cluster)[0] == target
+    assert order(cluster, now_ms=EXPECTED_MS)[0] != target
+
+
+def test_cold_models_spread_and_stay_home() -> None:
+    cluster = cluster_of()
+    homes = {}
+    for number in range(200):
+        ref = ModelRef("acme", f"m{number}", "a" * 16)
+        homes[ref] = order(cluster, ref)[0]
+    assert all(40 < list(homes.values()).count(node) < 100 for node in "abc")
+    step(cluster, NodeRemoved("a"), 0)
+    assert all(order(cluster, ref)[0] == home for ref, home in homes.items() if home != "a")
+
+
+def test_room_decides_between_nodes_that_have_nothing() -> None:
+    cluster = cluster_of(beat("a", used=90 * MIB), beat("b", used=90 * MIB), beat("c", used=20 * MIB))
+    assert order(cluster)[0] == "c"
+
+
+def test_draining_and_silent_nodes_get_nothing() -> None:
+    cluster = cluster_of(beat("a", draining=True))
+    assert sorted(order(cluster)) == ["b", "c"]
+
+
+def test_a_node_that_could_not_be_reached_is_asked_last_until_it_speaks() -> None:
+    cluster = cluster_of(beat("a", model_report(str(REF), "resident")))
+    step(cluster, Routed("a", REF), 0)
+    step(cluster, Answered("a", False), 0)
+    assert order(cluster, now_ms=1)[-1] == "a"
+    step(cluster, beat("a", model_report(str(REF), "resident")), 2)
+    assert order(cluster, now_ms=3)[0] == "a"
+
+
+def test_expectations_are_bounded_and_end() -> None:
+    cluster = cluster_of()
+    for number in range(EXPECTED_MAX + 50):
+        step(cluster, Routed("a", ModelRef("acme", f"m{number}", "a" * 16)), number)
+    assert len(cluster.expected) == EXPECTED_MAX
+    step(cluster, Ticked(), EXPECTED_MS + EXPECTED_MAX + 50)
+    assert cluster.expected == {}
+
+
+def test_the_gateway_moves_with_the_report() -> None:
+    cluster = cluster_of()
+    report = empty_report("http://a:2")
+    step(cluster, NodeBeat("a", report, 1, 5, False), 0)
+    assert cluster.nodes["a"].gateway_url == "http://a:2"
+
+
+def test_unknown_nodes_are_ignored() -> None:
+    cluster = cluster_of()
+    before = repr(cluster)
+    for event in (PollEnded("z"), Answered("z", False), beat("z"), NodeRemoved("z")):
+        assert step(cluster, event, 0) == []
+    assert repr(cluster) == before
+    assert OTHER not in cluster.expected
