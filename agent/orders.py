@@ -119,7 +119,6 @@ class Orders:
             await self._close_parked()
             worker = await self._nursery.spawn(at[0], self._devices[at[1]])
             self._workers[at] = worker
-            self._held[at] = set()
             watch = asyncio.create_task(self._watch(at, worker))
             self._watches.add(watch)
             watch.add_done_callback(self._watches.discard)
@@ -131,17 +130,19 @@ class Orders:
         await worker.died.wait()
         if self._workers.get(at) is worker:
             del self._workers[at]
-            del self._held[at]
+            self._held.pop(at, None)
         self.post(WorkerDied(*at))
 
     async def _close_parked(self) -> None:
-        parked = [at for at, held in self._held.items() if not held]
+        parked = [at for at, held in self._held.items() if not held and at in self._workers]
         for at in parked[: max(0, len(parked) - WORKERS_PARKED_MAX + 1)]:
             await self._workers[at].close()
 
     async def close_tenants(self, kept: frozenset[str]) -> None:
         """Close the empty workers of tenants that are no more."""
         for at in [at for at, held in self._held.items() if at[0] not in kept and not held]:
+            if at not in self._workers:
+                continue
             await self._workers[at].close()
 
     async def close(self) -> None:
@@ -154,12 +155,14 @@ class Orders:
     # --- orders -----------------------------------------------------------------------------------
 
     async def restore(self, order: Restore) -> Event | None:
-        failed = partial(RestoreFailed, order.ref, order.device, order.from_tier)
+        failed = partial(RestoreFailed, order.ref, order.device, order.from_tier, order=order.order)
+        # Held from here on, so that a worker that is just being forked for it is not taken for a parked one.
+        self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
         try:
             worker = await self._worker(order.ref.tenant, order.device)
         except WorkerDead as error:
+            self._forget_held(order.ref, order.device)
             return failed(f"no worker: {error}")
-        self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
         try:
             if order.from_tier is Tier.ORIGIN:
                 return await self._restore_origin(worker, order)
@@ -172,7 +175,7 @@ class Orders:
             self._forget_held(order.ref, order.device)
             if order.host_bytes:
                 self._segments.drop(order.ref)
-            return failed(failure.message, failure.corrupt, failure.broken)
+            return failed(failure.message, corrupt=failure.corrupt, broken=failure.broken)
         except (OriginUnavailable, OSError) as error:
             self._forget_held(order.ref, order.device)
             if order.host_bytes:
@@ -190,7 +193,7 @@ class Orders:
                 if reason is not None:
                     raise OriginUnavailable(reason) from failure
                 raise
-        return Restored(order.ref, order.device, Tier.ORIGIN, done.restore_ms)
+        return Restored(order.ref, order.device, Tier.ORIGIN, done.restore_ms, order=order.order)
 
     async def _restore_cached(self, worker: WorkerHandle, order: Restore) -> Event:
         spec = self._spec_of(order.ref)
@@ -199,7 +202,7 @@ class Orders:
             if segment is None:
                 raise WorkerFailure("the host segment is gone", corrupt=True, broken=False)
             done = await worker.restore(spec, Tier.HOST, segment, None, None)
-            return Restored(order.ref, order.device, Tier.HOST, done.restore_ms)
+            return Restored(order.ref, order.device, Tier.HOST, done.restore_ms, order=order.order)
         try:
             key = await self._journal.call(self._journal.journal.data_key, order.ref)
         except BadSeal as error:
@@ -216,7 +219,7 @@ class Orders:
         filled = tee is not None and done.host_filled
         if tee is not None and not filled:
             self._segments.drop(order.ref)
-        return Restored(order.ref, order.device, Tier.DISK, done.restore_ms, filled)
+        return Restored(order.ref, order.device, Tier.DISK, done.restore_ms, filled, order.order)
 
     async def evict(self, order: Evict) -> Event | None:
         worker = self._workers.get((order.ref.tenant, order.device))
@@ -232,13 +235,14 @@ class Orders:
             worker.kill()
             return None
         self._forget_held(order.ref, order.device)
-        return Evicted(order.ref, order.device)
+        return Evicted(order.ref, order.device, order.order)
 
     async def pack(self, order: Pack) -> Event | None:
         ref = order.ref
+        failed = partial(PackFailed, ref, order.device, order=order.order)
         worker = self._workers.get((ref.tenant, order.device))
         if worker is None:
-            return None
+            return failed("the worker is gone")
         try:
             if order.disk_bytes > self._packs.free_bytes():
                 raise OSError(f"the file system has less than {order.disk_bytes} bytes free above its floor")
@@ -252,17 +256,11 @@ class Orders:
             await asyncio.to_thread(self._packs.publish, ref)
             row = PackRow(ref, summary.disk_bytes, summary.host_bytes)
             await self._journal.call(self._journal.journal.add_pack, row, wrapped, self._clock_ms())
-        except WorkerDead:
-            self._packs.abandon(ref)
-            return None
-        except WorkerFailure as failure:
-            self._packs.abandon(ref)
-            return PackFailed(ref, order.device, failure.message)
-        except OSError as error:
+        except (WorkerDead, WorkerFailure, OSError) as error:
             with suppress(OSError):
                 self._packs.abandon(ref)
-            return PackFailed(ref, order.device, str(error))
-        return Packed(ref, order.device, summary.disk_bytes, summary.host_bytes)
+            return failed(str(error))
+        return Packed(ref, order.device, summary.disk_bytes, summary.host_bytes, order.order)
 
     async def drop(self, order: Drop) -> Event | None:
         if order.tier is Tier.HOST:
@@ -271,7 +269,7 @@ class Orders:
             # The key first: from then on the file is noise, whatever happens to it.
             await self._journal.call(self._journal.journal.remove_pack, order.ref)
             await asyncio.to_thread(self._packs.drop, order.ref)
-        return Dropped(order.ref, order.tier)
+        return Dropped(order.ref, order.tier, order.order)
 
     async def run(self, ref: ModelRef, device: str, request: EngineRequest) -> AsyncIterator[EngineFrame]:
         worker = self._workers.get((ref.tenant, device))
