@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def test_real_minilm_gives_its_facts() -> None:
 def test_every_architecture_is_one_that_transformers_has() -> None:
     from transformers.models.auto import modeling_auto as auto
 
-    tables: dict[Task, dict[str, object]] = {
+    tables: dict[Task, Mapping[str, object]] = {
         Task.EMBEDDING: auto.MODEL_MAPPING_NAMES,
         Task.CLASSIFICATION: auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         Task.GENERATION: auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
