@@ -127,7 +127,7 @@ class TextStream:
         import httpx2
 
         try:
-            for chunk in self._response.iter_raw():
+            for chunk in self._response.iter_bytes():
                 yield from self._state.read(chunk)
                 if self._state.done:
                     return
@@ -189,7 +189,7 @@ class AsyncTextStream:
         import httpx2
 
         try:
-            async for chunk in self._response.aiter_raw():
+            async for chunk in self._response.aiter_bytes():
                 for text in self._state.read(chunk):
                     yield text
                 if self._state.done:

@@ -165,7 +165,7 @@ class Sender:
     def _read(self, response: httpx2.Response) -> Answer:
         body = _BodyBuffer()
         try:
-            for chunk in response.iter_raw():
+            for chunk in response.iter_bytes():
                 body.add(chunk)
         except httpx2.HTTPError as error:
             raise _unreachable(self.address, error) from error
@@ -256,7 +256,7 @@ class AsyncSender:
     async def _read(self, response: httpx2.Response) -> Answer:
         body = _BodyBuffer()
         try:
-            async for chunk in response.aiter_raw():
+            async for chunk in response.aiter_bytes():
                 body.add(chunk)
         except httpx2.HTTPError as error:
             raise _unreachable(self.address, error) from error
