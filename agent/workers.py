@@ -1,0 +1,540 @@
+"""The agent's side of its nursery and workers: asyncio, no torch.
+
+Covers: starting the nursery, forking workers, sending orders and requests, taking replies and frames
+with limits, and noticing every death. Does not cover: when to do any of it (``orders``), or what
+happens on the other side (``nursery``, ``worker``).
+
+A worker is not trusted: what it sends is checked against limits, and one that breaks the protocol is
+killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from agent.devices import DeviceConfig
+from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
+from agent.frames import (
+    LENGTHS_BYTES,
+    BadFrame,
+    Broke,
+    Cancel,
+    Done,
+    End,
+    EvictModel,
+    Exited,
+    Failed,
+    Fault,
+    FromWorker,
+    LoadOrigin,
+    Message,
+    Piece,
+    Ready,
+    Receiver,
+    RestorePack,
+    Run,
+    Spawn,
+    Spawned,
+    ToWorker,
+    WritePack,
+    close_fds,
+    decode,
+    decode_lengths,
+    encode_frame,
+    encode_message,
+    encode_value,
+    from_worker_decoder,
+    nursery_replies_decoder,
+    replies_decoder,
+    send_datagram,
+    wire_spec,
+)
+from packer.types import MIB, ModelRef, ModelSpec, Tier
+
+log = logging.getLogger("bunk.workers")
+
+# Importing torch from a cold disk takes half a minute; past this something is wrong with the machine.
+NURSERY_READY_TIMEOUT_S = 180.0
+# A fork takes milliseconds; a machine that is swapping may need seconds.
+SPAWN_TIMEOUT_S = 30.0
+# A worker leaves at the end of its sockets, at once; one that does not is killed.
+CLOSE_TIMEOUT_S = 5.0
+# Answers that arrived and that callers have not taken yet, per worker; beyond this the worker waits.
+BUFFERED_BYTES_MAX = 64 * MIB
+# What the nursery's environment keeps of the agent's: nothing that may be a secret of the operator.
+_ENVIRONMENT_KEPT = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "PYTHONHASHSEED",
+)
+_ENVIRONMENT_KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "MKL_", "KMP_", "TORCH_", "PYTORCH_")
+# The operator may choose otherwise.
+_ENVIRONMENT_DEFAULTS: Mapping[str, str] = {
+    # Several workers share the cores. Threads that spin while they wait for their siblings steal the
+    # time that those need: measured 30 times slower for a short input on two busy cores.
+    "OMP_WAIT_POLICY": "passive",
+}
+_ENVIRONMENT_SET: Mapping[str, str] = {
+    # Nothing may ever be fetched because a model directory names it.
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    # No threads before the fork.
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Asking whether there is a GPU must not start CUDA in the nursery.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    # One more arena of the C allocator per thread would keep freed workspace in the process.
+    "MALLOC_ARENA_MAX": "2",
+    "PYTHONUNBUFFERED": "1",
+}
+
+T = TypeVar("T")
+
+
+class WorkerFailure(Exception):
+    """A worker could not do what it was asked and lives on. The flags mean what they mean in
+    ``RestoreFailed``."""
+
+    def __init__(self, message: str, corrupt: bool = False, broken: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.corrupt = corrupt
+        self.broken = broken
+
+
+class WorkerDead(Exception):
+    """The process is gone, and all it held with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDone:
+    """The model can answer. ``host_filled``: the tee holds a full host copy."""
+
+    restore_ms: int
+    host_filled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PackDone:
+    """Bytes of the finished pack, and of the same pack when opened."""
+
+    disk_bytes: int
+    host_bytes: int
+
+
+def _environment() -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _ENVIRONMENT_KEPT or name.startswith(_ENVIRONMENT_KEPT_PREFIXES)
+    }
+    # Where this very code lies, so that the nursery runs the same version of it.
+    code = str(Path(__file__).resolve().parent.parent)
+    return {**_ENVIRONMENT_DEFAULTS, **kept, **_ENVIRONMENT_SET, "PYTHONPATH": code}
+
+
+async def _send(sock: socket.socket, message: Message, fds: Sequence[int], lock: asyncio.Lock) -> None:
+    """Send on a non-blocking SOCK_SEQPACKET socket. The descriptors stay open here."""
+    loop = asyncio.get_running_loop()
+    async with lock:
+        for text, part in encode_message(message, fds):
+            while True:
+                try:
+                    send_datagram(sock, text, part)
+                    break
+                except BlockingIOError:
+                    await _writable(loop, sock)
+
+
+async def _writable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_writer(sock, wake)
+    try:
+        await ready
+    finally:
+        loop.remove_writer(sock)
+
+
+class _Answer:
+    """The frames of one request on their way to its caller."""
+
+    def __init__(self) -> None:
+        self.frames: deque[tuple[FromWorker, bytes]] = deque()
+        self.arrived = asyncio.Event()
+        self.ended = False
+
+
+class WorkerHandle:
+    """One worker process: one tenant, one device, for life."""
+
+    def __init__(self, tenant: str, device: DeviceConfig, orders: socket.socket, data: socket.socket) -> None:
+        self.tenant = tenant
+        self.device = device
+        self.pid = 0
+        self.died = asyncio.Event()
+        self._orders = orders
+        self._orders_lock = asyncio.Lock()
+        self._receiver = Receiver(orders)
+        self._data = data
+        self._pidfd = -1
+        self._ids = itertools.count(1)
+        self._replies: dict[int, asyncio.Future[Done]] = {}
+        self._answers: dict[int, _Answer] = {}
+        self._buffered_bytes = 0
+        self._room = asyncio.Event()
+        self._room.set()
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def start(self, pid: int, pidfd: int) -> None:
+        """Take charge of a process that was just forked."""
+        loop = asyncio.get_running_loop()
+        self.pid, self._pidfd = pid, pidfd
+        loop.add_reader(pidfd, self._on_death)
+        loop.add_reader(self._orders, self._on_reply)
+        reader, self._writer = await asyncio.open_unix_connection(sock=self._data)
+        self._reading = asyncio.create_task(self._read_frames(reader))
+
+    # --- orders -----------------------------------------------------------------------------------
+
+    async def load_origin(self, spec: ModelSpec, fds: Mapping[str, int]) -> LoadDone:
+        """Read the model from descriptors of its files (files or pipes, all fed at the same time).
+
+        Raises ``WorkerFailure`` and ``WorkerDead``. The descriptors stay the caller's, here and below.
+        """
+        number = next(self._ids)
+        order = LoadOrigin(number, wire_spec(spec), spec.files)
+        done = await self._order(number, order, [fds[file.path] for file in spec.files])
+        return LoadDone(done.restore_ms)
+
+    async def restore(
+        self, spec: ModelSpec, tier: Tier, pack_fd: int, data_key: bytes | None, tee_fd: int | None
+    ) -> LoadDone:
+        """Restore from a pack (``Tier.DISK``, with its key) or a host segment (``Tier.HOST``, without).
+
+        ``tee_fd``: a host segment to fill on the way. Raises ``WorkerFailure`` and ``WorkerDead``.
+        """
+        if (tier is Tier.DISK) != (data_key is not None):
+            raise ValueError(f"a restore from {tier} {'without' if data_key is None else 'with'} a key")
+        number = next(self._ids)
+        order = RestorePack(number, wire_spec(spec), data_key, tee_fd is not None)
+        done = await self._order(number, order, [pack_fd] if tee_fd is None else [pack_fd, tee_fd])
+        return LoadDone(done.restore_ms, done.host_filled)
+
+    async def pack(self, ref: ModelRef, fd: int, data_key: bytes, limit_bytes: int) -> PackDone:
+        """Write a pack of a resident model into an empty file. Raises ``WorkerFailure``, ``WorkerDead``."""
+        number = next(self._ids)
+        done = await self._order(number, WritePack(number, str(ref), data_key, limit_bytes), [fd])
+        return PackDone(done.disk_bytes, done.host_bytes)
+
+    async def evict(self, ref: ModelRef) -> None:
+        """Free the device bytes; returns when they are free. Harmless when there are none."""
+        number = next(self._ids)
+        await self._order(number, EvictModel(number, str(ref)), [])
+
+    async def _order(self, number: int, order: Message, fds: Sequence[int]) -> Done:
+        if self.died.is_set():
+            raise WorkerDead(f"worker {self.pid} is gone")
+        reply: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        self._replies[number] = reply
+        try:
+            try:
+                await _send(self._orders, order, fds, self._orders_lock)
+            except BadFrame as error:
+                raise WorkerFailure(str(error)) from None
+            except OSError as error:
+                await self.died.wait()
+                raise WorkerDead(f"worker {self.pid}: {error}") from None
+            return await reply
+        finally:
+            self._replies.pop(number, None)
+
+    def _on_reply(self) -> None:
+        try:
+            while (received := self._receiver.receive(replies_decoder)) is not None:
+                reply, fds = received
+                close_fds(fds)  # none is expected
+                future = self._replies.get(reply.id)
+                if future is None or future.done():
+                    continue
+                if isinstance(reply, Failed):
+                    future.set_exception(WorkerFailure(reply.message, reply.corrupt, reply.broken))
+                else:
+                    future.set_result(reply)
+        except BlockingIOError:
+            return
+        except (BadFrame, OSError) as error:
+            log.error("worker %d of %s: %s", self.pid, self.tenant, error)
+        # The socket ended or carries nonsense: either way the process is of no use.
+        asyncio.get_running_loop().remove_reader(self._orders)
+        self.kill()
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    async def run(self, ref: ModelRef, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        """The answer, frame by frame; closing the iterator cancels inside the worker.
+
+        Raises ``EngineError`` (the request is at fault), ``WorkerFailure`` (the engine is) and
+        ``WorkerDead``.
+        """
+        number = next(self._ids)
+        answer = self._answers[number] = _Answer()
+        try:
+            run = Run(number, str(ref), request.op, encode_value(request.fields))
+            try:
+                await self._write(run)
+            except BadFrame as error:
+                raise EngineError("invalid_request", str(error)) from None
+            while True:
+                for frame, body in self._taken(answer):
+                    match frame:
+                        case Piece():
+                            header: dict[str, JSON] = msgspec.json.decode(frame.header)
+                            yield EngineFrame(header, body)
+                        case End():
+                            return
+                        case Fault():
+                            raise EngineError(frame.code, frame.message, frame.field)
+                        case Broke():
+                            raise WorkerFailure(frame.message)
+                if self.died.is_set():
+                    raise WorkerDead(f"worker {self.pid} is gone")
+                answer.arrived.clear()
+                await answer.arrived.wait()
+        finally:
+            del self._answers[number]
+            for _ in self._taken(answer):
+                pass  # hands their room back
+            if not answer.ended and not self.died.is_set() and self._writer is not None:
+                self._writer.writelines(encode_frame(Cancel(number)))
+
+    def _taken(self, answer: _Answer) -> list[tuple[FromWorker, bytes]]:
+        """Everything that has arrived for a caller."""
+        taken = list(answer.frames)
+        answer.frames.clear()
+        self._buffered_bytes -= sum(len(body) for _, body in taken)
+        if self._buffered_bytes < BUFFERED_BYTES_MAX:
+            self._room.set()
+        return taken
+
+    async def _write(self, frame: ToWorker) -> None:
+        if self._writer is None or self.died.is_set():
+            raise WorkerDead(f"worker {self.pid} is gone")
+        try:
+            self._writer.writelines(encode_frame(frame))
+            await self._writer.drain()
+        except OSError as error:
+            raise WorkerDead(f"worker {self.pid}: {error}") from None
+
+    async def _read_frames(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                await self._room.wait()
+                lengths = decode_lengths(await reader.readexactly(LENGTHS_BYTES))
+                frame = decode(from_worker_decoder, await reader.readexactly(lengths[0]))
+                body = await reader.readexactly(lengths[1])
+                answer = self._answers.get(frame.id)
+                if answer is None:
+                    continue  # its caller has left
+                answer.ended = not isinstance(frame, Piece)
+                answer.frames.append((frame, body))
+                answer.arrived.set()
+                self._buffered_bytes += len(body)
+                if self._buffered_bytes >= BUFFERED_BYTES_MAX:
+                    self._room.clear()
+        except (asyncio.IncompleteReadError, OSError):
+            pass  # its death follows
+        except BadFrame as error:
+            log.error("worker %d of %s: %s", self.pid, self.tenant, error)
+        self.kill()
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """End the process now; ``died`` is set when it is gone. Harmless when it is."""
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    async def close(self) -> None:
+        """Let the process end; what it held is free afterwards."""
+        if not self.died.is_set():
+            with suppress(OSError):
+                self._orders.shutdown(socket.SHUT_RDWR)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.died.wait(), CLOSE_TIMEOUT_S)
+            self.kill()
+            await self.died.wait()
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    def _on_death(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._pidfd)
+        loop.remove_reader(self._orders)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self._orders.close()
+        if self._writer is not None:
+            self._writer.close()
+        self.died.set()
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(WorkerDead(f"worker {self.pid} is gone"))
+        for answer in self._answers.values():
+            answer.arrived.set()
+
+
+class Nursery:
+    """The process that forks workers. ``threads``: compute threads of each worker (0: all cores)."""
+
+    def __init__(self, threads: int = 0) -> None:
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self.died = asyncio.Event()
+        self.pid = 0
+        self._process: asyncio.subprocess.Process | None = None
+        self._sock: socket.socket | None = None
+        self._receiver: Receiver | None = None
+        self._lock = asyncio.Lock()
+        self._ready = asyncio.Event()
+        self._ids = itertools.count(1)
+        self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns when workers can be forked. Raises ``WorkerDead`` when the process does not come up."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._sock, self._receiver = ours, Receiver(ours)
+        try:
+            # -P: a file in the current directory must not be taken for a module.
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "agent.nursery",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=_environment(),
+            )
+        finally:
+            theirs.close()
+        self.pid = self._process.pid
+        asyncio.get_running_loop().add_reader(ours, self._on_reply)
+        self._watching = asyncio.create_task(self._watch(self._process))
+        try:
+            await asyncio.wait_for(self._ready.wait(), NURSERY_READY_TIMEOUT_S)
+        except TimeoutError:
+            await self.close()
+            raise WorkerDead(f"the nursery was not ready after {NURSERY_READY_TIMEOUT_S:g} s") from None
+        if self.died.is_set():
+            raise WorkerDead("the nursery ended while it started; its messages are in the agent's log")
+
+    async def spawn(self, tenant: str, device: DeviceConfig) -> WorkerHandle:
+        """Fork a worker for a tenant on a device. Raises ``WorkerDead``."""
+        if self._sock is None or self.died.is_set():
+            raise WorkerDead("there is no nursery")
+        orders, their_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        data, their_data = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        orders.setblocking(False)
+        data.setblocking(False)
+        number = next(self._ids)
+        spawned: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
+        self._spawning[number] = spawned
+        handle = WorkerHandle(tenant, device, orders, data)
+        try:
+            order = Spawn(number, tenant, device.device, device.kind, device.uuid, self._threads)
+            await _send(self._sock, order, [their_orders.fileno(), their_data.fileno()], self._lock)
+            pid, pidfd = await asyncio.wait_for(spawned, SPAWN_TIMEOUT_S)
+        except (OSError, TimeoutError, WorkerDead) as error:
+            orders.close()
+            data.close()
+            raise WorkerDead(f"no worker for {tenant} on {device.device}: {error}") from None
+        finally:
+            del self._spawning[number]
+            their_orders.close()
+            their_data.close()
+        await handle.start(pid, pidfd)
+        return handle
+
+    def _on_reply(self) -> None:
+        assert self._receiver is not None
+        try:
+            while (received := self._receiver.receive(nursery_replies_decoder)) is not None:
+                reply, fds = received
+                self._take(reply, fds)
+        except BlockingIOError:
+            return
+        except (BadFrame, OSError) as error:
+            log.error("nursery: %s", error)
+        self._let_go()
+
+    def _take(self, reply: object, fds: list[int]) -> None:
+        if isinstance(reply, Ready):
+            self._ready.set()
+        elif isinstance(reply, Exited):
+            how = f"killed by signal {-reply.status}" if reply.status < 0 else f"exit status {reply.status}"
+            log.log(logging.WARNING if reply.status else logging.INFO, "worker %d ended: %s", reply.pid, how)
+        else:
+            assert hasattr(reply, "id")
+            spawned = self._spawning.get(reply.id)
+            if isinstance(reply, Spawned) and len(fds) == 1 and spawned is not None and not spawned.done():
+                spawned.set_result((reply.pid, fds.pop()))
+            elif spawned is not None and not spawned.done():
+                spawned.set_exception(WorkerDead(getattr(reply, "message", "the nursery sent no process")))
+        close_fds(fds)
+
+    def _let_go(self) -> None:
+        if self._sock is not None:
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()
+            self._sock = None
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        await process.wait()
+        self._let_go()
+        self.died.set()
+        self._ready.set()
+        for spawned in self._spawning.values():
+            if not spawned.done():
+                spawned.set_exception(WorkerDead("the nursery is gone"))
+
+    async def close(self) -> None:
+        """End the nursery, and every worker that is left with it."""
+        self._let_go()
+        if self._process is None or self._watching is None:
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.died.wait(), CLOSE_TIMEOUT_S)
+        if not self.died.is_set():
+            with suppress(ProcessLookupError):
+                self._process.kill()
+        await self._watching
