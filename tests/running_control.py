@@ -11,9 +11,10 @@ import asyncio
 import hashlib
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ from packer.wire import (
 
 # Nothing in these tests takes longer unless something hangs.
 PATIENCE_S = 30.0
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for something that has no event of its own, letting everybody else run meanwhile."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
 
 # --- model directories ----------------------------------------------------------------------------
@@ -129,6 +137,8 @@ class Running:
             sent["Authorization"] = f"Bearer {chosen}"
         if body is not None:
             data = json.dumps(body).encode()
+        if isinstance(data, bytes):
+            data = BytesIO(data)  # large bytes would be sent in one piece
         # A str path is sent as it is written, dots and percent signs included.
         url = URL(self.url + path, encoded=True)
         async with asyncio.timeout(PATIENCE_S):
