@@ -30,10 +30,8 @@ class WorkerMemory:
     device: str
     rss_bytes: int
     arena_bytes: int
-
-    @property
-    def other_bytes(self) -> int:
-        return self.rss_bytes - self.arena_bytes
+    # Memory beside the arena that this process alone has written: a second copy of weights would be here.
+    private_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Peaks:
     arena_bytes: int
     arena_bytes_by_device: dict[str, int]
     worker_arena_bytes: int
-    worker_other_bytes: int
+    worker_private_bytes: int
     workers_rss_bytes: int
     # The greatest of (all workers' RSS less what as many bare copies of the nursery would have).
     above_baseline_bytes: int
@@ -86,8 +84,8 @@ def read_worker(pid: int) -> WorkerMemory | None:
 
 
 def parse_smaps(pid: int, text: str) -> WorkerMemory | None:
-    """Sum RSS over all mappings, and over those of the arena's memory files."""
-    rss = arena = 0
+    """Sum RSS over all mappings and over those of the arena's memory files, and what only this one wrote."""
+    rss = arena = private = 0
     device = ""
     in_arena = False
     for line in text.splitlines():
@@ -102,7 +100,9 @@ def parse_smaps(pid: int, text: str) -> WorkerMemory | None:
             size = int(rest.split()[0]) * 1024
             rss += size
             arena += size if in_arena else 0
-    return WorkerMemory(pid, device, rss, arena) if rss else None
+        elif head == "Private_Dirty:" and not in_arena:
+            private += int(rest.split()[0]) * 1024
+    return WorkerMemory(pid, device, rss, arena, private) if rss else None
 
 
 def read_rss(pid: int) -> int:
@@ -138,7 +138,7 @@ class MemoryWatch:
     arena_bytes: int = 0
     by_device: dict[str, int] = field(default_factory=dict)
     worker_arena_bytes: int = 0
-    worker_other_bytes: int = 0
+    worker_private_bytes: int = 0
     workers_rss_bytes: int = 0
     above_baseline_bytes: int = 0
     seen: set[int] = field(default_factory=set)
@@ -165,7 +165,7 @@ class MemoryWatch:
             arena_bytes=self.arena_bytes,
             arena_bytes_by_device=dict(sorted(self.by_device.items())),
             worker_arena_bytes=self.worker_arena_bytes,
-            worker_other_bytes=self.worker_other_bytes,
+            worker_private_bytes=self.worker_private_bytes,
             workers_rss_bytes=self.workers_rss_bytes,
             above_baseline_bytes=self.above_baseline_bytes,
         )
@@ -210,7 +210,7 @@ class MemoryWatch:
             "workers_rss_bytes": rss,
             "above_baseline_bytes": rss - self.nursery_bytes * len(memories),
             "worker_arena_bytes": max(memory.arena_bytes for memory in memories),
-            "worker_other_bytes": max(memory.other_bytes for memory in memories),
+            "worker_private_bytes": max(memory.private_bytes for memory in memories),
         }
         raised = {name: value for name, value in new.items() if value > getattr(self, name)}
         devices = {name: used for name, used in by_device.items() if used > self.by_device.get(name, -1)}
@@ -227,6 +227,10 @@ def _look(nurseries: list[int]) -> dict[int, WorkerMemory]:
 
 
 def _lesser(one: WorkerMemory, other: WorkerMemory) -> WorkerMemory:
-    arena = min(one.arena_bytes, other.arena_bytes)
-    rest = min(one.other_bytes, other.other_bytes)
-    return WorkerMemory(one.pid, one.device or other.device, arena + rest, arena)
+    return WorkerMemory(
+        pid=one.pid,
+        device=one.device or other.device,
+        rss_bytes=min(one.rss_bytes, other.rss_bytes),
+        arena_bytes=min(one.arena_bytes, other.arena_bytes),
+        private_bytes=min(one.private_bytes, other.private_bytes),
+    )

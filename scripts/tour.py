@@ -28,7 +28,7 @@ from process_memory import MemoryWatch, Peaks
 from stack import Stack, StackFailed, StackOptions, start_stack
 from tour_calls import Callers, Outcome, make_jobs, run_jobs
 from tour_checks import Check
-from tour_ledger import LedgerPeaks, LedgerWatch
+from tour_ledger import LedgerPeaks, LedgerWatch, parse_counters, read_metrics
 from tour_models import (
     DEVICE,
     DEVICES,
@@ -202,7 +202,7 @@ def _visit(
                 operator, limited, stack.url, stack.agent_url, keys[limited.tenant]
             ),
         )
-        _wait_for_beat(operator, outcomes)
+        _wait_for_beat(stack, operator)
         models, tenants = _model_rows(operator, outcomes, image_bytes), _tenant_rows(operator)
     memory_peaks, ledger_peaks = memory.stop(), ledger.stop()
     checks = (
@@ -284,11 +284,17 @@ def _wait_for_models(stack: Stack, keys: Mapping[str, str]) -> None:
     callers.close()
 
 
-def _wait_for_beat(operator: bunkhouse.Client, outcomes: Sequence[Outcome]) -> None:
-    """Wait until control has heard of every request, so that the tables are about all of them."""
-    wanted = sum(1 for outcome in outcomes if not outcome.error)
+def _wait_for_beat(stack: Stack, operator: bunkhouse.Client) -> None:
+    """Wait until control has heard of every request that the node counted, so that the tables show all."""
+    counted = parse_counters(read_metrics(stack.agent_url))
     deadline_s = time.monotonic() + BEAT_TIMEOUT_S
-    while sum(item.answers for item in operator.ps().items) < wanted and time.monotonic() < deadline_s:
+    while True:
+        usage = [usage for tenant in TENANTS for usage in operator.quota(tenant).usage]
+        heard = {"requests": sum(u.requests for u in usage), "answers": sum(u.answers for u in usage)}
+        if heard == counted:
+            return
+        if time.monotonic() > deadline_s:
+            raise StackFailed(f"control has heard of {heard} after {BEAT_TIMEOUT_S:.0f} s, not of {counted}")
         time.sleep(0.1)
 
 

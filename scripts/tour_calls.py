@@ -93,7 +93,7 @@ def make_jobs(count: int, seed: int) -> list[Job]:
             Job(
                 number=number,
                 model=model,
-                text=chance.choice(PROMPTS if generates else INPUTS),
+                text=chance.choice(INPUTS if model.kind == "minilm" else PROMPTS),
                 stream=generates and chance.random() < 0.5,
                 to_node=number % TO_NODE_EACH == TO_NODE_EACH - 1,
             )

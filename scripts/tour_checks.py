@@ -23,10 +23,10 @@ from tour_models import DEVICE_BYTES, DEVICES, MODELS, TENANTS, WEIGHTS_TO_BUDGE
 import bunkhouse
 
 MIB = 1024 * 1024
-# What one worker may hold beside its weights and beside what it was forked with: workspace of a request,
-# restore buffers, tokenizers and the allocator's slack. Less than the largest model's weights, so that a
-# second copy of them would be seen.
-WORKER_ALLOWANCE_BYTES = 64 * MIB
+# What one worker may write for itself beside its weights: workspace of a request, restore and pack buffers,
+# tokenizers, pages of the interpreter it was forked with. It needs some 70 MiB of that, so a second copy of
+# a large model's weights in the process would be seen.
+WORKER_ALLOWANCE_BYTES = 96 * MIB
 
 # Ten seconds' worth of a minute may come at once: 5 of 30, then one each 2 s.
 RATE_PER_MINUTE = 30
@@ -140,6 +140,7 @@ def check_memory(peaks: Peaks) -> Check:
         and peaks.worker_arena_bytes <= DEVICE_BYTES
         and peaks.arena_bytes <= DEVICES * DEVICE_BYTES
         and peaks.above_baseline_bytes <= allowed_bytes
+        and peaks.worker_private_bytes <= WORKER_ALLOWANCE_BYTES
     )
     devices = (
         ", ".join(f"{name} {used / MIB:.1f} MiB" for name, used in by_device.items()) or "not told apart"
@@ -150,7 +151,9 @@ def check_memory(peaks: Peaks) -> Check:
         f"{peaks.samples} samples of {peaks.workers} workers; weights: {peaks.arena_bytes / MIB:.1f} of "
         f"{DEVICES * DEVICE_BYTES / MIB:.0f} MiB ({devices}); workers' RSS above a bare nursery each: "
         f"{peaks.above_baseline_bytes / MIB:.0f} of {allowed_bytes / MIB:.0f} MiB (budgets and "
-        f"{WORKER_ALLOWANCE_BYTES / MIB:.0f} MiB per worker); nursery {peaks.nursery_bytes / MIB:.0f} MiB",
+        f"{WORKER_ALLOWANCE_BYTES / MIB:.0f} MiB per worker); a worker's own memory beside weights: at most "
+        f"{peaks.worker_private_bytes / MIB:.0f} of {WORKER_ALLOWANCE_BYTES / MIB:.0f} MiB; a bare nursery "
+        f"{peaks.nursery_bytes / MIB:.0f} MiB",
     )
 
 

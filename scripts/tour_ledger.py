@@ -15,6 +15,7 @@ SAMPLE_INTERVAL_S = 0.1
 READ_TIMEOUT_S = 10.0
 METRICS_BYTES_MAX = 4 * 1024 * 1024
 LINE = re.compile(r'bunkhouse_(device|tier)_bytes\{(?:device|tier)="([^"]+)",use="(\w+)"\} (\S+)')
+COUNTER = re.compile(r'bunkhouse_(requests|answers)_total\{tenant="[^"]+"\} (\S+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,22 @@ def parse_metrics(text: str) -> list[LedgerRow]:
     for _, name, use, value in LINE.findall(text):
         found.setdefault(name, {})[use] = int(float(value))
     return [LedgerRow(name, uses.get("used", 0), uses.get("budget", 0)) for name, uses in found.items()]
+
+
+def parse_counters(text: str) -> dict[str, int]:
+    """How many requests and answers the node counted, over all tenants."""
+    found = {"requests": 0, "answers": 0}
+    for name, value in COUNTER.findall(text):
+        found[name] += int(float(value))
+    return found
+
+
+def read_metrics(agent_url: str) -> str:
+    """The node's exposition now. Loopback needs no proxy, whatever the environment says about one."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{agent_url}/metrics", timeout=READ_TIMEOUT_S) as answer:
+        text: bytes = answer.read(METRICS_BYTES_MAX)
+    return text.decode()
 
 
 @dataclass(slots=True)
@@ -66,12 +83,9 @@ class LedgerWatch:
         return LedgerPeaks(self.samples, tuple(self.peaks[name] for name in sorted(self.peaks)))
 
     def _run(self) -> None:
-        # Loopback needs no proxy, whatever the environment says about one.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             while not self._stopped.wait(SAMPLE_INTERVAL_S):
-                with opener.open(f"{self.agent_url}/metrics", timeout=READ_TIMEOUT_S) as answer:
-                    self.add(parse_metrics(answer.read(METRICS_BYTES_MAX).decode()))
+                self.add(parse_metrics(read_metrics(self.agent_url)))
         except (OSError, ValueError) as error:
             self.error = error
 

@@ -15,8 +15,10 @@ SMAPS = """\
 Size:               2048 kB
 Rss:                1024 kB
 Pss:                1024 kB
+Private_Dirty:      1024 kB
 7f20-7f30 r-xp 00000000 08:01 99   /usr/lib/libtorch.so
 Rss:                 300 kB
+Private_Dirty:        40 kB
 7f40-7f50 rw-s 00000000 00:01 43   /memfd:bunk-arena cpu:1 (deleted)
 Rss:                  76 kB
 VmFlags: rd wr
@@ -24,15 +26,15 @@ VmFlags: rd wr
 
 
 def test_smaps_are_split_into_arena_and_rest() -> None:
-    memory = process_memory.parse_smaps(7, SMAPS)
-    assert memory == WorkerMemory(7, "cpu:1", rss_bytes=1400 * 1024, arena_bytes=1100 * 1024)
-    assert memory is not None
-    assert memory.other_bytes == 300 * 1024
+    assert process_memory.parse_smaps(7, SMAPS) == WorkerMemory(
+        7, "cpu:1", rss_bytes=1400 * 1024, arena_bytes=1100 * 1024, private_bytes=40 * 1024
+    )
 
 
 def test_arena_file_without_a_device_is_still_an_arena() -> None:
     memory = process_memory.parse_smaps(7, SMAPS.replace(" cpu:1", ""))
-    assert memory == WorkerMemory(7, "", rss_bytes=1400 * 1024, arena_bytes=1100 * 1024)
+    assert memory is not None
+    assert (memory.device, memory.arena_bytes) == ("", 1100 * 1024)
 
 
 def test_arena_bytes_of_a_real_process_follow_what_it_touches() -> None:
@@ -66,7 +68,7 @@ def watch_of(monkeypatch: pytest.MonkeyPatch, looks: list[dict[int, WorkerMemory
 
 
 def memory(pid: int, arena_mib: int, device: str = "cpu:0") -> WorkerMemory:
-    return WorkerMemory(pid, device, (arena_mib + 12) * MIB, arena_mib * MIB)
+    return WorkerMemory(pid, device, (arena_mib + 12) * MIB, arena_mib * MIB, 3 * MIB)
 
 
 def test_peaks_are_sums_over_the_workers_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +79,7 @@ def test_peaks_are_sums_over_the_workers_of_a_device(monkeypatch: pytest.MonkeyP
     assert peaks.arena_bytes_by_device == {"cpu:0": 70 * MIB, "cpu:1": 90 * MIB}
     assert peaks.arena_bytes == 160 * MIB
     assert peaks.worker_arena_bytes == 90 * MIB
-    assert peaks.worker_other_bytes == 12 * MIB
+    assert peaks.worker_private_bytes == 3 * MIB
     assert peaks.workers_rss_bytes == (160 + 3 * 12) * MIB
     assert peaks.above_baseline_bytes == (160 + 3 * 2) * MIB
     assert (peaks.samples, peaks.workers, peaks.nursery_bytes) == (1, 3, 10 * MIB)
