@@ -7,8 +7,9 @@ and the rules of DESIGN section 4 that can be read off one state. Does not cover
 
 from __future__ import annotations
 
+from packer import queueing
 from packer.ledger import Copy, CopyState, Lease, Model, Node, State, Waiter
-from packer.queueing import WAITING_MAX, WAITING_PER_TENANT_MAX, grantable
+from packer.queueing import grantable
 from packer.quota import Account, InvariantBroken
 from packer.types import Tier
 
@@ -48,7 +49,7 @@ def check(node: Node) -> None:
         else:
             _count_lease(node, known, sums, leased)
     _require(waiting == node.waiting, f"{node.waiting} requests count as waiting, {waiting} wait")
-    _require(waiting <= WAITING_MAX, f"{waiting} requests wait, above the limit of {WAITING_MAX}")
+    _require(waiting <= queueing.WAITING_MAX, f"{waiting} requests wait, above the limit")
     queued = 0
     for model in node.models.values():
         row = sums.tenants[model.spec.ref.tenant]
@@ -67,6 +68,7 @@ def check(node: Node) -> None:
             _require(not grantable(node, model), f"{model.ref} is there and requests wait for it")
     _require(queued == waiting, f"{waiting} requests wait, {queued} of them for a model")
     _check_accounts(node, sums)
+    _check_removed(node)
     _check_progress(node)
 
 
@@ -140,16 +142,15 @@ def _check_accounts(node: Node, sums: _Sums) -> None:
         _check_account(tenant.host, row[_HOST : _HOST + 2], f"{name} in the host tier")
         _check_account(tenant.disk, row[_DISK : _DISK + 2], f"{name} in the disk tier")
         if tenant.device.excess_bytes and node.has_plan:
-            idle = [
-                m for d in node.devices.values() for m in d.models.values() if m.tenant is tenant and m.idle
-            ]
-            _require(not idle, f"{name} is above its max on devices and keeps an idle model")
+            for device in node.devices.values():
+                idle = [m for m in device.models.values() if m.tenant is tenant and m.idle]
+                _require(not idle, f"{name} is above its max on devices and keeps an idle model")
         counted = [tenant.waiting, tenant.granted, tenant.models]
         if counted != row[_WAITING:]:
             raise InvariantBroken(
                 f"{name} counts {counted} waiting, granted, models; they are {row[_WAITING:]}"
             )
-        if tenant.waiting > WAITING_PER_TENANT_MAX:
+        if tenant.waiting > queueing.WAITING_PER_TENANT_MAX:
             raise InvariantBroken(f"{tenant.waiting} requests of {name} wait, above the limit")
 
 
@@ -167,6 +168,14 @@ def _check_account(account: Account, expected: list[int], whose: str) -> None:
         raise InvariantBroken(
             f"{whose}: {account.used_bytes} bytes held, above the limit of {account.limit_bytes}"
         )
+
+
+def _check_removed(node: Node) -> None:
+    """What left the plan is on its way out of every tier as soon as nobody uses it."""
+    for model in node.removed.values() if node.has_plan else ():
+        copies = (model.host, model.disk)
+        if model.idle or model.empty or any(_droppable(copy) for copy in copies):
+            raise InvariantBroken(f"{model.ref} left the plan and is kept")
 
 
 def _check_progress(node: Node) -> None:

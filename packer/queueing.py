@@ -310,6 +310,12 @@ def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
     before = node.condemned
     earlier = room.Earlier({}, {})
     claims: dict[str, Claim] = {}
+    # What was promised stays promised while the claims are looked at one after the other.
+    for device in node.devices.values():
+        claimant = node.queue.get(device.claim.ref) if device.claim is not None else None
+        if device.claim is not None and claimant is not None and _startable(claimant, now_ms):
+            claims[device.name] = device.claim
+            earlier.add(device.name, claimant.tenant.spec.tenant, claimant.need_bytes)
     condemned: dict[Model, Model] = {}
     blocked = 0
     for model in turns(node, now_ms) if not node.draining else ():
@@ -343,6 +349,10 @@ def _try_start(
 ) -> bool:
     """Start a restore if it fits, else claim a device; True when the model no longer waits for room."""
     healthy = [device for device in node.devices.values() if device.healthy]
+    for name, standing in list(claims.items()):
+        if standing.ref == model.ref:
+            del claims[name]
+            earlier.add(name, model.tenant.spec.tenant, -model.need_bytes)
     fitting = [device for device in healthy if room.fits_now(model, device, earlier)]
     if fitting:
         # Best fit: the device with the least room left over, so that large holes stay whole.
@@ -357,7 +367,11 @@ def _try_start(
         return False
     device, victims = claim
     held = device.claim
-    since_ms = held.since_ms if held is not None and held.ref == model.ref else now_ms
+    if held is not None and held.ref == model.ref:
+        since_ms = held.since_ms
+    else:
+        since_ms = now_ms
+        wake_at(node, now_ms + CLAIM_PATIENCE_MS)
     claims[device.name] = Claim(model.ref, since_ms)
     if all(victim.idle for victim in victims):
         for victim in victims:
@@ -365,8 +379,6 @@ def _try_start(
         make_host_room(node, model, now_ms, out)
     elif now_ms - since_ms >= CLAIM_PATIENCE_MS:
         condemned.update((victim, model) for victim in victims if victim.state is State.RESIDENT)
-    elif since_ms == now_ms:
-        wake_at(node, now_ms + CLAIM_PATIENCE_MS)
     earlier.add(device.name, model.tenant.spec.tenant, model.need_bytes)
     return False
 

@@ -1,0 +1,202 @@
+"""Planted bugs: copies of the core with one line changed, which the simulation must catch.
+
+Covers: the list of changes and loading a changed copy of the deciding modules beside the real ones.
+Does not cover: running them (``test_simulation``). A change whose text is no longer in the source is an
+error, so that the list can not rot silently.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import packer
+
+# In the order of their imports. Types and events are shared with the real core: the world speaks them.
+MODULES = ("keep", "quota", "ledger", "room", "queueing", "upkeep", "invariants", "residency")
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One planted bug: in ``module``, the text ``old`` becomes ``new``."""
+
+    what: str
+    module: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    Mutant(
+        "leased models are evicted",
+        "queueing",
+        "if all(victim.idle for victim in victims):",
+        "if all(victim.state is State.RESIDENT for victim in victims):",
+    ),
+    Mutant(
+        "a model is evicted while its pack is written",
+        "ledger",
+        "self.state is State.RESIDENT and not self.leases and not self.packing",
+        "self.state is State.RESIDENT and not self.leases",
+    ),
+    Mutant(
+        "bytes count as free when their eviction is ordered",
+        "quota",
+        "self.used_bytes + nbytes <= self.limit_bytes",
+        "self.kept_bytes + nbytes <= self.limit_bytes",
+    ),
+    Mutant(
+        "evictions under way are not counted, so too many are ordered",
+        "quota",
+        "-1 if self.limit_bytes is None else self.kept_bytes + nbytes",
+        "-1 if self.limit_bytes is None else self.used_bytes + nbytes",
+    ),
+    Mutant(
+        "a restored model is not leased to those who wait",
+        "queueing",
+        "for waiter in list(model.waiters.values()):\n        leave_queue(node, waiter)\n        # Whoever",
+        "for waiter in list(model.waiters.values())[1:]:\n        leave_queue(node, waiter)\n        # Whoever",
+    ),
+    Mutant(
+        "a cancelled grant keeps its lease",
+        "residency",
+        "    else:\n        _finished(node, request, 0)",
+        "    else:\n        node.requests.pop(request, None)",
+    ),
+    Mutant(
+        "late answers count",
+        "residency",
+        "and order in (0, model.order)",
+        "and order >= 0",
+    ),
+    Mutant(
+        "a copy that is being dropped is read",
+        "room",
+        "return model.copy(tier).state is CopyState.HELD",
+        "return model.copy(tier).state in (CopyState.HELD, CopyState.DROPPING)",
+    ),
+    Mutant(
+        "a copy that is being read is dropped",
+        "room",
+        "return copy.state is CopyState.HELD and not copy.readers",
+        "return copy.state is CopyState.HELD",
+    ),
+    Mutant(
+        "a dead worker's leases pin the next stay",
+        "residency",
+        "            model.leases = 0\n            model.residency += 1",
+        "            model.residency += 1",
+    ),
+    Mutant(
+        "an old lease ends a new one",
+        "residency",
+        "if lease.residency == model.residency:",
+        "if model.leases:",
+    ),
+    Mutant(
+        "nobody times out",
+        "queueing",
+        "wake_at(node, deadline_ms, request)",
+        "wake_at(node, deadline_ms)",
+    ),
+    Mutant(
+        "a wake-up that is spent is still expected",
+        "residency",
+        "            node.wake_ms = None",
+        "            pass",
+    ),
+    Mutant(
+        "a max is not looked at when a model starts",
+        "room",
+        "        and own.fits(need)\n",
+        "",
+    ),
+    Mutant(
+        "a budget that sank sheds nothing",
+        "upkeep",
+        "if not device.healthy or device.account.excess_bytes:",
+        "if not device.healthy:",
+    ),
+    Mutant(
+        "reserves protect nobody",
+        "quota",
+        "    if entitled:\n        return victim_kept_bytes > victim_reserved_bytes",
+        "    if True:\n        return True",
+    ),
+    Mutant(
+        "a later model takes the room that a claim made",
+        "room",
+        "promised = earlier.devices.get(device.name, 0)",
+        "promised = 0",
+    ),
+    Mutant(
+        "models in constant use are never condemned",
+        "queueing",
+        "elif now_ms - since_ms >= CLAIM_PATIENCE_MS:",
+        "elif now_ms < 0:",
+    ),
+    Mutant(
+        "a host reservation that was not filled is kept",
+        "residency",
+        "            release_copy(node, model, Tier.HOST)",
+        "            pass",
+    ),
+    Mutant(
+        "a corrupt copy is kept",
+        "residency",
+        "elif event.corrupt and source is not Tier.ORIGIN:",
+        "elif event.corrupt and source is Tier.ORIGIN:",
+    ),
+    Mutant(
+        "a removed model that was restoring stays",
+        "upkeep",
+        "        if model.idle:\n            order_evict(node, model, out)\n        for tier",
+        "        for tier",
+    ),
+    Mutant(
+        "a dead worker's pack reservation is freed while the file is written",
+        "residency",
+        "            model.packing = False\n            node.unpacked.pop(model.ref, None)",
+        "            if model.packing:\n                release_copy(node, model, Tier.DISK)\n"
+        "            model.packing = False\n            node.unpacked.pop(model.ref, None)",
+    ),
+    Mutant(
+        "a restore that failed is not tried again",
+        "residency",
+        "        queueing.wake_at(node, model.not_before_ms)\n        return",
+        "        model.not_before_ms = 1 << 60\n        return",
+    ),
+    Mutant(
+        "a queue holds one more than its bound",
+        "queueing",
+        "model.tenant.waiting >= WAITING_PER_TENANT_MAX or node.waiting >= WAITING_MAX",
+        "model.tenant.waiting > WAITING_PER_TENANT_MAX or node.waiting > WAITING_MAX",
+    ),
+)
+
+
+def load(mutant: Mutant) -> ModuleType:
+    """The residency module of a core that has this bug; the real modules stay as they are."""
+    saved = {name: sys.modules.get(f"packer.{name}") for name in MODULES}
+    assert all(saved.values()), "import packer.residency first"
+    try:
+        for name in MODULES:
+            path = Path(packer.__file__).with_name(f"{name}.py")
+            source = path.read_text()
+            if name == mutant.module:
+                count = source.count(mutant.old)
+                assert count == 1, f"mutant {mutant.what!r}: its text is {count} times in {path.name}"
+                source = source.replace(mutant.old, mutant.new)
+            module = ModuleType(f"packer.{name}")
+            module.__file__ = str(path)
+            sys.modules[f"packer.{name}"] = module
+            setattr(packer, name, module)
+            exec(compile(source, str(path), "exec"), module.__dict__)
+        return sys.modules["packer.residency"]
+    finally:
+        for name, module_before in saved.items():
+            assert module_before is not None
+            sys.modules[f"packer.{name}"] = module_before
+            setattr(packer, name, module_before)

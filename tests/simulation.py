@@ -1,0 +1,686 @@
+"""A seeded world around the residency core: callers, workers, disks and operators that misbehave.
+
+Covers: drawing a node, its models, quotas and faults from a seed; turning the core's orders into later
+events; and judging every order against the world's own bookkeeping, which shares no code with the core.
+Does not cover: which properties are asserted over many seeds (``test_simulation``), or real bytes.
+
+Two phases: in the first everything fails now and then; in the second nothing does, and every request
+must be answered well. Times lie on a coarse grid, so that things coincide; a world on a continuous clock
+never sees a grant and a cancellation in the same millisecond.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+from packer import residency
+from packer.events import (
+    Action,
+    Cancelled,
+    DeviceSeen,
+    Drop,
+    Dropped,
+    Event,
+    Evict,
+    Evicted,
+    Finished,
+    Grant,
+    Pack,
+    Packed,
+    PackFailed,
+    PackFound,
+    Planned,
+    RefusalReason,
+    Refuse,
+    Requested,
+    Restore,
+    Restored,
+    RestoreFailed,
+    Ticked,
+    TierBudgetSeen,
+    Wake,
+    WorkerDied,
+)
+from packer.types import MIB, ByteQuota, ModelRef, ModelSpec, Task, TenantQuota, TenantSpec, Tier
+
+GRID_MS = 100
+FAULTS_MS = 40_000
+# Long enough for every restore, eviction and lease of the second phase, one after the other.
+CALM_DEADLINE_MS = 2_000_000
+STEPS_MAX = 20_000
+# The core's patience, then the longest restore, lease, pack and eviction of this world in a row, twice.
+CLAIM_MS_MAX = 2_000 + 2 * (1_000 + 3_000 + 2_000 + 300)
+WORKSPACE_BYTES = MIB
+
+
+class Violated(AssertionError):
+    """The core ordered something that the world forbids, or broke a promise to a caller."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """Chances per occasion, drawn per seed."""
+
+    fail: float
+    corrupt: float
+    broken: float
+    pack_fail: float
+    leave: float
+    die: float
+    late: float
+    shrink: float
+    replan: float
+
+
+@dataclass(slots=True)
+class Call:
+    """A request as its caller sees it."""
+
+    ref: ModelRef
+    asked_ms: int
+    deadline_ms: int
+    answer: Grant | Refuse | None = None
+    left: bool = False
+    over: bool = False
+
+
+@dataclass(slots=True)
+class Stay:
+    """Bytes of a model on a device, as the worker that holds them knows them."""
+
+    ref: ModelRef
+    device: str
+    nbytes: int
+    state: str  # "restoring", "resident", "evicting"
+    order: int
+    source: Tier
+    tee_bytes: int = 0
+    leases: int = 0
+    packing: bool = False
+
+
+class World:
+    """One run. ``core`` is the residency module under test: the real one or a mutant.
+
+    ``full`` keeps every step's text for reading; the digest of all of them is kept anyway.
+    """
+
+    def __init__(self, seed: int, core: ModuleType = residency, full: bool = False) -> None:
+        self.seed = seed
+        self.core = core
+        self.full = full
+        self.now_ms = 0
+        self.calm = False
+        self.steps = 0
+        self.reached: Counter[str] = Counter()
+        self.trace: list[str] = []
+        self.rng = random.Random(self.seed)
+        self.node = self.core.Node()
+        self.digest = hashlib.sha256()
+        self.heap: list[tuple[int, int, Callable[[], Event | None]]] = []
+        self.sequence = 0
+        self.calls: dict[str, Call] = {}
+        self.stays: dict[ModelRef, Stay] = {}
+        self.disk: dict[ModelRef, int] = {}
+        self.host: dict[ModelRef, int] = {}
+        self.packing: dict[ModelRef, int] = {}
+        self.dropping: dict[tuple[ModelRef, Tier], int] = {}
+        self.excused: dict[str, int] = {}
+        self.wake_ms: int | None = None
+        self._draw()
+
+    # --- drawing a world --------------------------------------------------------------------------
+
+    def _draw(self) -> None:
+        rng = self.rng
+        self.faults = Faults(
+            fail=rng.choice((0.0, 0.1, 0.5)),
+            corrupt=rng.choice((0.0, 0.1, 0.3)),
+            broken=rng.choice((0.0, 0.05)),
+            pack_fail=rng.choice((0.0, 0.2)),
+            leave=rng.choice((0.0, 0.1, 0.4)),
+            die=rng.choice((0.0, 0.05, 0.2)),
+            late=rng.choice((0.0, 0.5)),
+            shrink=rng.choice((0.0, 0.1)),
+            replan=rng.choice((0.0, 0.1)),
+        )
+        self.lease_steps = rng.choice((2, 30))
+        self.budgets = {f"cpu:{i}": rng.randrange(40, 140) * MIB for i in range(rng.choice((1, 1, 2, 3)))}
+        self.limits = {Tier.HOST: rng.choice((0, 40, 120)) * MIB, Tier.DISK: rng.choice((60, 300)) * MIB}
+        self.seen_budgets = dict(self.budgets)
+        self.seen_limits = dict(self.limits)
+        self.healthy = dict.fromkeys(self.budgets, True)
+        names = [f"t{i}" for i in range(rng.randrange(1, 5))]
+        self.tenants = {name: TenantSpec(name, self._quota()) for name in names}
+        self.models: dict[ModelRef, ModelSpec] = {}
+        for i in range(rng.randrange(2, 12)):
+            self._add_spec(rng.choice(names), i)
+        self.planned = dict(self.models)
+
+    def _quota(self) -> TenantQuota:
+        rng = self.rng
+        most = rng.choice((None, None, 60, 90))
+        return TenantQuota(
+            device=ByteQuota(rng.choice((0, 0, 30, 60)) * MIB, None if most is None else most * MIB),
+            host=ByteQuota(rng.choice((0, 20)) * MIB, rng.choice((None, 60 * MIB))),
+            disk=ByteQuota(0, rng.choice((None, 150 * MIB))),
+            requests_per_minute=rng.choice((None, None, 60, 300)),
+            concurrency=rng.choice((None, None, 4)),
+            weight=rng.choice((1, 3)),
+            priority=rng.choice((0, 0, 1)),
+        )
+
+    def _add_spec(self, tenant: str, i: int) -> None:
+        nbytes = self.rng.choice((4, 10, 16, 24, 30, 40, 60, 150)) * MIB
+        ref = ModelRef(tenant, f"m{i}", f"{i:016x}")
+        self.models[ref] = ModelSpec(
+            ref, "file:///m", (), "transformers", Task.EMBEDDING, nbytes, (nbytes,), WORKSPACE_BYTES, 0
+        )
+
+    # --- time -------------------------------------------------------------------------------------
+
+    def later(self, make: Callable[[], Event | None], steps_most: int = 10) -> None:
+        self.at(self.now_ms + GRID_MS * self.rng.randrange(0, steps_most + 1), make)
+
+    def at(self, at_ms: int, make: Callable[[], Event | None]) -> None:
+        self.sequence += 1
+        heapq.heappush(self.heap, (at_ms, self.sequence, make))
+
+    def chance(self, share: float) -> bool:
+        return not self.calm and self.rng.random() < share
+
+    def run(self) -> World:
+        """Both phases, then the final judgement."""
+        self._start()
+        self._drain(FAULTS_MS)
+        self._heal()
+        self._drain(None)
+        self._judge_end()
+        return self
+
+    def _drain(self, until_ms: int | None) -> None:
+        while self.heap and (until_ms is None or self.heap[0][0] < until_ms):
+            at_ms, _, make = heapq.heappop(self.heap)
+            self.now_ms = max(self.now_ms, at_ms)
+            event = make()
+            if event is not None:
+                self.feed(event)
+        self.now_ms = max(self.now_ms, until_ms or 0)
+
+    def feed(self, event: Event) -> None:
+        """One step of the core, checked, judged and carried out."""
+        self.steps += 1
+        if self.steps > STEPS_MAX:
+            raise Violated("the world does not come to rest: a livelock")
+        if isinstance(event, Requested):
+            self.calls[event.request] = Call(event.ref, self.now_ms, event.deadline_ms)
+        kept_before = {d.name: d.account.kept_bytes for d in self.node.devices.values()}
+        claims_before = {d.name: d.claim for d in self.node.devices.values()}
+        tenants_before = {n: t.device.kept_bytes for n, t in self.node.tenants.items()}
+        actions: list[Action] = self.core.step(self.node, event, self.now_ms)
+        line = f"{self.now_ms} {event} {actions}"
+        self.digest.update(line.encode())
+        if self.full:
+            self.trace.append(line)
+        self.core.check(self.node)
+        for action in actions:
+            self._carry_out(action)
+        self.reached["condemned"] += bool(self.node.condemned)
+        self._judge_passing(event, kept_before, claims_before)
+        self._judge_evictions(event, actions, kept_before, tenants_before)
+        self._judge_bytes()
+        self._judge_patience()
+
+    # --- phases -----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        found_first = self.rng.random() < 0.3
+        for tier in (Tier.HOST, Tier.DISK):
+            self.feed(TierBudgetSeen(tier, self.limits[tier]))
+        for device, budget in self.budgets.items():
+            self.feed(DeviceSeen(device, budget))
+        if not found_first:
+            self._plan()
+        for ref, spec in self.models.items():
+            if (
+                self.rng.random() < 0.3
+                and sum(self.disk.values()) + spec.image_bytes <= self.limits[Tier.DISK]
+            ):
+                self.disk[ref] = spec.image_bytes
+                self.feed(PackFound(ref, spec.image_bytes, spec.image_bytes))
+        if found_first:
+            self._plan()
+        for _ in range(self.rng.choice((20, 100, 400))):
+            self.at(self.rng.randrange(0, FAULTS_MS, GRID_MS), self._ask)
+        for at_ms in range(0, FAULTS_MS, 5 * GRID_MS):
+            self.at(at_ms, self._mishap)
+
+    def _plan(self) -> None:
+        for name, tenant in self.tenants.items():
+            most = tenant.quota.device.max
+            held = sum(s.nbytes for s in self.stays.values() if s.ref.tenant == name)
+            self.excused[name] = held if most is not None and held > most else 0
+        self.feed(Planned(tuple(self.tenants.values()), tuple(self.planned.values())))
+
+    def _ask(self) -> Event | None:
+        refs = list(self.models)
+        # Skewed, so that some models are hot and stay leased while others need their room.
+        ref = refs[min(int(self.rng.expovariate(1.0) * 2), len(refs) - 1)]
+        request = f"r{len(self.calls)}"
+        if self.chance(self.faults.leave):
+            self.later(lambda: self._leave(request), 8)
+        return Requested(request, ref, self.now_ms + self.rng.choice((1, 20, 60, 200)) * GRID_MS)
+
+    def _leave(self, request: str) -> Event | None:
+        call = self.calls.get(request)
+        if call is None or call.left or call.over or isinstance(call.answer, Refuse):
+            return None
+        if isinstance(call.answer, Grant):
+            self.reached["cancelled after grant"] += 1
+            self._end_call(call)
+        else:
+            self.reached["cancelled while waiting"] += 1
+        call.left = True
+        return Cancelled(request)
+
+    def _end_call(self, call: Call) -> None:
+        call.over = True
+        stay = self.stays.get(call.ref)
+        if stay is not None and isinstance(call.answer, Grant) and call.answer.device == stay.device:
+            stay.leases = max(stay.leases - 1, 0)
+
+    def _finish(self, request: str) -> Event | None:
+        call = self.calls[request]
+        if call.over:
+            # The loop never says this twice; the core must not mind.
+            return Finished(request) if self.chance(0.2) else None
+        self._end_call(call)
+        return Finished(request, self.rng.randrange(0, 50))
+
+    def _mishap(self) -> Event | None:
+        rng = self.rng
+        if self.chance(self.faults.die) and self.stays:
+            stay = rng.choice(list(self.stays.values()))
+            return self._kill(stay.ref.tenant, stay.device)
+        if self.chance(self.faults.shrink):
+            device = rng.choice(list(self.budgets))
+            self.healthy[device] = rng.random() > 0.2
+            budget = int(self.budgets[device] * rng.choice((0.3, 0.7, 1.0)))
+            return self._see_device(device, budget)
+        if self.chance(self.faults.shrink):
+            tier = rng.choice((Tier.HOST, Tier.DISK))
+            return self._see_tier(tier, int(self.limits[tier] * rng.choice((0.2, 1.0))))
+        if self.chance(self.faults.replan):
+            self._change_plan()
+        return None
+
+    def _see_device(self, device: str, budget: int) -> Event:
+        held = [s for s in self.stays.values() if s.device == device]
+        if any(s.state == "restoring" for s in held) and budget < self.seen_budgets[device]:
+            self.reached["budget sank while restoring"] += 1
+        if sum(s.nbytes for s in held if s.leases) > budget:
+            self.reached["budget sank below what is leased"] += 1
+        if not self.healthy[device] and held:
+            self.reached["device became unhealthy"] += 1
+        self.excused[device] = sum(s.nbytes for s in held)
+        self.seen_budgets[device] = budget
+        return DeviceSeen(device, budget, self.healthy[device])
+
+    def _see_tier(self, tier: Tier, budget: int) -> Event:
+        self.excused[tier] = self._tier_bytes(tier)
+        self.seen_limits[tier] = budget
+        return TierBudgetSeen(tier, budget)
+
+    def _change_plan(self) -> None:
+        rng = self.rng
+        ref = rng.choice(list(self.models))
+        if ref in self.planned:
+            del self.planned[ref]
+            stay = self.stays.get(ref)
+            if stay is not None:
+                use = "packing" if stay.packing else ("leased" if stay.leases else stay.state)
+                self.reached[f"removed while {use}"] += 1
+        else:
+            self.planned[ref] = self.models[ref]
+            self.reached["planned again"] += 1
+        name = rng.choice(list(self.tenants))
+        self.tenants[name] = TenantSpec(name, self._quota())
+        self._plan()
+
+    def _heal(self) -> None:
+        """The second phase: full budgets, the full plan, no limits on rates, and everybody asks once."""
+        self.calm = True
+        self.planned = dict(self.models)
+        for name, tenant in self.tenants.items():
+            quota = tenant.quota
+            calm = TenantQuota(quota.device, quota.host, quota.disk, weight=quota.weight)
+            self.tenants[name] = TenantSpec(name, calm)
+        for tier in (Tier.HOST, Tier.DISK):
+            self.feed(self._see_tier(tier, self.limits[tier]))
+        for device, budget in self.budgets.items():
+            self.healthy[device] = True
+            self.feed(self._see_device(device, budget))
+        self._plan()
+        # After the last memory of a failure has passed.
+        start_ms = self.now_ms + 70_000
+        for i, ref in enumerate(self.models):
+            request = f"calm{i}"
+            # In waves that no queue's bound can refuse.
+            at_ms = start_ms + i // 4 * 100_000
+            self.at(at_ms, lambda r=request, m=ref: Requested(r, m, self.now_ms + CALM_DEADLINE_MS))
+
+        # One model of each tenant is in use all the time, while others need its room.
+        hot = {ref.tenant: ref for ref in self.models}
+        for ref in hot.values():
+            for at_ms in range(start_ms + GRID_MS, start_ms + 60_000, 5 * GRID_MS):
+                self.at(at_ms, lambda m=ref: self._ask_hot(m))
+
+    def _ask_hot(self, ref: ModelRef) -> Event:
+        return Requested(f"hot{len(self.calls)}", ref, self.now_ms + 200 * GRID_MS)
+
+    # --- carrying out orders ----------------------------------------------------------------------
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Grant() | Refuse():
+                self._answer(action)
+            case Restore():
+                self._restore(action)
+            case Evict():
+                self._evict(action)
+            case Pack():
+                self._pack(action)
+            case Drop():
+                self._drop(action)
+            case Wake():
+                # As the loop does it: one timer, and an earlier one is not put off.
+                if self.wake_ms is None or action.at_ms < self.wake_ms:
+                    self.wake_ms = action.at_ms
+                    self.at(action.at_ms, lambda at=action.at_ms: self._tick(at))
+
+    def _tick(self, at_ms: int) -> Event | None:
+        if self.wake_ms != at_ms:
+            return None
+        self.wake_ms = None
+        return Ticked()
+
+    def _require(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise Violated(f"seed {self.seed}, {self.now_ms} ms: {what}")
+
+    def _answer(self, action: Grant | Refuse) -> None:
+        call = self.calls[action.request]
+        self._require(call.answer is None and not call.left, f"{action.request} is answered twice or gone")
+        call.answer = action
+        if isinstance(action, Refuse):
+            self._refused(call, action)
+            return
+        stay = self.stays.get(action.ref)
+        self._require(stay is not None and stay.state == "resident", f"granted {action.ref}, not there")
+        assert stay is not None
+        self._require(stay.device == action.device and call.ref == action.ref, "granted something else")
+        self._require(action.ref in self.planned, f"granted {action.ref}, which left the plan")
+        self._require(self.healthy[action.device], "granted on an unhealthy device")
+        self._require(
+            0 <= action.restore_ms <= self.now_ms - call.asked_ms, "waited longer than since it asked"
+        )
+        stay.leases += 1
+        if action.tier is not Tier.DEVICE:
+            self.reached[f"restored from {action.tier}"] += 1
+            if stay.leases > 1:
+                self.reached["joined a restore"] += 1
+        if action.request.startswith("hot"):
+            self.at(self.now_ms + 15 * GRID_MS, lambda: self._finish(action.request))
+        else:
+            self.later(lambda: self._finish(action.request), self.rng.choice((0, 2, self.lease_steps)))
+
+    def _refused(self, call: Call, action: Refuse) -> None:
+        self.reached[f"refused: {action.reason}"] += 1
+        lasting = (
+            RefusalReason.UNKNOWN_MODEL,
+            RefusalReason.NEVER_FITS,
+            RefusalReason.QUOTA_BYTES,
+            RefusalReason.MODEL_BROKEN,
+        )
+        self._require((action.retry_ms is None) == (action.reason in lasting), f"odd retry hint: {action}")
+        if action.reason is RefusalReason.TIMEOUT:
+            due_ms = max(call.deadline_ms, call.asked_ms)
+            self._require(self.now_ms == due_ms, f"timed out {self.now_ms - due_ms} ms after its deadline")
+        if action.request.startswith("calm"):
+            self._require(self._may_refuse(action), f"refused without need: {action}")
+
+    def _may_refuse(self, action: Refuse) -> bool:
+        """When nothing fails, only what can not fit is refused; the world does the sum itself."""
+        spec = self.models[self.calls[action.request].ref]
+        need = spec.image_bytes + spec.workspace_bytes
+        most = self.tenants[spec.ref.tenant].quota.device.max
+        if action.reason is RefusalReason.QUOTA_BYTES:
+            return most is not None and need > most
+        reserved = any(t.quota.device.reserved for t in self.tenants.values() if t.tenant != spec.ref.tenant)
+        return action.reason is RefusalReason.NEVER_FITS and (need > max(self.budgets.values()) or reserved)
+
+    def _restore(self, order: Restore) -> None:
+        ref = order.ref
+        self._require(ref not in self.stays, f"restore of {ref}, which is on a device")
+        self._require(ref in self.planned, f"restore of {ref}, which left the plan")
+        self._require(self.healthy[order.device], f"restore onto {order.device}, which is unhealthy")
+        self._require(self._readable(ref, order.from_tier), f"restore from {order.from_tier}, nothing there")
+        claim = self.node.devices[order.device].claim
+        self.reached["passed a claim"] += claim is not None and claim.ref != ref
+        spec = self.models[ref]
+        nbytes = spec.image_bytes + spec.workspace_bytes
+        stay = Stay(ref, order.device, nbytes, "restoring", order.order, order.from_tier, order.host_bytes)
+        self.stays[ref] = stay
+        if order.host_bytes:
+            self._require(order.from_tier is Tier.DISK and ref not in self.host, "host copy twice")
+            self.host[ref] = order.host_bytes
+        self.later(lambda: self._end_restore(stay))
+
+    def _readable(self, ref: ModelRef, tier: Tier) -> bool:
+        if tier is Tier.ORIGIN:
+            return True
+        there = self.disk if tier is Tier.DISK else self.host
+        whole = tier is Tier.HOST or ref not in self.packing
+        return ref in there and whole and (ref, tier) not in self.dropping
+
+    def _end_restore(self, stay: Stay) -> Event | None:
+        if self.stays.get(stay.ref) is not stay:
+            return self._late(Restored(stay.ref, stay.device, stay.source, 100, order=stay.order))
+        ref, device, source, order = stay.ref, stay.device, stay.source, stay.order
+        fail = self.chance(self.faults.fail)
+        corrupt = fail and self.rng.random() < self.faults.corrupt
+        broken = fail and not corrupt and self.rng.random() < self.faults.broken
+        if fail:
+            del self.stays[ref]
+            if stay.tee_bytes:
+                del self.host[ref]
+            return RestoreFailed(ref, device, source, "a fault", corrupt, broken, order)
+        stay.state = "resident"
+        filled = bool(stay.tee_bytes) and self.rng.random() < 0.8
+        if stay.tee_bytes and not filled:
+            del self.host[ref]
+        stay.tee_bytes = 0
+        self.reached["host copy filled"] += filled
+        return Restored(ref, device, source, self.rng.randrange(1, 500), filled, order)
+
+    def _late(self, event: Event) -> Event | None:
+        """An answer of a worker that is dead by now: usually lost, sometimes still in the pipe."""
+        if not self.chance(self.faults.late):
+            return None
+        self.reached["late answer"] += 1
+        return event
+
+    def _evict(self, order: Evict) -> None:
+        stay = self.stays.get(order.ref)
+        self._require(stay is not None and stay.state == "resident", f"evict of {order.ref}, not resident")
+        assert stay is not None
+        self._require(not stay.leases, f"evict of {order.ref}, which is leased")
+        self._require(not stay.packing, f"evict of {order.ref}, which is being packed")
+        stay.state, stay.order = "evicting", order.order
+        self.later(lambda: self._end_evict(stay), 3)
+
+    def _end_evict(self, stay: Stay) -> Event | None:
+        event = Evicted(stay.ref, stay.device, stay.order)
+        if self.stays.get(stay.ref) is not stay:
+            return self._late(event)
+        del self.stays[stay.ref]
+        return event
+
+    def _pack(self, order: Pack) -> None:
+        stay = self.stays.get(order.ref)
+        self._require(stay is not None and stay.state == "resident", f"pack of {order.ref}, not resident")
+        assert stay is not None
+        self._require(order.ref not in self.disk, f"pack of {order.ref}, which has one")
+        stay.packing = True
+        self.disk[order.ref] = self.packing[order.ref] = order.disk_bytes
+        self.later(lambda: self._end_pack(order, stay), 20)
+
+    def _end_pack(self, order: Pack, stay: Stay) -> Event:
+        ref = order.ref
+        alive = self.stays.get(ref) is stay
+        stay.packing = False
+        del self.packing[ref]
+        # A worker's death usually fails its pack; a file that was complete by then still counts.
+        if self.chance(self.faults.pack_fail) or (not alive and self.rng.random() < 0.5):
+            self.reached["pack failed"] += 1
+            del self.disk[ref]
+            return PackFailed(ref, order.device, "no", order.order)
+        if not alive:
+            self.reached["packed after the worker died"] += 1
+        self.disk[ref] = self.models[ref].image_bytes
+        return Packed(ref, order.device, self.disk[ref], self.disk[ref], order.order)
+
+    def _drop(self, order: Drop) -> None:
+        stay = self.stays.get(order.ref)
+        reading = stay is not None and stay.state == "restoring" and stay.source is order.tier
+        self._require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being read")
+        self._require(self._readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
+        self._require(
+            not (stay and stay.tee_bytes and order.tier is Tier.HOST), "drop of a segment being filled"
+        )
+        self.reached[f"dropped from {order.tier}"] += 1
+        self.dropping[(order.ref, order.tier)] = order.order
+        self.later(lambda: self._end_drop(order), 5)
+
+    def _end_drop(self, order: Drop) -> Event:
+        del self.dropping[(order.ref, order.tier)]
+        del (self.disk if order.tier is Tier.DISK else self.host)[order.ref]
+        return Dropped(order.ref, order.tier, order.order)
+
+    def _kill(self, tenant: str, device: str) -> Event:
+        for stay in list(self.stays.values()):
+            if stay.ref.tenant != tenant or stay.device != device:
+                continue
+            use = "packing" if stay.packing else ("leased" if stay.leases else stay.state)
+            self.reached[f"worker died while {use}"] += 1
+            if stay.tee_bytes:
+                del self.host[stay.ref]
+            del self.stays[stay.ref]
+        return WorkerDied(tenant, device)
+
+    # --- judging ----------------------------------------------------------------------------------
+
+    def _tier_bytes(self, tier: Tier) -> int:
+        return sum((self.disk if tier is Tier.DISK else self.host).values())
+
+    def _judge_bytes(self) -> None:
+        """No budget and no max is exceeded by what is really there, unless it sank below what was."""
+        used = dict.fromkeys(self.budgets, 0)
+        by_tenant: dict[str, int] = dict.fromkeys(self.tenants, 0)
+        for stay in self.stays.values():
+            used[stay.device] += stay.nbytes
+            by_tenant[stay.ref.tenant] += stay.nbytes
+        for device, nbytes in used.items():
+            ledger = self.core.device_bytes_used(self.node, device)
+            self._require(nbytes == ledger, f"{device} holds {nbytes} bytes, the ledger says {ledger}")
+            self._within(nbytes, self.seen_budgets[device], device)
+        for tier in (Tier.HOST, Tier.DISK):
+            nbytes = self._tier_bytes(tier)
+            ledger = self.core.tier_bytes_used(self.node, tier)
+            self._require(nbytes == ledger, f"{tier} holds {nbytes} bytes, the ledger says {ledger}")
+            self._within(nbytes, self.seen_limits[tier], tier)
+        for name, nbytes in by_tenant.items():
+            self._within(nbytes, self.tenants[name].quota.device.max, name)
+
+    def _within(self, nbytes: int, limit: int | None, key: str) -> None:
+        if limit is None or nbytes <= limit:
+            self.excused[key] = 0
+            return
+        excuse = self.excused.get(key, 0)
+        self._require(
+            nbytes <= excuse, f"{key} holds {nbytes} bytes, above {limit} and above {excuse} held before"
+        )
+        self.excused[key] = nbytes
+
+    def _judge_evictions(
+        self, event: Event, actions: list[Action], kept: dict[str, int], tenants: dict[str, int]
+    ) -> None:
+        """Evictions for a claim: none too many, and none from a tenant at or below its reserve."""
+        if isinstance(event, Planned | DeviceSeen | WorkerDied):
+            return
+        claimants = {d.claim.ref.tenant for d in self.node.devices.values() if d.claim is not None}
+        starting = {action.ref.tenant for action in actions if isinstance(action, Restore)}
+        evicted: dict[str, list[Evict]] = {}
+        for action in actions:
+            if isinstance(action, Evict) and action.ref in self.planned and self.healthy[action.device]:
+                evicted.setdefault(action.device, []).append(action)
+        for name, orders in evicted.items():
+            claim = self.node.devices[name].claim
+            if claim is None or self.node.devices[name].account.excess_bytes:
+                continue
+            self.reached["evicted for a claim"] += 1
+            wanted = self.models[claim.ref]
+            need = wanted.image_bytes + wanted.workspace_bytes
+            sizes = [self.stays[o.ref].nbytes for o in orders]
+            # Who is held to a max may have to give up models of its own that take no room here.
+            capped = any(self.tenants[name].quota.device.max is not None for name in claimants)
+            if not capped and not starting:
+                spare = self.seen_budgets[name] - (kept[name] - sum(sizes)) - need
+                self._require(spare < min(sizes), f"evicted {orders}: one too many by {spare} bytes")
+            for order in orders:
+                victim = order.ref.tenant
+                reserved = self.node.tenants[victim].device.reserved_bytes
+                if victim in claimants or victim in starting:
+                    continue
+                self._require(
+                    tenants[victim] > reserved or not reserved,
+                    f"{claim.ref} took {order.ref}, whose tenant is within its reserve",
+                )
+                self.reached["took what another tenant borrowed"] += bool(reserved)
+
+    def _judge_passing(self, event: Event, kept: dict[str, int], claims: dict[str, object]) -> None:
+        """Room that was made for a claim is not taken by a model that comes later."""
+        if isinstance(event, Planned | DeviceSeen):
+            return
+        for device in self.node.devices.values():
+            claim, budget = device.claim, self.seen_budgets[device.name]
+            if claim is None or claims.get(device.name) is None or claim.ref != claims[device.name].ref:
+                continue
+            spec = self.models[claim.ref]
+            need = spec.image_bytes + spec.workspace_bytes
+            if kept[device.name] + need <= budget:
+                self._require(device.account.kept_bytes + need <= budget, f"the room of {claim} was taken")
+
+    def _judge_patience(self) -> None:
+        """A claim is served once what runs has ended, however busy the models are that it needs gone."""
+        for device in self.node.devices.values():
+            claim = device.claim
+            waited_ms = self.now_ms - claim.since_ms if claim is not None else 0
+            self._require(waited_ms <= CLAIM_MS_MAX, f"{claim} stands since {waited_ms} ms")
+
+    def _judge_end(self) -> None:
+        """All is answered, all is at rest, and what is held is what should be."""
+        for request, call in self.calls.items():
+            self._require(call.answer is not None or call.left, f"{request} was never answered")
+            self._require(not isinstance(call.answer, Grant) or call.over, f"{request} never ended")
+        self._require(not self.node.requests and not self.node.queue, "the core remembers requests")
+        self._require(not self.node.condemned, "models stay condemned for nobody")
+        self._require(all(d.claim is None for d in self.node.devices.values()), "a claim of nobody stands")
+        self._require(all(s.state == "resident" for s in self.stays.values()), "orders are never answered")
+        self._require(not self.node.removed, "removed models are remembered for ever")
