@@ -1,16 +1,32 @@
 """Model directories for tests, small enough to make in a fraction of a second.
 
-Covers: the sizes that tests use. Does not cover: how the directories are made, which is
-``scripts/make_models.py`` (shared with the tour and the benches).
+Covers: the sizes that tests use, and describing a directory as control would. Does not cover: how the
+directories are made, which is ``scripts/make_models.py`` (shared with the tour and the benches).
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from make_models import copy_minilm, find_minilm, make_classifier, make_gpt2, make_llama
 
-__all__ = ["copy_minilm", "find_minilm", "tiny_classifier", "tiny_gpt2", "tiny_llama"]
+from packer.directory import ENGINE
+from packer.layout import TensorInfo, header_bytes, lay_out, parse_header
+from packer.types import MIB, ModelRef, ModelSpec, OriginFile, Task
+
+__all__ = [
+    "copy_minilm",
+    "describe",
+    "find_minilm",
+    "opened",
+    "tiny_classifier",
+    "tiny_gpt2",
+    "tiny_llama",
+]
 
 
 def tiny_gpt2(directory: Path, seed: int = 1, dtype: str = "float32") -> Path:
@@ -37,3 +53,41 @@ def tiny_classifier(
         dtype=dtype,
         multi_label=multi_label,
     )
+
+
+def describe(directory: Path, ref: ModelRef, task: Task) -> ModelSpec:
+    """The version that control would register for a directory."""
+    files: list[OriginFile] = []
+    tensors: list[TensorInfo] = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        name = path.relative_to(directory).as_posix()
+        files.append(OriginFile(name, len(data), hashlib.sha256(data).hexdigest()))
+        if name.endswith(".safetensors"):
+            size = header_bytes(data[:8], len(data), name)
+            tensors.extend(parse_header(data[8 : 8 + size], name, len(data)))
+    layout = lay_out(tensors)
+    return ModelSpec(
+        ref,
+        directory.as_uri(),
+        tuple(files),
+        ENGINE,
+        task,
+        layout.image_bytes,
+        layout.chunk_bytes,
+        MIB,
+        created_ms=0,
+    )
+
+
+@contextmanager
+def opened(directory: Path, spec: ModelSpec) -> Iterator[dict[str, int]]:
+    """Descriptors of every file, closed on leaving."""
+    descriptors: dict[str, int] = {}
+    try:
+        for file in spec.files:
+            descriptors[file.path] = os.open(directory / file.path, os.O_RDONLY)
+        yield descriptors
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
