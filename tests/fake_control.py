@@ -14,6 +14,7 @@ import base64
 import hashlib
 import json
 import os
+import secrets
 import signal
 import struct
 import sys
@@ -151,19 +152,19 @@ class FakeControl:
         tenant = self._may(request)
         if tenant is None:
             return refuse(404, "tenant_not_found", "There is no such tenant, or it is not yours.")
-        ask = await request.json()
-        key_id = f"key{len(self.keys):09d}".translate(str.maketrans("0189", "abcd"))
-        expires_ms = None if "ttl_s" not in ask else 4_000_000_000_000 + ask["ttl_s"]
-        row = {
+        return web.json_response(self.add_key(tenant, await request.json()), status=201)
+
+    def add_key(self, tenant: str, ask: dict[str, Any]) -> dict[str, Any]:
+        key_id = base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
+        self.keys[key_id] = {
             "key_id": key_id,
-            "key": f"bk_{key_id}_" + hashlib.sha256(key_id.encode()).hexdigest()[:43],
+            "key": f"bk_{key_id}_{secrets.token_urlsafe(32)}",
             "tenant": tenant,
             "label": ask.get("label", ""),
             "created_ms": 1_700_000_000_000,
-            "expires_ms": expires_ms,
+            "expires_ms": None if "ttl_s" not in ask else 4_000_000_000_000 + ask["ttl_s"],
         }
-        self.keys[key_id] = row
-        return web.json_response(row, status=201)
+        return self.keys[key_id]
 
     async def list_keys(self, request: web.Request) -> web.Response:
         tenant = self._may(request)
@@ -262,9 +263,9 @@ class FakeControl:
             part = bytes(upload["data"][file["path"]])
             if (len(part), hashlib.sha256(part).hexdigest()) != (file["size_bytes"], file["sha256"]):
                 return refuse(409, "upload_incomplete", f"{file['path']} is not complete.")
-        return web.json_response(self._add_model(upload, "control:"), status=201)
+        return web.json_response(self.add_model(upload, "control:"), status=201)
 
-    def _add_model(self, source: dict[str, Any], origin: str) -> dict[str, Any]:
+    def add_model(self, source: dict[str, Any], origin: str) -> dict[str, Any]:
         version = hashlib.sha256(json.dumps(source["files"], sort_keys=True).encode()).hexdigest()[:16]
         ref = f"{source['tenant']}/{source['name']}@{version}"
         for row in self.models.values():
@@ -289,7 +290,7 @@ class FakeControl:
     async def register(self, request: web.Request) -> web.Response:
         ask = await request.json()
         source = {"tenant": request.match_info["tenant"], "name": ask["name"], "files": []}
-        return web.json_response(self._add_model(source, ask["origin"]), status=201)
+        return web.json_response(self.add_model(source, ask["origin"]), status=201)
 
     def _find_model(self, ref: str) -> list[dict[str, Any]]:
         return [row for row in self.models.values() if ref in (row["ref"], row["ref"].partition("@")[0])]

@@ -102,9 +102,14 @@ def api_command(group: click.Group, name: str) -> Callable[[Callable[..., None]]
     return decorate
 
 
+def on_terminal() -> bool:
+    """Whether a person can read a question and answer it."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def confirm(question: str, yes: bool) -> None:
     """Ask on a terminal. Without one nobody can answer, and the command itself is the answer."""
-    if not yes and sys.stdin.isatty() and sys.stdout.isatty():
+    if not yes and on_terminal():
         click.confirm(question, abort=True, err=True)
 
 

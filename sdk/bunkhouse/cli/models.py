@@ -55,8 +55,8 @@ def _progress(quiet: bool) -> Iterator[ProgressCallback]:
 
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out files that match (repeatable).")
 @click.option("--from", "origin", metavar="URL", help="Register a directory that the server reads: file:///…")
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.argument("name", metavar="MODEL")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
 def _model_push(
     client: Client,
     out: Output,

@@ -228,10 +228,10 @@ def _serve(wanted: Wanted, supervisor: Supervisor, out: Output) -> None:
     except BadFile as error:
         _note(out, f"warning: other terminals will need --url and --key-file: {error}")
     try:
-        out.document(ready, _announcement(ready, operator_key, tenant_key))
-        sys.stdout.flush()
         if wanted.ready_file is not None:
             write_private(wanted.ready_file, json.dumps(asdict(ready)) + "\n")
+        out.document(ready, _announcement(ready, operator_key, tenant_key))
+        sys.stdout.flush()
         supervisor.watch()
     finally:
         remove_context(context)
