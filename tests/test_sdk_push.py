@@ -103,7 +103,7 @@ def test_each_file_is_read_once_for_its_digest(
         hashed.append("")
         return real(*data)
 
-    monkeypatch.setattr(_push.hashlib, "sha256", counting)
+    monkeypatch.setattr(hashlib, "sha256", counting)
     listing = list_directory(model)
     _push._hash_files(listing, lambda _: None)
     assert len(hashed) == len(listing.files)
