@@ -19,6 +19,9 @@ def main() -> None:
     # Everything that control writes is its own: the CA's key, the operator's key, tenants' models.
     os.umask(0o077)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # What is not HTTP is answered with a 400; its log line would repeat the bytes, a key perhaps among
+    # them. Faults of handlers are logged by packer.http instead, without the caller's words.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     try:
         asyncio.run(serve(config))
     except (AlreadyRunning, StoreUnavailable, OSError) as error:

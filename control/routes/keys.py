@@ -48,6 +48,7 @@ class NewKeyAnswer:
 
 
 async def create(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    tenant_of(control, caller, request.match_info["tenant"])
     ask = await read_json(control, request, caller, KeyAsk)
     if len(ask.label) > LABEL_CHARS_MAX or not (ask.label.isprintable() or not ask.label):
         raise BadValue("label", f"must be at most {LABEL_CHARS_MAX} printable characters")

@@ -152,8 +152,8 @@ def check_room(control: Control, spec: ModelSpec) -> None:
 
 
 async def register(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    ask = await read_json(control, request, caller, OriginAsk)
     tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
+    ask = await read_json(control, request, caller, OriginAsk)
     name = own_name(tenant, ask.name)
     try:
         url, directory = await asyncio.to_thread(open_origin, ask.origin, control.config.origin_roots)

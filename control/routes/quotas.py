@@ -133,6 +133,7 @@ async def show(control: Control, request: web.Request, caller: Caller) -> web.Re
 
 
 async def change(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    tenant_of(control, caller, request.match_info["tenant"])
     ask = await read_json(control, request, caller, QuotaAsk)
     async with control.writing:
         tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant

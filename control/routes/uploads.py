@@ -29,7 +29,7 @@ from control.catalog import (
     UploadRow,
     model_arrival,
 )
-from control.model_store import PartFiles, check_names
+from control.model_store import ModelStoreError, PartFiles, check_names
 from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
 from control.routes.models import check_room, examine_off_loop, model_answer, new_spec, own_name
 from control.state import Control, wall_ms
@@ -50,7 +50,7 @@ DISK_FREE_BYTES_MIN = 256 * MIB
 class FileAsk(msgspec.Struct, forbid_unknown_fields=True):
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
     size_bytes: Annotated[int, msgspec.Meta(ge=0, le=IMAGE_BYTES_MAX)]
-    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class UploadAsk(msgspec.Struct, forbid_unknown_fields=True):
@@ -80,8 +80,8 @@ class UploadAnswer:
 
 
 async def declare(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    ask = await read_json(control, request, caller, UploadAsk)
     tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
+    ask = await read_json(control, request, caller, UploadAsk)
     name = own_name(tenant, ask.name)
     files = tuple(
         sorted(
@@ -382,9 +382,11 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
             upload_of(control, request, caller)  # it, or its tenant, may have been deleted meanwhile
             check_room(control, spec)
             await control.write([*model_arrival(control.catalog, spec), *_committed(control, row)])
-    except BaseException:
+    except BaseException as error:
         if row.ref not in control.catalog.models:
             await asyncio.to_thread(control.models.drop, row.ref)
+        if isinstance(error, ModelStoreError):
+            upload_of(control, request, caller)  # its parts went because it was deleted: say that
         raise
     control.record("model_pushed", tenant=row.tenant, model=str(row.ref), detail=f"by key {caller.key_id}")
     control.forget_upload(row.upload_id)

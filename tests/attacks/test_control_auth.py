@@ -175,20 +175,14 @@ async def test_a_foreign_thing_answers_as_one_that_does_not_exist(site: Site) ->
         if "{" not in path:
             continue
         asked = site.fill(path)
-        body = {"model": site.ref, "name": "m", "files": DECLARATION}
-        foreign = await site.control.call(sent_method(method), asked, body, key=site.globex)
-        body["model"] = swapped(site.ref)
-        gone = await site.control.call(sent_method(method), swapped(asked), body, key=site.globex)
+        foreign, gone = [
+            await site.control.call(sent_method(method), where, {"model": ref}, key=site.globex)
+            for where, ref in ((asked, site.ref), (swapped(asked), swapped(site.ref)))
+        ]
         assert foreign.status == gone.status == 404, (method, path)
         assert swapped(foreign.body.decode()) == gone.body.decode(), (method, path)
     # Nothing of acme's was changed by the asking.
     assert (await site.control.call("GET", f"/api/v1/models/{site.ref}", key=site.acme)).status == 200
-
-
-DECLARATION = [
-    {"path": "config.json", "size_bytes": 2, "sha256": "0" * 64},
-    {"path": "model.safetensors", "size_bytes": 9, "sha256": "0" * 64},
-]
 
 
 async def test_lists_show_a_tenant_only_its_own(site: Site) -> None:
