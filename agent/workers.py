@@ -211,6 +211,7 @@ class WorkerHandle:
         self._room.set()
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._closing = False
 
     async def start(self, pid: int, pidfd: int) -> None:
         """Take charge of a process that was just forked."""
@@ -293,7 +294,8 @@ class WorkerHandle:
             log.error("worker %d of %s: %s", self.pid, self.tenant, error)
         # The socket ended or carries nonsense: either way the process is of no use.
         asyncio.get_running_loop().remove_reader(self._orders)
-        self.kill()
+        if not self._closing:
+            self.kill()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -372,7 +374,8 @@ class WorkerHandle:
             pass  # its death follows
         except BadFrame as error:
             log.error("worker %d of %s: %s", self.pid, self.tenant, error)
-        self.kill()
+        if not self._closing:
+            self.kill()
 
     # --- the end ----------------------------------------------------------------------------------
 
@@ -384,6 +387,7 @@ class WorkerHandle:
 
     async def close(self) -> None:
         """Let the process end; what it held is free afterwards."""
+        self._closing = True
         if not self.died.is_set():
             with suppress(OSError):
                 self._orders.shutdown(socket.SHUT_RDWR)

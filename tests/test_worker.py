@@ -1,0 +1,711 @@
+"""Workers as real processes: forked by a real nursery, on real models, with their memory looked at.
+
+Covers: every order and its failures, requests and cancelling, exact memory in ``/proc/PID/smaps``,
+what a worker can see, and every kind of death. Does not cover: the engine's answers in detail
+(``test_engines``) or who gives the orders (``test_loop``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from make_models import make_gpt2
+from tiny_models import describe, find_minilm, opened, tiny_classifier, tiny_llama
+
+from agent.devices import DeviceConfig
+from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
+from agent.frames import (
+    FRAME_BODY_BYTES_MAX,
+    BadFrame,
+    Done,
+    EvictModel,
+    LoadOrigin,
+    Receiver,
+    decode_lengths,
+    encode_message,
+    orders_decoder,
+    replies_decoder,
+    send_message,
+    wire_spec,
+)
+from agent.workers import Nursery, WorkerDead, WorkerFailure, WorkerHandle
+from packer.types import GIB, KIB, MIB, ModelRef, ModelSpec, OriginFile, Task, Tier
+
+pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
+
+TEXT = "Hello, what is the weather on the range today?"
+KEY = bytes(range(32))
+DEVICE = DeviceConfig("cpu:0", "cpu", "cpu", GIB)
+ROOT = Path(__file__).resolve().parent.parent
+# Long enough for a loaded machine; every wait ends as soon as the event is there.
+PATIENCE_S = 60
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model directory and its version."""
+
+    directory: Path
+    spec: ModelSpec
+
+    @property
+    def ref(self) -> ModelRef:
+        return self.spec.ref
+
+
+def known(directory: Path, name: str, task: Task, tenant: str = "acme") -> Known:
+    return Known(directory, describe(directory, ModelRef(tenant, name, "0" * 16), task))
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Known:
+    return known(find_minilm(), "minilm", Task.EMBEDDING)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    return known(tiny_llama(tmp_path_factory.mktemp("llama")), "llama", Task.GENERATION)
+
+
+@pytest.fixture(scope="module")
+def storyteller(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    """Slow enough that an answer is still being made when its first piece arrives."""
+    directory = tmp_path_factory.mktemp("storyteller")
+    make_gpt2(directory, 5, hidden=128, layers=4, heads=4, positions=2048)
+    return known(directory, "storyteller", Task.GENERATION)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def nursery() -> AsyncIterator[Nursery]:
+    os.environ["BUNK_TEST_SECRET"] = "do not inherit"
+    nursery = Nursery(threads=1)
+    await nursery.start()
+    try:
+        yield nursery
+    finally:
+        del os.environ["BUNK_TEST_SECRET"]
+        await nursery.close()
+
+
+@asynccontextmanager
+async def spawned(nursery: Nursery, tenant: str = "acme") -> AsyncIterator[WorkerHandle]:
+    worker = await nursery.spawn(tenant, DEVICE)
+    try:
+        yield worker
+    finally:
+        await worker.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def worker(nursery: Nursery) -> AsyncIterator[WorkerHandle]:
+    async with spawned(nursery) as worker:
+        yield worker
+
+
+async def load(worker: WorkerHandle, model: Known) -> int:
+    with opened(model.directory, model.spec) as fds:
+        return (await worker.load_origin(model.spec, fds)).restore_ms
+
+
+async def ask(worker: WorkerHandle, model: Known, op: str, **fields: JSON) -> list[EngineFrame]:
+    return [frame async for frame in worker.run(model.ref, EngineRequest(op, fields))]
+
+
+async def embed(worker: WorkerHandle, model: Known, text: str = TEXT) -> bytes:
+    (frame,) = await ask(worker, model, "embed", inputs=[text])
+    return frame.body
+
+
+async def tell(worker: WorkerHandle, model: Known, **fields: JSON) -> str:
+    frames = await ask(worker, model, "generate", **{"prompt": "Hello", "temperature": 0, **fields})
+    return "".join(str(frame.header.get("delta", "")) for frame in frames)
+
+
+def smaps_bytes(pid: int, field: str, mapping: str = "") -> int:
+    """Sum of one field over the mappings whose line holds ``mapping``."""
+    total, counted = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            counted = mapping in line
+        elif counted and line.startswith(f"{field}:"):
+            total += int(line.split()[1]) * KIB
+    return total
+
+
+def arena_bytes(worker: WorkerHandle) -> int:
+    return smaps_bytes(worker.pid, "Rss", "/memfd:bunk-arena cpu:0")
+
+
+def private_bytes(worker: WorkerHandle) -> int:
+    """Memory of the process's own that is not an image."""
+    return smaps_bytes(worker.pid, "Private_Dirty") - smaps_bytes(worker.pid, "Private_Dirty", "bunk-arena")
+
+
+def memory_file(data: bytes = b"", size: int = 0) -> int:
+    descriptor = os.memfd_create("test", os.MFD_CLOEXEC)
+    os.write(descriptor, data)
+    os.ftruncate(descriptor, max(size, len(data)))
+    return descriptor
+
+
+async def until_gone(pid: int) -> None:
+    """Wait until a process that may not be our child has ended."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        assert await asyncio.to_thread(poll.poll, PATIENCE_S * 1000), f"process {pid} is still there"
+    finally:
+        os.close(descriptor)
+
+
+# --- the whole life of a model --------------------------------------------------------------------
+
+
+async def test_a_model_lives_through_every_tier_with_the_same_bits(
+    worker: WorkerHandle, minilm: Known
+) -> None:
+    """Origin, pack, host: the answer is bit-identical, the memory exact, and freed by each eviction."""
+    image_bytes = minilm.spec.image_bytes
+    assert arena_bytes(worker) == 0
+    private_before = private_bytes(worker)
+    assert await load(worker, minilm) > 0
+    wanted = await embed(worker, minilm)
+    # What is not touched is not there: the last page of padding at most.
+    assert image_bytes - 2 * MIB <= arena_bytes(worker) <= image_bytes
+    # No second copy: what the process grew by beside the image is far below the image.
+    assert private_bytes(worker) - private_before < image_bytes // 2
+
+    with ExitStack() as files:
+        pack = memory_file()
+        files.callback(os.close, pack)
+        packed = await worker.pack(minilm.ref, pack, KEY, 2 * image_bytes)
+        assert 0 < packed.disk_bytes == os.fstat(pack).st_size < image_bytes
+        assert await embed(worker, minilm) == wanted
+        await worker.evict(minilm.ref)
+        assert arena_bytes(worker) == 0
+        with pytest.raises(WorkerFailure, match="not resident"):
+            await embed(worker, minilm)
+
+        segment = memory_file(size=packed.host_bytes)
+        files.callback(os.close, segment)
+        done = await worker.restore(minilm.spec, Tier.DISK, pack, KEY, segment)
+        assert done.host_filled
+        assert await embed(worker, minilm) == wanted
+        await worker.evict(minilm.ref)
+        assert arena_bytes(worker) == 0
+
+        for _ in range(3):
+            done = await worker.restore(minilm.spec, Tier.HOST, segment, None, None)
+            assert not done.host_filled
+            assert await embed(worker, minilm) == wanted
+            assert image_bytes - 2 * MIB <= arena_bytes(worker) <= image_bytes
+            await worker.evict(minilm.ref)
+            assert arena_bytes(worker) == 0
+        assert private_bytes(worker) - private_before < image_bytes // 2
+
+
+async def test_another_worker_restores_what_the_first_packed(
+    nursery: Nursery, worker: WorkerHandle, llama: Known
+) -> None:
+    """Nothing that a worker knows beside the pack is needed: the side files travel inside."""
+    await load(worker, llama)
+    wanted = await tell(worker, llama, max_tokens=20)
+    pack = memory_file()
+    try:
+        await worker.pack(llama.ref, pack, KEY, GIB)
+        async with spawned(nursery) as other:
+            await other.restore(llama.spec, Tier.DISK, pack, KEY, None)
+            assert await tell(other, llama, max_tokens=20) == wanted
+            # And it can pack again what it never saw as an origin.
+            again = memory_file()
+            try:
+                assert (await other.pack(llama.ref, again, KEY, GIB)).disk_bytes > 0
+            finally:
+                os.close(again)
+    finally:
+        os.close(pack)
+
+
+async def test_an_origin_may_come_through_pipes(worker: WorkerHandle, llama: Known) -> None:
+    with ExitStack() as stack:
+        fds: dict[str, int] = {}
+        for file in llama.spec.files:
+            reader, writer = os.pipe()
+            stack.callback(os.close, reader)
+            fds[file.path] = reader
+
+            def feed(data: bytes = (llama.directory / file.path).read_bytes(), to: int = writer) -> None:
+                with os.fdopen(to, "wb") as pipe:
+                    pipe.write(data)
+
+            feeder = threading.Thread(target=feed)
+            feeder.start()
+            stack.callback(feeder.join)
+        await worker.load_origin(llama.spec, fds)
+    assert await tell(worker, llama, max_tokens=5)
+
+
+async def test_several_models_of_a_tenant_live_side_by_side(
+    worker: WorkerHandle, llama: Known, minilm: Known, tmp_path: Path
+) -> None:
+    critic = known(tiny_classifier(tmp_path), "critic", Task.CLASSIFICATION)
+    await asyncio.gather(load(worker, llama), load(worker, minilm), load(worker, critic))
+    wanted = await tell(worker, llama, max_tokens=9)
+    await worker.evict(minilm.ref)
+    await worker.evict(critic.ref)
+    assert await tell(worker, llama, max_tokens=9) == wanted
+    assert arena_bytes(worker) <= llama.spec.image_bytes
+
+
+# --- copies that are not what they should be ------------------------------------------------------
+
+
+def with_file(spec: ModelSpec, path: str, **changes: object) -> ModelSpec:
+    files = tuple(
+        replace(file, **changes) if file.path == path else file  # type: ignore[arg-type]
+        for file in spec.files
+    )
+    return replace(spec, files=files)
+
+
+@pytest.mark.parametrize("path", ["model.safetensors", "config.json"])
+async def test_a_changed_origin_is_corrupt(worker: WorkerHandle, llama: Known, path: str) -> None:
+    changed = Known(llama.directory, with_file(llama.spec, path, sha256="0" * 64))
+    with pytest.raises(WorkerFailure, match=f"{path}.*sha256 differs") as failure:
+        await load(worker, changed)
+    assert (failure.value.corrupt, failure.value.broken) == (True, False)
+    assert arena_bytes(worker) == 0
+    await load(worker, llama)
+    assert await tell(worker, llama, max_tokens=3)
+
+
+async def test_an_origin_that_breaks_off_may_be_tried_again(worker: WorkerHandle, llama: Known) -> None:
+    data = (llama.directory / "model.safetensors").read_bytes()
+    with opened(llama.directory, llama.spec) as fds:
+        os.close(fds["model.safetensors"])
+        fds["model.safetensors"] = memory_file(data[:-1000])
+        os.lseek(fds["model.safetensors"], 0, os.SEEK_SET)
+        with pytest.raises(WorkerFailure, match="ends after") as failure:
+            await worker.load_origin(llama.spec, fds)
+    assert (failure.value.corrupt, failure.value.broken) == (False, False)
+    assert arena_bytes(worker) == 0
+
+
+async def test_a_plan_with_other_sizes_is_broken_before_memory_is_taken(
+    worker: WorkerHandle, llama: Known
+) -> None:
+    wrong = Known(llama.directory, replace(llama.spec, image_bytes=llama.spec.image_bytes + 4096))
+    with pytest.raises(WorkerFailure, match="the plan says") as failure:
+        await load(worker, wrong)
+    assert failure.value.broken
+
+
+async def test_a_model_that_can_not_be_built_is_broken(
+    worker: WorkerHandle, llama: Known, tmp_path: Path
+) -> None:
+    directory = tiny_llama(tmp_path)
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 64', '"hidden_size": 32'))
+    with pytest.raises(WorkerFailure, match="shape") as failure:
+        await load(worker, known(directory, "bad", Task.GENERATION))
+    assert (failure.value.corrupt, failure.value.broken) == (False, True)
+    assert arena_bytes(worker) == 0
+    await load(worker, llama)
+
+
+async def test_a_flipped_bit_in_a_pack_is_corrupt_and_leaves_nothing(
+    worker: WorkerHandle, llama: Known
+) -> None:
+    await load(worker, llama)
+    pack = memory_file()
+    try:
+        size = (await worker.pack(llama.ref, pack, KEY, GIB)).disk_bytes
+        await worker.evict(llama.ref)
+        middle = size // 2
+        (byte,) = os.pread(pack, 1, middle)
+        os.pwrite(pack, bytes([byte ^ 1]), middle)
+        with pytest.raises(WorkerFailure) as failure:
+            await worker.restore(llama.spec, Tier.DISK, pack, KEY, None)
+        assert failure.value.corrupt
+        assert arena_bytes(worker) == 0
+        os.pwrite(pack, bytes([byte]), middle)
+        with pytest.raises(WorkerFailure) as failure:
+            await worker.restore(llama.spec, Tier.DISK, pack, bytes(32), None)
+        await worker.restore(llama.spec, Tier.DISK, pack, KEY, None)
+        assert await tell(worker, llama, max_tokens=3)
+    finally:
+        os.close(pack)
+
+
+async def test_a_host_segment_that_can_not_be_written_costs_only_itself(
+    worker: WorkerHandle, llama: Known, tmp_path: Path
+) -> None:
+    await load(worker, llama)
+    pack = memory_file()
+    (tmp_path / "full").touch()
+    read_only = os.open(tmp_path / "full", os.O_RDONLY)
+    try:
+        await worker.pack(llama.ref, pack, KEY, GIB)
+        await worker.evict(llama.ref)
+        done = await worker.restore(llama.spec, Tier.DISK, pack, KEY, read_only)
+        assert not done.host_filled
+        assert await tell(worker, llama, max_tokens=3)
+    finally:
+        os.close(pack)
+        os.close(read_only)
+
+
+async def test_a_pack_above_its_limit_fails_and_the_model_serves_on(
+    worker: WorkerHandle, llama: Known
+) -> None:
+    await load(worker, llama)
+    pack = memory_file()
+    try:
+        with pytest.raises(WorkerFailure, match="limit of 65536"):
+            await worker.pack(llama.ref, pack, KEY, 65536)
+    finally:
+        os.close(pack)
+    assert await tell(worker, llama, max_tokens=3)
+
+
+async def test_a_model_is_not_brought_in_twice(worker: WorkerHandle, llama: Known) -> None:
+    await load(worker, llama)
+    with pytest.raises(WorkerFailure, match="here already"):
+        await load(worker, llama)
+    assert await tell(worker, llama, max_tokens=3)
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+async def test_bad_requests_are_answered_and_the_worker_lives(worker: WorkerHandle, llama: Known) -> None:
+    await load(worker, llama)
+    wanted = await tell(worker, llama, max_tokens=9)
+    bad: list[tuple[str, dict[str, JSON], str]] = [
+        ("explode", {}, "invalid_request"),
+        ("embed", {"inputs": ["x"]}, "invalid_request"),
+        ("generate", {"prompt": "word " * 99}, "context_length_exceeded"),
+        ("generate", {"tokens": [10**9]}, "invalid_request"),
+        ("generate", {"tokens": "no"}, "invalid_request"),
+        ("generate", {"prompt": "x" * (9 * MIB)}, "invalid_request"),
+        ("generate", {"messages": [{"role": "user"}]}, "invalid_request"),
+    ]
+    for op, fields, code in bad:
+        with pytest.raises(EngineError) as error:
+            await ask(worker, llama, op, **fields)
+        assert error.value.code == code
+    stranger = replace(llama.spec, ref=ModelRef("acme", "stranger", "1" * 16))
+    with pytest.raises(WorkerFailure, match="not resident"):
+        await tell(worker, Known(llama.directory, stranger))
+    assert await tell(worker, llama, max_tokens=9) == wanted
+
+
+async def test_concurrent_requests_do_not_mix(worker: WorkerHandle, llama: Known) -> None:
+    await load(worker, llama)
+    prompts = [f"Number {number}" for number in range(12)]
+    alone = [await tell(worker, llama, prompt=prompt, max_tokens=12) for prompt in prompts]
+    together = await asyncio.gather(*(tell(worker, llama, prompt=p, max_tokens=12) for p in prompts))
+    assert together == alone
+
+
+async def test_leaving_a_stream_stops_its_work(worker: WorkerHandle, storyteller: Known) -> None:
+    def cpu_ticks() -> int:
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    await load(worker, storyteller)
+    await tell(worker, storyteller, max_tokens=2)
+    start = cpu_ticks()
+    await tell(worker, storyteller, max_tokens=1500)
+    whole = cpu_ticks() - start
+
+    frames = worker.run(storyteller.ref, EngineRequest("generate", {"prompt": "Hello", "temperature": 0}))
+    start = cpu_ticks()
+    async for frame in frames:
+        assert frame.header.keys() == {"delta"}
+        break
+    await frames.aclose()  # type: ignore[attr-defined]
+    # Answered after the cancelled one has made room; its own work is next to nothing.
+    await tell(worker, storyteller, max_tokens=2)
+    assert cpu_ticks() - start < whole / 2
+
+
+async def test_evicting_waits_for_the_answer_in_progress(worker: WorkerHandle, storyteller: Known) -> None:
+    await load(worker, storyteller)
+    frames = worker.run(
+        storyteller.ref, EngineRequest("generate", {"prompt": "Hello", "temperature": 0, "max_tokens": 200})
+    )
+    first = await anext(frames)
+    eviction = asyncio.create_task(worker.evict(storyteller.ref))
+    rest = [frame async for frame in frames]
+    await eviction
+    assert first.header.keys() == {"delta"}
+    assert rest[-1].header["finish_reason"] in ("length", "stop")
+    assert arena_bytes(worker) == 0
+
+
+# --- what a worker can see ------------------------------------------------------------------------
+
+
+def open_files(pid: int) -> dict[int, str]:
+    root = Path(f"/proc/{pid}/fd")
+    return {int(entry.name): os.readlink(entry) for entry in root.iterdir()}
+
+
+async def test_a_worker_holds_no_descriptor_of_anybody_else(
+    nursery: Nursery, worker: WorkerHandle, llama: Known
+) -> None:
+    async with spawned(nursery, "umbrella") as other:
+        await load(worker, llama)
+        sockets = [
+            {name for name in open_files(pid).values() if name.startswith("socket:")}
+            for pid in (worker.pid, other.pid, nursery.pid)
+        ]
+        assert [len(names) for names in sockets] == [2, 2, 1]
+        assert len(set.union(*sockets)) == 5
+        # Beyond the standard three and its sockets only its selector and image: nothing of the origin.
+        extra = {name for fd, name in open_files(worker.pid).items() if fd > 2} - sockets[0]
+        assert extra == {"anon_inode:[eventpoll]", "/memfd:bunk-arena cpu:0 (deleted)"}
+
+
+async def test_a_worker_does_not_inherit_the_agent_s_secrets(worker: WorkerHandle) -> None:
+    environment = Path(f"/proc/{worker.pid}/environ").read_bytes()
+    assert b"do not inherit" not in environment
+    assert b"HF_HUB_OFFLINE=1" in environment
+
+
+async def test_side_files_are_gone_after_the_load(worker: WorkerHandle, llama: Known) -> None:
+    await load(worker, llama)
+    (private,) = Path("/dev/shm").glob(f"bunkhouse-nursery-*/{worker.pid}")
+    assert list(private.iterdir()) == []
+
+
+# --- deaths ---------------------------------------------------------------------------------------
+
+
+async def test_a_killed_worker_is_noticed_by_all_who_wait_and_nobody_else(
+    nursery: Nursery, storyteller: Known, llama: Known
+) -> None:
+    async with spawned(nursery) as victim, spawned(nursery, "umbrella") as bystander:
+        await load(victim, storyteller)
+        frames = victim.run(storyteller.ref, EngineRequest("generate", {"prompt": "Hello", "temperature": 0}))
+        await anext(frames)
+        never_fed, writer = os.pipe()
+        fds = {file.path: never_fed for file in llama.spec.files}
+        order = asyncio.create_task(victim.load_origin(llama.spec, fds))
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(WorkerDead):
+            [frame async for frame in frames]
+        with pytest.raises(WorkerDead):
+            await order
+        await asyncio.wait_for(victim.died.wait(), PATIENCE_S)
+        with pytest.raises(WorkerDead):
+            await tell(victim, storyteller)
+        with pytest.raises(WorkerDead):
+            await victim.evict(storyteller.ref)
+        os.close(never_fed)
+        os.close(writer)
+        other = Known(llama.directory, replace(llama.spec, ref=ModelRef("umbrella", "llama", "0" * 16)))
+        await load(bystander, other)
+        assert await tell(bystander, other, max_tokens=3)
+
+
+async def test_closing_a_worker_ends_its_process_even_in_the_middle_of_work(
+    nursery: Nursery, storyteller: Known
+) -> None:
+    async with spawned(nursery) as worker:
+        await load(worker, storyteller)
+        frames = worker.run(storyteller.ref, EngineRequest("generate", {"prompt": "Hello", "temperature": 0}))
+        await anext(frames)
+        await worker.close()
+        await until_gone(worker.pid)
+        with pytest.raises(WorkerDead):
+            [frame async for frame in frames]
+
+
+async def test_terminal_signals_are_left_to_the_agent(
+    nursery: Nursery, worker: WorkerHandle, llama: Known
+) -> None:
+    for pid in (nursery.pid, worker.pid):
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    await load(worker, llama)
+    assert await tell(worker, llama, max_tokens=3)
+
+
+STAND_IN_AGENT = """
+import asyncio
+from agent.devices import DeviceConfig
+from agent.workers import Nursery
+from packer.types import ModelRef
+
+async def main():
+    nursery = Nursery(threads=1)
+    await nursery.start()
+    workers = [await nursery.spawn(tenant, DeviceConfig("cpu:0", "cpu", "cpu", 1)) for tenant in ("a", "b")]
+    for worker in workers:
+        await worker.evict(ModelRef("a", "nothing", "0" * 16))  # answered once the worker is up
+    print(nursery.pid, *(worker.pid for worker in workers), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("victim", ["agent", "nursery"])
+async def test_nothing_outlives_a_killed_agent_or_nursery(victim: str) -> None:
+    agent = subprocess.Popen(  # noqa: ASYNC220  # starts at once
+        [sys.executable, "-c", STAND_IN_AGENT],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert agent.stdout is not None
+        pids = [int(pid) for pid in (await asyncio.to_thread(agent.stdout.readline)).split()]
+        assert len(pids) == 3
+        private = {path for pid in pids[1:] for path in Path("/dev/shm").glob(f"bunkhouse-nursery-*/{pid}")}
+        assert len(private) == 2
+        os.kill(agent.pid if victim == "agent" else pids[0], signal.SIGKILL)
+        for pid in pids:
+            await until_gone(pid)
+        if victim == "agent":
+            assert not any(path.exists() for path in private)
+    finally:
+        agent.kill()
+        agent.wait()
+        assert agent.stdout is not None
+        agent.stdout.close()
+
+
+async def test_a_dead_nursery_is_reported_and_swept_by_the_next() -> None:
+    first = Nursery(threads=1)
+    await first.start()
+    worker = await first.spawn("acme", DEVICE)
+    await worker.evict(ModelRef("acme", "nothing", "0" * 16))  # answered once the worker is up
+    (private,) = Path("/dev/shm").glob(f"bunkhouse-nursery-*/{worker.pid}")
+    os.kill(first.pid, signal.SIGKILL)
+    await asyncio.wait_for(first.died.wait(), PATIENCE_S)
+    await asyncio.wait_for(worker.died.wait(), PATIENCE_S)
+    with pytest.raises(WorkerDead):
+        await first.spawn("acme", DEVICE)
+    second = Nursery(threads=1)
+    await second.start()
+    try:
+        assert not private.exists()
+    finally:
+        await worker.close()
+        await first.close()
+        await second.close()
+
+
+# --- the protocol ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def impostor() -> AsyncIterator[tuple[WorkerHandle, socket.socket, socket.socket]]:
+    """A handle whose process is not a worker at all, and the other ends of its sockets."""
+    process = subprocess.Popen(["sleep", "infinity"])  # noqa: ASYNC220  # starts at once
+    orders, their_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    data, their_data = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    orders.setblocking(False)
+    data.setblocking(False)
+    handle = WorkerHandle("acme", DEVICE, orders, data)
+    await handle.start(process.pid, os.pidfd_open(process.pid))
+    try:
+        yield handle, their_orders, their_data
+    finally:
+        handle.kill()
+        await handle.close()
+        process.wait()
+        their_orders.close()
+        their_data.close()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\xff" * 8,
+        (5).to_bytes(4, "little") + (0).to_bytes(4, "little") + b"junk!",
+        (2).to_bytes(4, "little") + (FRAME_BODY_BYTES_MAX + 1).to_bytes(4, "little") + b"{}",
+    ],
+)
+async def test_a_worker_that_sends_nonsense_frames_is_killed(garbage: bytes) -> None:
+    async with impostor() as (handle, _, data):
+        data.sendall(garbage)
+        await asyncio.wait_for(handle.died.wait(), PATIENCE_S)
+
+
+async def test_a_worker_that_sends_nonsense_replies_is_killed() -> None:
+    async with impostor() as (handle, orders, _):
+        order = asyncio.create_task(handle.evict(ModelRef("acme", "x", "0" * 16)))
+        await asyncio.to_thread(orders.recv, 100)
+        orders.send(b"{}")
+        with pytest.raises(WorkerDead):
+            await asyncio.wait_for(order, PATIENCE_S)
+
+
+async def test_replies_nobody_waits_for_are_ignored() -> None:
+    async with impostor() as (handle, orders, _):
+        send_message(orders, Done(999))
+        order = asyncio.create_task(handle.evict(ModelRef("acme", "x", "0" * 16)))
+        received = await asyncio.to_thread(Receiver(orders).receive, orders_decoder)
+        assert received is not None
+        assert isinstance(received[0], EvictModel)
+        send_message(orders, Done(received[0].id))
+        await asyncio.wait_for(order, PATIENCE_S)
+
+
+async def test_an_order_with_the_most_files_arrives_whole(llama: Known) -> None:
+    """256 descriptors do not fit one message of the kernel; their order must survive the split."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    files = tuple(OriginFile(f"{number:03}".ljust(200, "x"), number, "0" * 64) for number in range(256))
+    pipes = [os.pipe() for _ in files]
+    order = LoadOrigin(1, wire_spec(llama.spec), files)
+    received: list[int] = []
+    try:
+        send_message(ours, order, [reader for reader, _ in pipes])
+        result = Receiver(theirs).receive(orders_decoder)
+        assert result is not None
+        got, received = result
+        assert got == order
+        for (_, writer), reader, number in zip(pipes, received, range(256), strict=True):
+            os.write(writer, bytes([number]))
+            assert os.read(reader, 1) == bytes([number])
+    finally:
+        for descriptor in [*received, *(end for pipe in pipes for end in pipe)]:
+            os.close(descriptor)
+        ours.close()
+        theirs.close()
+
+
+async def test_limits_of_messages_and_frames() -> None:
+    with pytest.raises(BadFrame, match="limit"):
+        encode_message(EvictModel(1, "x" * (129 * KIB)))
+    with pytest.raises(BadFrame, match="limit"):
+        encode_message(EvictModel(1, "x"), [0] * 301)
+    with pytest.raises(BadFrame, match="limits"):
+        decode_lengths(b"\xff" * 8)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.send(b"not json")
+        with pytest.raises(BadFrame):
+            Receiver(theirs).receive(replies_decoder)
