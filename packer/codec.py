@@ -312,14 +312,13 @@ def _unzstd_into(frame: memoryview | bytes, out: U8, space: Workspace) -> None:
     """Decode exactly one frame that declares exactly this size.
 
     zstandard trusts a declared size over any limit it is given, so the declaration is checked first,
-    and the destination has no room for more than it.
+    and the destination has no room for more than it. The decompressor itself refuses larger windows and
+    frames that need a dictionary.
     """
     try:
         parameters = zstandard.get_frame_parameters(frame)
         if parameters.content_size != len(out):
             raise BadPlanes(f"frame declares {parameters.content_size} bytes, {len(out)} are expected")
-        if parameters.dict_id or parameters.window_size > ZSTD_WINDOW_BYTES_MAX:
-            raise BadPlanes("frame needs a dictionary or too large a window")
         with space.decompressor.stream_reader(frame, read_across_frames=True) as reader:
             got = reader.readinto(out.data)
             if got != len(out) or reader.read(1):

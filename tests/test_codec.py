@@ -213,7 +213,7 @@ def escapes(base: int, form: int, reserved: int, count: int, body: bytes) -> byt
         escapes(0, 0, 0, 2, b"\xff\xff\xff\xff\x02\x00\x00\x00abcd"),
         escapes(0, 1, 0, 1, zstandard.compress(bytes(7))),
         escapes(0, 1, 0, 1, b"not zstd"),
-        escapes(0, 1, 0, 129, zstandard.compress(bytes(6 * 129))),
+        escapes(0, 1, 0, 129, zstandard.compress(b"\1\0\0\0" * 129 + bytes(2 * 129))),
     ],
 )
 def test_lying_escapes_are_refused(plane: bytes) -> None:
@@ -222,8 +222,10 @@ def test_lying_escapes_are_refused(plane: bytes) -> None:
 
 
 def test_good_planes_next_to_the_lying_ones_decode() -> None:
-    good = escapes(240, 0, 0, 1, (2047).to_bytes(4, "little") + b"ab")
     out = bytearray(PAGE)
+    most = escapes(0, 1, 0, 128, zstandard.compress(b"\1\0\0\0" * 128 + bytes(2 * 128)))
+    decode_into(CodecId.N12, [bytes(2048), bytes(1024), most], memoryview(out))
+    good = escapes(240, 0, 0, 1, (2047).to_bytes(4, "little") + b"ab")
     decode_into(CodecId.N12, [bytes(2048), bytes(1024), good], memoryview(out))
     assert out[-2:] == b"ab"
     assert out[:2] == (240 << 7).to_bytes(2, "little")

@@ -164,6 +164,23 @@ def test_forged_indexes_are_refused(case: str) -> None:
     refused(forged(body, header, msgspec.msgpack.encode(index)))
 
 
+def test_parts_must_tile_the_file() -> None:
+    """A hole could hide bytes that nobody checks, an overlap would make one part of another's bytes."""
+    body, header, index = opened()
+    plain = msgspec.msgpack.encode(index)
+    assert "parts end at" in refused(forged(body + bytes(PAGE_BYTES), header, plain))
+    last = max(rows(index, CHUNKS), key=lambda row: int(str(row[OFFSET])))
+    last[OFFSET] = int(str(last[OFFSET])) + PAGE_BYTES
+    moved = msgspec.msgpack.encode(index)
+    assert "a part starts at" in refused(forged(body + bytes(PAGE_BYTES), header, moved))
+
+
+def test_a_chunk_may_not_be_stored_larger_than_it_is() -> None:
+    """Buffers for stored bytes are sized by the chunk; here the file itself is without fault."""
+    assert "larger than the chunk" in refused(with_first_chunk(CodecId.ZSTD, [os.urandom(3 * PAGE_BYTES)]))
+    assert "larger than the chunk" in refused(with_first_chunk(CodecId.ZSTD, [bytes(2 * CHUNK_BYTES)]))
+
+
 def test_the_forger_of_these_tests_makes_valid_files_otherwise() -> None:
     body, header, index = opened()
     with memory_file(forged(body, header, msgspec.msgpack.encode(index))) as fd:
