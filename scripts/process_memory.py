@@ -185,13 +185,15 @@ class MemoryWatch:
 
         Workers are read one after another, so a model that leaves one worker and another that enters the
         next could both be counted though they never were there together. What both looks saw was there
-        in the moment between them.
+        in the moment between them; what one worker held, it held whatever the others did.
         """
         nurseries = find_nurseries(self.agent_pid)
         self.samples += 1
         self.nursery_bytes = max([self.nursery_bytes, *(read_rss(pid) for pid in nurseries)])
         memories = _look(nurseries)
         self.seen |= memories.keys()
+        for memory in memories.values():
+            self._raise_peaks([memory], trial=False)
         if self._raise_peaks(list(memories.values()), trial=True):
             again = _look(nurseries)
             both = [_lesser(memories[pid], again[pid]) for pid in memories.keys() & again.keys()]

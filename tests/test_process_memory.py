@@ -92,6 +92,17 @@ def test_model_that_moved_between_two_reads_is_not_counted_twice(monkeypatch: py
     assert watch.stop().arena_bytes_by_device == {"cpu:0": 80 * MIB}
 
 
+def test_what_one_worker_held_counts_though_it_was_gone_at_the_second_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = [{5: memory(5, 80), 6: memory(6, 20)}, {5: memory(5, 0), 6: memory(6, 20)}]
+    watch = watch_of(monkeypatch, looks)
+    watch.sample()
+    peaks = watch.stop()
+    assert peaks.arena_bytes_by_device == {"cpu:0": 80 * MIB}
+    assert (peaks.arena_bytes, peaks.worker_arena_bytes) == (80 * MIB, 80 * MIB)
+
+
 def test_watch_that_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(pid: int) -> list[int]:
         raise PermissionError("no /proc here")
