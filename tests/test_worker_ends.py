@@ -1,0 +1,200 @@
+"""Ends that nobody ordered: killed agents and nurseries, and sides that break the protocol.
+
+Covers: that nothing outlives what it belongs to, that nothing stays behind, and the limits of messages
+and frames. Does not cover: orders and requests (``test_worker``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from running_workers import DEVICE, PATIENCE_S, until_gone
+
+from agent.frames import (
+    FRAME_BODY_BYTES_MAX,
+    BadFrame,
+    Done,
+    EvictModel,
+    LoadOrigin,
+    Receiver,
+    WireSpec,
+    decode_lengths,
+    encode_message,
+    orders_decoder,
+    replies_decoder,
+    send_message,
+)
+from agent.workers import Nursery, WorkerDead, WorkerHandle
+from packer.types import KIB, ModelRef, OriginFile, Task
+
+pytestmark = pytest.mark.processes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+STAND_IN_AGENT = """
+import asyncio
+from agent.devices import DeviceConfig
+from agent.workers import Nursery
+from packer.types import ModelRef
+
+async def main():
+    nursery = Nursery(threads=1)
+    await nursery.start()
+    workers = [await nursery.spawn(tenant, DeviceConfig("cpu:0", "cpu", "cpu", 1)) for tenant in ("a", "b")]
+    for worker in workers:
+        await worker.evict(ModelRef("a", "nothing", "0" * 16))  # answered once the worker is up
+    print(nursery.pid, *(worker.pid for worker in workers), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("victim", ["agent", "nursery"])
+async def test_nothing_outlives_a_killed_agent_or_nursery(victim: str) -> None:
+    agent = subprocess.Popen(  # noqa: ASYNC220  # starts at once
+        [sys.executable, "-c", STAND_IN_AGENT],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert agent.stdout is not None
+        pids = [int(pid) for pid in (await asyncio.to_thread(agent.stdout.readline)).split()]
+        assert len(pids) == 3
+        private = {path for pid in pids[1:] for path in Path("/dev/shm").glob(f"bunkhouse-nursery-*/{pid}")}
+        assert len(private) == 2
+        os.kill(agent.pid if victim == "agent" else pids[0], signal.SIGKILL)
+        for pid in pids:
+            await until_gone(pid)
+        if victim == "agent":
+            assert not any(path.exists() for path in private)
+    finally:
+        agent.kill()
+        agent.wait()
+        assert agent.stdout is not None
+        agent.stdout.close()
+
+
+async def test_a_dead_nursery_is_reported_and_swept_by_the_next() -> None:
+    first = Nursery(threads=1)
+    await first.start()
+    worker = await first.spawn("acme", DEVICE)
+    await worker.evict(ModelRef("acme", "nothing", "0" * 16))  # answered once the worker is up
+    (private,) = Path("/dev/shm").glob(f"bunkhouse-nursery-*/{worker.pid}")
+    os.kill(first.pid, signal.SIGKILL)
+    await asyncio.wait_for(first.died.wait(), PATIENCE_S)
+    await asyncio.wait_for(worker.died.wait(), PATIENCE_S)
+    with pytest.raises(WorkerDead):
+        await first.spawn("acme", DEVICE)
+    second = Nursery(threads=1)
+    await second.start()
+    try:
+        assert not private.exists()
+    finally:
+        await worker.close()
+        await first.close()
+        await second.close()
+
+
+# --- the protocol ---------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def impostor() -> AsyncIterator[tuple[WorkerHandle, socket.socket, socket.socket]]:
+    """A handle whose process is not a worker at all, and the other ends of its sockets."""
+    process = subprocess.Popen(["sleep", "infinity"])  # noqa: ASYNC220  # starts at once
+    orders, their_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    data, their_data = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    orders.setblocking(False)
+    data.setblocking(False)
+    handle = WorkerHandle("acme", DEVICE, orders, data)
+    await handle.start(process.pid, os.pidfd_open(process.pid))
+    try:
+        yield handle, their_orders, their_data
+    finally:
+        handle.kill()
+        await handle.close()
+        process.wait()
+        their_orders.close()
+        their_data.close()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\xff" * 8,
+        (5).to_bytes(4, "little") + (0).to_bytes(4, "little") + b"junk!",
+        (2).to_bytes(4, "little") + (FRAME_BODY_BYTES_MAX + 1).to_bytes(4, "little") + b"{}",
+    ],
+)
+async def test_a_worker_that_sends_nonsense_frames_is_killed(garbage: bytes) -> None:
+    async with impostor() as (handle, _, data):
+        data.sendall(garbage)
+        await asyncio.wait_for(handle.died.wait(), PATIENCE_S)
+
+
+async def test_a_worker_that_sends_nonsense_replies_is_killed() -> None:
+    async with impostor() as (handle, orders, _):
+        order = asyncio.create_task(handle.evict(ModelRef("acme", "x", "0" * 16)))
+        await asyncio.to_thread(orders.recv, 100)
+        orders.send(b"{}")
+        with pytest.raises(WorkerDead):
+            await asyncio.wait_for(order, PATIENCE_S)
+
+
+async def test_replies_nobody_waits_for_are_ignored() -> None:
+    async with impostor() as (handle, orders, _):
+        send_message(orders, Done(999))
+        order = asyncio.create_task(handle.evict(ModelRef("acme", "x", "0" * 16)))
+        received = await asyncio.to_thread(Receiver(orders).receive, orders_decoder)
+        assert received is not None
+        assert isinstance(received[0], EvictModel)
+        send_message(orders, Done(received[0].id))
+        await asyncio.wait_for(order, PATIENCE_S)
+
+
+async def test_an_order_with_the_most_files_arrives_whole() -> None:
+    """256 descriptors do not fit one message of the kernel; their order must survive the split."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    files = tuple(OriginFile(f"{number:03}".ljust(200, "x"), number, "0" * 64) for number in range(256))
+    pipes = [os.pipe() for _ in files]
+    order = LoadOrigin(1, WireSpec("a/b@" + "0" * 16, "engine", Task.EMBEDDING, 4096, "0" * 64), files)
+    received: list[int] = []
+    try:
+        send_message(ours, order, [reader for reader, _ in pipes])
+        result = Receiver(theirs).receive(orders_decoder)
+        assert result is not None
+        got, received = result
+        assert got == order
+        for (_, writer), reader, number in zip(pipes, received, range(256), strict=True):
+            os.write(writer, bytes([number]))
+            assert os.read(reader, 1) == bytes([number])
+    finally:
+        for descriptor in [*received, *(end for pipe in pipes for end in pipe)]:
+            os.close(descriptor)
+        ours.close()
+        theirs.close()
+
+
+async def test_limits_of_messages_and_frames() -> None:
+    with pytest.raises(BadFrame, match="limit"):
+        encode_message(EvictModel(1, "x" * (129 * KIB)))
+    with pytest.raises(BadFrame, match="limit"):
+        encode_message(EvictModel(1, "x"), [0] * 301)
+    with pytest.raises(BadFrame, match="limits"):
+        decode_lengths(b"\xff" * 8)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.send(b"not json")
+        with pytest.raises(BadFrame):
+            Receiver(theirs).receive(replies_decoder)
