@@ -1,0 +1,191 @@
+"""A real box for tests: control and agent as processes of their own, on loopback, killable one by one.
+
+Covers: starting, waiting for a line of a process's log, killing and starting again on the same ports and
+data directories, and the SDK as operator and tenants. Does not cover: ``bunk up`` (``test_up``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx2
+from process_memory import children
+
+from bunkhouse import Client
+
+ROOT = Path(__file__).resolve().parent.parent
+# Importing torch from a cold disk on a busy machine; nothing else here takes longer.
+PATIENCE_S = 120.0
+
+
+class Process:
+    """A child whose log lines can be waited for."""
+
+    def __init__(self, *words: str) -> None:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        self.handle = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._lines: list[str] = []
+        self._seen = 0
+        self._news = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.handle.stderr is not None
+        with self.handle.stderr:
+            for line in self.handle.stderr:
+                with self._news:
+                    self._lines.append(line)
+                    self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """The next line, after those that earlier calls matched, that holds the pattern."""
+        with self._news:
+            while True:
+                while self._seen < len(self._lines):
+                    line = self._lines[self._seen]
+                    self._seen += 1
+                    if match := re.search(pattern, line):
+                        return match
+                assert not self._ended, f"ended without {pattern!r}:\n" + self.log()
+                assert self._news.wait(PATIENCE_S), f"no {pattern!r} in {PATIENCE_S} s:\n" + self.log()
+
+    def log(self) -> str:
+        return "".join(self._lines[-60:])
+
+    def kill(self) -> None:
+        self.handle.send_signal(signal.SIGKILL)
+        self.handle.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+
+    def stop(self) -> int:
+        """SIGTERM and the exit status."""
+        if self.handle.poll() is None:
+            self.handle.send_signal(signal.SIGTERM)
+        try:
+            return self.handle.wait(PATIENCE_S)
+        finally:
+            self._reader.join(PATIENCE_S)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(slots=True)
+class Box:
+    """Control and one agent with two cpu devices."""
+
+    folder: Path
+    devices: tuple[str, ...] = ("cpu:48MiB", "cpu:48MiB")
+    ports: list[int] = field(default_factory=lambda: [free_port() for _ in range(3)])
+    control: Process | None = None
+    agent: Process | None = None
+    keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    @property
+    def node_url(self) -> str:
+        return f"https://127.0.0.1:{self.ports[1]}"
+
+    @property
+    def gateway_url(self) -> str:
+        return f"http://127.0.0.1:{self.ports[2]}"
+
+    def start_control(self) -> None:
+        listen = ["--listen", f"127.0.0.1:{self.ports[0]}", "--node-listen", f"127.0.0.1:{self.ports[1]}"]
+        folder = str(self.folder / "control")
+        self.control = Process("control", "serve", "--data-dir", folder, *listen)
+        self.control.wait_for("serving http")
+
+    def start_agent(self, *more: str, wait: str = r"connected to control") -> None:
+        token_file = self.folder / "join.token"
+        if not (self.folder / "agent" / "identity" / "identity.json").exists():
+            token_file.write_text(self.operator().create_node_token(name="box").token)
+        words = ["run", "--data-dir", str(self.folder / "agent"), "--control", self.node_url]
+        words += ["--join-token-file", str(token_file), "--name", "box", "--host-bytes", "64MiB"]
+        words += ["--disk-bytes", "1GiB", "--listen", f"127.0.0.1:{self.ports[2]}", *more]
+        for device in self.devices:
+            words += ["--device", device]
+        self.agent = Process("agent", *words)
+        self.agent.wait_for(wait)
+
+    def operator(self) -> Client:
+        key = (self.folder / "control" / "operator.key").read_text().strip()
+        return Client(self.url, key)
+
+    def add_tenant(self, tenant: str) -> None:
+        self.operator().create_tenant(tenant)
+        self.keys[tenant] = self.operator().create_key(tenant).key
+
+    def tenant(self, tenant: str, *, direct: bool = False) -> Client:
+        """The tenant's client at the router, or at the node itself."""
+        return Client(self.gateway_url if direct else self.url, self.keys[tenant])
+
+    def embed(self, model: str, text: str) -> tuple[bytes, str]:
+        """One embedding from the node itself: (the JSON numbers as sent, the tier it came from)."""
+        answer = httpx2.post(
+            f"{self.gateway_url}/v1/embeddings",
+            headers={"Authorization": f"Bearer {self.keys[model.split('/')[0]]}"},
+            json={"model": model, "input": text, "encoding_format": "float"},
+            timeout=PATIENCE_S,
+        )
+        assert answer.status_code == 200, answer.text
+        numbers = answer.json()["data"][0]["embedding"]
+        return json.dumps(numbers).encode(), answer.headers["x-bunkhouse-tier"]
+
+    def worker_pids(self) -> list[int]:
+        """Workers are the nursery's children; the nursery is the agent's only child."""
+        assert self.agent is not None
+        return [worker for nursery in children(self.agent.handle.pid) for worker in children(nursery)]
+
+    def wait_planned(self, versions: int) -> None:
+        """Until the agent has a plan with this many model versions."""
+        assert self.agent is not None
+        self.agent.wait_for(rf"plan \d+\.\d+: \d+ tenants, {versions} versions")
+
+    def close(self) -> None:
+        for process in (self.agent, self.control):
+            if process is not None and process.handle.poll() is None:
+                process.stop()
+
+
+@contextmanager
+def running_box(folder: Path, **options: tuple[str, ...]) -> Iterator[Box]:
+    """A started box; everything is stopped on leaving."""
+    box = Box(folder, **options)
+    try:
+        box.start_control()
+        box.start_agent()
+        yield box
+    finally:
+        box.close()

@@ -1,0 +1,193 @@
+"""Kill -9 of agent, worker and control, with real processes: nothing acknowledged is lost.
+
+Covers: what a restarted agent finds, a killed worker before and in the middle of an answer, serving while
+control is away, and who is left behind. Does not cover: control's own crash tests
+(``test_control_crash``) or the core's (``test_simulation``).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from make_models import make_classifier, make_gpt2
+from real_box import PATIENCE_S, Box, running_box
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small generators of about 17 MB; two fit on a device of 48 MiB at a time."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in range(3):
+        make_gpt2(folder / f"gen{seed}", seed, hidden=256, layers=4, heads=4)
+    make_classifier(folder / "judge", 7)
+    return folder
+
+
+@pytest.fixture
+def box(tmp_path: Path, models: Path) -> Iterator[Box]:
+    with running_box(tmp_path) as box:
+        box.add_tenant("acme")
+        for name in ("gen0", "judge"):
+            box.tenant("acme").push(f"acme/{name}", models / name)
+        box.wait_planned(2)
+        yield box
+
+
+def ask(box: Box, model: str = "acme/gen0", **more: object) -> httpx2.Response:
+    """One completion from the node itself."""
+    return httpx2.post(
+        f"{box.gateway_url}/v1/completions",
+        headers={"Authorization": f"Bearer {box.keys['acme']}"},
+        json={"model": model, "prompt": "the bunk", "max_tokens": 8, "temperature": 0, **more},
+        timeout=PATIENCE_S,
+    )
+
+
+def answer(box: Box, **more: object) -> tuple[str, str]:
+    """(text, tier) of a completion that must succeed."""
+    got = ask(box, **more)
+    assert got.status_code == 200, got.text
+    return got.json()["choices"][0]["text"], got.headers["x-bunkhouse-tier"]
+
+
+def wait_gone(pidfds: list[int]) -> None:
+    """Until the processes behind these descriptors have ended; a pidfd becomes readable then."""
+    for pidfd in pidfds:
+        ready, _, _ = select.select([pidfd], [], [], PATIENCE_S)
+        assert ready, "a process was left behind"
+        os.close(pidfd)
+
+
+def test_a_killed_agent_finds_its_packs_rejoins_and_serves(box: Box) -> None:
+    """Same name, same certificate, no new token; the answer is the same, from disk and not from origin;
+    no worker outlives the agent."""
+    before, tier = answer(box)
+    assert tier == "origin"
+    assert box.agent is not None
+    kept = Path(box.folder / "agent" / "packs" / "acme")
+    while not list(kept.glob("gen0@*.pack")):
+        # The pack is written beside serving; the events say when, and control has them.
+        box.operator().events(limit=100)
+    pids = box.worker_pids()
+    assert pids
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    box.agent.kill()
+    wait_gone(pidfds)
+    box.start_agent()
+    assert answer(box) == (before, "disk")
+    assert [node.node for node in box.operator().nodes()] == ["box"]
+
+
+def test_a_killed_worker_costs_one_retry_at_most(box: Box) -> None:
+    """The next request is answered, by a new process, with the same text; nobody else notices."""
+    before, _ = answer(box)
+    (old,) = box.worker_pids()
+    pidfd = os.pidfd_open(old)
+    os.kill(old, signal.SIGKILL)
+    wait_gone([pidfd])
+    after = ask(box)
+    if after.status_code == 503:  # it raced with the death and was told so
+        assert after.headers["x-should-retry"] == "true"
+        after = ask(box)
+    assert after.status_code == 200, after.text
+    assert after.json()["choices"][0]["text"] == before
+    (new,) = box.worker_pids()
+    assert new != old
+
+
+def test_a_worker_killed_in_mid_stream_ends_the_stream_with_one_error(box: Box) -> None:
+    """The caller sees one clear SSE error and no [DONE]; the model answers again by itself."""
+    answer(box)
+    body = {"model": "acme/gen0", "prompt": "x", "max_tokens": 200, "stream": True, "temperature": 0}
+    headers = {"Authorization": f"Bearer {box.keys['acme']}"}
+    url = f"{box.gateway_url}/v1/completions"
+    lines: list[str] = []
+    with httpx2.stream("POST", url, headers=headers, json=body, timeout=PATIENCE_S) as stream:
+        assert stream.status_code == 200
+        for line in stream.iter_lines():
+            lines.append(line)
+            if len(lines) == 1:
+                os.kill(box.worker_pids()[0], signal.SIGKILL)
+    data = [line for line in lines if line.startswith("data: ")]
+    errors = [line for line in data if '"error"' in line]
+    if "data: [DONE]" not in data:  # the stream was not over before the kill arrived
+        assert len(errors) == 1
+        assert data[-1] == errors[0]
+        assert "worker_died" in errors[0]
+    got = ask(box)
+    assert (got if got.status_code == 200 else ask(box)).status_code == 200
+
+
+def test_while_control_is_down_the_node_goes_on_serving(box: Box, models: Path) -> None:
+    """Known keys, known models, cold restores from the node's own tiers; then control comes back and
+    the node reconnects by itself and learns what is new."""
+    before, _ = answer(box)
+    assert box.control is not None
+    assert box.agent is not None
+    box.control.kill()
+    box.agent.wait_for("control is away")
+    assert answer(box) == (before, "device")
+    wrong = httpx2.get(f"{box.gateway_url}/v1/models", headers={"Authorization": "Bearer bk_no"})
+    assert wrong.status_code == 401
+    box.start_control()
+    box.agent.wait_for("connected to control")
+    # A model that was pushed after the crash arrives by a plan of the new epoch.
+    box.tenant("acme").push("acme/gen1", models / "gen1")
+    box.wait_planned(3)
+    assert ask(box, "acme/gen1").status_code == 200
+
+
+def test_an_agent_started_while_control_is_down_serves_its_last_plan(box: Box) -> None:
+    """Static stability: keys, models and packs come from the journal alone."""
+    before, _ = answer(box)
+    box.operator().events()
+    assert box.agent is not None
+    assert box.control is not None
+    assert box.agent.stop() == 0
+    box.control.kill()
+    box.start_agent(wait="gateway on")
+    text, tier = answer(box)
+    assert text == before
+    assert tier in ("disk", "origin")
+
+
+def test_revoking_a_key_reaches_the_node(box: Box) -> None:
+    """A revoked key stops at the node itself, not only at the router."""
+    answer(box)
+    (key,) = box.operator().keys("acme")
+    box.operator().revoke_key(key.key_id)
+    assert box.agent is not None
+    box.agent.wait_for(r"plan \d+\.\d+")
+    while ask(box).status_code == 200:
+        box.agent.wait_for(r"plan \d+\.\d+")
+    assert ask(box).status_code == 401
+
+
+def test_deleting_a_tenant_shreds_its_packs_and_keys(box: Box) -> None:
+    """After the delete neither file nor key of the tenant is on the node."""
+    answer(box)
+    assert box.agent is not None
+    box.operator().delete_tenant("acme")
+    box.agent.wait_for("tenant acme is gone; its keys are destroyed")
+    assert ask(box).status_code == 401
+    pidfds = [os.pidfd_open(pid) for pid in box.worker_pids()]
+    wait_gone(pidfds)
+    assert list((box.folder / "agent" / "packs").glob("acme/*.pack")) == []
+
+
+def test_a_stopped_agent_leaves_nothing_running(box: Box) -> None:
+    """SIGTERM ends the agent, its nursery and its workers, with status 0."""
+    answer(box)
+    assert box.agent is not None
+    pidfds = [os.pidfd_open(pid) for pid in box.worker_pids()]
+    assert pidfds
+    assert box.agent.stop() == 0
+    wait_gone(pidfds)
