@@ -77,8 +77,13 @@ from packer.types import ModelRef, Task
 
 log = logging.getLogger("bunk.worker")
 
-# Orders at once: restores of several models overlap their reading and decoding; the core orders few.
-ORDER_THREADS = 4
+# Orders of each kind at once, so that none waits behind another kind: an origin may feed slowly, an
+# eviction may wait for an answer in progress. Restores and packs have two threads and some 32 MiB of
+# scratch each, so few of them run at a time.
+ORIGIN_LOADS_MAX = 8
+RESTORES_MAX = 2
+PACKS_MAX = 1
+EVICTIONS_MAX = 8
 # Skeletons (module tree, tokenizer, side files) kept of models that are not resident; a tokenizer of
 # 128,000 words takes some 100 MiB, a small one 2.
 SKELETONS_PARKED_MAX = 16
@@ -191,7 +196,15 @@ class Worker:
         self._private = private
         self._device = "cuda" if identity.kind == "cuda" else "cpu"
         self._shelf = Shelf()
-        self._order_threads = ThreadPoolExecutor(ORDER_THREADS, thread_name_prefix="bunk-order")
+        self._order_threads: Mapping[type, ThreadPoolExecutor] = {
+            kind: ThreadPoolExecutor(threads, thread_name_prefix="bunk-order")
+            for kind, threads in (
+                (LoadOrigin, ORIGIN_LOADS_MAX),
+                (RestorePack, RESTORES_MAX),
+                (WritePack, PACKS_MAX),
+                (EvictModel, EVICTIONS_MAX),
+            )
+        }
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="bunk-build")
         self._reply_lock = threading.Lock()
         self._data_lock = threading.Lock()
@@ -218,7 +231,7 @@ class Worker:
         if received is None:
             return False
         order, fds = received
-        self._order_threads.submit(self._carry_out, order, fds)
+        self._order_threads[type(order)].submit(self._carry_out, order, fds)
         return True
 
     def _take_frames(self) -> bool:
@@ -279,6 +292,7 @@ class Worker:
             close_fds(fds)
         with self._reply_lock:
             send_message(self._orders, reply)
+        _trim()  # the scratch of restores and packs
 
     def _do(self, order: LoadOrigin | RestorePack | WritePack | EvictModel, fds: list[int]) -> Reply:
         started = time.monotonic()
@@ -364,7 +378,6 @@ class Worker:
             )
             write_pack(writer, image, held.layout, held.side_files)
         summary = writer.finish()
-        _trim()
         return Done(order.id, disk_bytes=summary.disk_bytes, host_bytes=summary.host_bytes)
 
     def _evict(self, ref: ModelRef) -> None:

@@ -514,3 +514,23 @@ async def test_terminal_signals_are_left_to_the_agent(
         os.kill(pid, signal.SIGTERM)
     await load(worker, llama)
     assert await tell(worker, llama, max_tokens=3)
+
+
+async def test_slow_origins_do_not_hold_up_evictions(worker: WorkerHandle, llama: Known) -> None:
+    await load(worker, llama)
+    never_fed, writer = os.pipe()
+    slow = [
+        asyncio.create_task(
+            worker.load_origin(
+                replace(llama.spec, ref=ModelRef("acme", f"slow{number}", "0" * 16)),
+                {file.path: never_fed for file in llama.spec.files},
+            )
+        )
+        for number in range(12)
+    ]
+    await asyncio.wait_for(worker.evict(llama.ref), PATIENCE_S)
+    os.close(writer)
+    os.close(never_fed)
+    for failure in await asyncio.gather(*slow, return_exceptions=True):
+        assert isinstance(failure, WorkerFailure)
+        assert "ends after" in failure.message
