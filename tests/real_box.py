@@ -180,9 +180,9 @@ class Box:
 
 
 @contextmanager
-def running_box(folder: Path, **options: tuple[str, ...]) -> Iterator[Box]:
+def running_box(folder: Path) -> Iterator[Box]:
     """A started box; everything is stopped on leaving."""
-    box = Box(folder, **options)
+    box = Box(folder)
     try:
         box.start_control()
         box.start_agent()

@@ -41,19 +41,19 @@ def box(tmp_path: Path, models: Path) -> Iterator[Box]:
         yield box
 
 
-def ask(box: Box, model: str = "acme/gen0", **more: object) -> httpx2.Response:
+def ask(box: Box, model: str = "acme/gen0") -> httpx2.Response:
     """One completion from the node itself."""
     return httpx2.post(
         f"{box.gateway_url}/v1/completions",
         headers={"Authorization": f"Bearer {box.keys['acme']}"},
-        json={"model": model, "prompt": "the bunk", "max_tokens": 8, "temperature": 0, **more},
+        json={"model": model, "prompt": "the bunk", "max_tokens": 8, "temperature": 0},
         timeout=PATIENCE_S,
     )
 
 
-def answer(box: Box, **more: object) -> tuple[str, str]:
+def answer(box: Box) -> tuple[str, str]:
     """(text, tier) of a completion that must succeed."""
-    got = ask(box, **more)
+    got = ask(box)
     assert got.status_code == 200, got.text
     return got.json()["choices"][0]["text"], got.headers["x-bunkhouse-tier"]
 
