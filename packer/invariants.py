@@ -1,19 +1,60 @@
 """The proof, after every step, that the node's books add up and its promises hold.
 
-Covers: ``check(node)``, which recomputes every ledger from the models and requests alone and compares,
-and the rules of DESIGN section 4 that can be read off one state. Does not cover: rules about sequences
-(each request answered exactly once, liveness): the simulation in the tests watches those.
+Covers: ``check(node)`` and the rules of DESIGN section 4 that can be read off one state. Does not cover:
+rules about sequences (each request answered exactly once, liveness): the simulation in the tests
+watches those.
+
+Every ledger is compared with sums made from the models alone, never from other ledgers. ``check`` looks
+at the models that the step touched and at a few others in turn, and carries the sums over from the step
+before, so that its time does not grow with the number of models; a change that forgot to say what it
+touched is found within one turn around. ``check(node, full=True)`` makes all sums anew and recounts the
+requests; facts that may touch everything (a plan, a device, a budget) cause it by themselves.
 """
 
 from __future__ import annotations
 
 from packer import queueing
-from packer.ledger import Copy, CopyState, Lease, Model, Node, State, Waiter
-from packer.queueing import grantable
-from packer.quota import Account, InvariantBroken
-from packer.types import Tier
+from packer.ledger import Copy, CopyState, Lease, Model, Node, State
+from packer.proof import Proof, Shares, Sums
+from packer.quota import Account, InvariantBroken, Tenant
+from packer.types import ModelRef, Tier
 
 __all__ = ["InvariantBroken", "check"]
+
+# Untouched models looked at per step. A thousand models are gone round in 250 steps.
+ROUND_MODELS = 4
+NOTHING = Shares()
+
+
+def check(node: Node, full: bool = False) -> None:
+    """Raises ``InvariantBroken`` when the state contradicts itself or a promise."""
+    if full or node.unproven or node.proof is None:
+        node.proof = Proof()
+        node.unproven = False
+        refs = list(node.models)
+        _check_requests(node)
+    else:
+        refs = list(node.touched)
+        refs += _next_round(node, node.proof)
+    node.touched.clear()
+    proof = node.proof
+    tenants: dict[str, Tenant] = dict(node.tenants) if full else {}
+    for ref in refs:
+        model = node.models.get(ref)
+        before = proof.shares.get(ref, NOTHING)
+        now = NOTHING if model is None else _shares(node, model)
+        if now != before:
+            _replace(proof, ref, before, now)
+        if model is None:
+            proof.shares.pop(ref, None)
+        else:
+            proof.shares[ref] = now
+            tenants[ref.tenant] = model.tenant
+    for name, tenant in tenants.items():
+        _check_tenant(node, name, tenant, proof)
+    _check_budgets(node, proof)
+    _check_removed(node)
+    _check_waiting(node, proof)
 
 
 def _require(holds: bool, what: str) -> None:
@@ -21,87 +62,57 @@ def _require(holds: bool, what: str) -> None:
         raise InvariantBroken(what)
 
 
-class _Sums:
-    """What the accounts must say, recomputed: [held, leaving] by device and by (tenant, tier)."""
-
-    __slots__ = ("devices", "leases", "tenants", "tiers")
-
-    def __init__(self, node: Node) -> None:
-        self.devices: dict[str, list[int]] = {name: [0, 0] for name in node.devices}
-        self.tiers: dict[Tier, list[int]] = {Tier.HOST: [0, 0], Tier.DISK: [0, 0]}
-        self.tenants: dict[str, list[int]] = {name: [0] * 9 for name in node.tenants}
-        self.leases: dict[str, int] = {}
+def _next_round(node: Node, proof: Proof) -> list[ModelRef]:
+    """The next few models in turn; a new turn starts from the models there are then."""
+    if proof.place >= len(proof.round):
+        proof.round, proof.place = list(node.models), 0
+    refs = proof.round[proof.place : proof.place + ROUND_MODELS]
+    proof.place += ROUND_MODELS
+    return refs
 
 
-# Places in a tenant's row of sums.
-_DEVICE, _HOST, _DISK, _WAITING, _GRANTED, _MODELS = 0, 2, 4, 6, 7, 8
+# --- one model ------------------------------------------------------------------------------------
 
 
-def check(node: Node) -> None:
-    """Raises ``InvariantBroken`` when the state contradicts itself or a promise."""
-    sums = _Sums(node)
-    leased: dict[Model, int] = {}
-    waiting = 0
-    for known in node.requests.values():
-        if isinstance(known, Waiter):
-            waiting += 1
-            sums.tenants[known.model.ref.tenant][_WAITING] += 1
-        else:
-            _count_lease(node, known, sums, leased)
-    _require(waiting == node.waiting, f"{node.waiting} requests count as waiting, {waiting} wait")
-    _require(waiting <= queueing.WAITING_MAX, f"{waiting} requests wait, above the limit")
-    queued = 0
-    for model in node.models.values():
-        row = sums.tenants[model.spec.ref.tenant]
-        row[_MODELS] += 1
-        if model.device is not None:
-            _check_on_device(node, model, row, sums, leased)
-        elif model.state is not State.ABSENT or model.device_bytes or model.leases or model.packing:
-            raise InvariantBroken(f"{model.ref} is {model.state} on no device")
-        if model.host.state is not CopyState.ABSENT:
-            _check_copy(model, Tier.HOST, model.host, row, _HOST, sums)
-        if model.disk.state is not CopyState.ABSENT:
-            _check_copy(model, Tier.DISK, model.disk, row, _DISK, sums)
-        if model.waiters:
-            queued += len(model.waiters)
-            _require(model.ref in node.queue, f"{model.ref} has waiters and is not in the queue")
-            _require(not grantable(node, model), f"{model.ref} is there and requests wait for it")
-    _require(queued == waiting, f"{waiting} requests wait, {queued} of them for a model")
-    _check_accounts(node, sums)
-    _check_removed(node)
-    _check_progress(node)
+def _shares(node: Node, model: Model) -> Shares:
+    """What the model adds to every sum; raises if it contradicts itself."""
+    state, device = model.state, model.device
+    if device is None:
+        if state is not State.ABSENT or model.device_bytes or model.leases or model.packing:
+            raise InvariantBroken(f"{model.ref} is {state} on no device")
+    else:
+        _check_on_device(node, model)
+    for tier, copy in ((Tier.HOST, model.host), (Tier.DISK, model.disk)):
+        if copy.state is not CopyState.ABSENT or copy.readers or copy.held_bytes:
+            _check_copy(node, model, tier, copy)
+    if model.waiters:
+        _require(model.ref in node.queue, f"{model.ref} has waiters and is not in the queue")
+        _require(not queueing.grantable(node, model), f"{model.ref} is there and requests wait for it")
+    leaving = CopyState.DROPPING
+    return Shares(
+        device=device.name if device is not None else "",
+        device_bytes=model.device_bytes,
+        device_leaving=model.device_bytes if state is State.EVICTING else 0,
+        host_bytes=model.host.held_bytes,
+        host_leaving=model.host.held_bytes if model.host.state is leaving else 0,
+        disk_bytes=model.disk.held_bytes,
+        disk_leaving=model.disk.held_bytes if model.disk.state is leaving else 0,
+        waiting=len(model.waiters),
+        models=1,
+    )
 
 
-def _count_lease(node: Node, lease: Lease, sums: _Sums, leased: dict[Model, int]) -> None:
-    model = lease.model
-    row = sums.tenants.get(model.spec.ref.tenant)
-    if row is not None and node.tenants[model.spec.ref.tenant] is model.tenant:
-        row[_GRANTED] += 1
-    if lease.residency == model.residency:
-        leased[model] = leased.get(model, 0) + 1
-
-
-def _check_on_device(node: Node, model: Model, row: list[int], sums: _Sums, leased: dict[Model, int]) -> None:
-    device = model.device
+def _check_on_device(node: Node, model: Model) -> None:
+    device, ref, state = model.device, model.ref, model.state
     assert device is not None
-    ref, state, nbytes = model.ref, model.state, model.device_bytes
     if (
         state is State.ABSENT
         or device.models.get(ref) is not model
         or node.devices[device.name] is not device
     ):
-        raise InvariantBroken(f"{ref} is {state} and its device {device.name} does not agree")
-    total = sums.devices[device.name]
-    total[0] += nbytes
-    row[_DEVICE] += nbytes
-    if state is State.EVICTING:
-        total[1] += nbytes
-        row[_DEVICE + 1] += nbytes
-    count = leased.get(model, 0)
-    if model.leases != count:
-        raise InvariantBroken(f"{ref} counts {model.leases} leases, {count} are held")
-    if (count or model.packing) and state is not State.RESIDENT:
-        raise InvariantBroken(f"{ref} is {state} with {count} leases, packing: {model.packing}")
+        raise InvariantBroken(f"{ref} is {state} and {device.name} does not agree")
+    if state is not State.RESIDENT and (model.leases or model.packing):
+        raise InvariantBroken(f"{ref} is {state} with {model.leases} leases, packing: {model.packing}")
     if model.packing and model.disk.state is not CopyState.FILLING:
         raise InvariantBroken(f"{ref} is being packed and has no room reserved for it")
     if state is State.RESTORING and model.source is not Tier.ORIGIN:
@@ -110,83 +121,136 @@ def _check_on_device(node: Node, model: Model, row: list[int], sums: _Sums, leas
             raise InvariantBroken(f"{ref} is restored from a {model.source} copy that is {copy.state}")
 
 
-def _check_copy(model: Model, tier: Tier, copy: Copy, row: list[int], place: int, sums: _Sums) -> None:
-    total = sums.tiers[tier]
-    total[0] += copy.held_bytes
-    row[place] += copy.held_bytes
-    if copy.state is CopyState.DROPPING:
-        total[1] += copy.held_bytes
-        row[place + 1] += copy.held_bytes
+def _check_copy(node: Node, model: Model, tier: Tier, copy: Copy) -> None:
     reading = model.state is State.RESTORING and model.source is tier
     if copy.readers != int(reading):
         raise InvariantBroken(f"{model.ref}: {copy.readers} restores count as readers of its {tier} copy")
     if tier is Tier.HOST and copy.state is CopyState.FILLING and model.state is not State.RESTORING:
         raise InvariantBroken(f"{model.ref}: a host segment is filled by no restore")
+    if copy.state is CopyState.ABSENT or node.copies(tier).get(model.ref) is not model:
+        raise InvariantBroken(f"{model.ref}: its {tier} copy is {copy.state} and not in the tier's list")
 
 
-def _check_accounts(node: Node, sums: _Sums) -> None:
+# --- sums -----------------------------------------------------------------------------------------
+
+
+def _replace(proof: Proof, ref: ModelRef, before: Shares, now: Shares) -> None:
+    """Take a model's old shares out of every sum and put the new ones in."""
+    _add(proof, ref.tenant, before, -1)
+    _add(proof, ref.tenant, now, 1)
+    proof.waiting += now.waiting - before.waiting
+
+
+def _add(proof: Proof, name: str, shares: Shares, sign: int) -> None:
+    tenant = proof.tenants.setdefault(name, Sums())
+    for sums in (proof.devices.setdefault(shares.device, Sums()), tenant):
+        sums.device_bytes += sign * shares.device_bytes
+        sums.device_leaving += sign * shares.device_leaving
+    for sums in (proof.tiers, tenant):
+        sums.host_bytes += sign * shares.host_bytes
+        sums.host_leaving += sign * shares.host_leaving
+        sums.disk_bytes += sign * shares.disk_bytes
+        sums.disk_leaving += sign * shares.disk_leaving
+    tenant.waiting += sign * shares.waiting
+    tenant.models += sign * shares.models
+
+
+def _check_budgets(node: Node, proof: Proof) -> None:
     for name, device in node.devices.items():
-        _check_account(device.account, sums.devices[name], name)
+        sums = proof.devices.get(name) or Sums()
+        _check_account(device.account, sums.device_bytes, sums.device_leaving, name)
         if not device.healthy or device.account.excess_bytes:
-            idle = [m for m in device.models.values() if m.idle]
+            idle = any(m.idle for m in device.models.values())
             _require(not idle, f"{name} is over its budget or unhealthy and keeps an idle model")
+    tiers = proof.tiers
+    _check_account(node.host, tiers.host_bytes, tiers.host_leaving, "the host tier")
+    _check_account(node.disk, tiers.disk_bytes, tiers.disk_leaving, "the disk tier")
     for tier in (Tier.HOST, Tier.DISK):
-        account = node.account(tier)
-        _check_account(account, sums.tiers[tier], str(tier))
-        if account.excess_bytes:
-            free = [m for m in node.copies(tier).values() if _droppable(m.copy(tier))]
+        if node.account(tier).excess_bytes:
+            free = any(_droppable(m.copy(tier)) for m in node.copies(tier).values())
             _require(not free, f"the {tier} tier is over its budget and keeps a copy nobody reads")
-    for name, tenant in node.tenants.items():
-        row = sums.tenants[name]
-        _check_account(tenant.device, row[_DEVICE : _DEVICE + 2], f"{name} on devices")
-        _check_account(tenant.host, row[_HOST : _HOST + 2], f"{name} in the host tier")
-        _check_account(tenant.disk, row[_DISK : _DISK + 2], f"{name} in the disk tier")
-        if tenant.device.excess_bytes and node.has_plan:
-            for device in node.devices.values():
-                idle = [m for m in device.models.values() if m.tenant is tenant and m.idle]
-                _require(not idle, f"{name} is above its max on devices and keeps an idle model")
-        counted = [tenant.waiting, tenant.granted, tenant.models]
-        if counted != row[_WAITING:]:
-            raise InvariantBroken(
-                f"{name} counts {counted} waiting, granted, models; they are {row[_WAITING:]}"
-            )
-        if tenant.waiting > queueing.WAITING_PER_TENANT_MAX:
-            raise InvariantBroken(f"{tenant.waiting} requests of {name} wait, above the limit")
+
+
+def _check_tenant(node: Node, name: str, tenant: Tenant, proof: Proof) -> None:
+    sums = proof.tenants.get(name) or Sums()
+    _check_account(tenant.device, sums.device_bytes, sums.device_leaving, f"{name} on devices")
+    _check_account(tenant.host, sums.host_bytes, sums.host_leaving, f"{name} in the host tier")
+    _check_account(tenant.disk, sums.disk_bytes, sums.disk_leaving, f"{name} in the disk tier")
+    if tenant.waiting != sums.waiting or tenant.models != sums.models:
+        raise InvariantBroken(
+            f"{name} counts {tenant.waiting} waiting requests and {tenant.models} models, "
+            f"there are {sums.waiting} and {sums.models}"
+        )
+    if tenant.waiting > queueing.WAITING_PER_TENANT_MAX:
+        raise InvariantBroken(f"{tenant.waiting} requests of {name} wait, above the limit")
+    if tenant.device.excess_bytes and node.has_plan:
+        for device in node.devices.values():
+            idle = any(m.idle for m in device.models.values() if m.tenant is tenant)
+            _require(not idle, f"{name} is above its max on devices and keeps an idle model")
 
 
 def _droppable(copy: Copy) -> bool:
     return copy.state is CopyState.HELD and not copy.readers
 
 
-def _check_account(account: Account, expected: list[int], whose: str) -> None:
-    if account.used_bytes != expected[0] or account.leaving_bytes != expected[1]:
+def _check_account(account: Account, used: int, leaving: int, whose: str) -> None:
+    if account.used_bytes != used or account.leaving_bytes != leaving:
         raise InvariantBroken(
             f"{whose}: the account says {account.used_bytes} bytes held and {account.leaving_bytes} leaving, "
-            f"the models say {expected[0]} and {expected[1]}"
+            f"the models say {used} and {leaving}"
         )
-    if account.limit_bytes is not None and account.used_bytes > account.ceiling_bytes:
-        raise InvariantBroken(
-            f"{whose}: {account.used_bytes} bytes held, above the limit of {account.limit_bytes}"
-        )
+    if account.limit_bytes is not None and used > account.ceiling_bytes:
+        raise InvariantBroken(f"{whose}: {used} bytes held, above the limit of {account.limit_bytes}")
+
+
+# --- requests and rules over the whole node -------------------------------------------------------
+
+
+def _check_requests(node: Node) -> None:
+    """Recount who waits and who holds a lease; part of the full check only."""
+    leases: dict[Model, int] = {}
+    granted: dict[Tenant, int] = {}
+    for request, known in node.requests.items():
+        model = known.model
+        if isinstance(known, Lease):
+            granted[model.tenant] = granted.get(model.tenant, 0) + 1
+            if known.residency == model.residency:
+                leases[model] = leases.get(model, 0) + 1
+        elif model.waiters.get(request) is not known:
+            raise InvariantBroken(f"{request} waits for {model.ref}, which does not know it")
+    for model in node.models.values():
+        if model.leases != leases.get(model, 0):
+            raise InvariantBroken(
+                f"{model.ref} counts {model.leases} leases, {leases.get(model, 0)} are held"
+            )
+    for tenant in node.tenants.values():
+        if tenant.granted != granted.get(tenant, 0):
+            raise InvariantBroken(f"{tenant.spec.tenant} counts {tenant.granted} granted requests")
 
 
 def _check_removed(node: Node) -> None:
     """What left the plan is on its way out of every tier as soon as nobody uses it."""
     for model in node.removed.values() if node.has_plan else ():
-        copies = (model.host, model.disk)
-        if model.idle or model.empty or any(_droppable(copy) for copy in copies):
+        if model.idle or model.empty or _droppable(model.host) or _droppable(model.disk):
             raise InvariantBroken(f"{model.ref} left the plan and is kept")
 
 
-def _check_progress(node: Node) -> None:
+def _check_waiting(node: Node, proof: Proof) -> None:
     """Whoever waits is waited for: a deadline is set, and something is under way that will end."""
+    if node.waiting != proof.waiting or len(node.requests) != node.waiting + node.granted:
+        raise InvariantBroken(
+            f"{node.waiting} requests count as waiting and {node.granted} as granted; {proof.waiting} wait "
+            f"for a model and {len(node.requests)} are known"
+        )
     if not node.waiting:
         return
+    _require(node.waiting <= queueing.WAITING_MAX, f"{node.waiting} requests wait, above the limit")
     _require(node.wake_ms is not None, "requests wait and nobody wakes the core at their deadline")
     _require(not node.draining, "requests wait on a draining node")
     for device in node.devices.values():
-        if device.claim is not None:
-            _require(device.claim.ref in node.queue, f"{device.name} is claimed by a model nobody waits for")
-    under_way = any(device.models for device in node.devices.values())
-    paused = any(model.not_before_ms > node.now_ms for model in node.queue.values())
-    _require(under_way or paused, "requests wait, the devices are empty and nothing is under way")
+        claim = device.claim
+        if claim is not None and claim.ref not in node.queue:
+            raise InvariantBroken(f"{device.name} is claimed by {claim.ref}, for which nobody waits")
+    if not any(device.models for device in node.devices.values()):
+        paused = any(model.not_before_ms > node.now_ms for model in node.queue.values())
+        _require(paused, "requests wait, the devices are empty and nothing is under way")

@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from packer.events import RefusalReason
 from packer.keep import RestoreSpeeds, Reuse
+from packer.proof import Proof
 from packer.quota import Account, Tenant
 from packer.types import MIB, ModelRef, ModelSpec, Tier
 
@@ -174,6 +175,7 @@ class Node:
     models: dict[ModelRef, Model] = field(default_factory=dict)
     requests: dict[str, Waiter | Lease] = field(default_factory=dict)
     waiting: int = 0
+    granted: int = 0
     # Models with waiters, in the order in which their first waiter came.
     queue: dict[ModelRef, Model] = field(default_factory=dict)
     # Models that a claim with no patience left wants gone: leased ones finish, new requests wait.
@@ -194,6 +196,10 @@ class Node:
     wake_ms: int | None = None
     # Something changed that may let a waiting model move; cleared when all were looked at.
     dirty: bool = False
+    # For ``invariants.check``: what changed since it last looked, and whether everything may have.
+    touched: dict[ModelRef, None] = field(default_factory=dict)
+    unproven: bool = True
+    proof: Proof | None = None
 
     def account(self, tier: Tier) -> Account:
         return self.host if tier is Tier.HOST else self.disk
@@ -222,7 +228,7 @@ def pack_reservation_bytes(spec: ModelSpec) -> int:
 # --- device bytes ---------------------------------------------------------------------------------
 
 
-def hold_device(model: Model, device: Device) -> None:
+def hold_device(node: Node, model: Model, device: Device) -> None:
     """Take all bytes of a model on a device, before the order that brings them."""
     nbytes = model.need_bytes
     device.account.hold(nbytes)
@@ -230,16 +236,18 @@ def hold_device(model: Model, device: Device) -> None:
     model.device, model.device_bytes = device, nbytes
     model.resident_chunks = len(model.spec.chunk_bytes)
     device.models[model.ref] = model
+    node.touched[model.ref] = None
 
 
-def leave_device(model: Model) -> None:
+def leave_device(node: Node, model: Model) -> None:
     """Note that the bytes were ordered away; they are held until ``release_device``."""
     assert model.device is not None
     model.device.account.leaving_bytes += model.device_bytes
     model.tenant.device.leaving_bytes += model.device_bytes
+    node.touched[model.ref] = None
 
 
-def release_device(model: Model) -> None:
+def release_device(node: Node, model: Model) -> None:
     """The bytes are gone, ordered away before or not; the model is absent."""
     assert model.device is not None
     leaving = model.state is State.EVICTING
@@ -249,6 +257,7 @@ def release_device(model: Model) -> None:
     model.device, model.device_bytes, model.resident_chunks = None, 0, 0
     model.state = State.ABSENT
     model.order = 0
+    node.touched[model.ref] = None
 
 
 # --- bytes of copies ------------------------------------------------------------------------------
@@ -261,6 +270,7 @@ def hold_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
     copy = model.copy(tier)
     copy.state, copy.held_bytes = CopyState.FILLING, nbytes
     node.copies(tier)[model.ref] = model
+    node.touched[model.ref] = None
 
 
 def settle_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
@@ -271,6 +281,7 @@ def settle_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
         account.hold_found(nbytes)
     copy.state, copy.held_bytes, copy.order = CopyState.HELD, nbytes, 0
     node.copies(tier)[model.ref] = model
+    node.touched[model.ref] = None
 
 
 def leave_copy(node: Node, model: Model, tier: Tier) -> None:
@@ -279,6 +290,7 @@ def leave_copy(node: Node, model: Model, tier: Tier) -> None:
     node.account(tier).leaving_bytes += copy.held_bytes
     model.tenant.account(tier).leaving_bytes += copy.held_bytes
     copy.state = CopyState.DROPPING
+    node.touched[model.ref] = None
 
 
 def release_copy(node: Node, model: Model, tier: Tier) -> None:
@@ -289,3 +301,4 @@ def release_copy(node: Node, model: Model, tier: Tier) -> None:
     model.tenant.account(tier).release(copy.held_bytes, leaving)
     copy.state, copy.held_bytes, copy.order = CopyState.ABSENT, 0, 0
     node.copies(tier).pop(model.ref, None)
+    node.touched[model.ref] = None

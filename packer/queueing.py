@@ -126,6 +126,8 @@ def grant(
     node.requests[request] = Lease(request, model, model.residency, now_ms)
     model.leases += 1
     model.tenant.granted += 1
+    node.granted += 1
+    node.touched[model.ref] = None
     out.append(Grant(request, model.ref, model.device.name, tier, waited_ms))
 
 
@@ -140,6 +142,7 @@ def enqueue(node: Node, request: str, model: Model, now_ms: int, deadline_ms: in
     node.queue[model.ref] = model
     tenant.waiting += 1
     node.waiting += 1
+    node.touched[model.ref] = None
     wake_at(node, deadline_ms, request)
 
 
@@ -150,6 +153,7 @@ def leave_queue(node: Node, waiter: Waiter) -> None:
     del model.waiters[waiter.request]
     model.tenant.waiting -= 1
     node.waiting -= 1
+    node.touched[model.ref] = None
     if not model.waiters:
         del node.queue[model.ref]
         node.dirty = True
@@ -205,7 +209,7 @@ def order_evict(node: Node, model: Model, out: list[Action]) -> None:
     assert model.device is not None
     model.state = State.EVICTING
     model.order = next_order(node)
-    leave_device(model)
+    leave_device(node, model)
     node.unpacked.pop(model.ref, None)
     node.condemned.pop(model.ref, None)
     out.append(Evict(model.ref, model.device.name, 0, model.order))
@@ -218,7 +222,7 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
         model.tries.clear()
         source = room.source_tier(model) or Tier.ORIGIN
     cost_ms = room.restore_ms_from(node, model, source)
-    hold_device(model, device)
+    hold_device(node, model, device)
     model.state = State.RESTORING
     model.source = source
     model.order = next_order(node)

@@ -188,6 +188,8 @@ def _finished(node: Node, request: str, device_ms: int) -> None:
     del node.requests[request]
     model = lease.model
     model.tenant.granted -= 1
+    node.granted -= 1
+    node.touched[model.ref] = None
     queueing.note_device_time(node, lease, device_ms)
     if lease.residency == model.residency:
         model.leases -= 1
@@ -269,7 +271,7 @@ def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Act
 
 def _give_up_restore(node: Node, model: Model) -> None:
     _end_restore(node, model, host_filled=False)
-    release_device(model)
+    release_device(node, model)
 
 
 def _try_again_later(
@@ -299,7 +301,7 @@ def _evicted(node: Node, event: Evicted) -> None:
     model = node.models.get(event.ref)
     if model is None or not _answers(model, State.EVICTING, event.device, event.order):
         return
-    release_device(model)
+    release_device(node, model)
     node.dirty = True
 
 
@@ -355,7 +357,7 @@ def _worker_died(node: Node, event: WorkerDied, now_ms: int, out: list[Action]) 
         else:
             # Its leases end with their own Finished, but pin nothing any more. A pack that was being
             # written keeps its reservation until its answer says what is left of the file.
-            release_device(model)
+            release_device(node, model)
             model.leases = 0
             model.residency += 1
             model.packing = False
@@ -392,6 +394,7 @@ def _add_model(node: Node, spec: ModelSpec, planned: bool) -> Model:
         tenant = node.tenants[name] = Tenant(TenantSpec(name), planned=False)
     tenant.models += 1
     model = node.models[spec.ref] = Model(spec, tenant, planned)
+    node.touched[spec.ref] = None
     if not planned:
         node.removed[spec.ref] = model
     return model
@@ -451,6 +454,7 @@ def _capacity_changed(node: Node) -> None:
     for tier in (Tier.HOST, Tier.DISK):
         quota.share_reserves(node.tenants, tier, node.account(tier).limit_bytes or 0)
     node.dirty = True
+    node.unproven = True
 
 
 def _drain_asked(node: Node, out: list[Action]) -> None:

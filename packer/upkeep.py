@@ -46,6 +46,7 @@ def retire(node: Node, out: list[Action]) -> None:
 def forget(node: Node, model: Model) -> None:
     del node.removed[model.ref]
     del node.models[model.ref]
+    node.touched[model.ref] = None
     model.tenant.models -= 1
     forget_tenant(node, model.tenant)
 

@@ -17,7 +17,10 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
+
+import judges
 
 from packer import residency
 from packer.events import (
@@ -54,8 +57,7 @@ FAULTS_MS = 40_000
 # Long enough for every restore, eviction and lease of the second phase, one after the other.
 CALM_DEADLINE_MS = 2_000_000
 STEPS_MAX = 20_000
-# The core's patience, then the longest restore, lease, pack and eviction of this world in a row, twice.
-CLAIM_MS_MAX = 2_000 + 2 * (1_000 + 3_000 + 2_000 + 300)
+FULL_CHECK_STEPS = 8
 WORKSPACE_BYTES = MIB
 
 
@@ -201,7 +203,7 @@ class World:
         self._drain(FAULTS_MS)
         self._heal()
         self._drain(None)
-        self._judge_end()
+        judges.judge_end(self)
         return self
 
     def _drain(self, until_ms: int | None) -> None:
@@ -228,14 +230,17 @@ class World:
         self.digest.update(line.encode())
         if self.full:
             self.trace.append(line)
+        # The cheap check of every step in production, and now and then the one that believes nothing.
         self.core.check(self.node)
+        if self.steps % FULL_CHECK_STEPS == 0:
+            self.core.check(self.node, full=True)
         for action in actions:
             self._carry_out(action)
         self.reached["condemned"] += bool(self.node.condemned)
-        self._judge_passing(event, kept_before, claims_before)
-        self._judge_evictions(event, actions, kept_before, tenants_before)
-        self._judge_bytes()
-        self._judge_patience()
+        judges.judge_passing(self, event, kept_before, claims_before)
+        judges.judge_evictions(self, event, actions, kept_before, tenants_before)
+        judges.judge_bytes(self)
+        judges.judge_patience(self)
 
     # --- phases -----------------------------------------------------------------------------------
 
@@ -333,7 +338,7 @@ class World:
         return DeviceSeen(device, budget, self.healthy[device])
 
     def _see_tier(self, tier: Tier, budget: int) -> Event:
-        self.excused[tier] = self._tier_bytes(tier)
+        self.excused[tier] = self.tier_bytes(tier)
         self.seen_limits[tier] = budget
         return TierBudgetSeen(tier, budget)
 
@@ -373,16 +378,21 @@ class World:
             request = f"calm{i}"
             # In waves that no queue's bound can refuse.
             at_ms = start_ms + i // 4 * 100_000
-            self.at(at_ms, lambda r=request, m=ref: Requested(r, m, self.now_ms + CALM_DEADLINE_MS))
-
+            self.at(at_ms, partial(self._ask_calm, request, ref))
         # One model of each tenant is in use all the time, while others need its room.
         hot = {ref.tenant: ref for ref in self.models}
         for ref in hot.values():
             for at_ms in range(start_ms + GRID_MS, start_ms + 60_000, 5 * GRID_MS):
-                self.at(at_ms, lambda m=ref: self._ask_hot(m))
+                self.at(at_ms, partial(self._ask_hot, ref))
+
+    def _ask_calm(self, request: str, ref: ModelRef) -> Event:
+        return Requested(request, ref, self.now_ms + CALM_DEADLINE_MS)
 
     def _ask_hot(self, ref: ModelRef) -> Event:
         return Requested(f"hot{len(self.calls)}", ref, self.now_ms + 200 * GRID_MS)
+
+    def tier_bytes(self, tier: Tier) -> int:
+        return sum((self.disk if tier is Tier.DISK else self.host).values())
 
     # --- carrying out orders ----------------------------------------------------------------------
 
@@ -402,7 +412,7 @@ class World:
                 # As the loop does it: one timer, and an earlier one is not put off.
                 if self.wake_ms is None or action.at_ms < self.wake_ms:
                     self.wake_ms = action.at_ms
-                    self.at(action.at_ms, lambda at=action.at_ms: self._tick(at))
+                    self.at(action.at_ms, partial(self._tick, action.at_ms))
 
     def _tick(self, at_ms: int) -> Event | None:
         if self.wake_ms != at_ms:
@@ -410,24 +420,24 @@ class World:
         self.wake_ms = None
         return Ticked()
 
-    def _require(self, holds: bool, what: str) -> None:
+    def require(self, holds: bool, what: str) -> None:
         if not holds:
             raise Violated(f"seed {self.seed}, {self.now_ms} ms: {what}")
 
     def _answer(self, action: Grant | Refuse) -> None:
         call = self.calls[action.request]
-        self._require(call.answer is None and not call.left, f"{action.request} is answered twice or gone")
+        self.require(call.answer is None and not call.left, f"{action.request} is answered twice or gone")
         call.answer = action
         if isinstance(action, Refuse):
             self._refused(call, action)
             return
         stay = self.stays.get(action.ref)
-        self._require(stay is not None and stay.state == "resident", f"granted {action.ref}, not there")
+        self.require(stay is not None and stay.state == "resident", f"granted {action.ref}, not there")
         assert stay is not None
-        self._require(stay.device == action.device and call.ref == action.ref, "granted something else")
-        self._require(action.ref in self.planned, f"granted {action.ref}, which left the plan")
-        self._require(self.healthy[action.device], "granted on an unhealthy device")
-        self._require(
+        self.require(stay.device == action.device and call.ref == action.ref, "granted something else")
+        self.require(action.ref in self.planned, f"granted {action.ref}, which left the plan")
+        self.require(self.healthy[action.device], "granted on an unhealthy device")
+        self.require(
             0 <= action.restore_ms <= self.now_ms - call.asked_ms, "waited longer than since it asked"
         )
         stay.leases += 1
@@ -448,12 +458,12 @@ class World:
             RefusalReason.QUOTA_BYTES,
             RefusalReason.MODEL_BROKEN,
         )
-        self._require((action.retry_ms is None) == (action.reason in lasting), f"odd retry hint: {action}")
+        self.require((action.retry_ms is None) == (action.reason in lasting), f"odd retry hint: {action}")
         if action.reason is RefusalReason.TIMEOUT:
             due_ms = max(call.deadline_ms, call.asked_ms)
-            self._require(self.now_ms == due_ms, f"timed out {self.now_ms - due_ms} ms after its deadline")
+            self.require(self.now_ms == due_ms, f"timed out {self.now_ms - due_ms} ms after its deadline")
         if action.request.startswith("calm"):
-            self._require(self._may_refuse(action), f"refused without need: {action}")
+            self.require(self._may_refuse(action), f"refused without need: {action}")
 
     def _may_refuse(self, action: Refuse) -> bool:
         """When nothing fails, only what can not fit is refused; the world does the sum itself."""
@@ -467,10 +477,10 @@ class World:
 
     def _restore(self, order: Restore) -> None:
         ref = order.ref
-        self._require(ref not in self.stays, f"restore of {ref}, which is on a device")
-        self._require(ref in self.planned, f"restore of {ref}, which left the plan")
-        self._require(self.healthy[order.device], f"restore onto {order.device}, which is unhealthy")
-        self._require(self._readable(ref, order.from_tier), f"restore from {order.from_tier}, nothing there")
+        self.require(ref not in self.stays, f"restore of {ref}, which is on a device")
+        self.require(ref in self.planned, f"restore of {ref}, which left the plan")
+        self.require(self.healthy[order.device], f"restore onto {order.device}, which is unhealthy")
+        self.require(self._readable(ref, order.from_tier), f"restore from {order.from_tier}, nothing there")
         claim = self.node.devices[order.device].claim
         self.reached["passed a claim"] += claim is not None and claim.ref != ref
         spec = self.models[ref]
@@ -478,7 +488,7 @@ class World:
         stay = Stay(ref, order.device, nbytes, "restoring", order.order, order.from_tier, order.host_bytes)
         self.stays[ref] = stay
         if order.host_bytes:
-            self._require(order.from_tier is Tier.DISK and ref not in self.host, "host copy twice")
+            self.require(order.from_tier is Tier.DISK and ref not in self.host, "host copy twice")
             self.host[ref] = order.host_bytes
         self.later(lambda: self._end_restore(stay))
 
@@ -518,10 +528,10 @@ class World:
 
     def _evict(self, order: Evict) -> None:
         stay = self.stays.get(order.ref)
-        self._require(stay is not None and stay.state == "resident", f"evict of {order.ref}, not resident")
+        self.require(stay is not None and stay.state == "resident", f"evict of {order.ref}, not resident")
         assert stay is not None
-        self._require(not stay.leases, f"evict of {order.ref}, which is leased")
-        self._require(not stay.packing, f"evict of {order.ref}, which is being packed")
+        self.require(not stay.leases, f"evict of {order.ref}, which is leased")
+        self.require(not stay.packing, f"evict of {order.ref}, which is being packed")
         stay.state, stay.order = "evicting", order.order
         self.later(lambda: self._end_evict(stay), 3)
 
@@ -534,9 +544,9 @@ class World:
 
     def _pack(self, order: Pack) -> None:
         stay = self.stays.get(order.ref)
-        self._require(stay is not None and stay.state == "resident", f"pack of {order.ref}, not resident")
+        self.require(stay is not None and stay.state == "resident", f"pack of {order.ref}, not resident")
         assert stay is not None
-        self._require(order.ref not in self.disk, f"pack of {order.ref}, which has one")
+        self.require(order.ref not in self.disk, f"pack of {order.ref}, which has one")
         stay.packing = True
         self.disk[order.ref] = self.packing[order.ref] = order.disk_bytes
         self.later(lambda: self._end_pack(order, stay), 20)
@@ -559,9 +569,9 @@ class World:
     def _drop(self, order: Drop) -> None:
         stay = self.stays.get(order.ref)
         reading = stay is not None and stay.state == "restoring" and stay.source is order.tier
-        self._require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being read")
-        self._require(self._readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
-        self._require(
+        self.require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being read")
+        self.require(self._readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
+        self.require(
             not (stay and stay.tee_bytes and order.tier is Tier.HOST), "drop of a segment being filled"
         )
         self.reached[f"dropped from {order.tier}"] += 1
@@ -583,104 +593,3 @@ class World:
                 del self.host[stay.ref]
             del self.stays[stay.ref]
         return WorkerDied(tenant, device)
-
-    # --- judging ----------------------------------------------------------------------------------
-
-    def _tier_bytes(self, tier: Tier) -> int:
-        return sum((self.disk if tier is Tier.DISK else self.host).values())
-
-    def _judge_bytes(self) -> None:
-        """No budget and no max is exceeded by what is really there, unless it sank below what was."""
-        used = dict.fromkeys(self.budgets, 0)
-        by_tenant: dict[str, int] = dict.fromkeys(self.tenants, 0)
-        for stay in self.stays.values():
-            used[stay.device] += stay.nbytes
-            by_tenant[stay.ref.tenant] += stay.nbytes
-        for device, nbytes in used.items():
-            ledger = self.core.device_bytes_used(self.node, device)
-            self._require(nbytes == ledger, f"{device} holds {nbytes} bytes, the ledger says {ledger}")
-            self._within(nbytes, self.seen_budgets[device], device)
-        for tier in (Tier.HOST, Tier.DISK):
-            nbytes = self._tier_bytes(tier)
-            ledger = self.core.tier_bytes_used(self.node, tier)
-            self._require(nbytes == ledger, f"{tier} holds {nbytes} bytes, the ledger says {ledger}")
-            self._within(nbytes, self.seen_limits[tier], tier)
-        for name, nbytes in by_tenant.items():
-            self._within(nbytes, self.tenants[name].quota.device.max, name)
-
-    def _within(self, nbytes: int, limit: int | None, key: str) -> None:
-        if limit is None or nbytes <= limit:
-            self.excused[key] = 0
-            return
-        excuse = self.excused.get(key, 0)
-        self._require(
-            nbytes <= excuse, f"{key} holds {nbytes} bytes, above {limit} and above {excuse} held before"
-        )
-        self.excused[key] = nbytes
-
-    def _judge_evictions(
-        self, event: Event, actions: list[Action], kept: dict[str, int], tenants: dict[str, int]
-    ) -> None:
-        """Evictions for a claim: none too many, and none from a tenant at or below its reserve."""
-        if isinstance(event, Planned | DeviceSeen | WorkerDied):
-            return
-        claimants = {d.claim.ref.tenant for d in self.node.devices.values() if d.claim is not None}
-        starting = {action.ref.tenant for action in actions if isinstance(action, Restore)}
-        evicted: dict[str, list[Evict]] = {}
-        for action in actions:
-            if isinstance(action, Evict) and action.ref in self.planned and self.healthy[action.device]:
-                evicted.setdefault(action.device, []).append(action)
-        for name, orders in evicted.items():
-            claim = self.node.devices[name].claim
-            if claim is None or self.node.devices[name].account.excess_bytes:
-                continue
-            self.reached["evicted for a claim"] += 1
-            wanted = self.models[claim.ref]
-            need = wanted.image_bytes + wanted.workspace_bytes
-            sizes = [self.stays[o.ref].nbytes for o in orders]
-            # Who is held to a max may have to give up models of its own that take no room here.
-            capped = any(self.tenants[name].quota.device.max is not None for name in claimants)
-            if not capped and not starting:
-                spare = self.seen_budgets[name] - (kept[name] - sum(sizes)) - need
-                self._require(spare < min(sizes), f"evicted {orders}: one too many by {spare} bytes")
-            for order in orders:
-                victim = order.ref.tenant
-                reserved = self.node.tenants[victim].device.reserved_bytes
-                if victim in claimants or victim in starting:
-                    continue
-                self._require(
-                    tenants[victim] > reserved or not reserved,
-                    f"{claim.ref} took {order.ref}, whose tenant is within its reserve",
-                )
-                self.reached["took what another tenant borrowed"] += bool(reserved)
-
-    def _judge_passing(self, event: Event, kept: dict[str, int], claims: dict[str, object]) -> None:
-        """Room that was made for a claim is not taken by a model that comes later."""
-        if isinstance(event, Planned | DeviceSeen):
-            return
-        for device in self.node.devices.values():
-            claim, budget = device.claim, self.seen_budgets[device.name]
-            if claim is None or claims.get(device.name) is None or claim.ref != claims[device.name].ref:
-                continue
-            spec = self.models[claim.ref]
-            need = spec.image_bytes + spec.workspace_bytes
-            if kept[device.name] + need <= budget:
-                self._require(device.account.kept_bytes + need <= budget, f"the room of {claim} was taken")
-
-    def _judge_patience(self) -> None:
-        """A claim is served once what runs has ended, however busy the models are that it needs gone."""
-        for device in self.node.devices.values():
-            claim = device.claim
-            waited_ms = self.now_ms - claim.since_ms if claim is not None else 0
-            self._require(waited_ms <= CLAIM_MS_MAX, f"{claim} stands since {waited_ms} ms")
-
-    def _judge_end(self) -> None:
-        """All is answered, all is at rest, and what is held is what should be."""
-        for request, call in self.calls.items():
-            self._require(call.answer is not None or call.left, f"{request} was never answered")
-            self._require(not isinstance(call.answer, Grant) or call.over, f"{request} never ended")
-        self._require(not self.node.requests and not self.node.queue, "the core remembers requests")
-        self._require(not self.node.condemned, "models stay condemned for nobody")
-        self._require(all(d.claim is None for d in self.node.devices.values()), "a claim of nobody stands")
-        self._require(all(s.state == "resident" for s in self.stays.values()), "orders are never answered")
-        self._require(not self.node.removed, "removed models are remembered for ever")

@@ -1,0 +1,120 @@
+"""What the simulated world forbids: byte budgets, needless or unfair evictions, broken claims, bad ends.
+
+Covers: judging one step of the core, or its last state, by the world's own books. Does not cover: the
+orders themselves, which ``simulation`` judges as it carries them out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from packer.events import Action, DeviceSeen, Event, Evict, Grant, Planned, Restore, WorkerDied
+from packer.ledger import Claim
+from packer.types import Tier
+
+if TYPE_CHECKING:
+    from simulation import World
+
+# The core's patience, then the longest restore, lease, pack and eviction of this world in a row, twice.
+CLAIM_MS_MAX = 2_000 + 2 * (1_000 + 3_000 + 2_000 + 300)
+
+
+def judge_bytes(world: World) -> None:
+    """No budget and no max is exceeded by what is really there, unless it sank below what was."""
+    used = dict.fromkeys(world.budgets, 0)
+    by_tenant: dict[str, int] = dict.fromkeys(world.tenants, 0)
+    for stay in world.stays.values():
+        used[stay.device] += stay.nbytes
+        by_tenant[stay.ref.tenant] += stay.nbytes
+    for device, nbytes in used.items():
+        ledger = world.core.device_bytes_used(world.node, device)
+        world.require(nbytes == ledger, f"{device} holds {nbytes} bytes, the ledger says {ledger}")
+        _within(world, nbytes, world.seen_budgets[device], device)
+    for tier in (Tier.HOST, Tier.DISK):
+        nbytes = world.tier_bytes(tier)
+        ledger = world.core.tier_bytes_used(world.node, tier)
+        world.require(nbytes == ledger, f"{tier} holds {nbytes} bytes, the ledger says {ledger}")
+        _within(world, nbytes, world.seen_limits[tier], tier)
+    for name, nbytes in by_tenant.items():
+        _within(world, nbytes, world.tenants[name].quota.device.max, name)
+
+
+def _within(world: World, nbytes: int, limit: int | None, key: str) -> None:
+    if limit is None or nbytes <= limit:
+        world.excused[key] = 0
+        return
+    excuse = world.excused.get(key, 0)
+    world.require(nbytes <= excuse, f"{key} holds {nbytes} bytes, above {limit}; excused {excuse}")
+    world.excused[key] = nbytes
+
+
+def judge_evictions(
+    world: World, event: Event, actions: list[Action], kept: dict[str, int], tenants: dict[str, int]
+) -> None:
+    """Evictions for a claim: none too many, and none from a tenant at or below its reserve."""
+    if isinstance(event, Planned | DeviceSeen | WorkerDied):
+        return
+    claimants = {d.claim.ref.tenant for d in world.node.devices.values() if d.claim is not None}
+    starting = {action.ref.tenant for action in actions if isinstance(action, Restore)}
+    evicted: dict[str, list[Evict]] = {}
+    for action in actions:
+        if isinstance(action, Evict) and action.ref in world.planned and world.healthy[action.device]:
+            evicted.setdefault(action.device, []).append(action)
+    for name, orders in evicted.items():
+        claim = world.node.devices[name].claim
+        if claim is None or world.node.devices[name].account.excess_bytes:
+            continue
+        world.reached["evicted for a claim"] += 1
+        wanted = world.models[claim.ref]
+        need = wanted.image_bytes + wanted.workspace_bytes
+        sizes = [world.stays[o.ref].nbytes for o in orders]
+        # Who is held to a max may have to give up models of its own that take no room here.
+        capped = any(world.tenants[name].quota.device.max is not None for name in claimants)
+        if not capped and not starting:
+            spare = world.seen_budgets[name] - (kept[name] - sum(sizes)) - need
+            world.require(spare < min(sizes), f"evicted {orders}: one too many by {spare} bytes")
+        for order in orders:
+            victim = order.ref.tenant
+            reserved = world.node.tenants[victim].device.reserved_bytes
+            if victim in claimants or victim in starting:
+                continue
+            world.require(
+                tenants[victim] > reserved or not reserved,
+                f"{claim.ref} took {order.ref}, whose tenant is within its reserve",
+            )
+            world.reached["took what another tenant borrowed"] += bool(reserved)
+
+
+def judge_passing(world: World, event: Event, kept: dict[str, int], claims: dict[str, Claim | None]) -> None:
+    """Room that was made for a claim is not taken by a model that comes later."""
+    if isinstance(event, Planned | DeviceSeen):
+        return
+    for device in world.node.devices.values():
+        claim, budget = device.claim, world.seen_budgets[device.name]
+        before = claims.get(device.name)
+        if claim is None or before is None or claim.ref != before.ref:
+            continue
+        spec = world.models[claim.ref]
+        need = spec.image_bytes + spec.workspace_bytes
+        if kept[device.name] + need <= budget:
+            world.require(device.account.kept_bytes + need <= budget, f"the room of {claim} was taken")
+
+
+def judge_patience(world: World) -> None:
+    """A claim is served once what runs has ended, however busy the models are that it needs gone."""
+    for device in world.node.devices.values():
+        claim = device.claim
+        waited_ms = world.now_ms - claim.since_ms if claim is not None else 0
+        world.require(waited_ms <= CLAIM_MS_MAX, f"{claim} stands since {waited_ms} ms")
+
+
+def judge_end(world: World) -> None:
+    """All is answered, all is at rest, and what is held is what should be."""
+    for request, call in world.calls.items():
+        world.require(call.answer is not None or call.left, f"{request} was never answered")
+        world.require(not isinstance(call.answer, Grant) or call.over, f"{request} never ended")
+    world.require(not world.node.requests and not world.node.queue, "the core remembers requests")
+    world.require(not world.node.condemned, "models stay condemned for nobody")
+    world.require(all(d.claim is None for d in world.node.devices.values()), "a claim of nobody stands")
+    world.require(all(s.state == "resident" for s in world.stays.values()), "orders are never answered")
+    world.require(not world.node.removed, "removed models are remembered for ever")
