@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import sqlite_utils
-from sqlite_utils import Migrations
 
 from control import catalog as rows
 from control.catalog import Catalog, Change
+from packer.database import Database, Migrations
 from packer.types import ModelRef, ModelSpec, OriginFile, TenantQuota
 from packer.wire import Record
 
@@ -42,7 +41,7 @@ migrations = Migrations("control")
 
 
 @migrations()
-def m001_first(db: sqlite_utils.Database) -> None:
+def m001_first(db: Database) -> None:
     """The tables of the first release."""
     for statement in (
         "create table meta (name text primary key, value text not null) strict",
@@ -121,7 +120,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         with _mapped():
-            self._db = sqlite_utils.Database(sqlite3.connect(path))
+            # No plugins: code of other packages has no business in control's database.
+            self._db = Database(sqlite3.connect(path), execute_plugins=False)
             for pragma in (
                 "journal_mode = wal",
                 "synchronous = full",

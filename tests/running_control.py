@@ -177,6 +177,15 @@ class Running:
             headers={"Upload-Offset": str(offset)},
         )
 
+    async def recorded(self, kind: str) -> Any:
+        """The first event of a kind; control stores its own a moment after it answers."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                events = (await self.call("GET", "/api/v1/events?after=0&limit=1000")).json()["items"]
+                found = [event for event in events if event["kind"] == kind]
+                if found:
+                    return found[0]
+
     async def join(self, name: str, gateway_url: str = "http://127.0.0.1:9") -> FakeNode:
         """Make a token and join with it over TLS."""
         made = await self.call("POST", "/api/v1/nodes/tokens", {})

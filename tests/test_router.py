@@ -278,6 +278,23 @@ async def test_a_model_pushed_a_moment_ago_is_waited_for(fleet: Fleet) -> None:
     assert (await call).json() == {"node": "n1"}
 
 
+async def test_a_call_right_after_controls_start_waits_for_the_nodes_return(tmp_path: Path) -> None:
+    async with gateway("n0") as only:
+        async with running(tmp_path / "control") as before:
+            key = await before.tenant("acme")
+            model = await before.push("acme", "m", model_files())
+            node = await before.join("n0", only.url)
+            await node.beat(tmp_path)
+        async with running(tmp_path / "control") as control:
+            node.node_url = control.bound.node_url
+            body = {"model": "acme/m"}
+            call = asyncio.create_task(control.call("POST", "/v1/embeddings", body, key=key))
+            await until(lambda: control.server.control.bodies.held_bytes > 0)
+            await node.beat(tmp_path, report=empty_report(only.url))
+            await node.beat(tmp_path, report=empty_report(only.url, (model_report(model["ref"]),)))
+            assert (await call).json() == {"node": "n0"}
+
+
 async def test_models_are_listed_without_a_node(fleet: Fleet) -> None:
     listed = (await fleet.control.call("GET", "/v1/models", key=fleet.key)).json()
     assert listed["object"] == "list"

@@ -103,8 +103,10 @@ def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
             return await asyncio.shield(task)
         except BadValue as error:
             raise ApiError(400, "invalid_value", error.message, field=error.field) from None
-        except (StoreUnavailable, ModelStoreError) as error:
-            control.log_fault(request.path, error)
+        except ConnectionError:
+            raise  # the caller left; there is nobody to answer
+        except (StoreUnavailable, ModelStoreError, OSError) as error:
+            control.log_fault(route.path, error)
             raise ApiError(
                 503,
                 "store_unavailable",

@@ -183,12 +183,19 @@ def _candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
 
 
 async def _until_known(control: Control, caller: Caller, spec: ModelSpec) -> None:
-    """A model or key made a moment ago: wait until some node has confirmed a plan that has it."""
+    """Wait until some node has confirmed a plan that has the model and the key.
+
+    They may have been made a moment ago, or control may have started a moment ago and its nodes are on
+    their way back.
+    """
 
     def known() -> bool:
         seq = _seq_needed(control, caller, spec)
         nodes = fleet.choose_node(control.cluster, spec.ref, spec.image_bytes, control.now_ms())
-        return not nodes or any(fleet.knows(control.cluster, node, seq) for node in nodes)
+        if nodes:
+            return any(fleet.knows(control.cluster, node, seq) for node in nodes)
+        views = control.cluster.nodes.values()
+        return not any(view.report is None and not view.silent for view in views)
 
     await control.until_heard(known, PLAN_SECONDS)
 

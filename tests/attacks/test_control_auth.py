@@ -186,7 +186,7 @@ async def test_a_foreign_thing_answers_as_one_that_does_not_exist(site: Site) ->
 
 
 async def test_lists_show_a_tenant_only_its_own(site: Site) -> None:
-    await site.control.server.control._flush_records()
+    await site.control.recorded("node_joined")
     for path in ("/api/v1/models", "/v1/models", "/api/v1/ps", "/api/v1/events?after=0"):
         answer = await site.control.call("GET", path, key=site.globex)
         assert answer.status == 200
