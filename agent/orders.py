@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -49,6 +49,10 @@ T = TypeVar("T")
 # on one node the one that has been empty longest is closed.
 WORKERS_PARKED_MAX = 16
 WORKER_DIED_RETRY_MS = 1_000
+# A worker that has not answered an order by then hangs and is killed; its death answers all its orders.
+# 100 GiB from a slow origin at 100 MB/s takes 18 minutes; giving memory back takes milliseconds.
+MOVE_TIMEOUT_S = 1_800.0
+EVICT_TIMEOUT_S = 30.0
 
 
 class JournalThread:
@@ -126,6 +130,17 @@ class Orders:
         finally:
             del self._spawning[at]
 
+    @asynccontextmanager
+    async def _in_time(self, worker: WorkerHandle, timeout_s: float) -> AsyncIterator[None]:
+        """Kill a worker that does not answer in time. Raises ``WorkerDead``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError:
+            log.error("worker %d of %s hangs; killing it", worker.pid, worker.tenant)
+            worker.kill()
+            raise WorkerDead(f"worker {worker.pid} did not answer in {timeout_s:g} s") from None
+
     async def _watch(self, at: tuple[str, str], worker: WorkerHandle) -> None:
         await worker.died.wait()
         if self._workers.get(at) is worker:
@@ -164,9 +179,10 @@ class Orders:
             self._forget_held(order.ref, order.device)
             return failed(f"no worker: {error}")
         try:
-            if order.from_tier is Tier.ORIGIN:
-                return await self._restore_origin(worker, order)
-            return await self._restore_cached(worker, order)
+            async with self._in_time(worker, MOVE_TIMEOUT_S):
+                if order.from_tier is Tier.ORIGIN:
+                    return await self._restore_origin(worker, order)
+                return await self._restore_cached(worker, order)
         except WorkerDead:
             if order.host_bytes:
                 self._segments.drop(order.ref)
@@ -226,7 +242,8 @@ class Orders:
         if worker is None:
             return None
         try:
-            await worker.evict(order.ref)
+            async with self._in_time(worker, EVICT_TIMEOUT_S):
+                await worker.evict(order.ref)
         except WorkerDead:
             return None
         except WorkerFailure as failure:
@@ -249,7 +266,8 @@ class Orders:
             key, wrapped = await self._journal.call(self._journal.journal.seal_new_key, ref)
             descriptor = self._packs.create(ref)
             try:
-                summary = await worker.pack(ref, descriptor, key, order.disk_bytes)
+                async with self._in_time(worker, MOVE_TIMEOUT_S):
+                    summary = await worker.pack(ref, descriptor, key, order.disk_bytes)
             finally:
                 os.close(descriptor)
             # Publish before the journal knows: a crash in between leaves a file that the next start sweeps.

@@ -1,0 +1,155 @@
+"""The node's line to control, against the real control app over real TLS sockets.
+
+Covers: joining, plans arriving, records delivered once, the token file's end, a deleted node, what a
+stranger's token leads to. Does not cover: control being away (``test_crash``) or hostile control
+servers (``attacks/test_join``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from running_control import PATIENCE_S, Running, empty_report, model_files, running
+
+from agent.identity import BadIdentity, Identity
+from agent.uplink import NodeDeleted, Uplink
+from packer.wire import Plan, Record, Report
+
+
+@dataclass(slots=True)
+class Owner:
+    """A node reduced to what the uplink asks of it."""
+
+    plan: Plan | None = None
+    records: list[Record] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def report(self) -> Report:
+        return empty_report("http://127.0.0.1:9")
+
+    def have_plan(self) -> tuple[int, int]:
+        return (self.plan.epoch, self.plan.seq) if self.plan else (0, 0)
+
+    async def accept_plan(self, plan: Plan) -> None:
+        assert (plan.epoch, plan.seq) > self.have_plan()
+        self.plan = plan
+        self.news.set()
+
+    async def spooled(self, limit: int) -> tuple[Record, ...]:
+        return tuple(self.records[:limit])
+
+    async def acknowledge(self, acked_seq: int) -> None:
+        self.records = [record for record in self.records if record.seq > acked_seq]
+        self.news.set()
+
+    async def until_versions(self, count: int) -> Plan:
+        async with asyncio.timeout(PATIENCE_S):
+            while self.plan is None or len(self.plan.models) != count:
+                self.news.clear()
+                await self.news.wait()
+        return self.plan
+
+
+async def token_file(control: Running, folder: Path, name: str = "box") -> Path:
+    answer = await control.call("POST", "/api/v1/nodes/tokens", {"name": name})
+    path = folder / "join.token"
+    path.write_text(answer.json()["token"])
+    return path
+
+
+def make_uplink(control: Running, folder: Path, owner: Owner, token: Path | None) -> Uplink:
+    return Uplink(owner, Identity(folder / "identity"), control.bound.node_url, "box", token)
+
+
+async def test_a_node_joins_and_learns_what_changes_at_once(tmp_path: Path) -> None:
+    """The first plan follows the join; a model pushed later arrives by the long poll; the spent token
+    is removed."""
+    async with running(tmp_path / "control") as control:
+        owner = Owner()
+        token = await token_file(control, tmp_path)
+        uplink = make_uplink(control, tmp_path, owner, token)
+        task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
+        first = await owner.until_versions(0)
+        assert not token.exists()
+        await control.tenant("acme")
+        await control.push("acme", "tiny", model_files())
+        later = await owner.until_versions(1)
+        assert later.epoch == first.epoch
+        assert later.seq > first.seq
+        assert str(later.models[0].ref.model) == "acme/tiny"
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_records_are_delivered_and_acknowledged(tmp_path: Path) -> None:
+    """What the node spooled appears in control's events, and leaves the spool only then."""
+    async with running(tmp_path / "control") as control:
+        owner = Owner(records=[Record(1, 5, "evicted", "acme", "acme/tiny@" + "0" * 16, "from cpu:0")])
+        uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
+        task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
+        uplink.changed()
+        event = await control.recorded("evicted")
+        assert event["node"] == "box"
+        async with asyncio.timeout(PATIENCE_S):
+            while owner.records:
+                owner.news.clear()
+                await owner.news.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_deleted_node_stops(tmp_path: Path) -> None:
+    """Control's delete ends the uplink with a reason that says how to come back."""
+    async with running(tmp_path / "control") as control:
+        owner = Owner()
+        uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
+        task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
+        await owner.until_versions(0)
+        await control.call("DELETE", "/api/v1/nodes/box")
+        with pytest.raises(NodeDeleted, match="bunk node token create"):
+            async with asyncio.timeout(PATIENCE_S):
+                await task
+        assert not (tmp_path / "identity" / "identity.json").exists()
+
+
+async def test_a_node_that_never_joined_says_what_it_needs(tmp_path: Path) -> None:
+    async with running(tmp_path / "control") as control:
+        uplink = make_uplink(control, tmp_path, Owner(), None)
+        with pytest.raises(BadIdentity, match="--join-token-file"):
+            await uplink.run("http://127.0.0.1:9")
+
+
+async def test_a_spent_token_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """Another box that copies a used token gets control's words, and joins nothing."""
+    async with running(tmp_path / "control") as control:
+        token = await token_file(control, tmp_path)
+        text = token.read_text()
+        owner = Owner()
+        task = asyncio.create_task(make_uplink(control, tmp_path, owner, token).run("http://127.0.0.1:9"))
+        await owner.until_versions(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        token.write_text(text)
+        thief = make_uplink(control, tmp_path / "thief", Owner(), token)
+        with pytest.raises(BadIdentity, match="409"):
+            await thief.run("http://127.0.0.1:9")
+
+
+async def test_a_file_of_controls_store_is_streamed(tmp_path: Path) -> None:
+    """The uplink hands on exactly the bytes that were pushed."""
+    files = model_files()
+    async with running(tmp_path / "control") as control:
+        owner = Owner()
+        uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
+        task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
+        await control.tenant("acme")
+        await control.push("acme", "tiny", files)
+        plan = await owner.until_versions(1)
+        for path, data in files.items():
+            got = b"".join([piece async for piece in uplink.fetch(plan.models[0], path)])
+            assert got == data
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
