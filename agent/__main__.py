@@ -43,6 +43,8 @@ def main() -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s %(message)s"
     )
+    # aiohttp prints raw request bytes when a request does not parse; a key could be among them.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_WANTED)

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlite_utils import Database, Migrations
-
 from agent.counters import PendingRecord
 from packer import seal
+from packer.database import Database, Migrations
 from packer.types import ModelRef, parse_ref
 from packer.wire import BadMessage, Plan, Record, decode, encode
 
