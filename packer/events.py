@@ -169,7 +169,9 @@ class WorkerDied:
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
-    """The node leaves: refuse new requests, let granted ones finish."""
+    """The node leaves: refuse new requests, let granted ones finish. ``drain`` False: it stays after all."""
+
+    drain: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -281,6 +281,11 @@ def turns(node: Node, now_ms: int) -> list[Model]:
         and (model := node.queue.get(device.claim.ref)) is not None
         and _startable(model, now_ms)
     ]
+    # What a tenant's earlier models in this order will cost counts before they are charged.
+    ahead_us: dict[str, int] = {}
+    for model in claimed:
+        name = model.tenant.spec.tenant
+        ahead_us[name] = ahead_us.get(name, 0) + _cost_us(node, model)
     by_tenant: dict[str, list[Model]] = {}
     for model in node.queue.values():
         if _startable(model, now_ms) and model not in claimed:
@@ -289,7 +294,8 @@ def turns(node: Node, now_ms: int) -> list[Model]:
     for place, (name, models) in enumerate(by_tenant.items()):
         models.reverse()
         tenant = models[-1].tenant
-        heap.append((-tenant.quota.priority, tenant.virtual_us, place, name))
+        virtual_us = tenant.virtual_us + ahead_us.get(name, 0)
+        heap.append((-tenant.quota.priority, virtual_us, place, name))
     heapq.heapify(heap)
     ordered = claimed
     while heap:
@@ -298,11 +304,15 @@ def turns(node: Node, now_ms: int) -> list[Model]:
         model = models.pop()
         ordered.append(model)
         if models:
-            ahead_us = room.restore_ms(node, model) * 1000 // max(model.tenant.quota.weight, 1)
-            heapq.heapreplace(heap, (priority, virtual_us + ahead_us, place, name))
+            heapq.heapreplace(heap, (priority, virtual_us + _cost_us(node, model), place, name))
         else:
             heapq.heappop(heap)
     return ordered
+
+
+def _cost_us(node: Node, model: Model) -> int:
+    """What a restore will add to its tenant's virtual time."""
+    return room.restore_ms(node, model) * 1000 // max(model.tenant.quota.weight, 1)
 
 
 def _startable(model: Model, now_ms: int) -> bool:

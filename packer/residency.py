@@ -112,7 +112,7 @@ def step(node: Node, event: Event, now_ms: int) -> list[Action]:
         case TierBudgetSeen():
             _tier_budget_seen(node, event)
         case DrainAsked():
-            _drain_asked(node, out)
+            _drain_asked(node, event, out)
         case Ticked():
             # The wake-up asked for is spent; whatever is still due is asked for again below.
             node.wake_ms = None
@@ -457,12 +457,14 @@ def _capacity_changed(node: Node) -> None:
     node.unproven = True
 
 
-def _drain_asked(node: Node, out: list[Action]) -> None:
-    node.draining = True
+def _drain_asked(node: Node, event: DrainAsked, out: list[Action]) -> None:
+    node.dirty = True
+    node.draining = event.drain
+    if not node.draining:
+        return
     detail = "this node is leaving; ask another one"
     for model in list(node.queue.values()):
         queueing.refuse_all(node, model, RefusalReason.DRAINING, detail, DRAINING_RETRY_MS, out)
-    node.dirty = True
 
 
 # --- views ----------------------------------------------------------------------------------------
