@@ -28,6 +28,7 @@ class AgentConfig:
     data_dir: Path
     control_url: str | None  # None: serve the last plan only, never call out
     join_token_file: Path | None
+    control_store: Path | None  # control's model directory, when it is on this machine
     name: str
     listen_host: str
     listen_port: int
@@ -69,6 +70,12 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--data-dir", type=Path, required=True, help="packs, journal and identity live here")
     run.add_argument("--control", metavar="URL", help="control's node URL (https://…)")
     run.add_argument("--join-token-file", type=Path, help="file with a token of `bunk node token create`")
+    run.add_argument(
+        "--control-store",
+        type=Path,
+        metavar="DIR",
+        help="control's `models` directory, when control runs on this machine: read without a detour",
+    )
     run.add_argument("--name", default=None, help="this node's name (default: the host name)")
     run.add_argument("--listen", default="127.0.0.1:8100", help="tenants' HTTP surface (default %(default)s)")
     run.add_argument("--advertise-url", help="where routers reach --listen, when that differs")
@@ -112,6 +119,7 @@ def load(argv: Sequence[str]) -> AgentConfig:
         data_dir=options.data_dir,
         control_url=control_url,
         join_token_file=options.join_token_file,
+        control_store=options.control_store,
         name=node_name(options.name or default_name),
         listen_host=host,
         listen_port=port,

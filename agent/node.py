@@ -81,6 +81,7 @@ class RunningNode:
             self._fetch,
             lambda ref: self._specs[ref],
             wall_ms,
+            config.control_store,
         )
         self.loop = Loop(residency.Node(), self.orders, monotonic_ms, self._observe, config.data_dir)
         self.orders.post = self.loop.post

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from agent.devices import DeviceConfig
@@ -84,7 +85,9 @@ class Orders:
         fetch: ControlFetch,
         spec_of: Callable[[ModelRef], ModelSpec],
         clock_ms: Callable[[], int],
+        control_store: Path | None = None,
     ) -> None:
+        self._control_store = control_store
         self._nursery = nursery
         self._devices = devices
         self._packs = packs
@@ -201,7 +204,7 @@ class Orders:
 
     async def _restore_origin(self, worker: WorkerHandle, order: Restore) -> Event:
         spec = self._spec_of(order.ref)
-        async with open_origin(spec, self._fetch) as origin:
+        async with open_origin(spec, self._fetch, self._control_store) as origin:
             try:
                 done = await worker.load_origin(spec, origin.descriptors)
             except WorkerFailure as failure:

@@ -1,7 +1,7 @@
 """Opening the files of a model's origin for a worker to read.
 
-Covers: ``file://`` (the worker gets the files themselves), every other store that ``obstore`` knows
-and control's own store (the worker gets pipes that are fed from here). Does not cover: checking what
+Covers: ``file://`` and control's store on this very machine (the worker gets the files themselves), every
+other store that ``obstore`` knows and control's store elsewhere (pipes that are fed from here). Does not cover: checking what
 is in the files: the worker hashes every byte against the manifest before the version may serve.
 """
 
@@ -14,6 +14,7 @@ import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from obstore.store import from_url
@@ -52,8 +53,13 @@ class OpenOrigin:
 
 
 @asynccontextmanager
-async def open_origin(spec: ModelSpec, fetch: ControlFetch) -> AsyncIterator[OpenOrigin]:
+async def open_origin(
+    spec: ModelSpec, fetch: ControlFetch, control_store: Path | None = None
+) -> AsyncIterator[OpenOrigin]:
     """Descriptors of every file, readable from first byte to last, closed on leaving.
+
+    ``control_store`` is control's model directory when it is on this machine: then the worker reads its
+    files themselves, at twice the speed of a TLS stream and whether control is up or not.
 
     A worker that gets a pipe sees its end early when the origin fails in the middle; its length and
     hash checks then refuse the file, and ``failure`` tells why. Raises ``OriginUnavailable``.
@@ -61,7 +67,9 @@ async def open_origin(spec: ModelSpec, fetch: ControlFetch) -> AsyncIterator[Ope
     descriptors: dict[str, int] = {}
     pumps: dict[str, asyncio.Task[None]] = {}
     if spec.origin.startswith("file://"):
-        descriptors = _open_files(spec)
+        descriptors = _open_files(spec, unquote(urlsplit(spec.origin).path))
+    elif spec.origin == CONTROL_ORIGIN and (folder := _stored(spec, control_store)) is not None:
+        descriptors = _open_files(spec, str(folder))
     else:
         try:
             for file in spec.files:
@@ -88,8 +96,15 @@ async def _stop(pumps: dict[str, asyncio.Task[None]], descriptors: dict[str, int
     await asyncio.gather(*pumps.values(), return_exceptions=True)
 
 
-def _open_files(spec: ModelSpec) -> dict[str, int]:
-    root = unquote(urlsplit(spec.origin).path)
+def _stored(spec: ModelSpec, control_store: Path | None) -> Path | None:
+    """The version's folder in control's store, if this machine has it."""
+    if control_store is None:
+        return None
+    folder = control_store / spec.ref.tenant / spec.ref.name / spec.ref.version
+    return folder if folder.is_dir() else None
+
+
+def _open_files(spec: ModelSpec, root: str) -> dict[str, int]:
     descriptors: dict[str, int] = {}
     try:
         for file in spec.files:

@@ -90,6 +90,21 @@ async def test_control_origin_arrives_through_a_pipe_in_any_order() -> None:
         assert origin.failure() is None
 
 
+async def test_controls_store_on_this_machine_is_read_directly(tmp_path: Path) -> None:
+    """Without asking control; a version that the store does not have (yet) is fetched as ever."""
+    folder = tmp_path / "acme" / "minilm" / ("0" * 16)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes(b"{}")
+    async with open_origin(spec(CONTROL_ORIGIN, "config.json"), nothing, tmp_path) as origin:
+        assert read_all(origin.descriptors["config.json"]) == b"{}"
+
+    async def fetch(_: ModelSpec, path: str) -> AsyncIterator[bytes]:
+        yield b"fetched"
+
+    async with open_origin(spec(CONTROL_ORIGIN, "config.json"), fetch, tmp_path / "other") as origin:
+        assert await asyncio.to_thread(read_all, origin.descriptors["config.json"]) == b"fetched"
+
+
 async def test_an_origin_that_breaks_off_says_why() -> None:
     """The worker sees a short file; the reason is the origin's, not the file's."""
 

@@ -260,6 +260,7 @@ def _start_agent(
     arguments = [find_executable("bunk-agent"), "run", "--data-dir", str(wanted.data_dir / "agent")]
     arguments += ["--control", node_url, "--join-token-file", str(token_file), "--name", NODE]
     arguments += ["--listen", wanted.agent_listen, "--ready-file", str(ready_file)]
+    arguments += ["--control-store", str(wanted.data_dir / "control" / "models")]
     for device in wanted.devices:
         arguments += ["--device", device]
     for option, value in (("--host-bytes", wanted.host_bytes), ("--disk-bytes", wanted.disk_bytes)):
