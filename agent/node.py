@@ -179,6 +179,7 @@ class RunningNode:
             await self.orders.close_tenants(tenants)
 
     def _apply(self, plan: Plan) -> None:
+        was_draining = self.draining
         self._plan = plan
         self._keys = {key.key_id: key for key in plan.keys}
         # Versions that left the plan stay known until the core has let go of them.
@@ -196,8 +197,8 @@ class RunningNode:
             if ref in planned or residency.model_view(core, ref) is not None
         }
         self.counters.forget(frozenset(self._specs), frozenset(tenant.tenant for tenant in plan.tenants))
-        if plan.draining:
-            self.loop.post(DrainAsked())
+        if plan.draining != was_draining:
+            self.loop.post(DrainAsked(plan.draining))
         log.info("plan %d.%d: %d tenants, %d versions", plan.epoch, plan.seq, len(plan.tenants), len(planned))
 
     # --- what the gateway asks --------------------------------------------------------------------

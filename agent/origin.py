@@ -1,8 +1,9 @@
 """Opening the files of a model's origin for a worker to read.
 
 Covers: ``file://`` and control's store on this very machine (the worker gets the files themselves), every
-other store that ``obstore`` knows and control's store elsewhere (pipes that are fed from here). Does not cover: checking what
-is in the files: the worker hashes every byte against the manifest before the version may serve.
+other store that ``obstore`` knows and control's store elsewhere (pipes that are fed from here). Does not
+cover: checking what is in the files: the worker hashes every byte against the manifest before the version
+may serve.
 """
 
 from __future__ import annotations
