@@ -66,6 +66,52 @@ _FOREIGN_ENDINGS = (
 # Not parsed here: large, and only ever read by the tokenizer's own parser.
 _BULK_JSON = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json"})
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "trust_remote_code"})
+# With it transformers reads another file of the directory in place of config.json, one that nobody checked.
+_OTHER_CONFIG_KEY = "configuration_files"
+# What transformers hands to a tokenizer's constructor as arguments.
+TOKENIZER_SETTINGS = frozenset({"tokenizer_config.json", "special_tokens_map.json"})
+# Arguments that are paths, or that stand for others which are: see ``is_path_setting``.
+_PATH_SETTINGS = frozenset(
+    {"vocab", "merges", "init_inputs", "tokenizer_object", "sp_model_kwargs", "name_or_path", "cache_dir"}
+)
+# Tokenizers that are data for one well-known parser. Others are Python programs of many authors, some
+# with files, native libraries or processes of their own; a model keeps its own by saving tokenizer.json.
+TOKENIZER_CLASSES = frozenset(
+    {
+        "AlbertTokenizer",
+        "BartTokenizer",
+        "BarthezTokenizer",
+        "BertTokenizer",
+        "BigBirdTokenizer",
+        "CamembertTokenizer",
+        "CodeGenTokenizer",
+        "CodeLlamaTokenizer",
+        "CohereTokenizer",
+        "DebertaTokenizer",
+        "DebertaV2Tokenizer",
+        "DistilBertTokenizer",
+        "ElectraTokenizer",
+        "FNetTokenizer",
+        "GPT2Tokenizer",
+        "GPTNeoXTokenizer",
+        "GemmaTokenizer",
+        "HerbertTokenizer",
+        "LlamaTokenizer",
+        "MPNetTokenizer",
+        "MobileBertTokenizer",
+        "PegasusTokenizer",
+        "PreTrainedTokenizer",
+        "Qwen2Tokenizer",
+        "RemBertTokenizer",
+        "RobertaTokenizer",
+        "SqueezeBertTokenizer",
+        "T5Tokenizer",
+        "XGLMTokenizer",
+        "XLMRobertaTokenizer",
+        "XLNetTokenizer",
+        "TokenizersBackend",
+    }
+)
 _ATTENTION_KEYS = frozenset({"attn_implementation", "_attn_implementation", "_attn_implementation_internal"})
 _ATTENTION_ALLOWED = frozenset({"eager", "sdpa"})
 _JSON_DEPTH_MAX = 32
@@ -269,6 +315,7 @@ def inspect(
         raise BadDirectory("config.json", "is missing or not a JSON object")
     architecture, task = _architecture(config)
     _check_sizes(config)
+    _check_tokenizer(loaded)
     _check_modules(loaded.get("modules.json"), paths, task)
     layout = _layout(paths, headers, loaded.get("model.safetensors.index.json"))
     return ModelFacts(
@@ -303,6 +350,11 @@ def _refuse_code(path: str, value: object, depth: int = 0) -> None:
     for key, item in value.items():
         if key in _CODE_KEYS and item:
             raise BadDirectory(path, f"key {key!r} asks for code from the model directory; remove the key")
+        if key == _OTHER_CONFIG_KEY and item:
+            raise BadDirectory(
+                path,
+                f"key {key!r} puts another file in place of config.json; keep config.json, remove the key",
+            )
         if key in _ATTENTION_KEYS and item is not None and not _plain_attention(item):
             raise BadDirectory(path, f"key {key!r} may only be eager or sdpa; remove the key")
         if key == "quantization_config" and item:
@@ -348,6 +400,30 @@ def _check_sizes(config: Mapping[str, object]) -> None:
         raise BadDirectory(
             "config.json", f"id2label must map at most {limits['num_labels']} numbers to names"
         )
+
+
+def is_path_setting(key: str) -> bool:
+    """Whether transformers could open the value of a tokenizer's setting as a file of this machine."""
+    return key in _PATH_SETTINGS or key.endswith(("_file", "_files", "_path", "_dir"))
+
+
+def _check_tokenizer(loaded: Mapping[str, object]) -> None:
+    """Only tokenizers that are plain data, whose files are those in the directory."""
+    for path in ("config.json", *sorted(TOKENIZER_SETTINGS)):
+        settings = loaded.get(path)
+        if settings is None and path not in loaded:
+            continue
+        if not isinstance(settings, dict):
+            raise BadDirectory(path, "is not a JSON object")
+        name = settings.get("tokenizer_class")
+        if name is not None and (
+            not isinstance(name, str) or name.removesuffix("Fast") not in TOKENIZER_CLASSES
+        ):
+            raise BadDirectory(
+                path,
+                f"tokenizer_class {str(name)[:80]!r} is not supported; save the tokenizer as tokenizer.json "
+                "with the class PreTrainedTokenizerFast",
+            )
 
 
 def _check_modules(modules: object, paths: Sequence[str], task: Task) -> None:

@@ -1,8 +1,8 @@
 """Text generation with one model: prompt, sampling, streaming, stopping.
 
-Covers: the fields of a ``generate`` request and their limits, the chat template, the sampling
-settings a directory brings, and the loop (transformers' own ``generate``). Does not cover: weights and
-tokenizers (``transformers``) or text pieces (``text``).
+Covers: the fields of a ``generate`` request and their limits, the sampling settings a directory brings,
+and the loop (transformers' own ``generate``). Does not cover: weights and tokenizers (``transformers``),
+chat templates (``chat``) or text pieces (``text``).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from agent.engines.chat import render
 from agent.engines.text import TextStream
 from agent.facade import EngineError, EngineFrame
 
@@ -130,14 +131,7 @@ def prompt_tokens(fields: GenerateFields, tokenizer: PreTrainedTokenizerBase) ->
             "the model with a chat_template.jinja",
             "messages",
         )
-    try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is the tenant's own program and may raise anything
-        raise EngineError(
-            "invalid_request",
-            f"the model's chat template refuses these messages: {str(error)[:500]}",
-            "messages",
-        ) from None
+    text = render(tokenizer, turns)
     # The template writes the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from agent.arena import DTYPES, Image
 from agent.engines.generation import GenerateFields, Sampling, generate, prompt_tokens, read_sampling
 from agent.engines.pooling import BadPooling, Pooling, read_pooling
+from agent.engines.side_files import BadSideFile, written
 from agent.facade import EngineError, EngineFrame, EngineRequest
 from packer.directory import ARCHITECTURES
 from packer.layout import ImageLayout, PlacedTensor
@@ -94,14 +93,14 @@ def build(task: Task, files: Mapping[str, bytes], layout: ImageLayout, private: 
     """The skeleton of a model, without weights. ``private`` is a directory (in memory where possible)
     in which the side files lie for a moment. Raises ``BrokenModel``."""
     try:
-        with _directory(files, private) as directory:
+        with written(files, private) as directory:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(
                 directory, trust_remote_code=False, local_files_only=True
             )
         module = _build_module(config, task)
         pooling = read_pooling(files)
-    except BadPooling as error:
+    except (BadPooling, BadSideFile) as error:
         raise BrokenModel(str(error)) from None
     except BrokenModel:
         raise
@@ -112,23 +111,6 @@ def build(task: Task, files: Mapping[str, bytes], layout: ImageLayout, private: 
     slots = _match(module, task, layout)
     _move_buffers(module, device)
     return Model(task, module, tokenizer, slots, pooling, _sampling(files, config, tokenizer))
-
-
-@contextmanager
-def _directory(files: Mapping[str, bytes], private: Path) -> Iterator[str]:
-    root = Path(tempfile.mkdtemp(dir=private))
-    try:
-        for path, data in files.items():
-            parts = path.split("/")
-            # Paths were checked when the version was registered; here they become real files.
-            if path.startswith("/") or not all(part.strip(".") for part in parts):
-                raise BrokenModel(f"{path[:80]!r} is not a plain relative path")
-            target = root.joinpath(*parts)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        yield str(root)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
 
 
 def _build_module(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
