@@ -64,6 +64,11 @@ class EngineError(Exception):
         self.field = field
 
 
+class EngineFault(Exception):
+    """A worker answered what no engine may answer, or its engine failed. The text holds sizes, names and
+    kinds of errors, never contents."""
+
+
 class Refused(Exception):
     """The node will not run the request. ``retry_ms``: when to come back, None when it can not help."""
 
@@ -101,8 +106,9 @@ class Lease(Protocol):
     def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
         """The engine's answer, frame by frame.
 
-        Raises ``EngineError`` when the request is at fault and ``Refused`` (``WORKER_DIED``) when the
-        process that held the weights is gone. Closing the iterator (``aclose``) cancels in the worker.
+        Raises ``EngineError`` when the request is at fault, ``Refused`` (``WORKER_DIED``) when the process
+        that held the weights is gone and ``EngineFault`` when the engine failed. Closing the iterator
+        (``aclose``) cancels in the worker.
         """
 
 

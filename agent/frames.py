@@ -104,6 +104,12 @@ class EvictModel(msgspec.Struct, frozen=True, tag=True):
     ref: str
 
 
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Answered with ``Done`` by the thread that reads the sockets: the process runs at all."""
+
+    id: int
+
+
 class Done(msgspec.Struct, frozen=True, tag=True):
     """An order is carried out; the fields that its kind does not have are 0."""
 
@@ -160,7 +166,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-Order = MoreFds | LoadOrigin | RestorePack | WritePack | EvictModel
+Order = MoreFds | LoadOrigin | RestorePack | WritePack | EvictModel | Ping
 Reply = Done | Failed
 NurseryOrder = MoreFds | Spawn
 NurseryReply = Ready | Spawned | SpawnFailed | Exited
@@ -212,10 +218,11 @@ class Fault(msgspec.Struct, frozen=True, tag=True):
 
 
 class Broke(msgspec.Struct, frozen=True, tag=True):
-    """The engine is at fault, or the model is not here: becomes a ``WorkerFailure``."""
+    """The engine is at fault, or (``gone``) the model is not here: becomes a ``WorkerFailure``."""
 
     id: int
     message: str
+    gone: bool = False
 
 
 ToWorker = Run | Cancel

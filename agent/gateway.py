@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from agent.event_stream import STALL_SECONDS, EventStream, with_silences
-from agent.facade import EngineError, EngineFrame, EngineRequest, Lease, NodeFacade, Refused
+from agent.facade import EngineError, EngineFault, EngineFrame, EngineRequest, Lease, NodeFacade, Refused
 from agent.guard import FACTS, KEY, add_headers, require_key
 from agent.openai_shapes import (
     ANSWER_CHARS_MAX,
@@ -31,7 +31,6 @@ from agent.openai_shapes import (
     ClassifyAsk,
     CompletionAsk,
     EmbeddingAsk,
-    EngineFault,
     GeneratedShape,
     bad_field,
     chat_request,
@@ -140,7 +139,9 @@ def api_error(error: Refused | EngineError | EngineFault, asked: str) -> ApiErro
         return ApiError(400, error.code, f"{field}: {error.message}" if field else error.message, field=field)
     # Its text names sizes and fields only, so it may be logged; the caller can do nothing with it.
     logger.error("an engine broke its contract: %s", error)
-    return ApiError(500, "engine_fault", "The engine answered nonsense; it was logged.", kind="server_error")
+    return ApiError(
+        500, "engine_fault", "The engine failed on this request; it was logged.", kind="server_error"
+    )
 
 
 def _caller_field(field: str) -> str:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from agent.facade import JSON, EngineFrame, EngineRequest
+from agent.facade import JSON, EngineFault, EngineFrame, EngineRequest
 from packer.http import ApiError
 
 # OpenAI's own limit for one embeddings request.
@@ -247,10 +247,6 @@ def _message(message: ChatMessage, field: str) -> dict[str, str]:
 
 
 # --- what an engine answered ---------------------------------------------------------------------------
-
-
-class EngineFault(Exception):
-    """A worker answered what no engine may answer. The text holds sizes and names, never contents."""
 
 
 def integer(frame: EngineFrame, name: str) -> int:

@@ -50,6 +50,7 @@ from agent.frames import (
     MoreFds,
     Order,
     Piece,
+    Ping,
     Receiver,
     Reply,
     RestorePack,
@@ -231,6 +232,11 @@ class Worker:
         if received is None:
             return False
         order, fds = received
+        if isinstance(order, Ping):
+            close_fds(fds)
+            with self._reply_lock:
+                send_message(self._orders, Done(order.id))
+            return True
         self._order_threads[type(order)].submit(self._carry_out, order, fds)
         return True
 
@@ -273,7 +279,7 @@ class Worker:
     # --- orders -----------------------------------------------------------------------------------
 
     def _carry_out(self, order: Order, fds: list[int]) -> None:
-        assert not isinstance(order, MoreFds)
+        assert not isinstance(order, MoreFds | Ping)
         reply: Reply
         try:
             reply = self._do(order, fds)
@@ -428,7 +434,7 @@ class Worker:
         except EngineError as error:
             return Fault(run.id, error.code, cut(error.message), error.field)
         except NotResident as error:
-            return Broke(run.id, cut(str(error)))
+            return Broke(run.id, cut(str(error)), gone=True)
         except BadFrame as error:
             return Fault(run.id, "invalid_request", cut(f"the answer is too large: {error}"))
         except (MemoryError, torch.OutOfMemoryError):

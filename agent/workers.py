@@ -43,6 +43,7 @@ from agent.frames import (
     LoadOrigin,
     Message,
     Piece,
+    Ping,
     Ready,
     Receiver,
     RestorePack,
@@ -75,6 +76,10 @@ SPAWN_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 5.0
 # Answers that arrived and that callers have not taken yet, per worker; beyond this the worker waits.
 BUFFERED_BYTES_MAX = 64 * MIB
+# A worker that runs answers a ping in microseconds, one on a machine that swaps within seconds. Several
+# in a row must be missed: after a pause of the whole machine the first is, through no fault of its own.
+PULSE_S = 10.0
+PULSES_MISSED_MAX = 3
 # What the nursery's environment keeps of the agent's: nothing that may be a secret of the operator.
 _ENVIRONMENT_KEPT = (
     "PATH",
@@ -114,10 +119,11 @@ T = TypeVar("T")
 
 class WorkerFailure(Exception):
     """A worker could not do what it was asked and lives on. The flags mean what they mean in
-    ``RestoreFailed``."""
+    ``RestoreFailed``; ``gone``: the model that was to answer is not in this process."""
 
-    def __init__(self, message: str, corrupt: bool = False, broken: bool = False) -> None:
+    def __init__(self, message: str, corrupt: bool = False, broken: bool = False, gone: bool = False) -> None:
         super().__init__(message)
+        self.gone = gone
         self.message = message
         self.corrupt = corrupt
         self.broken = broken
@@ -211,6 +217,7 @@ class WorkerHandle:
         self._room.set()
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
+        self._pulse: asyncio.Task[None] | None = None
         self._closing = False
 
     async def start(self, pid: int, pidfd: int) -> None:
@@ -221,6 +228,7 @@ class WorkerHandle:
         loop.add_reader(self._orders, self._on_reply)
         reader, self._writer = await asyncio.open_unix_connection(sock=self._data)
         self._reading = asyncio.create_task(self._read_frames(reader))
+        self._pulse = asyncio.create_task(self._feel_pulse())
 
     # --- orders -----------------------------------------------------------------------------------
 
@@ -275,6 +283,27 @@ class WorkerHandle:
             return await reply
         finally:
             self._replies.pop(number, None)
+            if reply.done() and not reply.cancelled():
+                reply.exception()  # its death was told to us by other means
+
+    async def ping(self) -> None:
+        """Returns when the process has answered. Raises ``WorkerDead``."""
+        number = next(self._ids)
+        await self._order(number, Ping(number), [])
+
+    async def _feel_pulse(self) -> None:
+        """Kill a process that does not run any more, so that nobody waits for it for ever."""
+        missed = 0
+        while missed < PULSES_MISSED_MAX:
+            ping = asyncio.create_task(self.ping())
+            try:
+                await asyncio.sleep(PULSE_S)
+            finally:
+                missed = 0 if ping.done() else missed + 1
+                ping.cancel()
+                await asyncio.gather(ping, return_exceptions=True)
+        log.error("worker %d of %s hangs: %d pings unanswered; killing it", self.pid, self.tenant, missed)
+        self.kill()
 
     def _on_reply(self) -> None:
         try:
@@ -290,7 +319,9 @@ class WorkerHandle:
                     future.set_result(reply)
         except BlockingIOError:
             return
-        except (BadFrame, OSError) as error:
+        except OSError:
+            pass  # its death follows
+        except BadFrame as error:
             log.error("worker %d of %s: %s", self.pid, self.tenant, error)
         # The socket ended or carries nonsense: either way the process is of no use.
         asyncio.get_running_loop().remove_reader(self._orders)
@@ -324,7 +355,7 @@ class WorkerHandle:
                         case Fault():
                             raise EngineError(frame.code, frame.message, frame.field)
                         case Broke():
-                            raise WorkerFailure(frame.message)
+                            raise WorkerFailure(frame.message, gone=frame.gone)
                 if self.died.is_set():
                     raise WorkerDead(f"worker {self.pid} is gone")
                 answer.arrived.clear()
@@ -406,6 +437,8 @@ class WorkerHandle:
         os.close(self._pidfd)
         self._pidfd = -1
         self._orders.close()
+        if self._pulse is not None:
+            self._pulse.cancel()
         if self._writer is not None:
             self._writer.close()
         self.died.set()
