@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import signal
+import sqlite3
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from agent.config import AgentConfig
 from agent.gateway import GatewayConfig, build_app
 from agent.identity import BadIdentity
 from agent.node import RunningNode
+from agent.workers import WorkerDead
 from packer import http
 from packer.types import BadValue
 
@@ -51,7 +53,13 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
     # Core dumps would hold prompts and keys.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    raise SystemExit(asyncio.run(run(config)))
+    try:
+        status = asyncio.run(run(config))
+    except (OSError, sqlite3.Error, WorkerDead) as error:
+        # A full or read-only disk, mostly: a person must help, a traceback would not.
+        log.critical("can not run with --data-dir %s: %s", config.data_dir, error)
+        status = EXIT_FAILED
+    raise SystemExit(status)
 
 
 async def run(config: AgentConfig) -> int:

@@ -167,6 +167,12 @@ class Counters:
         self._refused = {}
         return taken
 
+    def put_back(self, records: list[PendingRecord]) -> None:
+        """The journal did not take these; the oldest of what is too much is lost and counted."""
+        together = records + self._pending
+        self.records_lost += max(0, len(together) - PENDING_RECORDS_MAX)
+        self._pending = together[-PENDING_RECORDS_MAX:]
+
     def forget(self, kept: frozenset[ModelRef], tenants: frozenset[str]) -> None:
         """Drop the counts of models and tenants that are no more."""
         self.models = {ref: count for ref, count in self.models.items() if ref in kept}

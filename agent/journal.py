@@ -52,6 +52,10 @@ def m001_first_tables(db: Database) -> None:
     )
 
 
+class JournalFailed(OSError):
+    """The journal can not be read or written now: most likely its disk is full."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackRow:
     """A complete pack on disk."""
@@ -125,7 +129,14 @@ class Journal:
     def seal_new_key(self, ref: ModelRef) -> tuple[bytes, bytes]:
         """A fresh data key for a pack about to be written: (the key, the key wrapped by its tenant's)."""
         key = os.urandom(32)
-        return key, seal.wrap_key(self._tenant_key(ref.tenant), key, str(ref).encode())
+        try:
+            tenant_key = self._tenant_key(ref.tenant)
+        except seal.BadSeal:
+            # The node key was replaced. What this tenant's key protected is lost already; a new one
+            # lets its models be packed again.
+            self._db.table("tenant_keys").delete_where("tenant = ?", [ref.tenant])
+            tenant_key = self._tenant_key(ref.tenant)
+        return key, seal.wrap_key(tenant_key, key, str(ref).encode())
 
     def add_pack(self, row: PackRow, wrapped_key: bytes, now_ms: int) -> None:
         self._db.table("packs").upsert(

@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from agent import devices, metrics
 from agent.config import AgentConfig
 from agent.counters import Counters
 from agent.facade import EngineFrame, EngineRequest, Lease, RateView
 from agent.identity import BadIdentity, Identity
-from agent.journal import Journal, PackRow, load_node_key
+from agent.journal import Journal, JournalFailed, PackRow, load_node_key
 from agent.loop import HeldLease, Loop
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
@@ -87,6 +87,8 @@ class RunningNode:
         self.orders.post = self.loop.post
         self._plan: Plan | None = None
         self._plan_lock = asyncio.Lock()
+        self._plan_kept = True
+        self._journal_failing = False
         self._keys: dict[str, KeySpec] = {}
         self._specs: dict[ModelRef, ModelSpec] = {}
         self._latest: dict[ModelName, ModelSpec] = {}
@@ -101,7 +103,8 @@ class RunningNode:
         self._packs_found = await self._journal.call(journal.packs)
         for ref in self._packs.sweep([row.ref for row in self._packs_found]):
             log.warning("the pack of %s is missing on disk; it will be made again from its origin", ref)
-            await self._journal.call(journal.remove_pack, ref)
+            with suppress(JournalFailed):  # the next start tries again
+                await self._journal.call(journal.remove_pack, ref)
             self._packs_found = [row for row in self._packs_found if row.ref != ref]
         await self._nursery.start()
         self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
@@ -166,17 +169,50 @@ class RunningNode:
         return (self._plan.epoch, self._plan.seq) if self._plan else (0, 0)
 
     async def accept_plan(self, plan: Plan) -> None:
-        """Keep a newer plan and act on it; it is on disk before it is in force."""
+        """Keep a newer plan and act on it; it is on disk before it is in force.
+
+        Unless the disk is full: then revoked keys and deleted models, which make room, must not wait.
+        """
         async with self._plan_lock:
             if (plan.epoch, plan.seq) <= self.have_plan():
                 return
-            await self._journal.call(self._journal.journal.save_plan, plan)
+            self._plan_kept = saved = False
+            with self._journal_may_fail():
+                await self._journal.call(self._journal.journal.save_plan, plan)
+                saved = True
             self._apply(plan)
-            tenants = frozenset(tenant.tenant for tenant in plan.tenants)
-            shredded = await self._journal.call(self._journal.journal.shred_tenants, sorted(tenants))
-            for tenant in shredded:
-                log.info("tenant %s is gone; its keys are destroyed", tenant)
-            await self.orders.close_tenants(tenants)
+            with self._journal_may_fail():
+                await self._shred(plan)
+                self._plan_kept = saved
+            await self.orders.close_tenants(frozenset(tenant.tenant for tenant in plan.tenants))
+
+    async def _shred(self, plan: Plan) -> None:
+        tenants = sorted(tenant.tenant for tenant in plan.tenants)
+        for tenant in await self._journal.call(self._journal.journal.shred_tenants, tenants):
+            log.info("tenant %s is gone; its keys are destroyed", tenant)
+
+    async def _keep_plan(self) -> None:
+        """Another try to keep the plan that is in force, after the journal failed."""
+        async with self._plan_lock:
+            if self._plan is not None and not self._plan_kept:
+                with self._journal_may_fail():
+                    await self._journal.call(self._journal.journal.save_plan, self._plan)
+                    await self._shred(self._plan)
+                    self._plan_kept = True
+
+    @contextmanager
+    def _journal_may_fail(self) -> Iterator[None]:
+        """Serve on without the journal; say once that it fails, and once that it works again."""
+        try:
+            yield
+        except JournalFailed as error:
+            if not self._journal_failing:
+                log.error("%s; serving on, but what happens now is forgotten at a restart", error)
+            self._journal_failing = True
+        else:
+            if self._journal_failing:
+                log.info("the journal works again")
+            self._journal_failing = False
 
     def _apply(self, plan: Plan) -> None:
         was_draining = self.draining
@@ -280,10 +316,14 @@ class RunningNode:
         return [tenant.tenant for tenant in (self._plan.tenants if self._plan else ())]
 
     async def spooled(self, limit: int) -> tuple[Record, ...]:
-        return await self._journal.call(self._journal.journal.spooled, limit)
+        records: tuple[Record, ...] = ()
+        with self._journal_may_fail():
+            records = await self._journal.call(self._journal.journal.spooled, limit)
+        return records  # noqa: RET504  # empty when the journal failed
 
     async def acknowledge(self, acked_seq: int) -> None:
-        await self._journal.call(self._journal.journal.acknowledge, acked_seq)
+        with self._journal_may_fail():
+            await self._journal.call(self._journal.journal.acknowledge, acked_seq)
 
     # --- records ----------------------------------------------------------------------------------
 
@@ -298,11 +338,18 @@ class RunningNode:
             await self._flush_once()
 
     async def _flush_once(self) -> None:
+        await self._keep_plan()
         records = self.counters.take_records(wall_ms())
-        if records:
+        if not records:
+            return
+        spooled = False
+        with self._journal_may_fail():
             await self._journal.call(self._journal.journal.spool, records)
-            if self.uplink is not None:
-                self.uplink.changed()
+            spooled = True
+        if not spooled:
+            self.counters.put_back(records)
+        elif self.uplink is not None:
+            self.uplink.changed()
 
     async def _fetch(self, spec: ModelSpec, path: str) -> AsyncIterator[bytes]:
         if self.uplink is None:

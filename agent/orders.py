@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from agent.devices import DeviceConfig
-from agent.facade import EngineFrame, EngineRequest, Refused
-from agent.journal import Journal, PackRow
+from agent.facade import EngineFault, EngineFrame, EngineRequest, Refused
+from agent.journal import Journal, JournalFailed, PackRow
 from agent.origin import ControlFetch, OriginUnavailable, open_origin
 from agent.packs import HostSegments, PackDirectory
 from agent.workers import Nursery, WorkerDead, WorkerFailure, WorkerHandle
@@ -54,6 +55,8 @@ WORKER_DIED_RETRY_MS = 1_000
 # 100 GiB from a slow origin at 100 MB/s takes 18 minutes; giving memory back takes milliseconds.
 MOVE_TIMEOUT_S = 1_800.0
 EVICT_TIMEOUT_S = 30.0
+# A file system that refuses to remove a file is looked after by a person, in minutes at best.
+DROP_RETRY_S = 60.0
 
 
 class JournalThread:
@@ -64,8 +67,12 @@ class JournalThread:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Raises ``JournalFailed``, which is an ``OSError``."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
+        try:
+            return await loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
+        except sqlite3.Error as error:
+            raise JournalFailed(f"the journal: {error}") from error
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
@@ -102,6 +109,7 @@ class Orders:
         # What each worker holds, oldest-emptied first: only for choosing which parked worker to close.
         self._held: dict[tuple[str, str], set[ModelRef]] = {}
         self._watches: set[asyncio.Task[None]] = set()
+        self._tenants: frozenset[str] | None = None  # None before the first plan
 
     # --- workers ----------------------------------------------------------------------------------
 
@@ -126,9 +134,7 @@ class Orders:
             await self._close_parked()
             worker = await self._nursery.spawn(at[0], self._devices[at[1]])
             self._workers[at] = worker
-            watch = asyncio.create_task(self._watch(at, worker))
-            self._watches.add(watch)
-            watch.add_done_callback(self._watches.discard)
+            self._keep(self._watch(at, worker))
             return worker
         finally:
             del self._spawning[at]
@@ -154,14 +160,18 @@ class Orders:
     async def _close_parked(self) -> None:
         parked = [at for at, held in self._held.items() if not held and at in self._workers]
         for at in parked[: max(0, len(parked) - WORKERS_PARKED_MAX + 1)]:
-            await self._workers[at].close()
+            # What was parked may be gone or wanted again since another one was closed.
+            if at in self._workers and not self._held.get(at):
+                await self._workers[at].close()
 
     async def close_tenants(self, kept: frozenset[str]) -> None:
-        """Close the empty workers of tenants that are no more."""
-        for at in [at for at, held in self._held.items() if at[0] not in kept and not held]:
-            if at not in self._workers:
-                continue
+        """Close the workers of tenants that are no more: the empty ones now, others once they are."""
+        self._tenants = kept
+        for at in [at for at in self._workers if self._is_orphaned(at)]:
             await self._workers[at].close()
+
+    def _is_orphaned(self, at: tuple[str, str]) -> bool:
+        return self._tenants is not None and at[0] not in self._tenants and not self._held.get(at)
 
     async def close(self) -> None:
         for worker in list(self._workers.values()):
@@ -278,8 +288,10 @@ class Orders:
             row = PackRow(ref, summary.disk_bytes, summary.host_bytes)
             await self._journal.call(self._journal.journal.add_pack, row, wrapped, self._clock_ms())
         except (WorkerDead, WorkerFailure, OSError) as error:
-            with suppress(OSError):
-                self._packs.abandon(ref)
+            # Also the file that was published, if only the journal failed: nobody can open it.
+            for remove in (self._packs.abandon, self._packs.drop):
+                with suppress(OSError):
+                    remove(ref)
             return failed(str(error))
         return Packed(ref, order.device, summary.disk_bytes, summary.host_bytes, order.order)
 
@@ -287,10 +299,23 @@ class Orders:
         if order.tier is Tier.HOST:
             self._segments.drop(order.ref)
         else:
-            # The key first: from then on the file is noise, whatever happens to it.
-            await self._journal.call(self._journal.journal.remove_pack, order.ref)
-            await asyncio.to_thread(self._packs.drop, order.ref)
+            await self._drop_pack(order.ref)
         return Dropped(order.ref, order.tier, order.order)
+
+    async def _drop_pack(self, ref: ModelRef) -> None:
+        """Returns when the file is gone; its bytes are held until then."""
+        try:
+            # The key first: from then on the file is noise, whatever happens to it.
+            await self._journal.call(self._journal.journal.remove_pack, ref)
+        except JournalFailed as error:
+            # On a full disk the file must go first. The next start sweeps the row of a file that is gone.
+            log.error("the key of the pack of %s stays until the next start: %s", ref, error)
+        while True:
+            try:
+                return await asyncio.to_thread(self._packs.drop, ref)
+            except OSError as error:
+                log.error("the pack of %s can not be removed: %s", ref, error)
+                await asyncio.sleep(DROP_RETRY_S)
 
     async def run(self, ref: ModelRef, device: str, request: EngineRequest) -> AsyncIterator[EngineFrame]:
         worker = self._workers.get((ref.tenant, device))
@@ -302,16 +327,31 @@ class Orders:
                 yield frame
         except WorkerDead:
             raise _worker_died(ref) from None
+        except WorkerFailure as failure:
+            if failure.gone:  # the process that held the weights has been replaced meanwhile
+                raise _worker_died(ref) from None
+            # The kind of the error only: its text may quote the caller.
+            raise EngineFault(f"{ref}: {failure.message.partition(':')[0]}") from None
         finally:
             await frames.aclose()  # type: ignore[attr-defined]  # an async generator
 
     def _forget_held(self, ref: ModelRef, device: str) -> None:
-        held = self._held.get((ref.tenant, device))
-        if held is not None:
-            held.discard(ref)
-            if not held:
-                # Re-insert so that the dictionary's order is the order of becoming empty.
-                self._held[(ref.tenant, device)] = self._held.pop((ref.tenant, device))
+        at = (ref.tenant, device)
+        held = self._held.get(at)
+        if held is None:
+            return
+        held.discard(ref)
+        if not held:
+            # Re-insert so that the dictionary's order is the order of becoming empty.
+            self._held[at] = self._held.pop(at)
+            if at in self._workers and self._is_orphaned(at):
+                self._keep(self._workers[at].close())
+
+    def _keep(self, work: Coroutine[object, None, None]) -> None:
+        """Run beside everything else; asyncio itself holds tasks only weakly."""
+        task = asyncio.ensure_future(work)
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)
 
 
 def _worker_died(ref: ModelRef) -> Refused:

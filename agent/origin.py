@@ -13,8 +13,9 @@ import fcntl
 import os
 import stat
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -67,6 +68,7 @@ async def open_origin(
     """
     descriptors: dict[str, int] = {}
     pumps: dict[str, asyncio.Task[None]] = {}
+    writers: list[FileIO] = []
     if spec.origin.startswith("file://"):
         descriptors = _open_files(spec, unquote(urlsplit(spec.origin).path))
     elif spec.origin == CONTROL_ORIGIN and (folder := _stored(spec, control_store)) is not None:
@@ -74,27 +76,37 @@ async def open_origin(
     else:
         try:
             for file in spec.files:
-                reader, writer = os.pipe2(os.O_CLOEXEC)
-                fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+                reader, descriptor = os.pipe2(os.O_CLOEXEC)
                 descriptors[file.path] = reader
+                writer = FileIO(descriptor, "w")
+                writers.append(writer)
+                # A user may own few large pipes; a small one is only slower.
+                with suppress(PermissionError):
+                    fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
                 stream = fetch(spec, file.path) if spec.origin == CONTROL_ORIGIN else _read_store(spec, file)
                 pumps[file.path] = asyncio.create_task(_pump(stream, writer))
         except OSError as error:
-            await _stop(pumps, descriptors)
+            await _stop(pumps, descriptors, writers)
             raise OriginUnavailable(f"{spec.ref}: {error}") from None
     try:
         yield OpenOrigin(descriptors, pumps)
     finally:
-        await _stop(pumps, descriptors)
+        await _stop(pumps, descriptors, writers)
 
 
-async def _stop(pumps: dict[str, asyncio.Task[None]], descriptors: dict[str, int]) -> None:
+async def _stop(
+    pumps: dict[str, asyncio.Task[None]], descriptors: dict[str, int], writers: list[FileIO]
+) -> None:
     # Readers close first: a pump that is blocked in a full pipe then gets EPIPE and ends.
     for descriptor in descriptors.values():
         os.close(descriptor)
     for pump in pumps.values():
         pump.cancel()
-    await asyncio.gather(*pumps.values(), return_exceptions=True)
+    try:
+        await asyncio.gather(*pumps.values(), return_exceptions=True)
+    finally:
+        for writer in writers:
+            writer.close()  # a pump that was cancelled before its first step never came to close its own
 
 
 def _stored(spec: ModelSpec, control_store: Path | None) -> Path | None:
@@ -142,22 +154,23 @@ async def _read_store(spec: ModelSpec, file: OriginFile) -> AsyncIterator[bytes]
         yield bytes(piece)
 
 
-async def _pump(stream: AsyncIterator[bytes], writer: int) -> None:
+async def _pump(stream: AsyncIterator[bytes], writer: FileIO) -> None:
     """Copy a stream into a pipe; ends early and quietly when either side goes away."""
     loop = asyncio.get_running_loop()
-    os.set_blocking(writer, False)
+    descriptor = writer.fileno()
+    os.set_blocking(descriptor, False)
     try:
         async for piece in stream:
             view = memoryview(piece)
             while view:
                 try:
-                    view = view[os.write(writer, view) :]
+                    view = view[os.write(descriptor, view) :]
                 except BlockingIOError:
-                    await _writable(loop, writer)
+                    await _writable(loop, descriptor)
     except BrokenPipeError:
         return
     finally:
-        os.close(writer)
+        writer.close()
 
 
 async def _writable(loop: asyncio.AbstractEventLoop, descriptor: int) -> None:

@@ -271,7 +271,10 @@ class Uplink:
         ref = spec.ref
         where = quote(f"{ref.tenant}/{ref.name}/{ref.version}/{path}")
         try:
-            async with self._session.get(f"{self._url}/node/v1/origins/{where}") as answer:
+            # Without a limit on silence a control that hangs would hold the model's bytes for ever.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=ANSWER_TIMEOUT_S)
+            url = f"{self._url}/node/v1/origins/{where}"
+            async with self._session.get(url, timeout=timeout) as answer:
                 if answer.status != 200:
                     raise OriginUnavailable(f"{ref}: {path}: control answered {answer.status}")
                 async for piece in answer.content.iter_chunked(PIECE_BYTES):
