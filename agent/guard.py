@@ -24,6 +24,7 @@ from packer.http import (
     TIER_HEADER,
     ApiError,
     bearer_text,
+    enter,
     invalid_key,
 )
 from packer.types import KeySpec, Tier
@@ -69,6 +70,7 @@ def require_key(node: NodeFacade) -> Middleware:
         if key is None:
             raise invalid_key()
         request[KEY] = key
+        enter(request, key.tenant)
         return await handler(request)
 
     return check

@@ -30,6 +30,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from packer.crowd import SMALL_BYTES_MAX, Crowd, Crowded, in_time
 from packer.events import RefusalReason
 from packer.types import KIB, MIB, KeySpec, ModelSpec
 
@@ -76,6 +77,7 @@ RETRY_SECONDS_MAX = 120
 # When a refusal is worth retrying but nothing measured says when.
 RETRY_MS_DEFAULT = 1000
 
+OWNER: web.RequestKey[str] = web.RequestKey("owner", str)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 HEAD_SENT: web.RequestKey[bool] = web.RequestKey("head_sent", bool)
 
@@ -344,6 +346,35 @@ class BodyBudget:
             self._held.pop(owner, None)
 
 
+CROWD: web.AppKey[Crowd] = web.AppKey("crowd", Crowd)
+
+
+def enter(request: web.Request, owner: str) -> None:
+    """Count a request whose key is good as its owner's, until it is answered. Raises ``ApiError`` 429."""
+    try:
+        request.app[CROWD].enter(owner)
+    except Crowded as error:
+        raise _crowded(error) from None
+    request[OWNER] = owner
+
+
+def _crowded(error: Crowded) -> ApiError:
+    return ApiError(
+        429, error.code, error.message, kind="requests", retry_ms=RETRY_MS_DEFAULT, should_retry=True
+    )
+
+
+async def _send(request: web.Request, response: web.Response) -> None:
+    """Send a whole answer within the limits. Raises ``Crowded`` and ``ConnectionResetError``."""
+    crowd, transport = request.app[CROWD], request.transport
+    size = len(response.body) if isinstance(response.body, bytes | bytearray) else 0
+    if size <= SMALL_BYTES_MAX or transport is None:
+        return  # aiohttp sends it
+    with crowd.holding(request.get(OWNER, ""), size):
+        await response.prepare(request)
+        await in_time(transport, response.write_eof(), crowd.stall_seconds)
+
+
 def too_large(limit_bytes: int) -> ApiError:
     return ApiError(
         413,
@@ -397,8 +428,12 @@ def refuse_encoding(request: web.Request) -> None:
 Render = Callable[[web.Request, ApiError], web.Response]
 
 
-def protect(app: web.Application, render: Render) -> None:
-    """Install the guard on ``app``, outermost: every answer gets a request id, every error a body."""
+def protect(app: web.Application, render: Render, crowd: Crowd | None = None) -> None:
+    """Install the guard on ``app``, outermost: every answer gets a request id, every error a body.
+
+    Whoever checks keys tells by ``enter`` whose request it is.
+    """
+    app[CROWD] = crowd or Crowd()
     app.middlewares.insert(0, request_guard(render))
     app.on_response_prepare.append(_mark)
 
@@ -429,6 +464,19 @@ def request_guard(render: Render) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = new_request_id()
+        try:
+            response = await answer(request, handler)
+            if isinstance(response, web.Response) and not response.prepared:
+                try:
+                    await _send(request, response)
+                except Crowded as error:
+                    return render(request, _crowded(error))
+            return response
+        finally:
+            if OWNER in request:
+                request.app[CROWD].leave(request[OWNER])
+
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             refuse_encoding(request)
             return await handler(request)

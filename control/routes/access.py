@@ -30,6 +30,7 @@ from packer.http import (
     bearer_text,
     check_key,
     decode_json,
+    enter,
     invalid_key,
     openai_response,
     parse_key,
@@ -95,6 +96,8 @@ def add_routes(app: web.Application, control: Control, routes: Sequence[Route]) 
 def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def handler(request: web.Request) -> web.StreamResponse:
         caller = identify(control, request, route.access)
+        if route.access is not Access.OPEN:
+            enter(request, caller.owner)
         try:
             if not route.stays:
                 return await route.handle(control, request, caller)

@@ -25,6 +25,7 @@ from control import cluster as fleet
 from control.routes.access import Access, Caller, Route
 from control.state import Control
 from packer.http import (
+    CROWD,
     JSON_BYTES_MAX,
     PASSED_HEADERS,
     REQUEST_ID_HEADER,
@@ -226,11 +227,23 @@ async def _pass_on(request: web.Request, node: str, answer: aiohttp.ClientRespon
     await response.prepare(request)
     try:
         async for piece in answer.content.iter_any():
-            await response.write(piece)
+            await _write(request, response, piece)
     except (aiohttp.ClientError, TimeoutError) as error:
         await _break_off(response, node, error)
     await response.write_eof()
     return response
+
+
+async def _write(request: web.Request, response: web.StreamResponse, piece: bytes) -> None:
+    """A caller that does not read would keep the node's answer, and a place here, for ever."""
+    stall_seconds = request.app[CROWD].stall_seconds
+    try:
+        async with asyncio.timeout(stall_seconds):
+            await response.write(piece)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError(f"the caller took nothing for {stall_seconds:g} s") from None
 
 
 async def _break_off(response: web.StreamResponse, node: str, error: Exception) -> None:
