@@ -133,7 +133,10 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Spawn(msgspec.Struct, frozen=True, tag=True):
-    """Fork a worker. Descriptors: its orders socket, its data socket."""
+    """Fork a worker. Descriptors: its orders socket, its data socket.
+
+    ``heap_bytes``: private memory it may take beyond what it is born with; 0: no limit.
+    """
 
     id: int
     tenant: str
@@ -141,6 +144,7 @@ class Spawn(msgspec.Struct, frozen=True, tag=True):
     kind: str
     uuid: str
     compute_threads: int
+    heap_bytes: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

@@ -123,7 +123,7 @@ class Nursery:
             self._sock.detach()
             orders, data = fds
             _close_all_but({0, 1, _STDIO, orders, data})
-            _confine()
+            _confine(order.heap_bytes)
             private = self._private / str(os.getpid())
             private.mkdir(mode=0o700)
             from agent import worker
@@ -147,8 +147,8 @@ def _close_all_but(kept: set[int]) -> None:
     os.closerange(start, os.sysconf("SC_OPEN_MAX"))
 
 
-def _confine() -> None:
-    """What holds for every worker whatever it runs later."""
+def _confine(heap_bytes: int) -> None:
+    """What holds for every worker whatever it runs later. ``heap_bytes`` 0: no limit of its own."""
     import resource
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -159,8 +159,21 @@ def _confine() -> None:
     libc.prctl(_PR_SET_NAME, b"bunk-worker", 0, 0, 0)
     # A core file would hold a tenant's weights, prompts and keys.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if heap_bytes:
+        # Private writable memory only: weights lie in shared mappings, which the ledger counts. Without
+        # this a hostile configuration, tokenizer or chat template takes the whole machine's memory.
+        limit = _data_bytes() + heap_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+
+
+def _data_bytes() -> int:
+    """What this process already has of the memory that RLIMIT_DATA limits."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 # --- private memory directories --------------------------------------------------------------------

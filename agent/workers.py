@@ -27,6 +27,7 @@ from typing import TypeVar
 import msgspec
 
 from agent.devices import DeviceConfig
+from agent.due import Due
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import (
     LENGTHS_BYTES,
@@ -64,7 +65,7 @@ from agent.frames import (
     send_datagram,
     wire_spec,
 )
-from packer.types import MIB, ModelRef, ModelSpec, Tier
+from packer.types import GIB, MIB, ModelRef, ModelSpec, Tier
 
 log = logging.getLogger("bunk.workers")
 
@@ -80,6 +81,9 @@ BUFFERED_BYTES_MAX = 64 * MIB
 # in a row must be missed: after a pause of the whole machine the first is, through no fault of its own.
 PULSE_S = 10.0
 PULSES_MISSED_MAX = 3
+# Private memory of a worker on a cpu device beside the device's budget, which its workspace is counted in:
+# parked skeletons (16 of 100 MiB at most), the stacks of its threads and the scratch of restores.
+HEAP_BYTES_MAX = 4 * GIB
 # What the nursery's environment keeps of the agent's: nothing that may be a secret of the operator.
 _ENVIRONMENT_KEPT = (
     "PATH",
@@ -160,6 +164,11 @@ def _environment() -> dict[str, str]:
     return {**_ENVIRONMENT_DEFAULTS, **kept, **_ENVIRONMENT_SET, "PYTHONPATH": code}
 
 
+def _heap_bytes(device: DeviceConfig) -> int:
+    """How much private memory a worker may take. On a GPU the driver maps what no limit foresees."""
+    return device.budget_bytes + HEAP_BYTES_MAX if device.kind == "cpu" else 0
+
+
 async def _send(sock: socket.socket, message: Message, fds: Sequence[int], lock: asyncio.Lock) -> None:
     """Send on a non-blocking SOCK_SEQPACKET socket. The descriptors stay open here."""
     loop = asyncio.get_running_loop()
@@ -212,6 +221,7 @@ class WorkerHandle:
         self._ids = itertools.count(1)
         self._replies: dict[int, asyncio.Future[Done]] = {}
         self._answers: dict[int, _Answer] = {}
+        self._due = Due()
         self._buffered_bytes = 0
         self._room = asyncio.Event()
         self._room.set()
@@ -292,7 +302,7 @@ class WorkerHandle:
         await self._order(number, Ping(number), [])
 
     async def _feel_pulse(self) -> None:
-        """Kill a process that does not run any more, so that nobody waits for it for ever."""
+        """Kill a process that does not run any more or is stuck, so that nobody waits for it for ever."""
         missed = 0
         while missed < PULSES_MISSED_MAX:
             ping = asyncio.create_task(self.ping())
@@ -302,6 +312,10 @@ class WorkerHandle:
                 missed = 0 if ping.done() else missed + 1
                 ping.cancel()
                 await asyncio.gather(ping, return_exceptions=True)
+            if stuck_s := self._due.stuck_s(asyncio.get_running_loop().time()):
+                log.error("worker %d of %s: %d s in one request; killing it", self.pid, self.tenant, stuck_s)
+                self.kill()
+                return
         log.error("worker %d of %s hangs: %d pings unanswered; killing it", self.pid, self.tenant, missed)
         self.kill()
 
@@ -340,9 +354,12 @@ class WorkerHandle:
         answer = self._answers[number] = _Answer()
         try:
             run = Run(number, str(ref), request.op, encode_value(request.fields))
+            loop = asyncio.get_running_loop()
             try:
+                self._due.asked(number, loop.time())
                 await self._write(run)
             except BadFrame as error:
+                self._due.heard(number, True, loop.time())  # it was never sent
                 raise EngineError("invalid_request", str(error)) from None
             while True:
                 for frame, body in self._taken(answer):
@@ -366,6 +383,7 @@ class WorkerHandle:
                 pass  # hands their room back
             if not answer.ended and not self.died.is_set() and self._writer is not None:
                 self._writer.writelines(encode_frame(Cancel(number)))
+                self._due.left(number, asyncio.get_running_loop().time())
 
     def _taken(self, answer: _Answer) -> list[tuple[FromWorker, bytes]]:
         """Everything that has arrived for a caller."""
@@ -392,6 +410,7 @@ class WorkerHandle:
                 lengths = decode_lengths(await reader.readexactly(LENGTHS_BYTES))
                 frame = decode(from_worker_decoder, await reader.readexactly(lengths[0]))
                 body = await reader.readexactly(lengths[1])
+                self._due.heard(frame.id, not isinstance(frame, Piece), asyncio.get_running_loop().time())
                 answer = self._answers.get(frame.id)
                 if answer is None:
                     continue  # its caller has left
@@ -508,7 +527,9 @@ class Nursery:
         self._spawning[number] = spawned
         handle = WorkerHandle(tenant, device, orders, data)
         try:
-            order = Spawn(number, tenant, device.device, device.kind, device.uuid, self._threads)
+            order = Spawn(
+                number, tenant, device.device, device.kind, device.uuid, self._threads, _heap_bytes(device)
+            )
             await _send(self._sock, order, [their_orders.fileno(), their_data.fileno()], self._lock)
             pid, pidfd = await asyncio.wait_for(spawned, SPAWN_TIMEOUT_S)
         except (OSError, TimeoutError, WorkerDead) as error:
