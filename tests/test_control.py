@@ -373,6 +373,19 @@ async def test_a_node_joins_over_mutual_tls_and_is_listed(control: Running, tmp_
     assert item["devices"][0]["budget_bytes"] == 96 << 20
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+async def test_a_gateway_on_all_addresses_is_called_where_its_node_dials_from(
+    control: Running, tmp_path: Path, host: str
+) -> None:
+    """0.0.0.0 would be control's own machine, on which nobody or somebody else listens."""
+    node = await control.join("n1", f"http://{host}:7777")
+    (item,) = (await control.call("GET", "/api/v1/nodes")).json()["items"]
+    assert item["gateway_url"] == "http://127.0.0.1:7777"
+    await node.beat(tmp_path)
+    (item,) = (await control.call("GET", "/api/v1/nodes")).json()["items"]
+    assert (item["state"], item["gateway_url"]) == ("up", "http://127.0.0.1:7777")
+
+
 async def test_a_join_can_be_repeated_by_the_same_key_only(control: Running) -> None:
     token = (await control.call("POST", "/api/v1/nodes/tokens", {})).json()["token"]
     node = FakeNode(control.bound.node_url, "n1", "http://127.0.0.1:9")

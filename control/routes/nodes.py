@@ -8,6 +8,7 @@ Does not cover: certificates and who may redeem a token (``control.authority``),
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -184,6 +185,7 @@ async def join(control: Control, request: web.Request, caller: Caller) -> web.Re
         ask = _decode(body, JoinAsk)
     node = parse_node(ask.name)
     check_gateway_url(ask.gateway_url)
+    gateway_url = dialled_gateway_url(ask.gateway_url, request.remote)
     try:
         csr = control.authority.read_request(ask.csr_pem)
     except BadCertificateRequest as error:
@@ -208,10 +210,10 @@ async def join(control: Control, request: web.Request, caller: Caller) -> web.Re
                 507, "too_many_nodes", f"There are {NODES_MAX} nodes, the limit; remove one first."
             )
         assert token is not None  # a token that is absent was refused above
-        row = known or NodeRow(node, secrets.token_hex(8), key_sha256, ask.gateway_url, wall_ms())
+        row = known or NodeRow(node, secrets.token_hex(8), key_sha256, gateway_url, wall_ms())
         used = replace(token, used_key_sha256=key_sha256, used_node=node)
-        await control.write([PutToken(used), PutNode(replace(row, gateway_url=ask.gateway_url))])
-        joined = fleet.NodeJoined(node, ask.gateway_url)
+        await control.write([PutToken(used), PutNode(replace(row, gateway_url=gateway_url))])
+        joined = fleet.NodeJoined(node, gateway_url)
         control.act(fleet.step(control.cluster, joined, control.now_ms()))
     control.record("node_joined", detail=f"{node} from {request.remote}, token {token.token_id}")
     return _certificate_answer(control, control.authority.issue_node(csr, node), node)
@@ -256,6 +258,23 @@ def check_gateway_url(url: str) -> None:
         raise wrong
 
 
+def dialled_gateway_url(url: str, peer: str | None) -> str:
+    """``url``, with the address that the node dials from in place of "all addresses of this machine".
+
+    An agent that listens on 0.0.0.0 can not know under which address others reach it; the address that
+    its own connection comes from is the likeliest. ``--advertise-url`` says another one.
+    """
+    parts = urlsplit(url)
+    try:
+        if peer is None or not ipaddress.ip_address(parts.hostname or "").is_unspecified:
+            return url
+        host = ipaddress.ip_address(peer.partition("%")[0])
+    except ValueError:
+        return url  # a name, or a connection that has no address
+    port = f":{parts.port}" if parts.port is not None else ""
+    return f"{parts.scheme}://{f'[{host}]' if host.version == 6 else host}{port}"
+
+
 def _row(caller: Caller) -> NodeRow:
     assert caller.node is not None  # Access.NODE gives every handler one
     return caller.node
@@ -286,7 +305,9 @@ async def beat(control: Control, request: web.Request, caller: Caller) -> web.Re
                 503, "records_full", "Too many records wait to be stored.", retry_ms=RETRY_RECORDS_MS
             ) from None
     waits = message.wait_ms > 0 and not control.stopping
-    due = control.hear(fleet.NodeBeat(row.node, message.report, message.have_epoch, message.have_seq, waits))
+    url = dialled_gateway_url(message.report.gateway_url, request.remote)
+    report = replace(message.report, gateway_url=url)
+    due = control.hear(fleet.NodeBeat(row.node, report, message.have_epoch, message.have_seq, waits))
     if waits and not due:
         due = await control.poll(row.node, min(message.wait_ms, POLL_MS_MAX))
     current = control.catalog.nodes.get(row.node)
