@@ -41,6 +41,9 @@ from packer.http import ApiError, json_response
 from packer.layout import BadHeader
 from packer.types import BadValue, ModelName, ModelRef, ModelSpec, OriginFile, parse_model
 
+# A directory whose content is not acceptable: sending the same again can not help.
+REFUSED_CODE = "model_refused"
+
 
 class OriginAsk(msgspec.Struct, forbid_unknown_fields=True):
     name: str
@@ -98,7 +101,7 @@ async def examine_off_loop(
             return await asyncio.to_thread(examine, directory, declared)
         except (BadDirectory, BadHeader) as error:
             path = error.path if isinstance(error, BadDirectory) else error.file
-            raise ApiError(422, "model_refused", str(error), field=path) from None
+            raise ApiError(422, REFUSED_CODE, str(error), field=path) from None
         except WrongDigest as error:
             if spoiled is not None:
                 await asyncio.to_thread(spoiled, error.path)
@@ -158,7 +161,7 @@ async def register(control: Control, request: web.Request, caller: Caller) -> we
     try:
         url, directory = await asyncio.to_thread(open_origin, ask.origin, control.config.origin_roots)
     except BadDirectory as error:
-        raise ApiError(422, "model_refused", str(error), field=error.path) from None
+        raise ApiError(422, REFUSED_CODE, str(error), field=error.path) from None
     examined = await examine_off_loop(control, directory)
     spec = new_spec(ModelRef(tenant, name, manifest_digest(examined.files)), url, examined, wall_ms())
     async with control.writing:

@@ -31,7 +31,7 @@ from control.catalog import (
 )
 from control.model_store import ModelStoreError, PartFiles, check_names
 from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
-from control.routes.models import check_room, examine_off_loop, model_answer, new_spec, own_name
+from control.routes.models import REFUSED_CODE, check_room, examine_off_loop, model_answer, new_spec, own_name
 from control.state import Control, wall_ms
 from packer.directory import FILES_MAX, BadDirectory, manifest_digest
 from packer.http import ApiError, json_response
@@ -105,7 +105,7 @@ async def declare(control: Control, request: web.Request, caller: Caller) -> web
 
 
 def refused_directory(error: BadDirectory) -> ApiError:
-    return ApiError(422, "model_refused", str(error), field=error.path)
+    return ApiError(422, REFUSED_CODE, str(error), field=error.path)
 
 
 def _find_open(control: Control, tenant: str, name: str, version: str) -> UploadRow | None:
@@ -125,7 +125,7 @@ def _check_limits(control: Control, row: UploadRow) -> None:
             429,
             "too_many_uploads",
             f"{len(waiting)} uploads of this tenant are open, the limit is {UPLOADS_PER_TENANT_MAX}; "
-            "commit or delete one first.",
+            "run an interrupted push to its end, or delete one first (DELETE /api/v1/uploads/ID).",
             should_retry=False,
         )
     if row.ref in control.catalog.models:
@@ -374,7 +374,12 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
     def spoiled(path: str) -> None:
         parts[path].unlink(missing_ok=True)
 
-    examined = await examine_off_loop(control, PartFiles(parts), declared, spoiled)
+    try:
+        examined = await examine_off_loop(control, PartFiles(parts), declared, spoiled)
+    except ApiError as error:
+        if error.code == REFUSED_CODE:
+            await _drop(control, row)
+        raise
     try:
         await asyncio.to_thread(control.models.put, row.ref, parts)
         spec = new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms())
@@ -409,6 +414,17 @@ def _touch(parts: Sequence[Path]) -> None:
             part.touch(mode=0o600)
         except FileNotFoundError:
             return  # the upload was deleted; reading it says so
+
+
+async def _drop(control: Control, row: UploadRow) -> None:
+    """Forget an upload whose content is refused: its digests are fixed, so it can never become a version.
+
+    Kept, it would hold its bytes and one of the tenant's open uploads until it is swept.
+    """
+    async with control.writing:
+        if row.upload_id in control.catalog.uploads:
+            await control.write([DropUpload(row.upload_id)])
+    control.forget_upload(row.upload_id)
 
 
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:

@@ -190,6 +190,16 @@ async def test_open_uploads_are_bounded(control: Running) -> None:
     assert str(UPLOADS_PER_TENANT_MAX) in answers[-1].error["message"]
 
 
+async def test_a_refused_upload_frees_its_place_and_its_bytes(control: Running) -> None:
+    """More refusals than uploads may be open, and a good one after them passes."""
+    config = json.dumps({"architectures": ["EvilModel"]}).encode()
+    for seed in range(UPLOADS_PER_TENANT_MAX + 1):
+        answer = await committed(control, dict(model_files(seed), **{"config.json": config}))
+        assert (answer.status, answer.error["code"]) == (422, "model_refused")
+    assert control.server.control.catalog.uploads == {}
+    assert (await committed(control, model_files())).status == 201
+
+
 # --- bytes ----------------------------------------------------------------------------------------
 
 
