@@ -24,8 +24,12 @@ def main() -> None:
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     try:
         asyncio.run(serve(config))
-    except (AlreadyRunning, StoreUnavailable, OSError) as error:
+    except AlreadyRunning as error:
         print(f"bunk-control: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (StoreUnavailable, OSError) as error:
+        # A taken port, or a directory that is full or not ours: not every library says which one.
+        print(f"bunk-control: can not run with --data-dir {config.data_dir}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -7,6 +7,7 @@ Covers: options, their defaults and their checks. Does not cover: limits that no
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,16 @@ def parse_address(text: str, field: str) -> Address:
     return Address(host, int(port))
 
 
+def _origin_root(root: str) -> str:
+    """A root as it is written. A directory that is not there is a typing error, found at the start."""
+    path = root.removeprefix("file://")
+    if "://" not in path and not os.path.isdir(path):
+        raise BadValue(
+            "--origin-root", f"{root[:80]!r} is not a directory: create it, or leave the option out"
+        )
+    return root
+
+
 def parse_config(arguments: Sequence[str]) -> Config:
     """Parse the arguments of ``bunk-control``; exits with status 2 and a message when they are wrong."""
     parser = argparse.ArgumentParser(prog="bunk-control", description="Bunkhouse's control server.")
@@ -96,7 +107,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
             listen=parse_address(given.listen, "--listen"),
             node_listen=parse_address(given.node_listen, "--node-listen"),
             ready_file=given.ready_file,
-            origin_roots=tuple(given.origin_root),
+            origin_roots=tuple(_origin_root(root) for root in given.origin_root),
             node_hosts=tuple(given.node_host),
             tenant_store_bytes=parse_bytes(given.tenant_store_bytes, "--tenant-store-bytes"),
         )

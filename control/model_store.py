@@ -173,7 +173,7 @@ def open_origin(url: str, roots: Sequence[str]) -> tuple[str, Directory]:
     segments = unquote(parts.path).split("/")
     allowed = [root.rstrip("/") for root in roots if "://" in root]
     if ".." in segments or not any(plain == root or plain.startswith(root + "/") for root in allowed):
-        raise BadValue("origin", f"{url[:80]!r} is not below an --origin-root of this control server")
+        raise BadValue("origin", f"{url[:80]!r} {_origin_way_out(parts.scheme)}")
     try:
         return plain, StoredDirectory(from_url(plain))
     except Exception as error:  # obstore raises several unrelated types for a URL it can not use
@@ -181,11 +181,7 @@ def open_origin(url: str, roots: Sequence[str]) -> tuple[str, Directory]:
 
 
 def _open_file_origin(path: str, host: str, roots: Sequence[str]) -> tuple[str, Directory]:
-    outside = BadValue(
-        "origin",
-        "is not below an --origin-root of this control server; start it with --origin-root DIR to allow "
-        "file:// origins below DIR, or push the directory instead",
-    )
+    outside = BadValue("origin", f"{path[:ORIGIN_URL_CHARS_MAX]!r} {_origin_way_out('file')}")
     if host not in ("", "localhost") or not path.startswith("/") or "\0" in path:
         raise outside
     real = os.path.realpath(path)
@@ -193,9 +189,18 @@ def _open_file_origin(path: str, host: str, roots: Sequence[str]) -> tuple[str, 
     if not any(os.path.commonpath((real, root)) == root for root in allowed):
         raise outside
     if not os.path.isdir(real):
-        raise BadValue("origin", "is not a directory on the control server")
+        raise BadValue("origin", f"{path!r} is not a directory on the control server's machine")
     _refuse_links(real)
     return Path(real).as_uri(), StoredDirectory(LocalStore(prefix=real))
+
+
+def _origin_way_out(scheme: str) -> str:
+    if not scheme:
+        return "is not a URL: for a directory of the control server's machine write file:///its/path"
+    outside = "is not below an --origin-root of this control server; "
+    if scheme == "file":
+        outside += "start it with --origin-root DIR to allow file:// origins below DIR, or "
+    return outside + "push the directory instead"
 
 
 def _is_folder_root(root: str) -> bool:

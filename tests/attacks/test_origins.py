@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from running_control import Answer, Running, model_files, running
 
+from control.config import parse_config
 from control.model_store import ModelStoreError, StoredDirectory, examine, open_origin
 from packer.types import BadValue
 
@@ -111,6 +112,27 @@ async def test_without_roots_no_origin_can_be_registered(tmp_path: Path) -> None
         )
         assert (answer.status, answer.error["field"]) == (400, "origin")
         assert "--origin-root" in answer.error["message"]
+
+
+def test_a_refused_origin_is_named_with_the_way_out(tmp_path: Path) -> None:
+    for url, words in (
+        ("/models/m", "write file:///"),
+        ("file:///models/m", "--origin-root DIR"),
+        ("s3://bucket/m", "push the directory instead"),
+        ((tmp_path / "none").as_uri(), "not a directory on the control server"),
+    ):
+        with pytest.raises(BadValue, match=words) as refusal:
+            open_origin(url, [str(tmp_path)])
+        assert repr(url.removeprefix("file://")) in str(refusal.value)
+
+
+def test_an_origin_root_that_is_not_there_is_said_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_config(["serve", "--data-dir", str(tmp_path), "--origin-root", str(tmp_path / "none")])
+    assert ended.value.code == 2
+    assert "--origin-root" in capsys.readouterr().err
 
 
 def test_url_prefixes_are_compared_by_segment() -> None:
