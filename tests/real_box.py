@@ -77,6 +77,10 @@ class Process:
     def log(self) -> str:
         return "".join(self._lines[-60:])
 
+    def whole_log(self) -> str:
+        """Every line so far."""
+        return "".join(self._lines)
+
     def kill(self) -> None:
         self.handle.send_signal(signal.SIGKILL)
         self.handle.wait(PATIENCE_S)
@@ -180,12 +184,14 @@ class Box:
 
 
 @contextmanager
-def running_box(folder: Path) -> Iterator[Box]:
-    """A started box; everything is stopped on leaving."""
-    box = Box(folder)
+def running_box(
+    folder: Path, devices: tuple[str, ...] = ("cpu:48MiB", "cpu:48MiB"), more: tuple[str, ...] = ()
+) -> Iterator[Box]:
+    """A started box, its agent with ``more`` options; everything is stopped on leaving."""
+    box = Box(folder, devices)
     try:
         box.start_control()
-        box.start_agent()
+        box.start_agent(*more)
         yield box
     finally:
         box.close()
