@@ -202,17 +202,16 @@ class RunningNode:
 
     @contextmanager
     def _journal_may_fail(self) -> Iterator[None]:
-        """Serve on without the journal; say once that it fails, and once that it works again."""
+        """Serve on without the journal; say once that it fails, until it has taken records again.
+
+        On a full disk small writes go on working by chance, so nothing else says that it is over.
+        """
         try:
             yield
         except JournalFailed as error:
             if not self._journal_failing:
                 log.error("%s; serving on, but what happens now is forgotten at a restart", error)
             self._journal_failing = True
-        else:
-            if self._journal_failing:
-                log.info("the journal works again")
-            self._journal_failing = False
 
     def _apply(self, plan: Plan) -> None:
         was_draining = self.draining
@@ -316,10 +315,9 @@ class RunningNode:
         return [tenant.tenant for tenant in (self._plan.tenants if self._plan else ())]
 
     async def spooled(self, limit: int) -> tuple[Record, ...]:
-        records: tuple[Record, ...] = ()
-        with self._journal_may_fail():
-            records = await self._journal.call(self._journal.journal.spooled, limit)
-        return records  # noqa: RET504  # empty when the journal failed
+        with suppress(JournalFailed):
+            return await self._journal.call(self._journal.journal.spooled, limit)
+        return ()
 
     async def acknowledge(self, acked_seq: int) -> None:
         with self._journal_may_fail():
@@ -348,7 +346,11 @@ class RunningNode:
             spooled = True
         if not spooled:
             self.counters.put_back(records)
-        elif self.uplink is not None:
+            return
+        if self._journal_failing:
+            log.info("the journal works again")
+            self._journal_failing = False
+        if self.uplink is not None:
             self.uplink.changed()
 
     async def _fetch(self, spec: ModelSpec, path: str) -> AsyncIterator[bytes]:
