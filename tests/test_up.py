@@ -247,6 +247,7 @@ def test_a_child_that_dies_later_ends_the_other_too(start: Start, name: str) -> 
     code, said = up.end()
     assert code == 1
     assert f"bunk-{name} was killed by SIGKILL" in said
+    assert "start `bunk up` again" in said
     assert all(gone(pid) for pid in pids)
 
 
@@ -290,6 +291,37 @@ def test_a_second_up_on_the_same_data_is_refused(start: Start) -> None:
     other.ready()
 
 
+def test_a_second_stack_leaves_the_commands_to_the_first(start: Start, tmp_path: Path) -> None:
+    """It says how to reach itself, and its end does not leave the first without its context."""
+    first = start().ready()
+    context = tmp_path / "config" / "bunkhouse" / "context.json"
+    second = start(data_dir="second")
+    ready = second.ready()
+    assert json.loads(context.read_text())["url"] == first["url"]
+    second.process.send_signal(signal.SIGTERM)
+    _, said = second.end()
+    assert f"stay with {first['url']}" in said
+    assert f"--url {ready['url']} --key-file {ready['operator_key_file']}" in said
+    assert json.loads(context.read_text())["url"] == first["url"]
+
+
+def test_the_context_of_a_stack_that_was_killed_is_replaced(start: Start, tmp_path: Path) -> None:
+    killed = start()
+    pids = pids_of(killed, killed.ready())
+    killed.process.kill()
+    assert all(gone(pid) for pid in pids[:2])
+    os.kill(pids[2], signal.SIGKILL)  # as above
+    second = start(data_dir="second").ready()
+    context = json.loads((tmp_path / "config" / "bunkhouse" / "context.json").read_text())
+    assert context["url"] == second["url"]
+
+
+def test_a_data_directory_that_is_a_file_is_said(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, said = start(data_dir="file").end()
+    assert (code, "is not a directory: choose another --data-dir" in said) == (1, True)
+
+
 def test_the_tenants_key_is_kept_over_restarts_while_it_is_valid(start: Start) -> None:
     up = start()
     up.ready()
@@ -315,8 +347,9 @@ def test_a_taken_port_is_said_before_anything_starts(start: Start) -> None:
     assert code == 1
     assert "cannot listen on 127.0.0.1:" in said
     assert "port 0" in said
-    code, said = start("--listen", "nonsense").end()
-    assert (code, "write HOST:PORT" in said) == (1, True)
+    for option in ("--listen", "--node-listen", "--agent-listen"):
+        code, said = start(option, "nonsense").end()
+        assert (code, f"{option} nonsense: write HOST:PORT" in said) == (1, True)
 
 
 def test_missing_servers_are_named(start: Start) -> None:

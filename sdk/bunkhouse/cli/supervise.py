@@ -125,7 +125,9 @@ class Child:
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
         tail = self.tail()
         said = f"; the end of {self.log}:\n{tail}" if tail else f" and wrote nothing to {self.log}"
-        return f"{self.name} {how}{said}"
+        # Nothing that was acknowledged is lost when a process is killed.
+        again = "\nstart `bunk up` again: it goes on with what it had" if code < 0 else ""
+        return f"{self.name} {how}{said}{again}"
 
     def tail(self) -> str:
         """The last lines that this process wrote."""

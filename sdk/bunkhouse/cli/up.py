@@ -25,7 +25,7 @@ import click
 
 from bunkhouse._errors import BunkhouseError, Conflict, Unreachable
 from bunkhouse.cli.api import EXIT_FAILED, output_option, report, reported
-from bunkhouse.cli.context import Context, remove_context, write_context
+from bunkhouse.cli.context import Context, read_context, remove_context, write_context
 from bunkhouse.cli.private import BadFile, read_private, write_private
 from bunkhouse.cli.tables import Output
 
@@ -146,7 +146,9 @@ def _run(wanted: Wanted, out: Output) -> int:
     try:
         _make_directories(wanted)
         lock = DataDirLock(wanted.data_dir / "up.lock")
-        _check_port(wanted.listen, UpFailed)
+        _check_port("--listen", wanted.listen, UpFailed)
+        _check_port("--node-listen", wanted.node_listen, UpFailed)
+        _check_port("--agent-listen", wanted.agent_listen, UpFailed)
         supervisor = Supervisor(wanted.data_dir / "logs", lock)
         _serve(wanted, supervisor, out)
     except StopAsked:
@@ -174,22 +176,25 @@ def _make_directories(wanted: Wanted) -> None:
     for directory in (wanted.data_dir, wanted.data_dir / "logs", wanted.run_dir):
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:
+            raise BadFile(f"{directory} is not a directory: choose another --data-dir") from None
         except OSError as error:
-            raise BadFile(f"cannot create {directory}: {error.strerror}") from None
+            hint = "make it yours to write, or choose another --data-dir"
+            raise BadFile(f"cannot create {directory}: {error.strerror}; {hint}") from None
 
 
-def _check_port(listen: str, failure: type[Exception]) -> None:
+def _check_port(option: str, listen: str, failure: type[Exception]) -> None:
     """A taken port is the most common reason not to start; say so before anything is started."""
     host, colon, port = listen.rpartition(":")
     if not colon or not port.isdecimal() or int(port) > 65_535:
-        raise failure(f"--listen {listen}: write HOST:PORT, for example {LISTEN_DEFAULT}")
+        raise failure(f"{option} {listen}: write HOST:PORT, for example {LISTEN_DEFAULT}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host.strip("[]"), int(port)))
         except OSError as error:
-            hint = "choose another, or port 0 for a free one"
+            hint = f"choose another with {option}, or port 0 for a free one"
             raise failure(f"cannot listen on {listen} ({error.strerror}): {hint}") from None
 
 
@@ -223,20 +228,51 @@ def _serve(wanted: Wanted, supervisor: Supervisor, out: Output) -> None:
         pids={"up": os.getpid(), "control": control.pid, "agent": agent.pid},
     )
     context = Context(url, str(wanted.operator_key_file))
-    try:
-        write_context(context)
-    except BadFile as error:
-        _note(out, f"warning: other terminals will need --url and --key-file: {error}")
+    found = _leave_context(context, out)
     try:
         if wanted.ready_file is not None:
             write_private(wanted.ready_file, json.dumps(asdict(ready)) + "\n")
-        out.document(ready, _announcement(ready, operator_key, tenant_key))
+        out.document(ready, _announcement(ready, operator_key, tenant_key, found))
         sys.stdout.flush()
         supervisor.watch()
     finally:
         remove_context(context)
         if wanted.ready_file is not None:
             wanted.ready_file.unlink(missing_ok=True)
+
+
+def _leave_context(context: Context, out: Output) -> bool:
+    """Whether the commands in other terminals will find this stack.
+
+    A stack that runs already keeps them: a second one must not take them over, nor leave them with
+    nothing when it ends.
+    """
+    try:
+        other = _other_context(context)
+        if other is None:
+            write_context(context)
+            return True
+        _note(out, f"warning: commands in other terminals stay with {other.url}, which runs too")
+    except BadFile as error:
+        _note(out, f"warning: other terminals will need --url and --key-file: {error}")
+    return False
+
+
+def _other_context(context: Context) -> Context | None:
+    """The context of another stack, if its server answers."""
+    from bunkhouse._client import Client
+    from bunkhouse._retry import RetryPolicy
+
+    try:
+        other = read_context()
+        if other is None or other.key_file == context.key_file:
+            return None
+        key = read_private(Path(other.key_file)).strip()
+        with Client(other.url, key, timeout_s=CALL_TIMEOUT_S, retry=RetryPolicy(tries_max=1)) as client:
+            client.nodes()
+    except (BadFile, BunkhouseError):
+        return None
+    return other
 
 
 def _start_control(wanted: Wanted, supervisor: Supervisor) -> tuple[Child, dict[str, str]]:
@@ -326,7 +362,8 @@ def _expired(expires_ms: int | None) -> bool:
     return expires_ms is not None and expires_ms <= time.time() * 1000
 
 
-def _announcement(ready: Ready, operator_key: str, tenant_key: str) -> str:
+def _announcement(ready: Ready, operator_key: str, tenant_key: str, found: bool) -> str:
+    target = "" if found else f" --url {ready.url} --key-file {ready.operator_key_file}"
     return f"""\
 Bunkhouse is running.
 
@@ -336,5 +373,5 @@ Bunkhouse is running.
   tenant key    {tenant_key}   (tenant {ready.tenant})
   data          {ready.data_dir}
 
-In another terminal: bunk model push {ready.tenant}/my-model ./directory
+In another terminal: bunk model push {ready.tenant}/my-model ./directory{target}
 Press Ctrl-C to stop."""
