@@ -223,7 +223,8 @@ def test_exit_codes_follow_the_status(bunk: Bunk, control: FakeControl, status: 
     control.faults.append(Fault("GET", "/api/v1/ps", status, times=2, headers=headers, body={"error": error}))
     result = bunk("ps")
     assert (result.exit_code, result.stdout) == (code, "")
-    assert result.stderr == "error: f: words\ntry again in 7 s\n"
+    hint = "give a key with --key-file or BUNKHOUSE_API_KEY\n" if status == 401 else ""
+    assert result.stderr == f"error: f: words\n{hint}try again in 7 s\n"
     result = bunk("ps", "-o", "json")
     assert (result.exit_code, result.stdout) == (code, "")
     told = json.loads(result.stderr)["error"]
@@ -240,6 +241,18 @@ def test_an_unreachable_server_is_exit_code_6(
     result = bunk("ps", "--url", address, "--key-file", key_file, plain=True)
     assert result.exit_code == 6
     assert "cannot reach" in result.stderr
+    assert "`bunk up`" in result.stderr
+
+
+def test_an_interrupted_push_says_how_to_go_on(
+    bunk: Bunk, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bunkhouse._client.Client.push", interrupted)
+    result = bunk("model", "push", "acme/x", model_dir)
+    assert (result.exit_code, result.stderr) == (130, "run it again to go on from here\ninterrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,12 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (BadFile, EXIT_FAILED),
 )
 
+# What a person at a terminal can do, where the server or the SDK can not know that there is one.
+_HINTS: tuple[tuple[type[Exception], str], ...] = (
+    (_errors.AuthenticationFailed, "give a key with --key-file or BUNKHOUSE_API_KEY"),
+    (_errors.Unreachable, "is the server running (`bunk up`), and is it the right --url?"),
+)
+
 output_option = click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", help="Form of the output."
 )
@@ -70,6 +76,9 @@ def report(output: Output, error: Exception) -> None:
         click.echo(error_document(fields), err=True)
         return
     click.echo(printable(f"error: {error}"), err=True)
+    hint = next((text for kind, text in _HINTS if isinstance(error, kind)), None)
+    if hint is not None:
+        click.echo(hint, err=True)
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         click.echo(f"try again in {retry_after_s:.0f} s", err=True)

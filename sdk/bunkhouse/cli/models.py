@@ -77,8 +77,12 @@ def _model_push(
         pushed = client.register(name, origin)
     else:
         assert directory is not None
-        with _progress(quiet=out.json) as progress:
-            pushed = client.push(name, directory, progress, ignore=ignore)
+        try:
+            with _progress(quiet=out.json) as progress:
+                pushed = client.push(name, directory, progress, ignore=ignore)
+        except KeyboardInterrupt:
+            click.echo("run it again to go on from here", err=True)
+            raise
     out.document(pushed, f"{pushed.ref}  {pushed.task}, {size(pushed.image_bytes)} on a device")
 
 
