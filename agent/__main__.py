@@ -42,6 +42,8 @@ def main() -> None:
     except BadValue as error:
         print(f"bunk-agent: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
+    # Whatever this process or a worker writes is its own: packs, the journal, a dump of the ledger.
+    os.umask(0o077)
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s %(message)s"
     )

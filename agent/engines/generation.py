@@ -33,6 +33,8 @@ STOP_CHARS_MAX = 256
 MESSAGES_MAX = 4096
 TEMPERATURE_MAX = 100.0
 SEED_MAX = 2**63 - 1
+# Tokens are handed to torch as 64-bit numbers; no vocabulary comes near this.
+TOKEN_MAX = 2**31 - 1
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -69,7 +71,7 @@ def read_sampling(config: Mapping[str, object], fallback_end: Sequence[int]) -> 
     without sense are left at their defaults: they are advice, not part of the model."""
     declared = config.get("eos_token_id")
     ends = declared if isinstance(declared, list) else [declared]
-    end_tokens = tuple(token for token in ends if type(token) is int and token >= 0)
+    end_tokens = tuple(token for token in ends if type(token) is int and 0 <= token <= TOKEN_MAX)
     sampled = config.get("do_sample") is True
 
     def number(name: str, default: float, low: float, high: float) -> float:
@@ -83,7 +85,7 @@ def read_sampling(config: Mapping[str, object], fallback_end: Sequence[int]) -> 
         number("top_p", 1.0, 1e-6, 1.0) if sampled else 1.0,
         int(number("top_k", 0, 0, 1_000_000)) if sampled else 0,
         number("repetition_penalty", 1.0, 1e-3, 1e3),
-        end_tokens or tuple(fallback_end),
+        end_tokens or tuple(token for token in fallback_end if 0 <= token <= TOKEN_MAX),
     )
 
 

@@ -139,14 +139,24 @@ def _check_limits(control: Control, row: UploadRow) -> None:
             f"uploads = {held + row.declared_bytes}, the limit is {limit}; delete versions first.",
             should_retry=False,
         )
-    disk = os.statvfs(control.upload_dir)
     # Twice: the parts, and the copy that the commit makes before they go.
-    free, wanted = disk.f_bavail * disk.f_frsize, 2 * row.declared_bytes + DISK_FREE_BYTES_MIN
+    check_floor(control.upload_dir, 2 * row.declared_bytes)
+
+
+def check_floor(place: Path | int, nbytes: int) -> None:
+    """Refuse to write what would leave less than the floor free on control's disk.
+
+    Asked again at every write and at the commit: uploads that were each declared when there was room may
+    have none together, and other programs write as well.
+    """
+    disk = os.statvfs(place)
+    free, wanted = disk.f_bavail * disk.f_frsize, nbytes + DISK_FREE_BYTES_MIN
     if wanted > free:
         raise ApiError(
             507,
             "disk_full",
-            f"The upload needs {wanted} bytes free on control's disk, there are {free}.",
+            f"This needs {wanted} bytes free on control's disk ({DISK_FREE_BYTES_MIN} of them stay free), "
+            f"there are {free}; go on when the operator has made room.",
             should_retry=False,
         )
 
@@ -308,6 +318,7 @@ def _too_long(file: OriginFile) -> ApiError:
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
+    check_floor(descriptor, len(data))
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
@@ -381,6 +392,7 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
             await _drop(control, row)
         raise
     try:
+        await asyncio.to_thread(check_floor, control.upload_dir, row.declared_bytes)
         await asyncio.to_thread(control.models.put, row.ref, parts)
         spec = new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms())
         async with control.writing:

@@ -23,6 +23,7 @@ import pytest_asyncio
 from running_control import Answer, Running, declare, model_files, running, safetensors
 
 from control.catalog import UPLOADS_PER_TENANT_MAX
+from control.routes import uploads
 from packer.http import JSON_BYTES_MAX
 
 
@@ -447,3 +448,25 @@ async def test_random_requests_never_make_a_server_error(control: Running) -> No
         if answer.status >= 400 and answer.body:
             assert answer.error["message"], (method, path)
     assert (await control.call("GET", "/healthz")).status == 200
+
+
+async def test_the_floor_of_free_space_holds_for_bytes_that_arrive(
+    control: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uploads that were declared when there was room, and have none together, do not fill the disk."""
+    files = model_files()
+    upload = (await declared(control, files)).json()
+    path, data = "model.safetensors", files["model.safetensors"]
+    with monkeypatch.context() as full:
+        full.setattr(uploads, "DISK_FREE_BYTES_MIN", 2**62)
+        sent = await control.send_file(upload["upload_id"], path, 0, data)
+        assert (sent.status, sent.error["code"]) == (507, "disk_full")
+    for name, content in files.items():
+        assert (await control.send_file(upload["upload_id"], name, 0, content)).status == 204
+    commit = f"/api/v1/uploads/{upload['upload_id']}/commit"
+    with monkeypatch.context() as full:
+        full.setattr(uploads, "DISK_FREE_BYTES_MIN", 2**62)
+        answer = await control.call("POST", commit)
+        assert (answer.status, answer.error["code"]) == (507, "disk_full")
+    await nothing_became_visible(control)
+    assert (await control.call("POST", commit)).status == 201
