@@ -1,0 +1,80 @@
+"""Threat: a model or request that never ends or takes all memory, in a real worker.
+
+Covers: a tokenizer's expression that backtracks for ever after its caller has left, and a normaliser that
+makes a terabyte of four letters: only that tenant's process ends. Does not cover: chat templates
+(``test_model_programs``) or when a worker counts as stuck (``test_due``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from running_workers import DEVICE, PATIENCE_S
+from tiny_models import describe, opened, tiny_gpt2
+
+import agent.due
+import agent.workers
+from agent.facade import EngineError, EngineRequest
+from agent.workers import Nursery, WorkerDead, WorkerFailure, WorkerHandle
+from packer.types import MIB, ModelRef, ModelSpec, Task
+
+pytestmark = pytest.mark.processes
+
+
+@pytest_asyncio.fixture
+async def nursery(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nursery]:
+    monkeypatch.setattr(agent.due, "LEFT_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(agent.workers, "PULSE_S", 1.0)
+    monkeypatch.setattr(agent.workers, "HEAP_BYTES_MAX", 256 * MIB)
+    started = Nursery(threads=1)
+    await started.start()
+    yield started
+    await started.close()
+
+
+def tokenizer_with(directory: Path, **parts: Any) -> Path:
+    tiny_gpt2(directory)
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | parts))
+    return directory
+
+
+async def loaded(nursery: Nursery, tenant: str, directory: Path) -> tuple[WorkerHandle, ModelSpec]:
+    spec = describe(directory, ModelRef(tenant, "m", "0" * 16), Task.GENERATION)
+    worker = await nursery.spawn(tenant, DEVICE)
+    with opened(directory, spec) as descriptors:
+        await worker.load_origin(spec, descriptors)
+    return worker, spec
+
+
+async def generate(worker: WorkerHandle, spec: ModelSpec, prompt: str) -> int:
+    request = EngineRequest("generate", {"prompt": prompt, "max_tokens": 2})
+    return len([frame async for frame in worker.run(spec.ref, request)])
+
+
+async def test_a_worker_that_computes_for_nobody_is_ended(nursery: Nursery, tmp_path: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    evil, spec = await loaded(nursery, "evil", tokenizer_with(tmp_path / "evil", pre_tokenizer=split))
+    good, plain = await loaded(nursery, "acme", tiny_gpt2(tmp_path / "good"))
+    asked = asyncio.create_task(generate(evil, spec, "x" * 60))
+    await asyncio.wait({asked}, timeout=0.5)
+    assert not asked.done()
+    asked.cancel()
+    await asyncio.wait_for(evil.died.wait(), PATIENCE_S)
+    assert await generate(good, plain, "hello") >= 1
+    await good.close()
+
+
+async def test_a_worker_has_no_more_memory_than_its_heap(nursery: Nursery, tmp_path: Path) -> None:
+    tenfold = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    bomb = {"type": "Sequence", "normalizers": [tenfold] * 12}
+    evil, spec = await loaded(nursery, "evil", tokenizer_with(tmp_path / "evil", normalizer=bomb))
+    with pytest.raises((WorkerDead, WorkerFailure, EngineError)):
+        await asyncio.wait_for(generate(evil, spec, "aaaa"), PATIENCE_S)
+    await evil.close()

@@ -1,0 +1,144 @@
+"""A hostile tenant and a thief of the disk against a running box: control, agent, nursery and workers.
+
+Covers: a tokenizer that borrows a file of the node, packs changed and exchanged on disk, what packs show
+without their keys, who may read the files, secrets and prompts in processes, logs and events. Does not
+cover: every route and every path variant (``test_control_auth``, ``test_gateway_auth``,
+``test_gateway_paths``), and crashes (``test_crash``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from process_memory import children
+from real_box import PATIENCE_S, Box, running_box
+from tiny_models import tiny_classifier, tiny_gpt2, tiny_llama
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+
+PROMPT = "CANARY-prompt-that-nobody-may-keep"
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    folder = tmp_path_factory.mktemp("box")
+    with running_box(folder) as box:
+        for number, (tenant, make) in enumerate((("acme", tiny_gpt2), ("evil", tiny_gpt2))):
+            box.add_tenant(tenant)
+            box.tenant(tenant).push(f"{tenant}/gen", make(folder / f"{tenant}-gen", seed=number))
+        box.tenant("acme").push("acme/judge", tiny_classifier(folder / "judge"))
+        box.wait_planned(3)
+        yield box
+
+
+def ask(box: Box, tenant: str, route: str, **body: object) -> httpx2.Response:
+    return httpx2.post(
+        f"{box.gateway_url}/v1/{route}",
+        headers={"Authorization": f"Bearer {box.keys[tenant]}"},
+        json=body,
+        timeout=PATIENCE_S,
+    )
+
+
+def complete(box: Box, tenant: str) -> tuple[str, str]:
+    """(text, tier) of a completion that must succeed."""
+    answer = ask(
+        box, tenant, "completions", model=f"{tenant}/gen", prompt=PROMPT, max_tokens=8, temperature=0
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"], answer.headers["x-bunkhouse-tier"]
+
+
+def events(box: Box, count: int, kind: str) -> list[str]:
+    """Details of at least so many events of a kind; they reach control a moment after they happen."""
+    while True:
+        found = [item.detail for item in box.operator().events(limit=1000).items if item.kind == kind]
+        if len(found) >= count:
+            return found
+
+
+def test_no_model_shows_a_file_of_the_node(box: Box, tmp_path: Path) -> None:
+    """The operator's key as a vocabulary: its line was a token that the model could say."""
+    secret = box.folder / "control" / "operator.key"
+    directory = tiny_llama(tmp_path / "thief")
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        (directory / name).unlink(missing_ok=True)
+    settings = {"tokenizer_class": "BertTokenizer", "vocab": str(secret), "init_inputs": [str(secret)]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    box.tenant("evil").push("evil/thief", directory)
+    box.wait_planned(4)
+    answer = ask(box, "evil", "completions", model="evil/thief", prompt=[0, 0, 0], max_tokens=8)
+    assert secret.read_text().strip() not in answer.text
+    said = "".join(
+        str(ask(box, "evil", "completions", model="evil/thief", prompt=[0]).text) for _ in range(3)
+    )
+    assert "bk_" not in said
+
+
+def test_processes_logs_and_events_hold_no_secret_and_no_prompt(box: Box) -> None:
+    for tenant in ("acme", "evil"):
+        complete(box, tenant)
+    assert box.agent is not None
+    assert box.control is not None
+    pids = [box.control.handle.pid, box.agent.handle.pid, *children(box.agent.handle.pid), *box.worker_pids()]
+    seen = box.agent.whole_log() + box.control.whole_log()
+    for pid in pids:
+        for name in ("cmdline", "environ"):
+            seen += Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace")
+    seen += str(box.operator().events(limit=1000))
+    seen += httpx2.get(f"{box.gateway_url}/metrics").text
+    operator = (box.folder / "control" / "operator.key").read_text().strip()
+    for secret in (operator, *box.keys.values(), (box.folder / "agent" / "seal.key").read_bytes().hex()):
+        assert secret not in seen
+        assert secret.rpartition("_")[2] not in seen
+    assert PROMPT not in seen
+
+
+def test_only_the_own_user_may_read_what_lies_on_disk(box: Box) -> None:
+    complete(box, "acme")
+    for root in ("control", "agent"):
+        for path in (box.folder / root, *(box.folder / root).rglob("*")):
+            assert path.lstat().st_mode & 0o077 == 0, path
+
+
+def test_a_worker_holds_no_file_of_the_node(box: Box) -> None:
+    """Its sockets, its arena and its standard streams: no journal, no key, no pack of anybody else."""
+    complete(box, "acme")
+    for pid in box.worker_pids():
+        held = [os.readlink(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd")]
+        assert not [name for name in held if name.startswith(str(box.folder))]
+        assert "Max core file size        0                    0" in Path(f"/proc/{pid}/limits").read_text()
+
+
+def test_packs_are_noise_on_disk_and_refused_in_another_place(box: Box) -> None:
+    """Exchanged between tenants or changed in one bit: refused, told, and made again from the origin."""
+    before = {tenant: complete(box, tenant)[0] for tenant in ("acme", "evil")}
+    assert before["acme"] != before["evil"]
+    assert ask(box, "acme", "classify", model="acme/judge", input="hello").status_code == 200
+    events(box, 3, "packed")
+    folder = box.folder / "agent" / "packs"
+    packs = {name: next(folder.glob(f"{name}@*.pack")) for name in ("acme/gen", "evil/gen", "acme/judge")}
+    weights = (box.folder / "acme-gen" / "model.safetensors").read_bytes()
+    for pack in packs.values():
+        data = pack.read_bytes()
+        for canary in (b"acme", b"architectures", b"<|endoftext|>", b"transformer.h.0", weights[-256:-192]):
+            assert canary not in data
+    assert box.agent is not None
+    box.agent.kill()
+    acme, evil = packs["acme/gen"].read_bytes(), packs["evil/gen"].read_bytes()
+    packs["acme/gen"].write_bytes(evil)
+    packs["evil/gen"].write_bytes(acme)
+    judge = bytearray(packs["acme/judge"].read_bytes())
+    judge[len(judge) // 2] ^= 1
+    packs["acme/judge"].write_bytes(judge)
+    box.start_agent()
+    for tenant in ("acme", "evil"):
+        assert complete(box, tenant) == (before[tenant], "origin")
+    answer = ask(box, "acme", "classify", model="acme/judge", input="hello")
+    assert (answer.status_code, answer.headers["x-bunkhouse-tier"]) == (200, "origin")
+    assert all("does not open" in detail for detail in events(box, 3, "restore_failed"))
