@@ -17,6 +17,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -406,8 +407,8 @@ class Control:
     def _node_hosts(self) -> list[str]:
         host = self.config.node_listen.host
         names = ["127.0.0.1", "::1", "localhost", *self.config.node_hosts]
-        if host not in ("0.0.0.0", "::"):
-            names.append(host)
+        # On all addresses the likeliest other name is this machine's own; --node-host says the rest.
+        names.append(socket.gethostname() if host in ("0.0.0.0", "::") else host)
         return list(dict.fromkeys(names))
 
     def node_tls(self) -> ssl.SSLContext:
