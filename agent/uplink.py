@@ -139,6 +139,11 @@ class Uplink:
             try:
                 await self._join(self._token_file)
                 return
+            except aiohttp.ClientConnectorCertificateError as error:
+                hint = "start control with --node-host and the name or address in --control"
+                log.warning(
+                    "join: control at %s is not certified under this name; %s: %s", self._url, hint, error
+                )
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 log.warning("join: control at %s does not answer: %s", self._url, error)
             pause_s = await _pause(pause_s)

@@ -452,7 +452,8 @@ async def _serve(options: argparse.Namespace) -> None:
     await web.TCPSite(runner, host, int(port)).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     temporary = options.ready_file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"url": url, "node_url": "https://127.0.0.1:1"}))
+    node_url = f"https://{options.node_listen.rpartition(':')[0]}:1"
+    temporary.write_text(json.dumps({"url": url, "node_url": node_url}))
     os.replace(temporary, options.ready_file)
     await stop.wait()
     saved.write_text(json.dumps(control.keys))
@@ -467,6 +468,7 @@ def main() -> None:
     parser.add_argument("--node-listen", required=True)
     parser.add_argument("--ready-file", type=Path, required=True)
     parser.add_argument("--origin-root", action="append", default=[])
+    parser.add_argument("--node-host", action="append", default=[])
     asyncio.run(_serve(parser.parse_args()))
 
 

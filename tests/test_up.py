@@ -305,6 +305,16 @@ def test_a_second_stack_leaves_the_commands_to_the_first(start: Start, tmp_path:
     assert json.loads(context.read_text())["url"] == first["url"]
 
 
+def test_a_stack_on_all_addresses_is_called_over_loopback(start: Start) -> None:
+    """The agent checks a certificate, in which 0.0.0.0 cannot be; the names for other boxes are handed on."""
+    up = start("--listen", "0.0.0.0:0", "--node-listen", "0.0.0.0:0", "--node-host", "box")
+    ready = up.ready()
+    assert str(ready["url"]).startswith("http://127.0.0.1:")
+    argv = up.seen()["argv"]
+    assert isinstance(argv, list)
+    assert "0.0.0.0" not in argv[argv.index("--control") + 1]
+
+
 def test_the_context_of_a_stack_that_was_killed_is_replaced(start: Start, tmp_path: Path) -> None:
     killed = start()
     pids = pids_of(killed, killed.ready())

@@ -56,6 +56,7 @@ class Wanted:
     disk_bytes: str | None
     listen: str
     node_listen: str
+    node_hosts: tuple[str, ...]
     agent_listen: str
     origin_roots: tuple[str, ...]
     ready_file: Path | None
@@ -107,6 +108,13 @@ _PATH = click.Path(path_type=Path)
 @click.option("--disk-bytes", metavar="SIZE", help="Budget of the disk tier.")
 @_address("--listen", LISTEN_DEFAULT, "Address of the API")
 @_address("--node-listen", "127.0.0.1:0", "Address that nodes dial")
+@click.option(
+    "--node-host",
+    "node_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Name or address under which other boxes reach --node-listen (repeatable).",
+)
 @_address("--agent-listen", "127.0.0.1:0", "Address of this machine's gateway")
 @click.option(
     "--origin-root",
@@ -207,7 +215,7 @@ def _serve(wanted: Wanted, supervisor: Supervisor, out: Output) -> None:
         wanted.ready_file.unlink(missing_ok=True)
     _note(out, "starting control")
     control, control_ready = _start_control(wanted, supervisor)
-    url, node_url = control_ready["url"], control_ready["node_url"]
+    url, node_url = _local(control_ready["url"]), _local(control_ready["node_url"])
     operator_key = read_private(wanted.operator_key_file).strip()
     with Client(url, operator_key, timeout_s=CALL_TIMEOUT_S, retry=RetryPolicy(wait_s_max=5.0)) as client:
         tenant_key = _ensure_tenant(client, wanted)
@@ -220,7 +228,7 @@ def _serve(wanted: Wanted, supervisor: Supervisor, out: Output) -> None:
         token_file.unlink(missing_ok=True)
     ready = Ready(
         url=url,
-        agent_url=agent_ready["url"],
+        agent_url=_local(agent_ready["url"]),
         data_dir=str(wanted.data_dir),
         operator_key_file=str(wanted.operator_key_file),
         tenant_key_file=str(wanted.tenant_key_file),
@@ -239,6 +247,11 @@ def _serve(wanted: Wanted, supervisor: Supervisor, out: Output) -> None:
         remove_context(context)
         if wanted.ready_file is not None:
             wanted.ready_file.unlink(missing_ok=True)
+
+
+def _local(url: str) -> str:
+    """``url`` as this machine calls it: no certificate and no proxy knows "all addresses" as a host."""
+    return url.replace("//0.0.0.0:", "//127.0.0.1:", 1).replace("//[::]:", "//[::1]:", 1)
 
 
 def _leave_context(context: Context, out: Output) -> bool:
@@ -284,6 +297,8 @@ def _start_control(wanted: Wanted, supervisor: Supervisor) -> tuple[Child, dict[
     arguments += ["--ready-file", str(ready_file)]
     for root in wanted.origin_roots:
         arguments += ["--origin-root", root]
+    for host in wanted.node_hosts:
+        arguments += ["--node-host", host]
     return _start(supervisor, "bunk-control", arguments, ready_file, ("url", "node_url"), CONTROL_READY_S)
 
 
