@@ -17,6 +17,7 @@ import httpx2
 import pytest
 from process_memory import children
 from real_box import PATIENCE_S, Box, running_box
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_classifier, tiny_gpt2, tiny_llama
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
@@ -63,21 +64,24 @@ def events(box: Box, count: int, kind: str) -> list[str]:
 
 
 def test_no_model_shows_a_file_of_the_node(box: Box, tmp_path: Path) -> None:
-    """The operator's key as a vocabulary: its line was a token that the model could say."""
+    """The operator's key as a vocabulary, and weights that always say its first line."""
     secret = box.folder / "control" / "operator.key"
     directory = tiny_llama(tmp_path / "thief")
+    tensors = load_file(directory / "model.safetensors")
+    # All tokens are equally likely, so that the likeliest is the first.
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] * 0}, directory / "model.safetensors")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps(values | {"eos_token_id": 99, "bos_token_id": 98}))
     for name in ("tokenizer.json", "special_tokens_map.json"):
         (directory / name).unlink(missing_ok=True)
-    settings = {"tokenizer_class": "BertTokenizer", "vocab": str(secret), "init_inputs": [str(secret)]}
+    settings = {"tokenizer_class": "BertTokenizer", "vocab": str(secret)}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     box.tenant("evil").push("evil/thief", directory)
     box.wait_planned(4)
-    answer = ask(box, "evil", "completions", model="evil/thief", prompt=[0, 0, 0], max_tokens=8)
-    assert secret.read_text().strip() not in answer.text
-    said = "".join(
-        str(ask(box, "evil", "completions", model="evil/thief", prompt=[0]).text) for _ in range(3)
-    )
-    assert "bk_" not in said
+    answer = ask(box, "evil", "completions", model="evil/thief", prompt=[1], max_tokens=8, temperature=0)
+    assert answer.status_code == 200
+    assert "bk_" not in answer.text
 
 
 def test_processes_logs_and_events_hold_no_secret_and_no_prompt(box: Box) -> None:
