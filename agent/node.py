@@ -347,7 +347,7 @@ class RunningNode:
         if not spooled:
             self.counters.put_back(records)
             return
-        if self._journal_failing:
+        if self._journal_failing and self._plan_kept:
             log.info("the journal works again")
             self._journal_failing = False
         if self.uplink is not None:

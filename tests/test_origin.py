@@ -163,3 +163,11 @@ def test_segments_give_their_memory_back() -> None:
     segments.drop(REF)
     assert segments.get(REF) is None
     assert segments.allocated_bytes() == 0
+
+
+async def test_leaving_before_the_pumps_started_leaves_no_descriptor() -> None:
+    """A worker that is dead already is noticed before anything else gets a turn."""
+    before = len(os.listdir("/proc/self/fd"))
+    async with open_origin(spec(CONTROL_ORIGIN, "a", "b"), nothing):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -7,6 +7,7 @@ and frames. Does not cover: orders and requests (``test_worker``).
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -33,7 +34,7 @@ from agent.frames import (
     replies_decoder,
     send_message,
 )
-from agent.workers import Nursery, WorkerDead, WorkerHandle
+from agent.workers import PULSES_MISSED_MAX, Nursery, WorkerDead, WorkerHandle
 from packer.types import KIB, ModelRef, OriginFile, Task
 
 pytestmark = pytest.mark.processes
@@ -141,6 +142,28 @@ async def test_a_worker_that_sends_nonsense_frames_is_killed(garbage: bytes) -> 
     async with impostor() as (handle, _, data):
         data.sendall(garbage)
         await asyncio.wait_for(handle.died.wait(), PATIENCE_S)
+
+
+async def test_a_worker_that_answers_no_ping_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process keeps its sockets open, so only silence tells; whoever waits for it is told."""
+    monkeypatch.setattr("agent.workers.PULSE_S", 0.01)
+    async with impostor() as (handle, _, _):
+        with pytest.raises(WorkerDead):
+            await asyncio.wait_for(handle.evict(ModelRef("acme", "x", "0" * 16)), PATIENCE_S)
+        assert handle.died.is_set()
+
+
+async def test_a_worker_that_answers_pings_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One missed ping is forgiven: the whole machine may have been paused."""
+    monkeypatch.setattr("agent.workers.PULSE_S", 0.05)
+    async with impostor() as (handle, orders, _):
+        await asyncio.to_thread(orders.recv, 100)  # is left unanswered
+        for _ in range(2 * PULSES_MISSED_MAX):
+            ping = json.loads(await asyncio.to_thread(orders.recv, 100))
+            assert ping["type"] == "Ping"
+            for text, _ in encode_message(Done(ping["id"]), ()):
+                orders.send(text)
+        assert not handle.died.is_set()
 
 
 async def test_a_worker_that_sends_nonsense_replies_is_killed() -> None:
