@@ -64,6 +64,10 @@ RECORDS_PENDING_MAX = 100_000
 EXAMINATIONS_MAX = 2
 # A restored backup may be behind its nodes' plans by some starts of control, never by thousands.
 EPOCH_LEAP_MAX = 1_000
+# The same fault again within this time is counted, not said: requests to a dead node come by the thousand.
+FAULT_SAID_EVERY_S = 10.0
+# Places are routes and nodes; beyond this all are said anew.
+FAULTS_KEPT_MAX = 1_000
 
 
 class AlreadyRunning(Exception):
@@ -101,6 +105,8 @@ class Control:
         self._reader = ThreadPoolExecutor(1, "control-reader")
         self._pending: list[PendingRecords] = []
         self._own_records: list[Record] = []
+        # By place: the fault that was said last, when, and how often it came since.
+        self._faults: dict[str, tuple[str, float, int]] = {}
         self._records_due = asyncio.Event()
         self._heard = asyncio.Event()
         self._polls: dict[str, asyncio.Future[bool]] = {}
@@ -204,7 +210,16 @@ class Control:
         return time.monotonic_ns() // 1_000_000
 
     def log_fault(self, where: str, error: Exception) -> None:
-        log.error("%s: %s", where, error)
+        """Say it, but a fault that many requests meet (a node that is gone) only once in a while."""
+        text, now_s = f"{where}: {error}", time.monotonic()
+        said, said_s, more = self._faults.pop(where, ("", 0.0, 0))
+        if text == said and now_s - said_s < FAULT_SAID_EVERY_S:
+            self._faults[where] = (said, said_s, more + 1)
+            return
+        log.error("%s%s", text, f" (before that {more} more times: {said})" if more else "")
+        if len(self._faults) >= FAULTS_KEPT_MAX:
+            self._faults.clear()
+        self._faults[where] = (text, now_s, 0)
 
     # --- changes ---
 

@@ -162,6 +162,17 @@ async def test_an_unreachable_node_is_passed_over(fleet: Fleet) -> None:
     assert (await fleet.embed()).json() == {"node": "n1"}
 
 
+async def test_a_dead_node_does_not_fill_the_log(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
+    """Callers come by the thousand; one line in a while says what they all met."""
+    for node in fleet.nodes:
+        report = empty_report("http://127.0.0.1:9", (model_report(fleet.ref, "resident"),))
+        await node.beat(fleet.folder, report=report)
+    for _ in range(10):
+        assert (await fleet.embed()).status == 503
+    said = [record.getMessage() for record in caplog.records if record.name == "bunk.control"]
+    assert sorted(line.split(":")[0] for line in said) == ["node n0", "node n1"], said
+
+
 @pytest.mark.parametrize("status", [502, 503])
 async def test_a_node_that_can_not_now_is_passed_over(fleet: Fleet, status: int) -> None:
     async def respond(request: web.Request, body: bytes) -> web.StreamResponse:
