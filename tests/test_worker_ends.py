@@ -155,7 +155,7 @@ async def test_a_worker_that_answers_no_ping_is_killed(monkeypatch: pytest.Monke
 
 async def test_a_worker_that_answers_pings_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """One missed ping is forgiven: the whole machine may have been paused."""
-    monkeypatch.setattr("agent.workers.PULSE_S", 0.05)
+    monkeypatch.setattr("agent.workers.PULSE_S", 0.5)
     async with impostor() as (handle, orders, _):
         await asyncio.to_thread(orders.recv, 100)  # is left unanswered
         for _ in range(2 * PULSES_MISSED_MAX):
