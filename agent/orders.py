@@ -210,7 +210,9 @@ class Orders:
             if order.host_bytes:
                 self._segments.drop(order.ref)
             missing = isinstance(error, FileNotFoundError) and order.from_tier is Tier.DISK
-            return failed(str(error), corrupt=missing)
+            private = error.private if isinstance(error, OriginUnavailable) else str(error)
+            log.warning("restore of %s from %s: %s", order.ref, order.from_tier.value, private)
+            return failed(_public(error), corrupt=missing)
 
     async def _restore_origin(self, worker: WorkerHandle, order: Restore) -> Event:
         spec = self._spec_of(order.ref)
@@ -218,9 +220,8 @@ class Orders:
             try:
                 done = await worker.load_origin(spec, origin.descriptors)
             except WorkerFailure as failure:
-                reason = origin.failure()
-                if reason is not None:
-                    raise OriginUnavailable(reason) from failure
+                if (broken_off := origin.failure()) is not None:
+                    raise broken_off from failure
                 raise
         return Restored(order.ref, order.device, Tier.ORIGIN, done.restore_ms, order=order.order)
 
@@ -292,7 +293,8 @@ class Orders:
             for remove in (self._packs.abandon, self._packs.drop):
                 with suppress(OSError):
                     remove(ref)
-            return failed(str(error))
+            log.warning("no pack of %s: %s", ref, error)
+            return failed(_public(error))
         return Packed(ref, order.device, summary.disk_bytes, summary.host_bytes, order.order)
 
     async def drop(self, order: Drop) -> Event | None:
@@ -352,6 +354,13 @@ class Orders:
         task = asyncio.ensure_future(work)
         self._watches.add(task)
         task.add_done_callback(self._watches.discard)
+
+
+def _public(error: Exception) -> str:
+    """What tenants may read of an error: an ``OSError``'s own text names the node's directories."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
 
 
 def _worker_died(ref: ModelRef) -> Refused:

@@ -9,6 +9,7 @@ may serve.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import stat
@@ -36,7 +37,14 @@ ControlFetch = Callable[[ModelSpec, str], AsyncIterator[bytes]]
 
 
 class OriginUnavailable(Exception):
-    """The origin can not be read now; the text says which file and why."""
+    """The origin can not be read now; the text says which file and why, and the tenant gets to see it.
+
+    ``private`` is what only the node's log may show: addresses and directories of the operator.
+    """
+
+    def __init__(self, message: str, private: str = "") -> None:
+        super().__init__(message)
+        self.private = private or message
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +54,13 @@ class OpenOrigin:
     descriptors: dict[str, int]
     pumps: dict[str, asyncio.Task[None]]
 
-    def failure(self) -> str | None:
+    def failure(self) -> OriginUnavailable | None:
         """What broke off in the middle, if anything did: then a short file is not the file's fault."""
         for path, pump in self.pumps.items():
             if pump.done() and not pump.cancelled() and (error := pump.exception()):
-                return f"{path}: {type(error).__name__}: {error}"
+                if isinstance(error, OriginUnavailable):
+                    return error
+                return OriginUnavailable(f"{path}: its origin broke off in the middle", f"{path}: {error!r}")
         return None
 
 
@@ -87,7 +97,7 @@ async def open_origin(
                 pumps[file.path] = asyncio.create_task(_pump(stream, writer))
         except OSError as error:
             await _stop(pumps, descriptors, writers)
-            raise OriginUnavailable(f"{spec.ref}: {error}") from None
+            raise OriginUnavailable(f"{spec.ref}: {error.strerror}") from None
     try:
         yield OpenOrigin(descriptors, pumps)
     finally:
@@ -123,11 +133,12 @@ def _open_files(spec: ModelSpec, root: str) -> dict[str, int]:
         for file in spec.files:
             descriptors[file.path] = _open_beneath(root, file.path)
             if not stat.S_ISREG(os.fstat(descriptors[file.path]).st_mode):
-                raise OSError(f"{file.path} is not a regular file")
+                raise OSError(errno.EINVAL, f"{file.path}: is not a regular file")
     except OSError as error:
         for descriptor in descriptors.values():
             os.close(descriptor)
-        raise OriginUnavailable(f"{spec.ref}: origin {spec.origin}: {error}") from None
+        message = f"{spec.ref}: its origin can not be read now: {error.strerror}"
+        raise OriginUnavailable(message, f"{message} (below {root})") from None
     return descriptors
 
 

@@ -285,7 +285,9 @@ class Uplink:
                 async for piece in answer.content.iter_chunked(PIECE_BYTES):
                     yield piece
         except (aiohttp.ClientError, TimeoutError, ssl.SSLError) as error:
-            raise OriginUnavailable(f"{ref}: {path}: {error}") from None
+            raise OriginUnavailable(
+                f"{ref}: {path}: control does not send it now", f"{path}: {error}"
+            ) from None
 
 
 class NodeDeleted(BadIdentity):

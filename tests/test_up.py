@@ -217,6 +217,20 @@ def test_a_signal_stops_everything(start: Start, tmp_path: Path, number: signal.
     assert "agent stops" in (up.data_dir / "logs" / "bunk-agent.log").read_text()
 
 
+def test_ctrl_c_reaches_a_stack_that_a_script_put_into_the_background(start: Start) -> None:
+    """A shell without job control starts `bunk up &` with SIGINT ignored."""
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        up = start()
+    finally:
+        signal.signal(signal.SIGINT, old)
+    pids = pids_of(up, up.ready())
+    up.process.send_signal(signal.SIGINT)
+    code, said = up.end()
+    assert code == 0, said
+    assert all(gone(pid) for pid in pids)
+
+
 def test_a_second_ctrl_c_does_not_wait(start: Start) -> None:
     """An agent that ignores SIGTERM is killed, with its workers, as soon as the user insists."""
     up = start(FAKE_AGENT="stubborn")

@@ -158,6 +158,10 @@ class Supervisor:
     _mask: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        # A script's `bunk up &` starts with SIGINT ignored; asking it to stop must work all the same.
+        # An ignored SIGHUP is somebody's nohup and stays ignored.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self._stop_signals = frozenset(
             each for each in _STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN
         )
