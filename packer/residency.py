@@ -158,11 +158,18 @@ def _requested(node: Node, event: Requested, now_ms: int, out: list[Action]) -> 
     concurrency = tenant.quota.concurrency
     if concurrency is not None and tenant.in_flight >= concurrency:
         retry = queueing.clamp_retry_ms(tenant.use_ms)
-        detail = f"{tenant.in_flight} requests of tenant {event.ref.tenant} are in flight, the limit"
+        detail = (
+            f"{tenant.in_flight} requests of tenant {event.ref.tenant} are in flight, its limit "
+            "(concurrency); wait for answers before sending more, or ask the operator to raise it"
+        )
         return refuse(RefusalReason.CONCURRENCY, detail, retry)
     wait_ms = tenant.rate.wait_ms(now_ms)
     if wait_ms:
-        detail = f"tenant {event.ref.tenant} may send {tenant.rate.per_minute} requests per minute"
+        detail = (
+            f"tenant {event.ref.tenant} may send {tenant.rate.per_minute} requests per minute, "
+            f"{tenant.rate.burst} of them at once (requests_per_minute); come back after Retry-After, or ask "
+            "the operator to raise the limit"
+        )
         return refuse(RefusalReason.RATE, detail, wait_ms)
     ready = queueing.grantable(node, model)
     if not ready:

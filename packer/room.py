@@ -340,7 +340,8 @@ def hopeless(node: Node, model: Model, now_ms: int) -> Hopeless | None:
     if most is not None and need > most:
         return Hopeless(
             RefusalReason.QUOTA_BYTES,
-            f"{sum_text}; tenant {spec.ref.tenant} may hold at most {_size(most)} on devices",
+            f"{sum_text}; tenant {spec.ref.tenant} may hold at most {_size(most)} on "
+            "devices (device max); use a smaller model, or ask the operator to raise the quota",
         )
     healthy = [d for d in node.devices.values() if d.healthy]
     if not healthy:
@@ -352,7 +353,8 @@ def hopeless(node: Node, model: Model, now_ms: int) -> Hopeless | None:
     if need > budget:
         return Hopeless(
             RefusalReason.NEVER_FITS,
-            f"{sum_text}; the largest device here, {largest.name}, has a budget of {_size(budget)}",
+            f"{sum_text}; the largest device here, {largest.name}, has a budget of "
+            f"{_size(budget)}; use a smaller model (or bfloat16 weights), or a node with a larger device",
         )
     if not any(tenant.device.reserved_bytes for tenant in node.tenants.values()):
         return None  # everything is takable once it is idle
@@ -369,5 +371,5 @@ def hopeless(node: Node, model: Model, now_ms: int) -> Hopeless | None:
         RefusalReason.NEVER_FITS,
         f"{sum_text}; of the {_size(budget)} of the largest device here, {largest.name}, {_size(others)} "
         f"are held under other tenants' reserves, and {spec.ref.tenant} has "
-        f"{_size(model.tenant.device.reserved_bytes)} reserved",
+        f"{_size(model.tenant.device.reserved_bytes)} reserved; ask the operator for a larger reserve",
     )
