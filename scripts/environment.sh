@@ -5,10 +5,9 @@
 # shellcheck shell=bash
 
 # The torch that the project is tested with. BUNKHOUSE_TORCH replaces it; its words are passed to pip, so
-# that it may also carry options, for example "torch --index-url https://download.pytorch.org/whl/cpu".
+# that it may also carry options: "torch --index-url URL" with PyTorch's index of builds without CUDA saves a
+# machine without a GPU some gigabytes.
 BUNKHOUSE_TORCH_DEFAULT="torch==2.13.0"
-# PyTorch's own index of builds without CUDA: some 200 MB to download instead of several GB.
-CPU_TORCH_INDEX="https://download.pytorch.org/whl/cpu"
 
 say() { printf '==> %s\n' "$*" >&2; }
 
@@ -75,20 +74,11 @@ pip_install() {
       "If the network is at fault, run again: what was installed already stays"
 }
 
-# True if this machine has an NVIDIA driver, so that a torch with CUDA is worth its download.
-has_nvidia() { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; }
-
 # install_torch VENV: before anything else, so that no other package's requirement picks a build with CUDA.
 install_torch() {
   local venv=$1
   local -a words
   read -r -a words <<<"${BUNKHOUSE_TORCH:-$BUNKHOUSE_TORCH_DEFAULT}"
-  if [ -z "${BUNKHOUSE_TORCH:-}" ] && ! has_nvidia && [ "$(uname -s)" = Linux ] &&
-    "$venv/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' \
-      "$CPU_TORCH_INDEX/torch/" 2>/dev/null; then
-    # Same version, plus "+cpu", which pip prefers; asked for only where that index can be reached.
-    words+=(--extra-index-url "$CPU_TORCH_INDEX")
-  fi
   say "installing ${words[*]}"
   pip_install "$venv" "${words[@]}"
 }
