@@ -11,7 +11,6 @@ import signal
 import sqlite3
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 from aiohttp import web
 
@@ -22,6 +21,7 @@ from agent.identity import BadIdentity
 from agent.node import RunningNode
 from agent.workers import WorkerDead
 from packer import http
+from packer.durable import write_private
 from packer.types import BadValue
 
 log = logging.getLogger("bunk.agent")
@@ -87,7 +87,8 @@ async def run(config: AgentConfig) -> int:
         url = f"http://{host}:{port}"
         log.info("gateway on %s", url)
         if config.ready_file is not None:
-            _write_ready(config.ready_file, url)
+            ready = json.dumps({"url": url, "pid": os.getpid()})
+            write_private(config.ready_file, ready.encode())
         return await _until_stopped(node, config.advertise_url or url, stop)
     finally:
         await runner.cleanup()
@@ -115,12 +116,6 @@ async def _until_stopped(node: RunningNode, advertise_url: str, stop: asyncio.Ev
             task.cancel()
         with suppress(BaseException):
             await asyncio.gather(stopped, uplink, nursery, return_exceptions=True)
-
-
-def _write_ready(path: Path, url: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({"url": url, "pid": os.getpid()}))
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

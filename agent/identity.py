@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import os
 import ssl
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from packer.durable import write_private
 from packer.wire import JoinAnswer, decode, encode
 
 # A token is about 110 characters; a file much larger than that is not a token file.
@@ -95,7 +95,7 @@ class Identity:
                 serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
             )
-            _write_private(self._key_path, pem)
+            write_private(self._key_path, pem)
         key = serialization.load_pem_private_key(self._key_path.read_bytes(), None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise BadIdentity(f"{self._key_path} is not an EC key; remove it and join with a new token")
@@ -104,7 +104,7 @@ class Identity:
         return request.public_bytes(serialization.Encoding.PEM).decode()
 
     def save(self, answer: JoinAnswer) -> None:
-        _write_private(self._answer_path, encode(answer))
+        write_private(self._answer_path, encode(answer))
         self.answer = answer
 
     def forget(self) -> None:
@@ -134,7 +134,7 @@ class Identity:
         assert self.answer is not None
         context = verified_context(self.answer.ca_pem)
         chain = self._directory / "node.crt"
-        _write_private(chain, self.answer.certificate_pem.encode())
+        write_private(chain, self.answer.certificate_pem.encode())
         context.load_cert_chain(chain, self._key_path)
         return context
 
@@ -153,13 +153,3 @@ def unverified_context() -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -19,6 +19,7 @@ from pathlib import Path
 from agent.counters import PendingRecord
 from packer import seal
 from packer.database import Database, Migrations
+from packer.durable import write_private
 from packer.types import ModelRef, parse_ref
 from packer.wire import BadMessage, Plan, Record, decode, encode
 
@@ -71,13 +72,7 @@ def load_node_key(path: Path) -> bytes:
         key = path.read_bytes()
     except FileNotFoundError:
         key = os.urandom(32)
-        temporary = path.with_suffix(".tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_private(path, key)
     if len(key) != 32:
         raise ValueError(
             f"{path}: a node key has 32 bytes, this file has {len(key)}; restore it from a backup"

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from control.authority import write_private
 from control.config import Address, Config
 from control.routes import keys, models, nodes, ps, quotas, router, tenants, uploads
 from control.routes.access import Access, Caller, Route, add_routes, render_error
 from control.state import STOP_S, Control
+from packer.durable import write_private
 from packer.http import ApiError, json_response, protect, runner
 
 log = logging.getLogger("bunk.control")

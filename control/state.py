@@ -31,7 +31,7 @@ import aiohttp
 from aiohttp import web
 
 from control import cluster as fleet
-from control.authority import RENEW_AT_SHARE, SERVER_CERTIFICATE_LIFE, Authority, write_private
+from control.authority import RENEW_AT_SHARE, SERVER_CERTIFICATE_LIFE, Authority
 from control.catalog import (
     Catalog,
     Change,
@@ -46,6 +46,7 @@ from control.catalog import (
 from control.config import Config
 from control.model_store import ModelStore
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
+from packer.durable import write_private
 from packer.http import BodyBudget, make_key
 from packer.types import ModelRef
 from packer.wire import WIRE_VERSION, Plan, Record
