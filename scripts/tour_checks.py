@@ -24,9 +24,9 @@ import bunkhouse
 
 MIB = 1024 * 1024
 # What one worker may write for itself beside its weights: workspace of a request, restore and pack buffers,
-# tokenizers, pages of the interpreter it was forked with. It needs some 70 MiB of that, so a second copy of
-# a large model's weights in the process would be seen.
-WORKER_ALLOWANCE_BYTES = 96 * MIB
+# tokenizers, pages of the interpreter it was forked with. Peaks of 63 to 84 MiB were seen; with a second copy
+# of a large model's weights (72 to 87 MiB more) a worker would be above this.
+WORKER_ALLOWANCE_BYTES = 128 * MIB
 
 # Ten seconds' worth of a minute may come at once: 5 of 30, then one each 2 s.
 RATE_PER_MINUTE = 30
