@@ -213,11 +213,33 @@ def _open_files(pid: int) -> list[tuple[str, os.stat_result]]:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A process: open descriptors, threads, resident bytes."""
+    """A process: open descriptors, threads, those of the file reader's pool apart, resident bytes."""
 
     descriptors: int
     threads: int
+    pool_threads: int
     rss_bytes: int
+
+
+# obstore reads files on a pool of tokio's, which grows when reads coincide and keeps idle threads a while.
+POOL_THREAD_NAME = "tokio-rt-worker"
+
+
+def _thread_names(pid: int) -> list[str]:
+    names: list[str] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            names.append((task / "comm").read_text().strip())
+        except OSError:
+            continue  # ended since it was listed
+    return names
+
+
+def _size(pid: int) -> Size:
+    names = _thread_names(pid)
+    pool = names.count(POOL_THREAD_NAME)
+    descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return Size(descriptors, len(names) - pool, pool, read_rss(pid))
 
 
 def sizes(box: Box) -> dict[str, Size]:
@@ -228,11 +250,4 @@ def sizes(box: Box) -> dict[str, Size]:
     for pid in children(box.agent.handle.pid):
         pids["nursery"] = pid
     pids |= {f"worker {pid}": pid for pid in box.worker_pids()}
-    return {
-        role: Size(
-            len(list(Path(f"/proc/{pid}/fd").iterdir())),
-            len(list(Path(f"/proc/{pid}/task").iterdir())),
-            read_rss(pid),
-        )
-        for role, pid in pids.items()
-    }
+    return {role: _size(pid) for role, pid in pids.items()}
