@@ -71,9 +71,12 @@ from agent.frames import (
     send_message,
     to_worker_decoder,
 )
+from packer.index import PackError
+from packer.ingest import OriginLoad, write_pack
 from packer.layout import ImageLayout
-from packer.pack import PackError, PackReader, PackWriter
-from packer.tiers import OriginLoad, TierError, restore_image, write_pack
+from packer.pack import PackReader
+from packer.pack_writer import PackWriter
+from packer.tiers import TierError, restore_image
 from packer.types import ModelRef, Task
 
 log = logging.getLogger("bunk.worker")

@@ -1,8 +1,8 @@
 """The pack file: write it, open it, read chunks out of it, verify it.
 
-Covers: ``PackWriter``, ``PackReader`` (for a sealed pack on disk and for an opened image in memory),
-filling an opened image while reading (tee), and ``python -m packer.pack inspect|verify``. Does not
-cover: naming, renaming and removing files, keys at rest (the agent), how several chunks are in flight
+Covers: ``PackReader`` (for a sealed pack on disk and for an opened image in memory), filling an opened
+image while reading (tee), and ``python -m packer.pack inspect|verify``. Does not cover: writing
+(``pack_writer``), naming and removing files, keys at rest (the agent), how several chunks are in flight
 (``tiers``). The format is FORMAT.md.
 
 Every byte of a sealed pack is covered by a tag, a digest or a check for zero, so a flip anywhere is
@@ -12,266 +12,52 @@ found before the byte is used. Importing this needs no numpy: codecs load with t
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import json
-import mmap
 import os
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packer.index import (
-    FILES_MAX,
     HEADER_BYTES,
-    INDEX_BYTES_MAX,
-    PATH_CHARS_MAX,
-    SIDE_BYTES_MAX,
     PackError,
     PackHeader,
     PackIndex,
     StoredChunk,
     StoredFile,
-    StoredPlane,
     decode_header,
     decode_index,
-    encode_header,
-    encode_index,
     up_to_page,
 )
-from packer.layout import CHUNK_BYTES, PAGE_BYTES, ImageLayout, check_layout
+from packer.layout import CHUNK_BYTES
+from packer.pack_file import (
+    NO_TAG,
+    Scratch,
+    check_zero,
+    chunk_part,
+    file_part,
+    index_part,
+    read_all,
+    write_all,
+    write_end,
+)
 from packer.seal import (
     KEY_BYTES,
     TAG_BYTES,
     BadSeal,
     ChunkSeal,
     Part,
-    PartKind,
     derive_pack_key,
-    new_salt,
     seal_context,
 )
-from packer.types import ModelRef, Task
+from packer.types import ModelRef
 
 if TYPE_CHECKING:
-    from packer.codec import Workspace
-
-__all__ = [
-    "PackError",
-    "PackIndex",
-    "PackReader",
-    "PackSummary",
-    "PackWriter",
-    "Scratch",
-    "StoredChunk",
-    "verify",
-]
-
-_ZEROS = bytes(PAGE_BYTES)
-_NO_TAG = bytes(TAG_BYTES)
-# The largest extent is a raw chunk; one page more has room for the tag behind the last plane.
-_SCRATCH_BYTES = CHUNK_BYTES + PAGE_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class PackSummary:
-    """What a finished pack takes: on disk, and as an opened image in memory."""
-
-    disk_bytes: int
-    host_bytes: int
-
-
-class Scratch:
-    """The buffers one thread needs to read or write chunks, kept for as long as the thread.
-
-    The stored bytes lie in page-aligned memory of its own mapping, ready for direct I/O; together with
-    the codec's workspace this is at most about four chunks, whatever the model's size.
-    """
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _SCRATCH_BYTES)
-        self.stored = memoryview(self._memory)
-        self._workspace: Workspace | None = None
-
-    @property
-    def workspace(self) -> Workspace:
-        if self._workspace is None:
-            from packer.codec import Workspace  # loads numpy, which a reader of the index can do without
-
-            self._workspace = Workspace()
-        return self._workspace
-
-
-def _chunk_part(index: int, plane: int, chunk_bytes: int, codec_id: int, nbytes: int) -> Part:
-    return Part(PartKind.CHUNK, index, plane, codec_id, nbytes, chunk_bytes)
-
-
-def _file_part(number: int, nbytes: int) -> Part:
-    return Part(PartKind.FILE, number, 0, 0, nbytes, nbytes)
-
-
-def _index_part(nbytes: int) -> Part:
-    return Part(PartKind.INDEX, 0, 0, 0, nbytes, nbytes)
-
-
-def _write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
-    view = memoryview(data)
-    try:
-        while view:
-            written = os.pwrite(fd, view, offset)
-            view, offset = view[written:], offset + written
-    except OSError as error:
-        raise PackError(f"writing {len(view)} bytes at {offset} failed: {error.strerror}") from error
-
-
-def _read_all(fd: int, out: memoryview, offset: int) -> None:
-    try:
-        while out:
-            got = os.preadv(fd, [out], offset)
-            if got == 0:
-                raise PackError(f"file ends at {offset}; it was cut short", corrupt=True)
-            out, offset = out[got:], offset + got
-    except OSError as error:
-        # The medium lost these bytes: another copy has to be found. Anything else is not its fault.
-        raise PackError(
-            f"reading {len(out)} bytes at {offset} failed: {error.strerror}", corrupt=error.errno == errno.EIO
-        ) from error
-
-
-def _check_zero(padding: memoryview, offset: int) -> None:
-    if padding != _ZEROS[: len(padding)]:
-        raise PackError(f"padding after {offset} is not zero", corrupt=True)
-
-
-# --- write ----------------------------------------------------------------------------------------
-
-
-class PackWriter:
-    """Writes one pack into an empty file. ``add_file`` and ``add_chunk`` may be called from several
-    threads; nothing is valid before ``finish``. The caller syncs the directory and renames."""
-
-    def __init__(
-        self,
-        fd: int,
-        ref: ModelRef,
-        engine: str,
-        task: Task,
-        layout: ImageLayout,
-        key: bytes,
-        limit_bytes: int,
-    ) -> None:
-        check_layout(layout)
-        self._fd, self._ref, self._engine, self._task, self._layout = fd, ref, engine, task, layout
-        self._limit_bytes = limit_bytes
-        self._salt = new_salt()
-        self._pack_key = derive_pack_key(key, self._salt)
-        self._seal = ChunkSeal(self._pack_key, seal_context(ref))
-        self._lock = threading.Lock()
-        self._local = threading.local()
-        self._next_offset = HEADER_BYTES
-        self._chunks: list[StoredChunk | None] = [None] * len(layout.chunks)
-        self._started = [False] * len(layout.chunks)
-        self._files: list[StoredFile] = []
-        self._finished = False
-
-    def add_file(self, path: str, data: bytes) -> None:
-        """Seal and store a side file. Raises ``PackError``."""
-        with self._lock:
-            total = sum(stored.nbytes for stored in self._files) + len(data)
-            if any(stored.path == path for stored in self._files):
-                raise PackError(f"side file {path!r} was added before")
-            if len(path) > PATH_CHARS_MAX or len(self._files) == FILES_MAX or total > SIDE_BYTES_MAX:
-                raise PackError(
-                    f"side file {path[:80]!r} breaks a limit: {FILES_MAX} files, {SIDE_BYTES_MAX} bytes "
-                    f"in all, {PATH_CHARS_MAX} characters in a path"
-                )
-            number = len(self._files)
-            offset = self._take(up_to_page(len(data)))
-            sealed = bytearray(up_to_page(len(data)) + TAG_BYTES)
-            self._seal.seal_into(
-                _file_part(number, len(data)), memoryview(data), memoryview(sealed)[: len(data) + TAG_BYTES]
-            )
-            tag = bytes(sealed[len(data) : len(data) + TAG_BYTES])
-            sealed[len(data) :] = bytes(len(sealed) - len(data))
-            self._files.append(StoredFile(path, len(data), offset, tag))
-        _write_all(self._fd, memoryview(sealed)[: up_to_page(len(data))], offset)
-
-    def add_chunk(self, i: int, raw: memoryview) -> None:
-        """Encode, seal and store chunk ``i``. Each chunk is added once. Raises ``PackError``."""
-        from packer.codec import encode
-
-        if not 0 <= i < len(self._chunks) or len(raw) != self._layout.chunks[i].nbytes:
-            raise PackError(f"chunk {i} of {len(raw)} bytes is not in the layout")
-        with self._lock:
-            if self._started[i] or self._finished:
-                raise PackError(f"chunk {i} was added before, or the pack is finished")
-            self._started[i] = True
-        scratch: Scratch | None = getattr(self._local, "scratch", None)
-        if scratch is None:
-            scratch = self._local.scratch = Scratch()
-        encoded = encode(self._layout.chunks[i].dtype, raw, scratch.workspace)
-        with self._lock:
-            offset = self._take(up_to_page(encoded.stored_bytes))
-        planes: list[StoredPlane] = []
-        at, stored = 0, scratch.stored
-        for plane, data in enumerate(encoded.planes):
-            end = at + len(data)
-            stored[at:end] = data
-            part = _chunk_part(i, plane, len(raw), encoded.codec_id, len(data))
-            self._seal.seal_into(part, stored[at:end], stored[at : end + TAG_BYTES])
-            # The next plane overwrites the tag; tags live in the index, so that planes stay aligned.
-            planes.append(StoredPlane(len(data), bytes(stored[end : end + TAG_BYTES])))
-            at = end
-        stored[at : up_to_page(at)] = _ZEROS[: up_to_page(at) - at]
-        _write_all(self._fd, stored[: up_to_page(at)], offset)
-        with self._lock:
-            self._chunks[i] = StoredChunk(encoded.codec_id, offset, tuple(planes))
-
-    def _take(self, nbytes: int) -> int:
-        """Reserve the next bytes of the file. Called with the lock held."""
-        if self._next_offset + nbytes > self._limit_bytes:
-            raise PackError(f"pack of {self._ref} needs more than its limit of {self._limit_bytes} bytes")
-        offset, self._next_offset = self._next_offset, self._next_offset + nbytes
-        return offset
-
-    def finish(self) -> PackSummary:
-        """Write the index, sync, write the header, sync. Raises ``PackError`` when a chunk is missing."""
-        with self._lock:
-            chunks = [chunk for chunk in self._chunks if chunk is not None]
-            if len(chunks) != len(self._chunks) or self._finished:
-                missing = len(self._chunks) - len(chunks)
-                raise PackError(f"pack of {self._ref}: {missing} chunks missing, or finished before")
-            self._finished = True
-            index = PackIndex(
-                self._ref, self._engine, self._task, self._layout, tuple(self._files), tuple(chunks)
-            )
-            data = encode_index(index)
-            if len(data) > INDEX_BYTES_MAX:
-                raise PackError(f"index of {len(data)} bytes, the limit is {INDEX_BYTES_MAX}")
-            offset = self._take(up_to_page(len(data)))
-        header = PackHeader(True, self._salt, offset, len(data), self._next_offset, _NO_TAG, b"")
-        sealed = bytearray(len(data) + TAG_BYTES)
-        ChunkSeal(self._pack_key, header.binding()).seal_into(
-            _index_part(len(data)), memoryview(data), memoryview(sealed)
-        )
-        tag, body = bytes(sealed[len(data) :]), bytes(sealed[: len(data)])
-        header = replace(header, index_tag=tag, index_sha256=hashlib.sha256(body).digest())
-        os.ftruncate(self._fd, header.file_bytes)
-        _write_end(self._fd, header, body, sync=True)
-        return PackSummary(header.file_bytes, header.file_bytes)
-
-
-def _write_end(fd: int, header: PackHeader, index: bytes, sync: bool) -> None:
-    """Index, then header: a file that was cut off in between has no header and is no pack."""
-    _write_all(fd, index.ljust(up_to_page(len(index)), b"\0"), header.index_offset)
-    if sync:
-        os.fsync(fd)
-    _write_all(fd, encode_header(header), 0)
-    if sync:
-        os.fsync(fd)
+    pass
 
 
 # --- read -----------------------------------------------------------------------------------------
@@ -310,8 +96,8 @@ class PackReader:
 
     def _read_extent(self, nbytes: int, offset: int) -> bytearray:
         data = bytearray(up_to_page(nbytes))
-        _read_all(self._fd, memoryview(data), offset)
-        _check_zero(memoryview(data)[nbytes:], offset + nbytes)
+        read_all(self._fd, memoryview(data), offset)
+        check_zero(memoryview(data)[nbytes:], offset + nbytes)
         del data[nbytes:]
         return data
 
@@ -322,7 +108,7 @@ class PackReader:
             raise PackError("index digest does not match", corrupt=True)
         if self._pack_key is not None:
             seal = ChunkSeal(self._pack_key, header.binding())
-            _open_in_place(seal, _index_part(header.index_bytes), data, header.index_tag)
+            _open_in_place(seal, index_part(header.index_bytes), data, header.index_tag)
         self._index_data = bytes(data)
         return decode_index(self._index_data, header)
 
@@ -336,7 +122,7 @@ class PackReader:
     def _read_file(self, number: int, stored: StoredFile) -> bytearray:
         data = self._read_extent(stored.nbytes, stored.offset)
         if self._seal is not None:
-            _open_in_place(self._seal, _file_part(number, stored.nbytes), data, stored.tag)
+            _open_in_place(self._seal, file_part(number, stored.nbytes), data, stored.tag)
         return data
 
     def read_chunk(self, i: int, out: memoryview, scratch: Scratch, tee_fd: int | None = None) -> None:
@@ -352,8 +138,8 @@ class PackReader:
         if len(out) != span.nbytes:
             raise PackError(f"chunk {i} has {span.nbytes} bytes, its destination {len(out)}")
         stored = scratch.stored[: chunk.extent_bytes]
-        _read_all(self._fd, stored, chunk.offset)
-        _check_zero(stored[chunk.stored_bytes :], chunk.offset + chunk.stored_bytes)
+        read_all(self._fd, stored, chunk.offset)
+        check_zero(stored[chunk.stored_bytes :], chunk.offset + chunk.stored_bytes)
         if self._seal is not None:
             self._open_planes(self._seal, i, chunk, scratch.stored)
         planes: list[memoryview] = []
@@ -366,7 +152,7 @@ class PackReader:
         except BadPlanes as error:
             raise PackError(f"chunk {i}: {error}", corrupt=True) from None
         if tee_fd is not None:
-            _write_all(tee_fd, stored, chunk.offset)
+            write_all(tee_fd, stored, chunk.offset)
             with self._lock:
                 self._teed.add((tee_fd, i))
 
@@ -380,7 +166,7 @@ class PackReader:
             start = end - plane.nbytes
             kept = bytes(stored[end : end + TAG_BYTES])
             stored[end : end + TAG_BYTES] = plane.tag
-            part = _chunk_part(i, number, raw_bytes, chunk.codec_id, plane.nbytes)
+            part = chunk_part(i, number, raw_bytes, chunk.codec_id, plane.nbytes)
             try:
                 seal.open_into(part, stored[start : end + TAG_BYTES], stored[start:end])
             except BadSeal as error:
@@ -397,12 +183,12 @@ class PackReader:
             raise PackError(f"{len(missing)} chunks were not read into the image, the first is {missing[0]}")
         for number, stored in enumerate(self.index.side_files):
             data = bytes(self._read_file(number, stored))
-            _write_all(tee_fd, data.ljust(stored.extent_bytes, b"\0"), stored.offset)
+            write_all(tee_fd, data.ljust(stored.extent_bytes, b"\0"), stored.offset)
         body = self._index_data
         header = replace(
-            self._header, sealed=False, index_tag=_NO_TAG, index_sha256=hashlib.sha256(body).digest()
+            self._header, sealed=False, index_tag=NO_TAG, index_sha256=hashlib.sha256(body).digest()
         )
-        _write_end(tee_fd, header, body, sync=False)
+        write_end(tee_fd, header, body, sync=False)
 
 
 def _open_in_place(seal: ChunkSeal, part: Part, data: bytearray, tag: bytes) -> None:
@@ -422,7 +208,7 @@ def read_header(fd: int) -> PackHeader:
     """The checked header of the file behind ``fd``; needs no key. Raises ``PackError``."""
     size = os.fstat(fd).st_size
     page = bytearray(min(HEADER_BYTES, size))
-    _read_all(fd, memoryview(page), 0)
+    read_all(fd, memoryview(page), 0)
     return decode_header(bytes(page), size)
 
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from packer.layout import DTYPE_BITS, ImageLayout, TensorInfo, lay_out, parse_header
-from packer.pack import PackReader, PackWriter, Scratch
+from packer.pack import PackReader
+from packer.pack_file import Scratch
+from packer.pack_writer import PackWriter
 from packer.types import MIB, ModelRef, Task
 
 REF = ModelRef("acme", "tiny", "0123456789abcdef")

@@ -26,7 +26,7 @@ from agent.engines.pooling import BadPooling, Pooling, read_pooling
 from agent.engines.text import TextStream
 from agent.engines.transformers import BrokenModel, Model, build
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
-from packer.tiers import OriginLoad
+from packer.ingest import OriginLoad
 from packer.types import ModelRef, Task
 
 REF = ModelRef("acme", "tiny", "0" * 16)

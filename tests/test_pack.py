@@ -30,9 +30,11 @@ from pack_samples import (
 
 from packer import pack
 from packer.codec import CodecId
-from packer.index import HEADER_BYTES
+from packer.index import HEADER_BYTES, PackError
 from packer.layout import CHUNK_BYTES, PAGE_BYTES, TensorInfo, lay_out
-from packer.pack import PackError, PackReader, PackWriter, Scratch, verify
+from packer.pack import PackReader, verify
+from packer.pack_file import Scratch
+from packer.pack_writer import PackWriter
 from packer.types import MIB, ModelRef, Task
 
 

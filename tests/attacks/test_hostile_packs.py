@@ -26,13 +26,15 @@ from packer.codec import CodecId
 from packer.index import (
     HEADER_BYTES,
     INDEX_BYTES_MAX,
+    PackError,
     PackHeader,
     decode_header,
     encode_header,
     up_to_page,
 )
 from packer.layout import CHUNK_BYTES, PAGE_BYTES
-from packer.pack import PackError, PackReader, Scratch, verify
+from packer.pack import PackReader, verify
+from packer.pack_file import Scratch
 
 Raw = list[object]
 # Fields of the index, of a tensor, of a chunk and of a side file, as they lie in the file.
@@ -335,7 +337,8 @@ BOMBS = {
 BOMB_SCRIPT = """
 import hashlib, os, resource, sys, time
 from packer.index import HEADER_BYTES, INDEX_BYTES_MAX, PackHeader, encode_header
-from packer.pack import PackError, PackReader
+from packer.pack import PackReader
+from packer.index import PackError
 start, size = bytes.fromhex(sys.argv[1]), INDEX_BYTES_MAX
 index = start + bytes([int(sys.argv[2])]) * (size - len(start))
 digest = hashlib.sha256(index).digest()
