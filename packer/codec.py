@@ -121,6 +121,52 @@ def plane_bytes(codec_id: int, raw_bytes: int) -> tuple[int | None, ...]:
     return sizes[codec_id]
 
 
+# --- wire form ------------------------------------------------------------------------------------
+
+
+def has_wire_form(codec_id: int) -> bool:
+    """Whether a chunk of this codec has a form without zstd that is smaller than the raw chunk."""
+    return codec_id in (CodecId.RAW, CodecId.FILL, CodecId.N12, CodecId.N12_TOP)
+
+
+def wire_sizes(codec_id: int, plane_sizes: Sequence[int], raw_bytes: int) -> tuple[int, ...]:
+    """Sizes of a chunk's planes in wire form: each zstd frame has become its plain plane. Planes of zeros
+    stay empty and escapes stay as they are, so the sizes follow from the index alone. Raises ``BadPlanes``.
+    """
+    if not has_wire_form(codec_id):
+        raise BadPlanes(f"codec {codec_id} has no wire form; such a chunk is kept raw")
+    plains = plane_bytes(codec_id, raw_bytes)
+    if len(plane_sizes) != len(plains):
+        raise BadPlanes(f"codec {codec_id} has {len(plains)} planes, not {len(plane_sizes)}")
+    if codec_id in (CodecId.RAW, CodecId.FILL) and tuple(plane_sizes) != plains:
+        raise BadPlanes(f"codec {codec_id} has a plane of {plane_sizes[0]} bytes, not {plains[0]}")
+    return tuple(
+        stored if plain is None or stored == 0 else plain
+        for stored, plain in zip(plane_sizes, plains, strict=True)
+    )
+
+
+def to_wire(
+    codec_id: int,
+    planes: Sequence[memoryview | bytes],
+    raw_bytes: int,
+    out: memoryview,
+    workspace: Workspace | None = None,
+) -> tuple[int, ...]:
+    """Write the planes in wire form one behind the other; returns their sizes. ``out`` may be longer than
+    they are. Safe on planes from outside, as ``decode_into`` is. Raises ``BadPlanes``."""
+    space = workspace or Workspace()
+    sizes = wire_sizes(codec_id, [len(plane) for plane in planes], raw_bytes)
+    if sum(sizes) > len(out):
+        raise BadPlanes(f"wire form of codec {codec_id} takes {sum(sizes)} bytes, there are {len(out)}")
+    room: U8 = np.frombuffer(out, dtype=np.uint8)
+    at = 0
+    for plane, size in zip(planes, sizes, strict=True):
+        _load_into(plane, room[at : at + size], space)
+        at += size
+    return sizes
+
+
 # --- encode ---------------------------------------------------------------------------------------
 
 
@@ -140,6 +186,30 @@ def encode(dtype: str, raw: memoryview, workspace: Workspace | None = None) -> E
     if best.stored_bytes > limit or len(data) == 0:
         return Encoded(CodecId.RAW, (data.tobytes(),))
     return best
+
+
+def encode_as(codec_id: int, dtype: str, raw: memoryview, workspace: Workspace | None = None) -> Encoded:
+    """Encode a chunk with a codec that was chosen before. The same raw bytes give the same planes, as
+    long as this code and libzstd are the same; a caller that needs that compares tags. Raises
+    ``BadPlanes`` when the chunk can not be expressed by this codec."""
+    space = workspace or Workspace()
+    data: U8 = np.frombuffer(raw, dtype=np.uint8)
+    plane_bytes(codec_id, len(data))
+    encoded: Encoded | None = None
+    if codec_id == CodecId.RAW:
+        encoded = Encoded(CodecId.RAW, (data.tobytes(),))
+    elif codec_id == CodecId.FILL and _is_fill(data):
+        encoded = Encoded(CodecId.FILL, (data[:FILL_BYTES].tobytes(),))
+    elif codec_id == CodecId.ZSTD:
+        encoded = Encoded(CodecId.ZSTD, (space.compressor.compress(data.data),))
+    elif codec_id != CodecId.FILL:
+        words = _encode_words(dtype, data, space)
+        if words is not None and words.codec_id != codec_id and codec_id == CodecId.PLANES2:
+            words = _planes2(data.view(np.uint16), space)
+        encoded = words
+    if encoded is None or encoded.codec_id != codec_id:
+        raise BadPlanes(f"a {dtype} chunk of {len(data)} bytes can not be encoded as codec {codec_id}")
+    return encoded
 
 
 def _encode_words(dtype: str, data: U8, space: Workspace) -> Encoded | None:

@@ -15,7 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack_samples import weights
 
-from packer.codec import BadPlanes, CodecId, Encoded, Workspace, decode_into, encode, plane_bytes
+from packer.codec import (
+    BadPlanes,
+    CodecId,
+    Encoded,
+    Workspace,
+    decode_into,
+    encode,
+    encode_as,
+    has_wire_form,
+    plane_bytes,
+    to_wire,
+    wire_sizes,
+)
 from packer.layout import CHUNK_BYTES, DTYPE_BITS
 
 PAGE = 4096
@@ -127,6 +139,132 @@ def test_threads_with_their_own_workspace_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+# --- wire form ------------------------------------------------------------------------------------
+
+
+def wire_trip(dtype: str, raw: bytes) -> tuple[Encoded, tuple[int, ...]]:
+    """Encode, bring into wire form between guards, decode that; the bytes must be the same."""
+    space = Workspace()
+    encoded = encode(dtype, memoryview(raw), space)
+    sizes = wire_sizes(encoded.codec_id, [len(plane) for plane in encoded.planes], len(raw))
+    total = sum(sizes)
+    held = bytearray(b"\xa5" * (total + 64))
+    assert to_wire(encoded.codec_id, encoded.planes, len(raw), memoryview(held), space) == sizes
+    assert held[total:] == b"\xa5" * 64
+    planes, at = [], 0
+    for size in sizes:
+        planes.append(memoryview(held)[at : at + size])
+        at += size
+    out = bytearray(b"\x5a" * len(raw))
+    decode_into(encoded.codec_id, planes, memoryview(out), space)
+    assert bytes(out) == raw
+    assert wire_sizes(encoded.codec_id, sizes, len(raw)) == sizes
+    return encoded, sizes
+
+
+def test_bf16_wire_form_takes_three_quarters_and_holds_every_pattern() -> None:
+    words = np.frombuffer(bf16(gaussian(2**21)), dtype="<u2").copy()
+    words[np.random.default_rng(4).permutation(2**21)[:65536]] = np.arange(65536, dtype="<u2")
+    encoded, sizes = wire_trip("BF16", words.tobytes())
+    assert encoded.codec_id == CodecId.N12
+    assert sizes[:2] == (2**21, 2**20)
+    _, sizes = wire_trip("BF16", bf16(gaussian(2**21)))
+    assert sum(sizes) <= 0.7505 * 2**22
+
+
+def test_fp32_wire_form_takes_seven_eighths_and_keeps_planes_of_zeros_empty() -> None:
+    values = gaussian(2**20)
+    encoded, sizes = wire_trip("F32", values.tobytes())
+    assert encoded.codec_id == CodecId.N12_TOP
+    assert sum(sizes) <= 0.876 * 2**22
+    upcast = (values.view(np.uint32) & 0xFFFF0000).astype("<u4").tobytes()
+    _, sizes = wire_trip("F32", upcast)
+    assert sizes[:3] == (0, 2**20, 2**19)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 6, 8, 10, 4096, 4098, 300_002])
+def test_odd_wire_forms(size: int) -> None:
+    for dtype, raw in (("BF16", (weights("BF16", 64, 1) * (size // 128 + 1))[:size]), ("U8", bytes(size))):
+        encoded = encode(dtype, memoryview(raw))
+        if has_wire_form(encoded.codec_id):
+            wire_trip(dtype, raw)
+        else:
+            with pytest.raises(BadPlanes, match="no wire form"):
+                wire_sizes(encoded.codec_id, [len(plane) for plane in encoded.planes], size)
+
+
+def test_chunks_without_a_smaller_form_are_told_apart() -> None:
+    known = {codec for codec in CodecId if has_wire_form(codec)}
+    assert known == {CodecId.RAW, CodecId.FILL, CodecId.N12, CodecId.N12_TOP}
+    assert not has_wire_form(10**6)
+
+
+def test_wire_form_of_bad_planes_is_refused() -> None:
+    planes = encode("BF16", memoryview(bf16(gaussian(4096)))).planes
+    sizes = [len(plane) for plane in planes]
+    out = memoryview(bytearray(8192))
+    for codec, given_planes, raw_bytes in (
+        (CodecId.N12, planes[:2], 8192),
+        (CodecId.N12, planes, 8191),
+        (CodecId.N12, planes, 4096),
+        (CodecId.N12, (planes[0], planes[1][:-3], planes[2]), 8192),
+        (CodecId.N12, (planes[0], b"not a frame", planes[2]), 8192),
+        (CodecId.RAW, (b"",), 8192),
+        (CodecId.FILL, (bytes(9),), 8192),
+        (CodecId.ZSTD, (b"",), 8192),
+        (99, planes, 8192),
+    ):
+        with pytest.raises(BadPlanes):
+            to_wire(codec, given_planes, raw_bytes, out)
+    needed = sum(wire_sizes(CodecId.N12, sizes, 8192))
+    with pytest.raises(BadPlanes, match="there are"):
+        to_wire(CodecId.N12, planes, 8192, out[: needed - 1])
+    assert to_wire(CodecId.N12, planes, 8192, out[:needed]) == (4096, 2048, sizes[2])
+
+
+# --- encoded again --------------------------------------------------------------------------------
+
+
+def kinds_of_chunks() -> list[tuple[str, bytes]]:
+    """Chunks for which ``encode`` takes every codec there is."""
+    values = gaussian(2**18)
+    return [
+        ("BF16", bf16(values)),
+        ("BF16", bytes(8192)),
+        ("BF16", (b"abcdefg" * 40_000)[: 2**18]),
+        ("F32", values.tobytes()),
+        ("F16", values.astype(np.float16).tobytes()),
+        ("I64", b"".join(i.to_bytes(8, "little") for i in range(4096))),
+        ("U8", random.Random(1).randbytes(2**16)),
+    ]
+
+
+def test_encoding_again_with_the_chosen_codec_gives_the_same_bytes() -> None:
+    """A chunk that is repaired from its origin must have the tags that the index holds."""
+    used = set()
+    for dtype, raw in kinds_of_chunks():
+        first = encode(dtype, memoryview(raw), Workspace())
+        busy = Workspace()
+        encode(dtype, memoryview(random.Random(5).randbytes(2**16)), busy)
+        assert encode_as(first.codec_id, dtype, memoryview(raw), busy) == first
+        used.add(first.codec_id)
+    assert used == set(CodecId)
+
+
+def test_a_codec_that_can_not_express_a_chunk_is_refused() -> None:
+    noise = random.Random(2).randbytes(8192)
+    for codec, dtype, raw in (
+        (CodecId.FILL, "U8", noise),
+        (CodecId.N12, "BF16", noise),
+        (CodecId.N12, "BF16", b"odd"),
+        (CodecId.N12_TOP, "BF16", bf16(gaussian(64))),
+        (CodecId.N12, "U8", noise),
+        (77, "U8", noise),
+    ):
+        with pytest.raises(BadPlanes):
+            encode_as(codec, dtype, memoryview(raw))
 
 
 # --- gain -----------------------------------------------------------------------------------------
