@@ -46,6 +46,32 @@ class Tier(StrEnum):
     ORIGIN = "origin"
 
 
+class HostForm(StrEnum):
+    """How the host tier keeps a model's chunks; the smaller, the more work a restore is."""
+
+    STORED = "stored"  # opened planes, as they are on disk
+    WIRE = "wire"  # what a GPU decodes itself: N12 without zstd, everything else raw
+    RAW = "raw"  # the weights as they are on the device
+
+
+@dataclass(frozen=True, slots=True)
+class HostSizes:
+    """Exact bytes of a model's host segment in each form."""
+
+    stored_bytes: int
+    wire_bytes: int
+    raw_bytes: int
+
+    def of(self, form: HostForm) -> int:
+        match form:
+            case HostForm.STORED:
+                return self.stored_bytes
+            case HostForm.WIRE:
+                return self.wire_bytes
+            case HostForm.RAW:
+                return self.raw_bytes
+
+
 class Task(StrEnum):
     """What an engine does with a model."""
 
