@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import msgspec
@@ -32,7 +32,7 @@ from packer.layout import (
 from packer.seal import SALT_BYTES, TAG_BYTES
 from packer.types import MIB, BadValue, ModelRef, Task, parse_ref
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"BUNKPACK"
 HEADER_BYTES = PAGE_BYTES
 # 50,000 tensors and 131,072 chunks with their tags stay below 24 MiB.
@@ -99,6 +99,9 @@ class StoredChunk:
     codec_id: int
     offset: int
     planes: tuple[StoredPlane, ...]
+    # The number of an earlier chunk whose bytes these are: the extent, its number in the seal and its tags
+    # are that chunk's. None for a chunk with an extent of its own.
+    same_as: int | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -137,6 +140,11 @@ class PackIndex:
     @property
     def files(self) -> tuple[tuple[str, int], ...]:
         return tuple((stored.path, stored.nbytes) for stored in self.side_files)
+
+    def owner(self, number: int) -> int:
+        """The chunk whose extent holds this chunk's bytes: itself, unless it is a duplicate."""
+        same_as = self.chunks[number].same_as
+        return number if same_as is None else same_as
 
 
 def up_to_page(nbytes: int) -> int:
@@ -209,8 +217,9 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     dtype: Annotated[str, msgspec.Meta(max_length=16)]
     codec_id: Annotated[int, msgspec.Meta(ge=0, le=CODEC_ID_MAX)]
     offset: _Size
-    planes: Annotated[list[_Size], msgspec.Meta(min_length=1, max_length=PLANES_MAX)]
+    planes: Annotated[list[_Size], msgspec.Meta(max_length=PLANES_MAX)]
     tags: Annotated[bytes, msgspec.Meta(max_length=PLANES_MAX * TAG_BYTES)]
+    same_as: Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)] | None
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -250,22 +259,20 @@ def encode_index(index: PackIndex) -> bytes:
         )
         for placed in index.layout.tensors
     ]
-    chunks = [
-        _Chunk(
-            span.nbytes,
-            span.dtype,
-            chunk.codec_id,
-            chunk.offset,
-            [plane.nbytes for plane in chunk.planes],
-            b"".join(plane.tag for plane in chunk.planes),
-        )
-        for span, chunk in zip(index.layout.chunks, index.chunks, strict=True)
-    ]
+    chunks = [_raw_chunk(*row) for row in zip(index.layout.chunks, index.chunks, strict=True)]
     files = [_File(stored.path, stored.nbytes, stored.offset, stored.tag) for stored in index.side_files]
     whole = _Index(
         str(index.ref), index.engine, index.task, index.layout.image_bytes, names, tensors, chunks, files
     )
     return _encoder.encode(whole)
+
+
+def _raw_chunk(span: ChunkSpan, chunk: StoredChunk) -> _Chunk:
+    if chunk.same_as is not None:
+        return _Chunk(span.nbytes, span.dtype, 0, 0, [], b"", chunk.same_as)
+    sizes = [plane.nbytes for plane in chunk.planes]
+    tags = b"".join(plane.tag for plane in chunk.planes)
+    return _Chunk(span.nbytes, span.dtype, chunk.codec_id, chunk.offset, sizes, tags, None)
 
 
 def decode_index(data: bytes, header: PackHeader) -> PackIndex:
@@ -277,10 +284,10 @@ def decode_index(data: bytes, header: PackHeader) -> PackIndex:
         check_layout(layout)
     except (msgspec.MsgspecError, BadValue, BadLayout, ValueError, RecursionError) as error:
         raise PackError(f"index does not decode: {str(error)[:200]}", corrupt=True) from None
-    chunks = tuple(_chunk(chunk) for chunk in raw.chunks)
+    chunks = _chunks(raw.chunks)
     files = tuple(StoredFile(file.path, file.nbytes, file.offset, file.tag) for file in raw.files)
     _check_files(files)
-    extents = [(chunk.offset, chunk.extent_bytes) for chunk in chunks]
+    extents = [(chunk.offset, chunk.extent_bytes) for chunk in chunks if chunk.same_as is None]
     extents += [(file.offset, file.extent_bytes) for file in files]
     _check_extents(extents, header)
     return PackIndex(ref, raw.engine, task, layout, files, chunks)
@@ -308,7 +315,31 @@ def _layout(raw: _Index) -> ImageLayout:
     return ImageLayout(raw.image_bytes, tuple(tensors), tuple(spans))
 
 
+def _chunks(rows: Sequence[_Chunk]) -> tuple[StoredChunk, ...]:
+    chunks: list[StoredChunk] = []
+    for row in rows:
+        chunks.append(_chunk(row) if row.same_as is None else _duplicate(row, rows, chunks))
+    return tuple(chunks)
+
+
+def _duplicate(row: _Chunk, rows: Sequence[_Chunk], before: Sequence[StoredChunk]) -> StoredChunk:
+    number, same_as = len(before), row.same_as
+    if same_as is None or same_as >= number or before[same_as].same_as is not None:
+        raise PackError(
+            f"chunk {number} has the bytes of chunk {same_as}, which has none before", corrupt=True
+        )
+    other = rows[same_as]
+    if (row.nbytes, row.dtype) != (other.nbytes, other.dtype):
+        raise PackError(f"chunk {number} can not have the bytes of chunk {same_as}", corrupt=True)
+    if row.codec_id or row.offset or row.planes or row.tags:
+        # One way to write each index: these fields would be bytes that nothing reads.
+        raise PackError(f"chunk {number} is a duplicate and has an extent too", corrupt=True)
+    return replace(before[same_as], same_as=same_as)
+
+
 def _chunk(raw: _Chunk) -> StoredChunk:
+    if not raw.planes:
+        raise PackError(f"chunk at {raw.offset} has no planes", corrupt=True)
     if len(raw.tags) != TAG_BYTES * len(raw.planes):
         raise PackError(f"chunk at {raw.offset}: {len(raw.tags)} bytes of tags", corrupt=True)
     if sum(raw.planes) > raw.nbytes:

@@ -38,6 +38,9 @@ TENSOR_ALIGN_BYTES = 64
 PAGE_BYTES = 4 * KIB
 # One chunk of bf16 gives 1 MiB of packed exponent nibbles: frames below 256 KiB cost thread scaling.
 CHUNK_BYTES = 4 * MIB
+# A tensor from this size on has its chunks for itself, so that equal tensors are equal chunks and can be
+# stored once. Below it a chunk of its own would cost more than it could save.
+OWN_CHUNK_BYTES = MIB
 
 # Bits of each dtype that a device tensor can have. The 4 and 6 bit codes of newer safetensors
 # are left out: no engine here can use them.
@@ -269,13 +272,15 @@ def _check_tiling(tensors: Sequence[TensorInfo], file: str, base: int, file_size
 # --- the image ------------------------------------------------------------------------------------
 
 
-def _order(tensor: TensorInfo) -> tuple[int, int, str, str, str]:
-    """Execution order: embeddings, layers by number, tail; one dtype after the other within each."""
+def _order(tensor: TensorInfo) -> tuple[int, int, str, bool, str, str]:
+    """Execution order: embeddings, layers by number, tail; one dtype after the other within each, the small
+    tensors first, because together they are one chunk."""
     layer = next((part for part in tensor.name.split(".") if re.fullmatch("[0-9]{1,6}", part)), None)
+    own = tensor.nbytes >= OWN_CHUNK_BYTES
     if layer is not None:
-        return (1, int(layer), tensor.dtype, tensor.name, tensor.file)
+        return (1, int(layer), tensor.dtype, own, tensor.name, tensor.file)
     group = 0 if _EMBEDDING.search(tensor.name.lower()) else 2
-    return (group, 0, tensor.dtype, tensor.name, tensor.file)
+    return (group, 0, tensor.dtype, own, tensor.name, tensor.file)
 
 
 def _up(value: int, step: int) -> int:
@@ -287,30 +292,35 @@ def lay_out(tensors: Sequence[TensorInfo]) -> ImageLayout:
     order of the argument. Raises ``BadLayout`` on a name used twice or an image above the limit."""
     placed: list[PlacedTensor] = []
     runs: list[tuple[int, int, str]] = []  # start, end, dtype; each starts and ends on a page
-    at, start, dtype = 0, 0, ""
+    at, start, dtype, closed = 0, 0, "", False
     for tensor in sorted(tensors, key=_order):
         if tensor.nbytes == 0:
             # An empty tensor takes no place and must not break a run of one dtype.
             placed.append(PlacedTensor(tensor, _up(at, TENSOR_ALIGN_BYTES)))
             continue
-        if tensor.dtype != dtype:
+        own = tensor.nbytes >= OWN_CHUNK_BYTES
+        if tensor.dtype != dtype or own or closed:
             if at > start:
                 runs.append((start, _up(at, PAGE_BYTES), dtype))
             start = at = _up(at, PAGE_BYTES)
-            dtype = tensor.dtype
+            dtype, closed = tensor.dtype, own
         at = _up(at, TENSOR_ALIGN_BYTES)
         placed.append(PlacedTensor(tensor, at))
         at += tensor.nbytes
     if at > start:
         runs.append((start, _up(at, PAGE_BYTES), dtype))
-    chunks = tuple(
-        ChunkSpan(offset, min(CHUNK_BYTES, end - offset), run_dtype)
-        for begin, end, run_dtype in runs
-        for offset in range(begin, end, CHUNK_BYTES)
-    )
+    chunks = tuple(chunk for run in runs for chunk in _cut(*run))
     layout = ImageLayout(_up(at, PAGE_BYTES), tuple(placed), chunks)
     check_layout(layout)
     return layout
+
+
+def _cut(start: int, end: int, dtype: str) -> list[ChunkSpan]:
+    """Cut a run into as few chunks as possible, of nearly the same size: a short one at the end would
+    cost as many calls as a long one."""
+    count = -(-(end - start) // CHUNK_BYTES)
+    step = _up(-(-(end - start) // count), PAGE_BYTES)
+    return [ChunkSpan(at, min(step, end - at), dtype) for at in range(start, end, step)]
 
 
 def check_layout(layout: ImageLayout) -> None:

@@ -32,7 +32,7 @@ WRAPPED_KEY_BYTES = NONCE_BYTES + KEY_BYTES + TAG_BYTES
 # A part longer than this is never made; also far below what one GCM nonce may cover (64 GiB).
 PART_BYTES_MAX = 128 * 1024 * 1024
 
-_DERIVE_INFO = b"bunkhouse pack key, format 1"
+_DERIVE_INFO = b"bunkhouse pack key, format 2"
 _NONCE = struct.Struct(">BBHQ")
 _BINDING = struct.Struct(">BBHQQQ")
 
