@@ -183,6 +183,19 @@ class Orders:
     # --- orders -----------------------------------------------------------------------------------
 
     async def restore(self, order: Restore) -> Event | None:
+        answer = await self._restore(order)
+        if order.disk_bytes:
+            # The pack that goes with a load has an answer of its own, whatever became of the load.
+            if isinstance(answer, Restored):
+                self._keep(self._pack_beside(order))
+            else:
+                self.post(PackFailed(order.ref, order.device, "the load failed", order.pack_order))
+        return answer
+
+    async def _pack_beside(self, order: Restore) -> None:
+        self.post(await self.pack(Pack(order.ref, order.device, order.disk_bytes, order.pack_order)))
+
+    async def _restore(self, order: Restore) -> Event | None:
         failed = partial(RestoreFailed, order.ref, order.device, order.from_tier, order=order.order)
         # Held from here on, so that a worker that is just being forked for it is not taken for a parked one.
         self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
@@ -268,7 +281,7 @@ class Orders:
         self._forget_held(order.ref, order.device)
         return Evicted(order.ref, order.device, order.order)
 
-    async def pack(self, order: Pack) -> Event | None:
+    async def pack(self, order: Pack) -> Event:
         ref = order.ref
         failed = partial(PackFailed, ref, order.device, order=order.order)
         worker = self._workers.get((ref.tenant, order.device))

@@ -96,7 +96,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The bytes ordered by ``Restore`` are on the device and the model can answer."""
+    """The bytes ordered by ``Restore`` are on the device and the model can answer.
+
+    ``restored_bytes`` is how many raw bytes were moved; 0: not stated, all that the order named.
+    """
 
     ref: ModelRef
     device: str
@@ -104,6 +107,7 @@ class Restored:
     restore_ms: int
     host_filled: bool = False  # the host segment that the order reserved now holds a full copy
     order: int = 0
+    restored_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,9 @@ class Evicted:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A complete, fsynced, renamed pack is on disk."""
+    """A complete, fsynced, renamed pack is on disk. ``order`` is that of the ``Pack``, or the
+    ``pack_order`` of the ``Restore`` beside which it was written: then it may come before, after or
+    without a ``Restored``."""
 
     ref: ModelRef
     device: str
@@ -142,7 +148,8 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class PackFailed:
-    """No pack was written (full disk, worker gone). The model goes on serving from the device."""
+    """No pack was written (full disk, worker gone, load failed) and no file of it takes room.
+    The model goes on serving from the device, if it is there."""
 
     ref: ModelRef
     device: str
@@ -207,7 +214,10 @@ class Restore:
     """Bring the chunks from ``first_chunk`` to the end onto the device from ``from_tier``.
 
     ``host_bytes`` > 0: also fill a host segment of at most that size on the way (disk only).
-    Answered by ``Restored``, ``RestoreFailed`` or ``WorkerDied``.
+    ``disk_bytes`` > 0: also write a pack of at most that size beside the load (origin only).
+    Answered by ``Restored``, ``RestoreFailed`` or ``WorkerDied``; with ``disk_bytes`` also, before or
+    after it, by exactly one ``Packed`` or ``PackFailed`` that carries ``pack_order``, even when the load
+    failed or the worker died: only this answer says that no file is left behind unaccounted.
     """
 
     ref: ModelRef
@@ -216,6 +226,8 @@ class Restore:
     first_chunk: int = 0
     host_bytes: int = 0
     order: int = 0
+    disk_bytes: int = 0
+    pack_order: int = 0
 
 
 @dataclass(frozen=True, slots=True)

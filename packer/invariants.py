@@ -111,7 +111,8 @@ def _check_on_device(node: Node, model: Model) -> None:
         or node.devices[device.name] is not device
     ):
         raise InvariantBroken(f"{ref} is {state} and {device.name} does not agree")
-    if state is not State.RESIDENT and (model.leases or model.packing):
+    loading = state is State.RESTORING and model.source is Tier.ORIGIN
+    if state is not State.RESIDENT and (model.leases or (model.packing and not loading)):
         raise InvariantBroken(f"{ref} is {state} with {model.leases} leases, packing: {model.packing}")
     if model.packing and model.disk.state is not CopyState.FILLING:
         raise InvariantBroken(f"{ref} is being packed and has no room reserved for it")

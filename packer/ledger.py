@@ -100,7 +100,7 @@ class Model:
     started_ms: int = 0
     residency: int = 0
     leases: int = 0
-    packing: bool = False  # a pack is being written from this stay on the device
+    packing: bool = False  # a pack is being written from this stay on the device, or from its load
     host: Copy = field(default_factory=Copy)
     disk: Copy = field(default_factory=Copy)
     opened_bytes: int = 0  # what the pack takes in the host tier; 0 until there was a pack
@@ -182,7 +182,7 @@ class Node:
     condemned: dict[ModelRef, ModelRef] = field(default_factory=dict)
     # Models that left the plan and still hold something.
     removed: dict[ModelRef, Model] = field(default_factory=dict)
-    # Resident models without a pack, candidates for one.
+    # Models without a pack, resident or coming from their origin: candidates for one.
     unpacked: dict[ModelRef, Model] = field(default_factory=dict)
     # Models with bytes in the host or disk tier.
     in_host: dict[ModelRef, Model] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from packer.ledger import (
     leave_copy,
     leave_device,
     next_order,
+    pack_reservation_bytes,
 )
 from packer.types import ModelRef, Tier
 
@@ -237,7 +238,14 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
     if source is Tier.DISK:
         make_host_room(node, model, now_ms, out)
         host_bytes = _reserve_host(node, model)
-    out.append(Restore(model.ref, device.name, source, 0, host_bytes, model.order))
+    disk_bytes = pack_order = 0
+    if source is Tier.ORIGIN:
+        make_pack_room(node, model, now_ms, out)
+        disk_bytes = _reserve_pack(node, model, now_ms)
+        pack_order = model.disk.order if disk_bytes else 0
+        if not disk_bytes:
+            node.unpacked[model.ref] = model
+    out.append(Restore(model.ref, device.name, source, 0, host_bytes, model.order, disk_bytes, pack_order))
 
 
 def make_host_room(node: Node, model: Model, now_ms: int, out: list[Action]) -> None:
@@ -260,6 +268,49 @@ def _reserve_host(node: Node, model: Model) -> int:
         return 0
     hold_copy(node, model, Tier.HOST, nbytes)
     return nbytes
+
+
+def wants_pack(node: Node, model: Model, now_ms: int) -> bool:
+    """May a pack of this model be reserved now, as far as it depends on the model alone?"""
+    return (
+        model.planned
+        and not node.draining
+        and node.disk.limit_bytes is not None
+        and model.disk.state is CopyState.ABSENT
+        and now_ms >= model.pack_not_before_ms
+    )
+
+
+def make_pack_room(node: Node, model: Model, now_ms: int, out: list[Action]) -> None:
+    """Drop less valuable packs so that this model's load from its origin can leave one beside it.
+
+    Nobody waits for it: if the room is not there when the load starts, the pack is written afterwards.
+    """
+    if not wants_pack(node, model, now_ms):
+        return
+    nbytes = pack_reservation_bytes(model.spec)
+    for victim in room.copy_victims(node, model, Tier.DISK, nbytes, 0, 0, now_ms) or ():
+        order_drop(node, victim, Tier.DISK, out)
+
+
+def _reserve_pack(node: Node, model: Model, now_ms: int) -> int:
+    """Take the room of a pack that is written beside the load; 0 when there is none."""
+    nbytes = pack_reservation_bytes(model.spec)
+    if (
+        not wants_pack(node, model, now_ms)
+        or not node.disk.fits(nbytes)
+        or not model.tenant.disk.fits(nbytes)
+    ):
+        return 0
+    hold_pack(node, model, nbytes)
+    return nbytes
+
+
+def hold_pack(node: Node, model: Model, nbytes: int) -> None:
+    """Reserve the room of a pack that is written from this stay on the device, and pin the stay."""
+    hold_copy(node, model, Tier.DISK, nbytes)
+    model.packing = True
+    model.disk.order = next_order(node)
 
 
 def order_drop(node: Node, model: Model, tier: Tier, out: list[Action]) -> None:
@@ -390,7 +441,10 @@ def _try_start(
     if all(victim.idle for victim in victims):
         for victim in victims:
             order_evict(node, victim, out)
-        make_host_room(node, model, now_ms, out)
+        if room.source_tier(model) is Tier.ORIGIN:
+            make_pack_room(node, model, now_ms, out)
+        else:
+            make_host_room(node, model, now_ms, out)
     elif now_ms - since_ms >= CLAIM_PATIENCE_MS:
         condemned.update((victim, model) for victim in victims if victim.state is State.RESIDENT)
     earlier.add(device.name, model.tenant.spec.tenant, model.need_bytes)

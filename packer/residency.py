@@ -251,10 +251,12 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     model.tries.clear()
     model.failure = None
     taken_ms = max(event.restore_ms, 0)
-    keep.note_restore(node.speeds, model.measured_ms, model.source, model.spec.image_bytes, taken_ms)
+    moved_bytes = event.restored_bytes if event.restored_bytes > 0 else model.spec.image_bytes
+    keep.note_restore(node.speeds, model.measured_ms, model.source, moved_bytes, taken_ms)
     # What was charged was an estimate; the tenant pays what it took.
     quota.charge(model.tenant, taken_ms - model.charged_ms)
-    node.unpacked[model.ref] = model
+    if model.disk.state is CopyState.ABSENT:
+        node.unpacked[model.ref] = model
     # Leased in the same step, before anyone may evict it.
     if queueing.grantable(node, model):
         queueing.grant_waiters(node, model, model.source, now_ms, out)
@@ -266,6 +268,9 @@ def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Act
         return
     source = model.source
     _give_up_restore(node, model)
+    # A pack that was written beside this load failed with it: the next load may try one again at once
+    # and go on where this one stopped.
+    model.pack_not_before_ms = min(model.pack_not_before_ms, now_ms)
     if event.broken:
         model.failure = Failure(RefusalReason.MODEL_BROKEN, event.message, now_ms + BROKEN_MS)
         queueing.refuse_all(node, model, RefusalReason.MODEL_BROKEN, event.message, None, out)
@@ -277,7 +282,10 @@ def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Act
 
 
 def _give_up_restore(node: Node, model: Model) -> None:
+    """A pack that was being written beside it keeps its reservation until its own answer says what is
+    left of the file, but pins nothing any more."""
     _end_restore(node, model, host_filled=False)
+    model.packing = False
     release_device(node, model)
 
 
@@ -330,9 +338,11 @@ def _pack_failed(node: Node, event: PackFailed, now_ms: int) -> None:
         return
     if event.order not in (0, model.disk.order):
         return
+    if model.packing:
+        # The stay is there, so the disk is to blame. What a failed load took with it may be tried again.
+        model.pack_not_before_ms = now_ms + upkeep.PACK_RETRY_MS
     model.packing = False
     release_copy(node, model, Tier.DISK)
-    model.pack_not_before_ms = now_ms + upkeep.PACK_RETRY_MS
     if model.state is State.RESIDENT:
         node.unpacked[model.ref] = model
     node.dirty = True
@@ -356,6 +366,9 @@ def _worker_died(node: Node, event: WorkerDied, now_ms: int, out: list[Action]) 
     if device is None:
         return
     for model in [m for m in device.models.values() if m.ref.tenant == event.tenant]:
+        if model.packing:
+            # If it was the packing that killed the worker, the next load shall come through without.
+            model.pack_not_before_ms = now_ms + upkeep.PACK_RETRY_MS
         if model.state is State.RESTORING:
             source = model.source
             _give_up_restore(node, model)

@@ -1,7 +1,8 @@
 """Upkeep after every change: what must go because it may not stay, and packs that should be written.
 
 Covers: models that left the plan, budgets and limits that sank, unhealthy devices, ordering packs of
-models that came from their origin. Does not cover: room for waiting requests (``queueing``).
+models that came from their origin without one. Does not cover: room for waiting requests or packs
+written beside a load (``queueing``).
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from packer.ledger import (
     Model,
     Node,
     State,
-    hold_copy,
-    next_order,
     pack_reservation_bytes,
 )
-from packer.queueing import order_drop, order_evict
+from packer.queueing import hold_pack, order_drop, order_evict, wants_pack
 from packer.quota import Tenant
 from packer.types import ModelRef, Tier
 
@@ -80,14 +79,15 @@ def shed(node: Node, now_ms: int, out: list[Action]) -> None:
 
 def order_packs(node: Node, now_ms: int, out: list[Action]) -> None:
     """Order a pack of every resident model that has none, as far as the disk tier has room for it."""
-    if not node.unpacked or node.disk.limit_bytes is None or node.draining:
+    if not node.unpacked:
         return
     pending = 0
     pending_by_tenant: dict[str, int] = {}
     done: list[ModelRef] = []
     for ref, model in node.unpacked.items():
-        if not _wants_pack(model, now_ms):
-            if model.state is not State.RESIDENT or model.disk.state is CopyState.HELD:
+        coming = model.state is State.RESTORING
+        if not (coming or model.state is State.RESIDENT) or not wants_pack(node, model, now_ms):
+            if not (coming or model.state is State.RESIDENT) or model.disk.state is CopyState.HELD:
                 done.append(ref)
             continue
         nbytes = pack_reservation_bytes(model.spec)
@@ -98,7 +98,9 @@ def order_packs(node: Node, now_ms: int, out: list[Action]) -> None:
             continue
         for victim in victims:
             order_drop(node, victim, Tier.DISK, out)
-        if not pending and node.disk.fits(nbytes) and model.tenant.disk.fits(nbytes):
+        # A model that is still coming keeps the room that was made for it, until it can be packed.
+        fits = node.disk.fits(nbytes + pending) and model.tenant.disk.fits(nbytes + own)
+        if fits and not coming:
             _order_pack(node, model, nbytes, out)
             done.append(ref)
         else:
@@ -108,18 +110,7 @@ def order_packs(node: Node, now_ms: int, out: list[Action]) -> None:
         node.unpacked.pop(ref, None)
 
 
-def _wants_pack(model: Model, now_ms: int) -> bool:
-    return (
-        model.planned
-        and model.state is State.RESIDENT
-        and model.disk.state is CopyState.ABSENT
-        and now_ms >= model.pack_not_before_ms
-    )
-
-
 def _order_pack(node: Node, model: Model, nbytes: int, out: list[Action]) -> None:
     assert model.device is not None
-    hold_copy(node, model, Tier.DISK, nbytes)
-    model.packing = True
-    model.disk.order = next_order(node)
+    hold_pack(node, model, nbytes)
     out.append(Pack(model.ref, model.device.name, nbytes, model.disk.order))

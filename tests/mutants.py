@@ -164,6 +164,38 @@ MUTANTS = (
         "            model.packing = False\n            node.unpacked.pop(model.ref, None)",
     ),
     Mutant(
+        "a pack beside a load pins nothing",
+        "queueing",
+        "    model.packing = True\n",
+        "    model.packing = model.state is State.RESIDENT\n",
+    ),
+    Mutant(
+        "a load that failed frees the room of its pack while the file is written",
+        "residency",
+        "    model.packing = False\n    release_device(node, model)",
+        "    if model.packing:\n        release_copy(node, model, Tier.DISK)\n"
+        "    model.packing = False\n    release_device(node, model)",
+    ),
+    Mutant(
+        "a pack that is complete before its load is forgotten",
+        "residency",
+        "    model.packing = False\n    model.opened_bytes = event.host_bytes",
+        "    if model.state is State.RESTORING:\n        return\n"
+        "    model.packing = False\n    model.opened_bytes = event.host_bytes",
+    ),
+    Mutant(
+        "a second pack is reserved while the first is written",
+        "queueing",
+        "        and model.disk.state is CopyState.ABSENT\n",
+        "        and model.disk.state in (CopyState.ABSENT, CopyState.FILLING)\n",
+    ),
+    Mutant(
+        "a pack beside a load needs no room",
+        "queueing",
+        "        or not node.disk.fits(nbytes)\n",
+        "",
+    ),
+    Mutant(
         "a restore that failed is not tried again",
         "residency",
         "        queueing.wake_at(node, model.not_before_ms)\n        return",

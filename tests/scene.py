@@ -107,6 +107,11 @@ class Scene:
     def packed(self, order: Pack, mib: int = 5) -> list[Action]:
         return self.feed(Packed(order.ref, order.device, mib * MIB, mib * MIB, order.order))
 
+    def packed_beside(self, order: Restore, mib: int = 5) -> list[Action]:
+        """The pack that a load from the origin was to write is there."""
+        assert order.disk_bytes
+        return self.feed(Packed(order.ref, order.device, mib * MIB, mib * MIB, order.pack_order))
+
     def settle(self, actions: list[Action]) -> list[Action]:
         """Answer every restore, eviction, pack and drop well until nothing more follows."""
         seen = list(actions)
@@ -116,6 +121,8 @@ class Scene:
             match action:
                 case Restore():
                     new = self.restored(action, filled=action.host_bytes > 0)
+                    if action.disk_bytes:
+                        new += self.packed_beside(action)
                 case Evict():
                     new = self.evicted(action)
                 case Pack():

@@ -491,6 +491,9 @@ class World:
             self.require(order.from_tier is Tier.DISK and ref not in self.host, "host copy twice")
             self.host[ref] = order.host_bytes
         self.later(lambda: self._end_restore(stay))
+        if order.disk_bytes:
+            self.require(order.from_tier is Tier.ORIGIN, f"a pack beside a restore from {order.from_tier}")
+            self._start_pack(stay, order.disk_bytes, order.pack_order)
 
     def _readable(self, ref: ModelRef, tier: Tier) -> bool:
         if tier is Tier.ORIGIN:
@@ -510,6 +513,7 @@ class World:
             del self.stays[ref]
             if stay.tee_bytes:
                 del self.host[ref]
+            self.reached["a load failed beside its pack"] += stay.packing
             return RestoreFailed(ref, device, source, "a fault", corrupt, broken, order)
         stay.state = "resident"
         filled = bool(stay.tee_bytes) and self.rng.random() < 0.8
@@ -546,29 +550,40 @@ class World:
         stay = self.stays.get(order.ref)
         self.require(stay is not None and stay.state == "resident", f"pack of {order.ref}, not resident")
         assert stay is not None
-        self.require(order.ref not in self.disk, f"pack of {order.ref}, which has one")
-        stay.packing = True
-        self.disk[order.ref] = self.packing[order.ref] = order.disk_bytes
-        self.later(lambda: self._end_pack(order, stay), 20)
+        self._start_pack(stay, order.disk_bytes, order.order)
 
-    def _end_pack(self, order: Pack, stay: Stay) -> Event:
-        ref = order.ref
+    def _start_pack(self, stay: Stay, disk_bytes: int, order: int) -> None:
+        ref = stay.ref
+        self.require(ref not in self.disk, f"pack of {ref}, which has one")
+        self.require(order > 0, f"a pack of {ref} without a number")
+        stay.packing = True
+        self.disk[ref] = self.packing[ref] = disk_bytes
+        self.later(lambda: self._end_pack(stay, order), 20)
+
+    def _end_pack(self, stay: Stay, order: int) -> Event:
+        """The end of a pack, written beside a load or from a resident model: in any order with the load's
+        own end, and whatever became of the stay."""
+        ref = stay.ref
         alive = self.stays.get(ref) is stay
+        loading = alive and stay.state == "restoring"
+        beside = "beside a load " if loading else ""
         stay.packing = False
         del self.packing[ref]
         # A worker's death usually fails its pack; a file that was complete by then still counts.
         if self.chance(self.faults.pack_fail) or (not alive and self.rng.random() < 0.5):
-            self.reached["pack failed"] += 1
+            self.reached[f"pack {beside}failed"] += 1
             del self.disk[ref]
-            return PackFailed(ref, order.device, "no", order.order)
+            return PackFailed(ref, stay.device, "no", order)
         if not alive:
             self.reached["packed after the worker died"] += 1
+        self.reached["packed before it was restored"] += loading
         self.disk[ref] = self.models[ref].image_bytes
-        return Packed(ref, order.device, self.disk[ref], self.disk[ref], order.order)
+        return Packed(ref, stay.device, self.disk[ref], self.disk[ref], order)
 
     def _drop(self, order: Drop) -> None:
         stay = self.stays.get(order.ref)
         reading = stay is not None and stay.state == "restoring" and stay.source is order.tier
+        self.require(order.tier is not Tier.ORIGIN, f"drop of {order.ref} at its origin")
         self.require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being read")
         self.require(self._readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
         self.require(
@@ -589,6 +604,9 @@ class World:
                 continue
             use = "packing" if stay.packing else ("leased" if stay.leases else stay.state)
             self.reached[f"worker died while {use}"] += 1
+            self.reached["worker died while loading and packing"] += (
+                stay.packing and stay.state == "restoring"
+            )
             if stay.tee_bytes:
                 del self.host[stay.ref]
             del self.stays[stay.ref]

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -54,16 +54,26 @@ class SlowHands:
         self.failing = failing
         self.running: dict[tuple[ModelRef, str], int] = {}
         self.restores = 0
+        self.post: Callable[[Event], None] = lambda event: None
+        self.packs: set[asyncio.Task[None]] = set()
 
     async def _work(self) -> None:
         await asyncio.sleep(self.dice.randrange(1, 8) * GRID_S)
 
     async def restore(self, order: Restore) -> Event | None:
         self.restores += 1
+        if order.disk_bytes:
+            task = asyncio.create_task(self._pack_beside(order))
+            self.packs.add(task)
+            task.add_done_callback(self.packs.discard)
         await self._work()
         if self.dice.random() < self.failing:
             return RestoreFailed(order.ref, order.device, order.from_tier, "a passing fault")
         return Restored(order.ref, order.device, order.from_tier, 100, order.host_bytes > 0)
+
+    async def _pack_beside(self, order: Restore) -> None:
+        await self._work()
+        self.post(Packed(order.ref, order.device, 30 * MIB, 30 * MIB, order.pack_order))
 
     async def evict(self, order: Evict) -> Event | None:
         assert not self.running.get((order.ref, order.device)), "evicted under a running request"
@@ -96,6 +106,7 @@ def make_loop(hands: SlowHands, directory: Path, seen: list[str]) -> Loop:
         seen.append(f"{now_ms} {event} {actions}")
 
     loop = Loop(residency.Node(), hands, clock.now_ms, observe, directory)
+    hands.post = loop.post
     loop.post(TierBudgetSeen(Tier.HOST, 100 * MIB))
     loop.post(TierBudgetSeen(Tier.DISK, 1000 * MIB))
     loop.post(DeviceSeen("cpu:0", 96 * MIB))

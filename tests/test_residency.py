@@ -21,7 +21,6 @@ from packer.events import (
     Finished,
     Grant,
     Pack,
-    Packed,
     PackFailed,
     PackFound,
     RefusalReason,
@@ -44,17 +43,19 @@ A, B, C = model("acme/a", 40), model("bolt/b", 40), model("core/c", 40)
 # --- restoring ------------------------------------------------------------------------------------
 
 
-def test_a_cold_request_is_restored_from_the_origin_then_granted_then_packed() -> None:
+def test_a_cold_request_is_restored_from_the_origin_and_packed_beside_it() -> None:
     scene = Scene(A)
     restore = the(scene.ask(A), Restore)
     assert (restore.device, restore.from_tier, restore.first_chunk) == ("cpu:0", Tier.ORIGIN, 0)
     assert residency.device_bytes_used(scene.node, "cpu:0") == 40 * MIB
+    assert restore.disk_bytes == 40 * MIB + 40 * MIB // 16 + MIB
+    assert restore.pack_order not in (0, restore.order)
+    assert residency.tier_bytes_used(scene.node, Tier.DISK) == restore.disk_bytes
     actions = scene.later(300).restored(restore)
-    grant, pack = the(actions, Grant), the(actions, Pack)
+    grant = the(actions, Grant)
     assert (grant.request, grant.tier, grant.restore_ms) == ("r1", Tier.ORIGIN, 300)
-    assert pack.disk_bytes == 40 * MIB + 40 * MIB // 16 + MIB
-    assert residency.tier_bytes_used(scene.node, Tier.DISK) == pack.disk_bytes
-    scene.packed(pack, 27)
+    assert not of(actions, Pack), "it is being written already"
+    scene.packed_beside(restore, 27)
     assert residency.tier_bytes_used(scene.node, Tier.DISK) == 27 * MIB
 
 
@@ -149,10 +150,11 @@ def test_a_leased_model_is_evicted_only_after_its_last_lease() -> None:
 
 def test_a_model_is_not_evicted_before_its_pack_is_written() -> None:
     scene = Scene(A, B, devices_mib=(60,))
-    pack = the(scene.restored(the(scene.ask(A), Restore)), Pack)
+    restore = the(scene.ask(A), Restore)
+    scene.restored(restore)
     scene.finish(1)
     assert not of(scene.ask(B), Evict)
-    assert the(scene.packed(pack), Evict).ref == A.ref
+    assert the(scene.packed_beside(restore), Evict).ref == A.ref
 
 
 def test_a_small_model_passes_a_waiting_large_one_only_into_free_room() -> None:
@@ -349,23 +351,83 @@ def test_evicted_after_worker_died_changes_nothing() -> None:
 
 def test_a_pack_outlives_its_worker_until_its_own_answer() -> None:
     scene = Scene(A)
-    pack = the(scene.restored(the(scene.ask(A), Restore)), Pack)
+    first = the(scene.ask(A), Restore)
+    scene.restored(first)
     scene.feed(WorkerDied("acme", "cpu:0"))
-    assert residency.tier_bytes_used(scene.node, Tier.DISK) == pack.disk_bytes
+    assert residency.tier_bytes_used(scene.node, Tier.DISK) == first.disk_bytes
     again = the(scene.ask(A), Restore)
-    assert again.from_tier is Tier.ORIGIN
-    scene.feed(Packed(A.ref, "cpu:0", 20 * MIB, 20 * MIB, pack.order))
+    assert (again.from_tier, again.disk_bytes) == (Tier.ORIGIN, 0)
+    scene.packed_beside(first, 20)
     assert not of(scene.restored(again), Pack), "the file was complete after all"
     assert residency.tier_bytes_used(scene.node, Tier.DISK) == 20 * MIB
 
 
 def test_a_pack_that_failed_frees_its_room_and_is_tried_again_later() -> None:
     scene = Scene(A)
-    pack = the(scene.restored(the(scene.ask(A), Restore)), Pack)
-    assert not of(scene.feed(PackFailed(A.ref, "cpu:0", "full", pack.order)), Pack)
+    restore = the(scene.ask(A), Restore)
+    scene.restored(restore)
+    assert not of(scene.feed(pack_failed(restore)), Pack)
     assert residency.tier_bytes_used(scene.node, Tier.DISK) == 0
     scene.later(upkeep.PACK_RETRY_MS)
     assert the(scene.finish(1), Pack)
+
+
+def pack_failed(order: Restore) -> PackFailed:
+    return PackFailed(order.ref, order.device, "full", order.pack_order)
+
+
+def test_a_pack_beside_a_load_may_be_complete_before_the_load() -> None:
+    scene = Scene(A, B, devices_mib=(60,))
+    restore = the(scene.ask(A), Restore)
+    scene.packed_beside(restore, 20)
+    assert residency.tier_bytes_used(scene.node, Tier.DISK) == 20 * MIB
+    assert not of(scene.restored(restore), Pack)
+    scene.finish(1)
+    assert the(scene.ask(B), Evict).ref == A.ref, "nothing pins it any more"
+
+
+def test_a_load_that_fails_keeps_its_packs_room_until_the_packs_own_answer() -> None:
+    scene = Scene(A)
+    restore = the(scene.ask(A), Restore)
+    scene.feed(failed(restore))
+    assert residency.device_bytes_used(scene.node, "cpu:0") == 0
+    assert residency.tier_bytes_used(scene.node, Tier.DISK) == restore.disk_bytes
+    scene.feed(pack_failed(restore))
+    assert residency.tier_bytes_used(scene.node, Tier.DISK) == 0
+    again = the(scene.later(200).feed(Ticked()), Restore)
+    assert again.disk_bytes == restore.disk_bytes, "the next load goes on where this one stopped"
+
+
+def test_a_load_is_not_accompanied_while_the_last_ones_pack_is_not_answered() -> None:
+    scene = Scene(A)
+    first = the(scene.ask(A), Restore)
+    scene.feed(failed(first))
+    second = the(scene.later(200).feed(Ticked()), Restore)
+    assert (second.from_tier, second.disk_bytes, second.pack_order) == (Tier.ORIGIN, 0, 0)
+    assert the(scene.feed(Finished("nobody")) + scene.restored(second), Grant)
+    assert the(scene.feed(pack_failed(first)), Pack), "now that the room is free, from the device"
+
+
+def test_after_a_worker_died_packing_beside_a_load_the_next_load_goes_without() -> None:
+    scene = Scene(A)
+    first = the(scene.ask(A), Restore)
+    scene.feed(WorkerDied("acme", "cpu:0"))
+    scene.feed(pack_failed(first))
+    second = the(scene.later(200).feed(Ticked()), Restore)
+    assert second.disk_bytes == 0
+    assert not of(scene.restored(second), Pack)
+    scene.later(upkeep.PACK_RETRY_MS)
+    assert the(scene.finish(1), Pack)
+
+
+def test_a_load_without_room_for_its_pack_makes_some_and_packs_afterwards() -> None:
+    scene = Scene(A, B, disk_mib=45)
+    scene.warm(A)
+    actions = scene.later(3_600_000).ask(B)
+    drop, restore = the(actions, Drop), the(actions, Restore)
+    assert (drop.ref, restore.disk_bytes) == (A.ref, 0)
+    scene.feed(Dropped(A.ref, Tier.DISK, drop.order))
+    assert the(scene.restored(restore), Pack).ref == B.ref
 
 
 # --- the disk tier --------------------------------------------------------------------------------
@@ -374,8 +436,10 @@ def test_a_pack_that_failed_frees_its_room_and_is_tried_again_later() -> None:
 def test_a_less_valuable_pack_makes_room_for_a_new_one() -> None:
     scene = Scene(A, B, disk_mib=45)
     scene.warm(A)
-    drop = the(scene.later(3_600_000).restored(the(scene.ask(B), Restore)), Drop)
+    actions = scene.later(3_600_000).ask(B)
+    drop = the(actions, Drop)
     assert drop.ref == A.ref
+    assert not of(scene.restored(the(actions, Restore)), Pack), "the old one is not gone yet"
     assert the(scene.feed(Dropped(A.ref, Tier.DISK, drop.order)), Pack).ref == B.ref
 
 
@@ -384,7 +448,9 @@ def test_a_pack_does_not_push_out_more_valuable_ones() -> None:
     scene.warm(A)
     for _ in range(50):
         scene.warm(A)
-    actions = scene.restored(the(scene.later(1_000).ask(B), Restore))
+    actions = scene.later(1_000).ask(B)
+    assert the(actions, Restore).disk_bytes == 0
+    actions += scene.restored(the(actions, Restore))
     assert not of(actions, Drop)
     assert not of(actions, Pack)
 
@@ -424,16 +490,19 @@ def test_a_model_removed_while_it_is_restoring_goes_when_it_has_come() -> None:
     restore = the(scene.ask(A), Restore)
     refusal = the(scene.plan(), Refuse)
     assert (refusal.request, refusal.reason) == ("r1", RefusalReason.UNKNOWN_MODEL)
+    assert the(scene.packed_beside(restore), Drop).tier is Tier.DISK
     evict = the(scene.restored(restore), Evict)
     scene.evicted(evict)
+    scene.feed(Dropped(A.ref, Tier.DISK))
     assert residency.model_view(scene.node, A.ref) is None
 
 
 def test_a_model_removed_while_it_is_packed_or_leased_goes_from_every_tier_afterwards() -> None:
     scene = Scene(A)
-    pack = the(scene.restored(the(scene.ask(A), Restore)), Pack)
+    restore = the(scene.ask(A), Restore)
+    scene.restored(restore)
     assert scene.plan() == []
-    assert the(scene.packed(pack), Drop).tier is Tier.DISK
+    assert the(scene.packed_beside(restore), Drop).tier is Tier.DISK
     scene.feed(Dropped(A.ref, Tier.DISK))
     scene.evicted(the(scene.finish(1), Evict))
     assert residency.model_view(scene.node, A.ref) is None
@@ -464,8 +533,8 @@ def test_a_budget_that_sinks_while_a_model_is_restoring_evicts_it_after_its_call
     scene = Scene(A)
     restore = the(scene.ask(A), Restore)
     scene.feed(DeviceSeen("cpu:0", 30 * MIB))
-    pack = the(scene.restored(restore), Pack)
-    scene.packed(pack)
+    scene.restored(restore)
+    scene.packed_beside(restore)
     assert the(scene.finish(1), Evict)
 
 

@@ -28,6 +28,7 @@ SEED_FIRST = int(os.environ.get("BUNK_SEED_FIRST", "0"))
 MUTANT_SEEDS = range(60)
 
 RARE = (
+    "a load failed beside its pack",
     "budget sank below what is leased",
     "budget sank while restoring",
     "cancelled after grant",
@@ -41,7 +42,9 @@ RARE = (
     "joined a restore",
     "late answer",
     "pack failed",
+    "pack beside a load failed",
     "packed after the worker died",
+    "packed before it was restored",
     "passed a claim",
     "planned again",
     "refused: concurrency",
@@ -63,6 +66,7 @@ RARE = (
     "took what another tenant borrowed",
     "worker died while evicting",
     "worker died while leased",
+    "worker died while loading and packing",
     "worker died while packing",
     "worker died while restoring",
 )
