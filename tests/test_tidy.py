@@ -38,6 +38,7 @@ TENSOR_FILES = {
     "packer/codec.py",
     "packer/tiers.py",
     "agent/arena.py",
+    "agent/cuda_image.py",
     "agent/nursery.py",
     "agent/worker.py",
 }
@@ -51,6 +52,7 @@ PURE_FILES = (
     "packer/residency.py",
     "packer/quota.py",
     "packer/keep.py",
+    "packer/estimate.py",
     "packer/layout.py",
     "packer/directory.py",
     "packer/placement.py",
