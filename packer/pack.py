@@ -1,9 +1,9 @@
-"""The pack file: write it, open it, read chunks out of it, verify it.
+"""The pack file: open it, read chunks out of it, verify it.
 
-Covers: ``PackReader`` (for a sealed pack on disk and for an opened image in memory), filling an opened
-image while reading (tee), and ``python -m packer.pack inspect|verify``. Does not cover: writing
-(``pack_writer``), naming and removing files, keys at rest (the agent), how several chunks are in flight
-(``tiers``). The format is FORMAT.md.
+Covers: ``PackReader`` (for a sealed pack on disk and for a host segment in memory) and
+``python -m packer.pack inspect|verify``. Does not cover: writing (``pack_writer``, ``host_segment``), naming
+and removing files, keys at rest (the agent), how several chunks are in flight (``tiers``). The format is
+FORMAT.md.
 
 Every byte of a sealed pack is covered by a tag, a digest or a check for zero, so a flip anywhere is
 found before the byte is used. Importing this needs no numpy: codecs load with the first chunk.
@@ -16,12 +16,10 @@ import hashlib
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from packer.host_segment import host_sizes
 from packer.index import (
     HEADER_BYTES,
     PackError,
@@ -35,15 +33,12 @@ from packer.index import (
 )
 from packer.layout import CHUNK_BYTES
 from packer.pack_file import (
-    NO_TAG,
     Scratch,
     check_zero,
     chunk_part,
     file_part,
     index_part,
     read_all,
-    write_all,
-    write_end,
 )
 from packer.seal import (
     KEY_BYTES,
@@ -54,27 +49,25 @@ from packer.seal import (
     derive_pack_key,
     seal_context,
 )
-from packer.types import ModelRef
-
-if TYPE_CHECKING:
-    pass
-
-
-# --- read -----------------------------------------------------------------------------------------
+from packer.types import HostSizes, ModelRef
 
 
 class PackReader:
-    """Reads a sealed pack (with its version's data key) or an opened image (``key`` None).
+    """Reads a sealed pack (with its version's data key) or a host segment (``key`` None).
 
-    Opening checks header and index completely; then ``file`` and ``read_chunk`` may be called from any
-    number of threads, each with its own ``Scratch``. The descriptor stays the caller's.
-    Raises ``PackError``; ``corrupt`` says that this copy must be dropped.
+    Opening checks header and index completely; then everything else may be called from any number of
+    threads, each with its own buffers. The descriptors stay the caller's; ``direct_fd`` is the same file
+    opened with ``O_DIRECT``, or None where the file system refuses that.
+    Raises ``PackError``; ``corrupt`` says that this copy must be dropped, or repaired.
     """
 
-    def __init__(self, fd: int, key: bytes | None, expect: ModelRef | None = None) -> None:
-        self._fd = fd
+    def __init__(
+        self, fd: int, key: bytes | None, expect: ModelRef | None = None, direct_fd: int | None = None
+    ) -> None:
+        self.fd = fd
+        self.direct_fd = direct_fd
         self._header = read_header(fd)
-        # An opened image in the place of a sealed pack would be bytes that nobody authenticated.
+        # A host segment in the place of a sealed pack would be bytes that nobody authenticated.
         if key is not None and not self._header.sealed:
             raise PackError("file is not sealed although it should be", corrupt=True)
         if key is None and self._header.sealed:
@@ -86,17 +79,28 @@ class PackReader:
         self._seal: ChunkSeal | None = None
         if self._pack_key is not None:
             self._seal = ChunkSeal(self._pack_key, seal_context(self.index.ref))
-        self._lock = threading.Lock()
-        self._teed: set[tuple[int, int]] = set()
 
     @property
-    def host_bytes(self) -> int:
-        """Size of the opened image; the same as the sealed file's, offset by offset."""
+    def sealed(self) -> bool:
+        return self._header.sealed
+
+    @property
+    def salt(self) -> bytes:
+        """What makes this file's key its own: two packs with the same salt are the same bytes."""
+        return self._header.salt
+
+    @property
+    def file_bytes(self) -> int:
         return self._header.file_bytes
+
+    @property
+    def host_sizes(self) -> HostSizes:
+        """What a host segment of this model takes in each form. Loads numpy."""
+        return host_sizes(self.index)
 
     def _read_extent(self, nbytes: int, offset: int) -> bytearray:
         data = bytearray(up_to_page(nbytes))
-        read_all(self._fd, memoryview(data), offset)
+        read_all(self.fd, memoryview(data), offset)
         check_zero(memoryview(data)[nbytes:], offset + nbytes)
         del data[nbytes:]
         return data
@@ -109,8 +113,7 @@ class PackReader:
         if self._pack_key is not None:
             seal = ChunkSeal(self._pack_key, header.binding())
             _open_in_place(seal, index_part(header.index_bytes), data, header.index_tag)
-        self._index_data = bytes(data)
-        return decode_index(self._index_data, header)
+        return decode_index(bytes(data), header)
 
     def file(self, path: str) -> bytes:
         """The contents of a side file."""
@@ -125,11 +128,8 @@ class PackReader:
             _open_in_place(self._seal, file_part(number, stored.nbytes), data, stored.tag)
         return data
 
-    def read_chunk(self, i: int, out: memoryview, scratch: Scratch, tee_fd: int | None = None) -> None:
-        """Read chunk ``i``, authenticate and open all its planes, decode them into ``out``.
-
-        With ``tee_fd`` the opened planes are also written there, at the same offsets.
-        """
+    def read_chunk(self, i: int, out: memoryview, scratch: Scratch) -> None:
+        """Read chunk ``i``, authenticate and open all its planes, decode them into ``out``."""
         from packer.codec import BadPlanes, decode_into
 
         if not 0 <= i < len(self.index.chunks):
@@ -137,24 +137,27 @@ class PackReader:
         chunk, span = self.index.chunks[i], self.index.layout.chunks[i]
         if len(out) != span.nbytes:
             raise PackError(f"chunk {i} has {span.nbytes} bytes, its destination {len(out)}")
-        stored = scratch.stored[: chunk.extent_bytes]
-        read_all(self._fd, stored, chunk.offset)
-        check_zero(stored[chunk.stored_bytes :], chunk.offset + chunk.stored_bytes)
-        if self._seal is not None:
-            self._open_planes(self._seal, i, chunk, scratch.stored)
-        planes: list[memoryview] = []
-        at = 0
-        for plane in chunk.planes:
-            planes.append(stored[at : at + plane.nbytes])
-            at += plane.nbytes
+        read_all(self.fd, scratch.stored[: chunk.extent_bytes], chunk.offset)
+        planes = self.open_chunk(i, scratch.stored)
         try:
             decode_into(chunk.codec_id, planes, out, scratch.workspace)
         except BadPlanes as error:
             raise PackError(f"chunk {i}: {error}", corrupt=True) from None
-        if tee_fd is not None:
-            write_all(tee_fd, stored, chunk.offset)
-            with self._lock:
-                self._teed.add((tee_fd, i))
+
+    def open_chunk(self, i: int, extent: memoryview) -> list[memoryview]:
+        """Check and open the extent of chunk ``i`` where it lies; returns its planes. ``extent`` starts
+        with the extent's bytes; for a sealed pack it is writable and has ``TAG_BYTES`` more."""
+        chunk = self.index.chunks[i]
+        stored, end = chunk.stored_bytes, chunk.extent_bytes
+        check_zero(extent[stored:end], chunk.offset + stored)
+        if self._seal is not None:
+            self._open_planes(self._seal, self.index.owner(i), chunk, extent)
+        planes: list[memoryview] = []
+        at = 0
+        for plane in chunk.planes:
+            planes.append(extent[at : at + plane.nbytes])
+            at += plane.nbytes
+        return planes
 
     def _open_planes(self, seal: ChunkSeal, i: int, chunk: StoredChunk, stored: memoryview) -> None:
         """Open every plane where it lies. From the last to the first, because the tag is put behind the
@@ -173,22 +176,6 @@ class PackReader:
                 raise PackError(str(error), corrupt=True) from None
             stored[end : end + TAG_BYTES] = kept
             end = start
-
-    def finish_tee(self, tee_fd: int) -> None:
-        """Complete an opened image: side files, index, and the header last. Raises ``PackError`` unless
-        every chunk went to ``tee_fd`` before."""
-        with self._lock:
-            missing = [i for i in range(len(self.index.chunks)) if (tee_fd, i) not in self._teed]
-        if missing:
-            raise PackError(f"{len(missing)} chunks were not read into the image, the first is {missing[0]}")
-        for number, stored in enumerate(self.index.side_files):
-            data = bytes(self._read_file(number, stored))
-            write_all(tee_fd, data.ljust(stored.extent_bytes, b"\0"), stored.offset)
-        body = self._index_data
-        header = replace(
-            self._header, sealed=False, index_tag=NO_TAG, index_sha256=hashlib.sha256(body).digest()
-        )
-        write_end(tee_fd, header, body, sync=False)
 
 
 def _open_in_place(seal: ChunkSeal, part: Part, data: bytearray, tag: bytes) -> None:
@@ -248,7 +235,11 @@ def _describe(reader: PackReader, header: PackHeader) -> dict[str, object]:
 
     index = reader.index
     by_codec: dict[str, list[int]] = {}
+    duplicate_bytes = 0
     for span, chunk in zip(index.layout.chunks, index.chunks, strict=True):
+        if chunk.same_as is not None:
+            duplicate_bytes += span.nbytes
+            continue
         known = chunk.codec_id in CodecId.__members__.values()
         name = CodecId(chunk.codec_id).name.lower() if known else f"unknown {chunk.codec_id}"
         row = by_codec.setdefault(f"{span.dtype} {name}", [0, 0, 0])
@@ -262,6 +253,7 @@ def _describe(reader: PackReader, header: PackHeader) -> dict[str, object]:
         "image_bytes": index.layout.image_bytes,
         "tensors": len(index.layout.tensors),
         "chunks": len(index.chunks),
+        "duplicate_bytes": duplicate_bytes,
         "side_files": len(index.side_files),
         "codecs": {
             name: {"chunks": row[0], "raw_bytes": row[1], "stored_bytes": row[2]}

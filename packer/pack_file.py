@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from packer.index import PackError, PackHeader, encode_header, up_to_page
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
 ZEROS = bytes(PAGE_BYTES)
 NO_TAG = bytes(TAG_BYTES)
 # The largest extent is a raw chunk; one page more has room for the tag behind the last plane.
-_SCRATCH_BYTES = CHUNK_BYTES + PAGE_BYTES
+SLOT_BYTES = CHUNK_BYTES + PAGE_BYTES
+
+
+def page_memory(nbytes: int) -> mmap.mmap:
+    """Private memory that starts on a page, in large pages where the kernel has them."""
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class Scratch:
@@ -33,9 +42,16 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _SCRATCH_BYTES)
-        self.stored = memoryview(self._memory)
+        self.stored = memoryview(page_memory(SLOT_BYTES))
+        self._wire: memoryview | None = None
         self._workspace: Workspace | None = None
+
+    @property
+    def wire(self) -> memoryview:
+        """Room for a chunk's planes in wire form."""
+        if self._wire is None:
+            self._wire = memoryview(page_memory(CHUNK_BYTES))
+        return self._wire
 
     @property
     def workspace(self) -> Workspace:

@@ -1,39 +1,78 @@
-"""Moving a model's bytes between tiers: origin to image, pack or host segment to image, image to pack.
+"""Moving a model's bytes from a pack or a host segment into its image on a device.
 
-Covers: the order of the work, its threads, its bounds, and what an error means for the copy it came
-from. Does not cover: origins (``ingest``), formats (``layout``, ``pack``), device memory (the agent's
-``arena`` implements ``Image``), or who decides to move (``residency``).
+Covers: the restore pipeline with its threads and bounds, what an error means for the copy it came from,
+and filling a host segment on the way. Does not cover: origins (``ingest``), formats (``layout``, ``pack``),
+how an extent is read (``extents``), device memory (the agent implements ``Image``), or who decides to move
+(``residency``).
 
-Every byte is checked before a model may serve: origin files against the sha256 of the manifest,
-chunks of a pack by their authentication tag. Nothing is allocated because a file claims a size: the
-sizes come from the plan and are compared first.
+Every chunk of a pack is authenticated before the model may serve. Chunks that are bad do not stop the
+others: they are listed, so that only they have to be fetched again. Nothing is allocated because a file
+claims a size.
 """
 
 from __future__ import annotations
 
+import fcntl
+import mmap
+import os
+import queue
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from packer.extents import ExtentReader
+from packer.host_segment import HostWriter
 from packer.index import PackError
+from packer.layout import CHUNK_BYTES, ChunkSpan
 from packer.pack import PackReader
-from packer.pack_file import Scratch
+from packer.pack_file import SLOT_BYTES, Scratch, page_memory
+from packer.types import MIB, HostForm
+
+if TYPE_CHECKING:
+    from packer.codec import Workspace
 
 # Two restore threads read, open and decode at the same time; their scratch is two chunks each.
 TIER_THREADS = 2
+# A decode thread keeps a core busy; above this many the memory of the others would be the limit.
+DECODE_THREADS_MAX = 4
+# Reads that wait for a disk at the same time: disks reach their rate at two to four of this size.
+IO_THREADS = 4
+# Extents that are read and wait to be opened, beside those being read and being opened.
+READY_SLOTS = 4
+# Codec workspace (up to 2.5 chunks), own extent and wire form of one decode thread.
+_DECODER_BYTES = SLOT_BYTES + CHUNK_BYTES + 5 * CHUNK_BYTES // 2
+# What a restore takes beside the image and the host segment, whatever the model's size.
+RESTORE_BYTES_MAX = (IO_THREADS + READY_SLOTS + DECODE_THREADS_MAX) * SLOT_BYTES + (
+    DECODE_THREADS_MAX * _DECODER_BYTES
+)
+# More bad chunks than this are not worth mending one by one: the whole copy is bad.
+BAD_CHUNKS_MAX = 64
 
 
 class TierError(Exception):
     """A copy could not be moved. ``corrupt``: the source is bad and must go; ``broken``: the model
-    itself can not be built from any tier; neither: another try may help."""
+    itself can not be built from any tier; neither: another try may help.
 
-    def __init__(self, message: str, corrupt: bool = False, broken: bool = False) -> None:
+    ``chunks``: of a corrupt pack exactly these chunks are bad and all others that were asked for are in
+    the image; empty when too many are. ``cancelled``: the caller wanted it to end.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        corrupt: bool = False,
+        broken: bool = False,
+        chunks: tuple[int, ...] = (),
+        cancelled: bool = False,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.corrupt = corrupt
         self.broken = broken
+        self.chunks = chunks
+        self.cancelled = cancelled
 
 
 class Image(Protocol):
@@ -42,8 +81,328 @@ class Image(Protocol):
     def filling(self, offset: int, nbytes: int) -> AbstractContextManager[memoryview]: ...
     def reading(self, offset: int, nbytes: int) -> AbstractContextManager[memoryview]: ...
 
+    def place(
+        self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
+    ) -> None:
+        """Put one opened chunk into the image. The planes are the caller's again when this returns.
+        Raises ``BadPlanes``."""
 
-# --- packs and host segments ----------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class RestoreFacts:
+    """What a restore did. ``direct_bytes`` of the ``read_bytes`` went past the page cache."""
+
+    read_bytes: int
+    direct_bytes: int
+    chunks: int
+    host_filled: bool
+
+
+# --- restore --------------------------------------------------------------------------------------
+
+
+def restore(
+    reader: PackReader,
+    image: Image,
+    *,
+    first_chunk: int = 0,
+    only: Sequence[int] | None = None,
+    host: HostWriter | None = None,
+    cancelled: threading.Event | None = None,
+) -> RestoreFacts:
+    """Restore the chunks from ``first_chunk`` on, or ``only`` some, into the image.
+
+    ``host`` is filled and finished when this restore brings every chunk that it still misses; a host
+    segment that can not be written (no memory left) costs only itself. ``cancelled`` is looked at before
+    each chunk. Raises ``TierError``.
+    """
+    count = len(reader.index.chunks)
+    wanted = range(first_chunk, count) if only is None else sorted(set(only))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
+        raise TierError(f"chunks {wanted[0]} to {wanted[-1]} are not all of {count}")
+    jobs: dict[int, list[int]] = {}
+    for number in wanted:
+        jobs.setdefault(reader.index.owner(number), []).append(number)
+    if host is not None and not host.missing() <= jobs.keys():
+        host = None
+    work = [_Job(owner, tuple(targets)) for owner, targets in jobs.items()]
+    run = _Restore(reader, image, host, cancelled or threading.Event())
+    try:
+        run.run(work)
+    except PackError as error:
+        raise TierError(str(error), corrupt=error.corrupt) from error
+    return RestoreFacts(run.read_bytes, run.direct_bytes, len(wanted), run.finish_host())
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One extent to read, and the chunks that have its bytes."""
+
+    owner: int
+    targets: tuple[int, ...]
+
+
+_Ready: TypeAlias = "tuple[_Job, memoryview] | None"
+
+
+@dataclass(slots=True)
+class _Restore:
+    """One restore. Io threads read cold extents into a ring of slots; decode threads open and place them,
+    and while none is ready read cached extents themselves: such a read is a copy, which is best done by
+    the core that needs the bytes next."""
+
+    reader: PackReader
+    image: Image
+    host: HostWriter | None
+    cancelled: threading.Event
+    read_bytes: int = 0
+    direct_bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _ready: queue.SimpleQueue[_Ready] = field(default_factory=queue.SimpleQueue)
+    _free: queue.SimpleQueue[memoryview | None] = field(default_factory=queue.SimpleQueue)
+    _bad: dict[int, str] = field(default_factory=dict)
+    _errors: list[BaseException] = field(default_factory=list)
+    _stopped: bool = False
+    _reading: int = 0  # io threads that may still bring an extent
+    _decoders: int = 0
+    _extents: ExtentReader | None = None
+    _mapped: memoryview | None = None
+
+    def run(self, jobs: Sequence[_Job]) -> None:
+        """Raises ``TierError`` and ``PackError``."""
+        with _mapping(self.reader) as self._mapped:
+            warm, cold = (list(jobs), []) if self._mapped is not None else self._sort(jobs)
+            cores = len(os.sched_getaffinity(0))
+            self._decoders = min(max(TIER_THREADS, cores), DECODE_THREADS_MAX, max(1, len(jobs)))
+            self._reading = min(IO_THREADS, len(cold))
+            if self._reading:
+                self._make_ring()
+            self._in_threads(warm, cold)
+        if self._errors:
+            raise self._errors[0]
+        if self.cancelled.is_set():
+            raise TierError("the restore was cancelled", cancelled=True)
+        if self._bad:
+            self._raise_bad()
+
+    def _sort(self, jobs: Sequence[_Job]) -> tuple[list[_Job], list[_Job]]:
+        """The extents that are in the page cache, and those that are not."""
+        self._extents = extents = ExtentReader(self.reader.fd, self.reader.direct_fd)
+        chunks = self.reader.index.chunks
+        warm: list[_Job] = []
+        cold: list[_Job] = []
+        for job in jobs:
+            chunk = chunks[job.owner]
+            (warm if extents.is_cached(chunk.offset, chunk.extent_bytes) else cold).append(job)
+        return warm, cold
+
+    def _make_ring(self) -> None:
+        slots = IO_THREADS + READY_SLOTS + self._decoders
+        memory = memoryview(page_memory(slots * SLOT_BYTES))
+        for at in range(0, slots * SLOT_BYTES, SLOT_BYTES):
+            self._free.put(memory[at : at + SLOT_BYTES])
+
+    def _in_threads(self, warm: list[_Job], cold: list[_Job]) -> None:
+        warm_jobs, cold_jobs = iter(warm), iter(cold)
+        works: list[tuple[str, Callable[[Iterator[_Job]], None], Iterator[_Job]]] = [
+            *[("bunk-read", self._read_cold, cold_jobs)] * self._reading,
+            *[("bunk-decode", self._decode, warm_jobs)] * self._decoders,
+        ]
+        threads = [
+            threading.Thread(target=self._guarded, args=(work, source), name=name)
+            for name, work, source in works
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _guarded(self, work: Callable[[Iterator[_Job]], None], source: Iterator[_Job]) -> None:
+        try:
+            work(source)
+        except BaseException as error:
+            self._errors.append(error)
+            self._stop()
+
+    def _stop(self) -> None:
+        """Wake every thread that waits; what is on its way is dropped."""
+        self._stopped = True
+        for _ in range(IO_THREADS):
+            self._free.put(None)
+        for _ in range(self._decoders):
+            self._ready.put(None)
+
+    def _next(self, source: Iterator[_Job]) -> _Job | None:
+        if self.cancelled.is_set() or self._stopped:
+            return None
+        with self._lock:
+            return next(source, None)
+
+    # --- reading ---
+
+    def _read_cold(self, source: Iterator[_Job]) -> None:
+        while (slot := self._free.get()) is not None:
+            job = self._next(source)
+            if job is None:
+                self._free.put(slot)
+                break
+            if self._read(job, slot, direct=True):
+                self._ready.put((job, slot))
+            else:
+                self._free.put(slot)
+        with self._lock:
+            self._reading -= 1
+            last = self._reading == 0
+        if last:
+            for _ in range(self._decoders):
+                self._ready.put(None)
+
+    def _read(self, job: _Job, slot: memoryview, direct: bool) -> bool:
+        """Read one extent; False when the medium lost it."""
+        assert self._extents is not None
+        chunk = self.reader.index.chunks[job.owner]
+        try:
+            past_cache = self._extents.read(slot[: chunk.extent_bytes], chunk.offset, direct)
+        except PackError as error:
+            self._note_bad(job, error)
+            return False
+        with self._lock:
+            self.read_bytes += chunk.extent_bytes
+            self.direct_bytes += past_cache
+        return True
+
+    # --- opening and placing ---
+
+    def _decode(self, source: Iterator[_Job]) -> None:
+        scratch = Scratch()
+        drained = self._reading == 0
+        while True:
+            found: _Ready = None
+            if not drained:
+                with suppress(queue.Empty):
+                    found = self._ready.get_nowait()
+                    drained = found is None
+            if found is None:
+                job = self._next(source)
+                if job is not None:
+                    self._place_warm(job, scratch)
+                    continue
+                if drained:
+                    return
+                found = self._ready.get()
+                if found is None:
+                    return
+            job, slot = found
+            if not self._stopped and not self.cancelled.is_set():
+                self._place(job, slot, scratch)
+            self._free.put(slot)
+
+    def _place_warm(self, job: _Job, scratch: Scratch) -> None:
+        if self._mapped is None:
+            if self._read(job, scratch.stored, direct=False):
+                self._place(job, scratch.stored, scratch)
+            return
+        chunk = self.reader.index.chunks[job.owner]
+        self._place(job, self._mapped[chunk.offset : chunk.offset + chunk.extent_bytes], scratch)
+        with self._lock:
+            self.read_bytes += chunk.extent_bytes
+
+    def _place(self, job: _Job, extent: memoryview, scratch: Scratch) -> None:
+        from packer.codec import BadPlanes
+
+        codec_id = self.reader.index.chunks[job.owner].codec_id
+        try:
+            planes = self.reader.open_chunk(job.owner, extent)
+            self._place_planes(job, codec_id, planes, scratch)
+        except BadPlanes as error:
+            self._note_bad(job, PackError(f"chunk {job.owner}: {error}", corrupt=True))
+        except PackError as error:
+            self._note_bad(job, error)
+
+    def _place_planes(self, job: _Job, codec_id: int, planes: list[memoryview], scratch: Scratch) -> None:
+        from packer.codec import has_wire_form, to_wire
+
+        host, spans = self.host, self.reader.index.layout.chunks
+        if host is not None and host.form is HostForm.WIRE and has_wire_form(codec_id):
+            # Placed from the wire form, so that what zstd packed is unpacked once.
+            raw_bytes = spans[job.owner].nbytes
+            sizes = to_wire(codec_id, planes, raw_bytes, scratch.wire, scratch.workspace)
+            planes, at = [], 0
+            for size in sizes:
+                planes.append(scratch.wire[at : at + size])
+                at += size
+        for number in job.targets:
+            self.image.place(spans[number], codec_id, planes, scratch.workspace)
+        if host is not None:
+            self._add_to_host(host, job, codec_id, planes)
+
+    def _add_to_host(self, host: HostWriter, job: _Job, codec_id: int, planes: Sequence[memoryview]) -> None:
+        try:
+            if host.codec_id(job.owner) == codec_id:
+                host.add_chunk(job.owner, codec_id, planes)
+                return
+            # Another codec than the pack's is always the raw one.
+            span = self.reader.index.layout.chunks[job.targets[0]]
+            with self.image.reading(span.image_offset, span.nbytes) as view:
+                host.add_chunk(job.owner, host.codec_id(job.owner), [view])
+        except PackError:
+            # No memory left for it, most likely. The model itself does not need it.
+            self.host = None
+
+    def finish_host(self) -> bool:
+        """Complete the host segment; whether it now is one."""
+        if self.host is None:
+            return False
+        try:
+            self.host.finish()
+        except PackError:
+            return False
+        return True
+
+    # --- errors ---
+
+    def _note_bad(self, job: _Job, error: PackError) -> None:
+        """Remember a bad chunk and go on. Anything else than a bad chunk ends the restore."""
+        if not error.corrupt:
+            raise error
+        with self._lock:
+            self._bad.update(dict.fromkeys(job.targets, str(error)))
+            too_many = len(self._bad) > BAD_CHUNKS_MAX
+        if too_many:
+            self._stop()
+
+    def _raise_bad(self) -> None:
+        chunks = tuple(sorted(self._bad))
+        first = self._bad[chunks[0]]
+        if self._stopped:
+            raise TierError(f"more than {BAD_CHUNKS_MAX} chunks are bad, one is: {first}", corrupt=True)
+        message = first if len(chunks) == 1 else f"{len(chunks)} chunks are bad, the first is: {first}"
+        raise TierError(message, corrupt=True, chunks=chunks)
+
+
+@contextmanager
+def _mapping(reader: PackReader) -> Iterator[memoryview | None]:
+    """The whole file as memory, when nobody can change or cut it meanwhile: a sealed memory file."""
+    wanted = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK
+    try:
+        seals = fcntl.fcntl(reader.fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0  # not a memory file
+    if reader.sealed or seals & wanted != wanted:
+        yield None
+        return
+    memory = mmap.mmap(reader.fd, reader.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+    view = memoryview(memory)
+    try:
+        yield view
+    finally:
+        # An error on its way up may still refer to a piece of it; then the mapping goes with that.
+        with suppress(BufferError):
+            view.release()
+            memory.close()
+
+
+# --- threads --------------------------------------------------------------------------------------
 
 
 def in_threads(count: int, work: Callable[[int, Scratch], None]) -> None:
@@ -76,50 +435,30 @@ def in_threads(count: int, work: Callable[[int, Scratch], None]) -> None:
         raise errors[0]
 
 
-def restore_image(reader: PackReader, image: Image, tee_fd: int | None) -> bool:
-    """Restore every chunk, in execution order; returns whether ``tee_fd`` now holds a full host copy.
-
-    A host segment that can not be written (no memory left) costs only itself. Raises ``TierError``.
-    """
-    chunks = reader.index.layout.chunks
-    tee = _Tee(tee_fd)
-
-    def restore(index: int, scratch: Scratch) -> None:
-        chunk = chunks[index]
-        with image.filling(chunk.image_offset, chunk.nbytes) as view:
-            tee.read_chunk(reader, index, view, scratch)
-
-    try:
-        in_threads(len(chunks), restore)
-        return tee.finish(reader)
-    except PackError as error:
-        raise TierError(str(error), corrupt=error.corrupt) from error
+def restore_image(reader: PackReader, image: object, tee_fd: int | None) -> bool:
+    """What the worker calls until it calls ``restore``: fills ``tee_fd`` with the stored form."""
+    host = None
+    if tee_fd is not None:
+        side_files = {path: reader.file(path) for path, _ in reader.index.files}
+        host = HostWriter(tee_fd, reader.index, side_files, HostForm.STORED)
+    facts = restore(reader, _Filled(image), host=host)
+    return facts.host_filled
 
 
-@dataclass(slots=True)
-class _Tee:
-    """The host segment being filled on the way; None once there is none or it failed."""
+class _Filled:
+    """An image without ``place``."""
 
-    descriptor: int | None
+    def __init__(self, image: object) -> None:
+        self.filling = image.filling  # type: ignore[attr-defined]
+        self.reading = image.reading  # type: ignore[attr-defined]
 
-    def read_chunk(self, reader: PackReader, index: int, view: memoryview, scratch: Scratch) -> None:
-        descriptor = self.descriptor
-        if descriptor is not None:
-            try:
-                reader.read_chunk(index, view, scratch, descriptor)
-                return
-            except PackError as error:
-                if error.corrupt:
-                    raise
-                # Most likely the segment could not be written; if it is the pack, the next try says so.
-                self.descriptor = None
-        reader.read_chunk(index, view, scratch)
+    def place(
+        self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
+    ) -> None:
+        from packer.codec import decode_into
 
-    def finish(self, reader: PackReader) -> bool:
-        if self.descriptor is None:
-            return False
-        try:
-            reader.finish_tee(self.descriptor)
-        except PackError:
-            return False
-        return True
+        with self.filling(span.image_offset, span.nbytes) as view:
+            decode_into(codec_id, planes, view, workspace)
+
+
+assert RESTORE_BYTES_MAX <= 128 * MIB

@@ -11,11 +11,14 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from packer.layout import DTYPE_BITS, ImageLayout, TensorInfo, lay_out, parse_header
+from packer.codec import Workspace, decode_into
+from packer.host_segment import HostWriter
+from packer.layout import DTYPE_BITS, ChunkSpan, ImageLayout, TensorInfo, lay_out, parse_header
 from packer.pack import PackReader
 from packer.pack_file import Scratch
 from packer.pack_writer import PackWriter
-from packer.types import MIB, ModelRef, Task
+from packer.tiers import restore
+from packer.types import MIB, HostForm, ModelRef, Task
 
 REF = ModelRef("acme", "tiny", "0123456789abcdef")
 KEY = bytes(range(32))
@@ -120,11 +123,43 @@ def pack_bytes(ref: ModelRef = REF, key: bytes = KEY) -> bytes:
         return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
-def read_image(reader: PackReader, tee_fd: int | None = None) -> bytearray:
+def read_image(reader: PackReader) -> bytearray:
     """The whole image, chunk by chunk, into dirty memory, so that every byte must be written."""
     layout = reader.index.layout
     image = bytearray(b"\xa5" * layout.image_bytes)
     view, scratch = memoryview(image), Scratch()
     for i, span in enumerate(layout.chunks):
-        reader.read_chunk(i, view[span.image_offset : span.image_offset + span.nbytes], scratch, tee_fd)
+        reader.read_chunk(i, view[span.image_offset : span.image_offset + span.nbytes], scratch)
     return image
+
+
+class MemoryImage:
+    """An image in plain memory that is dirty at first; remembers which chunks were placed."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.bytes = bytearray(b"\xa5" * nbytes)
+        self.placed: list[int] = []
+
+    @contextmanager
+    def filling(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        yield memoryview(self.bytes)[offset : offset + nbytes]
+
+    reading = filling
+
+    def place(
+        self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
+    ) -> None:
+        with self.filling(span.image_offset, span.nbytes) as view:
+            decode_into(codec_id, planes, view, workspace)
+        self.placed.append(span.image_offset)
+
+
+def host_bytes(form: HostForm, data: bytes | None = None) -> bytes:
+    """The host segment that restoring a pack fills (that of ``small_model`` when none is given)."""
+    with memory_file(data or pack_bytes()) as fd, memory_file() as host_fd:
+        reader = PackReader(fd, KEY)
+        side_files = {path: reader.file(path) for path, _ in reader.index.files}
+        writer = HostWriter(host_fd, reader.index, side_files, form)
+        facts = restore(reader, MemoryImage(reader.index.layout.image_bytes), host=writer)
+        assert facts.host_filled
+        return os.pread(host_fd, os.fstat(host_fd).st_size, 0)

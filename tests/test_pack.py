@@ -20,6 +20,7 @@ from pack_samples import (
     KEY,
     REF,
     SIDE,
+    host_bytes,
     image_of,
     memory_file,
     pack_bytes,
@@ -31,11 +32,11 @@ from pack_samples import (
 from packer import pack
 from packer.codec import CodecId
 from packer.index import HEADER_BYTES, PackError
-from packer.layout import CHUNK_BYTES, PAGE_BYTES, TensorInfo, lay_out
+from packer.layout import PAGE_BYTES, TensorInfo, lay_out
 from packer.pack import PackReader, verify
 from packer.pack_file import Scratch
 from packer.pack_writer import PackWriter
-from packer.types import MIB, ModelRef, Task
+from packer.types import MIB, HostForm, ModelRef, Task
 
 
 def corrupt(data: bytes, key: bytes | None = KEY, expect: ModelRef | None = REF) -> str:
@@ -44,14 +45,6 @@ def corrupt(data: bytes, key: bytes | None = KEY, expect: ModelRef | None = REF)
         verify(PackReader(fd, key, expect))
     assert caught.value.corrupt, caught.value
     return str(caught.value)
-
-
-def opened_bytes() -> bytes:
-    with memory_file(pack_bytes()) as fd, memory_file() as tee:
-        reader = PackReader(fd, KEY)
-        read_image(reader, tee)
-        reader.finish_tee(tee)
-        return os.pread(tee, os.fstat(tee).st_size, 0)
 
 
 # --- round trip -----------------------------------------------------------------------------------
@@ -71,7 +64,7 @@ def test_image_side_files_and_facts_come_back() -> None:
             "transformers",
             Task.EMBEDDING,
         )
-        assert reader.host_bytes == os.fstat(fd).st_size
+        assert reader.file_bytes == os.fstat(fd).st_size
         assert verify(reader) == layout.image_bytes
 
 
@@ -136,40 +129,12 @@ def test_no_plain_bytes_are_in_a_sealed_pack() -> None:
     assert layout.image_bytes
 
 
-# --- the opened image -----------------------------------------------------------------------------
+# --- unsealed --------------------------------------------------------------------------------------
 
 
-def test_opened_image_gives_the_same_without_a_key() -> None:
-    file, layout = small_model()
-    with memory_file(opened_bytes()) as fd:
-        reader = PackReader(fd, None, REF)
-        assert read_image(reader) == image_of(file, layout)
-        assert {path: reader.file(path) for path, _ in reader.index.files} == SIDE
-
-
-def test_opened_image_may_lie_in_a_larger_file_and_a_sealed_pack_may_not() -> None:
-    with memory_file(opened_bytes() + bytes(PAGE_BYTES)) as fd:
-        verify(PackReader(fd, None, REF))
-    assert "header says" in corrupt(pack_bytes() + bytes(PAGE_BYTES))
-
-
-def test_half_filled_image_is_not_valid() -> None:
-    with memory_file(pack_bytes()) as fd, memory_file() as tee:
-        reader = PackReader(fd, KEY)
-        out = memoryview(bytearray(CHUNK_BYTES))
-        scratch, spans = Scratch(), reader.index.layout.chunks
-        for i in range(len(spans) - 1):
-            reader.read_chunk(i, out[: spans[i].nbytes], scratch, tee)
-        with pytest.raises(PackError, match="1 chunks were not read"):
-            reader.finish_tee(tee)
-        with pytest.raises(PackError) as caught:
-            PackReader(tee, None)
-        assert caught.value.corrupt
-
-
-def test_an_opened_image_never_passes_for_a_sealed_pack_nor_the_reverse() -> None:
+def test_a_host_segment_never_passes_for_a_sealed_pack_nor_the_reverse() -> None:
     """Else a thief of the disk could put unauthenticated bytes in a pack's place."""
-    assert "not sealed" in corrupt(opened_bytes(), KEY)
+    assert "not sealed" in corrupt(host_bytes(HostForm.STORED), KEY)
     with memory_file(pack_bytes()) as fd, pytest.raises(PackError, match="data key is needed"):
         PackReader(fd, None)
 
@@ -303,18 +268,18 @@ def test_leftovers_of_an_earlier_attempt_are_cut_off() -> None:
 def test_full_disk_is_an_error_of_the_write_and_a_lost_sector_is_corruption(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, layout = small_model()
+    file, layout = small_model()
 
     def fail(code: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    with memory_file(pack_bytes()) as fd, memory_file() as tee:
+    with memory_file(pack_bytes()) as fd:
         reader, scratch = PackReader(fd, KEY), Scratch()
         out = memoryview(bytearray(layout.chunks[0].nbytes))
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, memory_file() as full:
             patch.setattr(os, "pwrite", lambda *_: fail(errno.ENOSPC))
             with pytest.raises(PackError, match="No space") as caught:
-                reader.read_chunk(0, out, scratch, tee)
+                write_pack(full, layout, image_of(file, layout))
             assert not caught.value.corrupt
         for code, is_corrupt in ((errno.EIO, True), (errno.EBADF, False)):
             with monkeypatch.context() as patch:

@@ -1,6 +1,6 @@
-"""Threat: a pack or an opened image whose index or planes were forged with care.
+"""Threat: a pack or a host segment whose index or planes were forged with care.
 
-A forger of a sealed pack needs the version's key; an opened image could be forged by a compromised
+A forger of a sealed pack needs the version's key; a host segment could be forged by a compromised
 worker of the same tenant. Either way every case is refused as corrupt, in bounded memory, and decoding
 writes nowhere but into its destination.
 """
@@ -20,7 +20,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_samples import memory_file, pack_bytes, read_image
+from pack_samples import host_bytes, memory_file, pack_bytes
 
 from packer.codec import CodecId
 from packer.index import (
@@ -35,6 +35,7 @@ from packer.index import (
 from packer.layout import CHUNK_BYTES, PAGE_BYTES
 from packer.pack import PackReader, verify
 from packer.pack_file import Scratch
+from packer.types import HostForm
 
 Raw = list[object]
 # Fields of the index, of a tensor, of a chunk and of a side file, as they lie in the file.
@@ -44,12 +45,8 @@ CHUNK_NBYTES, CHUNK_DTYPE, CODEC, OFFSET, PLANES, TAGS = range(6)
 
 
 def opened() -> tuple[bytes, PackHeader, Raw]:
-    """An opened image: its body up to the index, its header, its index as plain lists."""
-    with memory_file(pack_bytes()) as fd, memory_file() as tee:
-        reader = PackReader(fd, bytes(range(32)))
-        read_image(reader, tee)
-        reader.finish_tee(tee)
-        data = os.pread(tee, os.fstat(tee).st_size, 0)
+    """A host segment: its body up to the index, its header, its index as plain lists."""
+    data = host_bytes(HostForm.STORED)
     header = decode_header(data[:HEADER_BYTES], len(data))
     index = data[header.index_offset : header.index_offset + header.index_bytes]
     return data[: header.index_offset], header, msgspec.msgpack.decode(index)
