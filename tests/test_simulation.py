@@ -15,7 +15,8 @@ from types import ModuleType
 
 import pytest
 from mutants import MUTANTS, Mutant, load
-from simulation import Violated, World
+from simulated_hands import Violated
+from simulation import World
 
 from packer import residency
 from packer.residency import InvariantBroken

@@ -1,0 +1,249 @@
+"""The hands of the simulated node: workers, devices, disks and memory, and how they fail.
+
+Covers: the world's clock, what is really where, and carrying out restores, evictions, packs and drops,
+each judged as it is ordered and answered later, well or badly. Does not cover: callers, plans and
+budgets (``simulation``) or judging whole steps (``judges``).
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from packer.events import (
+    Drop,
+    Dropped,
+    Event,
+    Evict,
+    Evicted,
+    Pack,
+    Packed,
+    PackFailed,
+    Restore,
+    Restored,
+    RestoreFailed,
+    WorkerDied,
+)
+from packer.residency import Node
+from packer.types import ModelRef, ModelSpec, Tier
+
+GRID_MS = 100
+
+
+class Violated(AssertionError):
+    """The core ordered something that the world forbids, or broke a promise to a caller."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """Chances per occasion, drawn per seed."""
+
+    fail: float
+    corrupt: float
+    broken: float
+    pack_fail: float
+    leave: float
+    die: float
+    late: float
+    shrink: float
+    replan: float
+
+
+@dataclass(slots=True)
+class Stay:
+    """Bytes of a model on a device, as the worker that holds them knows them."""
+
+    ref: ModelRef
+    device: str
+    nbytes: int
+    state: str  # "restoring", "resident", "evicting"
+    order: int
+    source: Tier
+    tee_bytes: int = 0
+    leases: int = 0
+    packing: bool = False
+
+
+class Hands:
+    """What is really there, and what happens to it. The core's books must agree with these."""
+
+    faults: Faults
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.now_ms = 0
+        self.calm = False
+        self.rng = random.Random(seed)
+        self.reached: Counter[str] = Counter()
+        self.heap: list[tuple[int, int, Callable[[], Event | None]]] = []
+        self.sequence = 0
+        self.node: Node
+        self.models: dict[ModelRef, ModelSpec] = {}
+        self.planned: dict[ModelRef, ModelSpec] = {}
+        self.healthy: dict[str, bool] = {}
+        self.stays: dict[ModelRef, Stay] = {}
+        self.disk: dict[ModelRef, int] = {}
+        self.host: dict[ModelRef, int] = {}
+        self.packing: dict[ModelRef, int] = {}
+        self.dropping: dict[tuple[ModelRef, Tier], int] = {}
+
+    # --- time -------------------------------------------------------------------------------------
+
+    def later(self, make: Callable[[], Event | None], steps_most: int = 10) -> None:
+        self.at(self.now_ms + GRID_MS * self.rng.randrange(0, steps_most + 1), make)
+
+    def at(self, at_ms: int, make: Callable[[], Event | None]) -> None:
+        self.sequence += 1
+        heapq.heappush(self.heap, (at_ms, self.sequence, make))
+
+    def chance(self, share: float) -> bool:
+        return not self.calm and self.rng.random() < share
+
+    def require(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise Violated(f"seed {self.seed}, {self.now_ms} ms: {what}")
+
+    def tier_bytes(self, tier: Tier) -> int:
+        return sum((self.disk if tier is Tier.DISK else self.host).values())
+
+    # --- orders -----------------------------------------------------------------------------------
+
+    def _restore(self, order: Restore) -> None:
+        ref = order.ref
+        self.require(ref not in self.stays, f"restore of {ref}, which is on a device")
+        self.require(ref in self.planned, f"restore of {ref}, which left the plan")
+        self.require(self.healthy[order.device], f"restore onto {order.device}, which is unhealthy")
+        self.require(self._readable(ref, order.from_tier), f"restore from {order.from_tier}, nothing there")
+        claim = self.node.devices[order.device].claim
+        self.reached["passed a claim"] += claim is not None and claim.ref != ref
+        spec = self.models[ref]
+        nbytes = spec.image_bytes + spec.workspace_bytes
+        stay = Stay(ref, order.device, nbytes, "restoring", order.order, order.from_tier, order.host_bytes)
+        self.stays[ref] = stay
+        if order.host_bytes:
+            self.require(order.from_tier is Tier.DISK and ref not in self.host, "host copy twice")
+            self.host[ref] = order.host_bytes
+        self.later(lambda: self._end_restore(stay))
+        if order.disk_bytes:
+            self.require(order.from_tier is Tier.ORIGIN, f"a pack beside a restore from {order.from_tier}")
+            self._start_pack(stay, order.disk_bytes, order.pack_order)
+
+    def _readable(self, ref: ModelRef, tier: Tier) -> bool:
+        if tier is Tier.ORIGIN:
+            return True
+        there = self.disk if tier is Tier.DISK else self.host
+        whole = tier is Tier.HOST or ref not in self.packing
+        return ref in there and whole and (ref, tier) not in self.dropping
+
+    def _end_restore(self, stay: Stay) -> Event | None:
+        if self.stays.get(stay.ref) is not stay:
+            return self._late(Restored(stay.ref, stay.device, stay.source, 100, order=stay.order))
+        ref, device, source, order = stay.ref, stay.device, stay.source, stay.order
+        fail = self.chance(self.faults.fail)
+        corrupt = fail and self.rng.random() < self.faults.corrupt
+        broken = fail and not corrupt and self.rng.random() < self.faults.broken
+        if fail:
+            del self.stays[ref]
+            if stay.tee_bytes:
+                del self.host[ref]
+            self.reached["a load failed beside its pack"] += stay.packing
+            return RestoreFailed(ref, device, source, "a fault", corrupt, broken, order)
+        stay.state = "resident"
+        filled = bool(stay.tee_bytes) and self.rng.random() < 0.8
+        if stay.tee_bytes and not filled:
+            del self.host[ref]
+        stay.tee_bytes = 0
+        self.reached["host copy filled"] += filled
+        return Restored(ref, device, source, self.rng.randrange(1, 500), filled, order)
+
+    def _late(self, event: Event) -> Event | None:
+        """An answer of a worker that is dead by now: usually lost, sometimes still in the pipe."""
+        if not self.chance(self.faults.late):
+            return None
+        self.reached["late answer"] += 1
+        return event
+
+    def _evict(self, order: Evict) -> None:
+        stay = self.stays.get(order.ref)
+        self.require(stay is not None and stay.state == "resident", f"evict of {order.ref}, not resident")
+        assert stay is not None
+        self.require(not stay.leases, f"evict of {order.ref}, which is leased")
+        self.require(not stay.packing, f"evict of {order.ref}, which is being packed")
+        stay.state, stay.order = "evicting", order.order
+        self.later(lambda: self._end_evict(stay), 3)
+
+    def _end_evict(self, stay: Stay) -> Event | None:
+        event = Evicted(stay.ref, stay.device, stay.order)
+        if self.stays.get(stay.ref) is not stay:
+            return self._late(event)
+        del self.stays[stay.ref]
+        return event
+
+    def _pack(self, order: Pack) -> None:
+        stay = self.stays.get(order.ref)
+        self.require(stay is not None and stay.state == "resident", f"pack of {order.ref}, not resident")
+        assert stay is not None
+        self._start_pack(stay, order.disk_bytes, order.order)
+
+    def _start_pack(self, stay: Stay, disk_bytes: int, order: int) -> None:
+        ref = stay.ref
+        self.require(ref not in self.disk, f"pack of {ref}, which has one")
+        self.require(order > 0, f"a pack of {ref} without a number")
+        stay.packing = True
+        self.disk[ref] = self.packing[ref] = disk_bytes
+        self.later(lambda: self._end_pack(stay, order), 20)
+
+    def _end_pack(self, stay: Stay, order: int) -> Event:
+        """The end of a pack, written beside a load or from a resident model: in any order with the load's
+        own end, and whatever became of the stay."""
+        ref = stay.ref
+        alive = self.stays.get(ref) is stay
+        loading = alive and stay.state == "restoring"
+        beside = "beside a load " if loading else ""
+        stay.packing = False
+        del self.packing[ref]
+        # A worker's death usually fails its pack; a file that was complete by then still counts.
+        if self.chance(self.faults.pack_fail) or (not alive and self.rng.random() < 0.5):
+            self.reached[f"pack {beside}failed"] += 1
+            del self.disk[ref]
+            return PackFailed(ref, stay.device, "no", order)
+        if not alive:
+            self.reached["packed after the worker died"] += 1
+        self.reached["packed before it was restored"] += loading
+        self.disk[ref] = self.models[ref].image_bytes
+        return Packed(ref, stay.device, self.disk[ref], self.disk[ref], order)
+
+    def _drop(self, order: Drop) -> None:
+        stay = self.stays.get(order.ref)
+        reading = stay is not None and stay.state == "restoring" and stay.source is order.tier
+        self.require(order.tier is not Tier.ORIGIN, f"drop of {order.ref} at its origin")
+        self.require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being read")
+        self.require(self._readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
+        self.require(
+            not (stay and stay.tee_bytes and order.tier is Tier.HOST), "drop of a segment being filled"
+        )
+        self.reached[f"dropped from {order.tier}"] += 1
+        self.dropping[(order.ref, order.tier)] = order.order
+        self.later(lambda: self._end_drop(order), 5)
+
+    def _end_drop(self, order: Drop) -> Event:
+        del self.dropping[(order.ref, order.tier)]
+        del (self.disk if order.tier is Tier.DISK else self.host)[order.ref]
+        return Dropped(order.ref, order.tier, order.order)
+
+    def _kill(self, tenant: str, device: str) -> Event:
+        for stay in list(self.stays.values()):
+            if stay.ref.tenant != tenant or stay.device != device:
+                continue
+            use = "packing" if stay.packing else ("leased" if stay.leases else stay.state)
+            self.reached[f"worker died while {use}"] += 1
+            self.reached["worker died while loading and packing"] += (
+                stay.packing and stay.state == "restoring"
+            )
+            if stay.tee_bytes:
+                del self.host[stay.ref]
+            del self.stays[stay.ref]
+        return WorkerDied(tenant, device)
