@@ -1,28 +1,34 @@
 """Device memory for images: where a model's weights lie while it is resident.
 
-Covers: allocating an image on a cpu or CUDA device, writing and reading it in pieces from any thread,
-tensors that are views of it (never copies), and giving the memory back. Does not cover: what is
-written there (``packer/tiers.py``) or who may (the worker holds one tenant only, for life).
+Covers: what an image is on any device (``Image``), and images on a cpu device: private memory in pages of
+2 MiB where the kernel has them, filled and read in pieces from any thread, seen by tensors that are views of
+it (never copies), and given back in part or whole. Does not cover: images on a GPU (``agent/cuda_image.py``),
+what is written there (``packer/tiers.py``) or who may (the worker holds one tenant only, for life).
 
-A cpu image is its own named memory file, so that ``/proc/PID/smaps`` shows the exact bytes of every
-resident model under ``/memfd:bunk-arena DEVICE`` and so that a hole punched into it really frees memory,
-even if something still refers to the mapping.
+A cpu image is a private mapping of ``/dev/zero``, so that ``/proc/PID/smaps`` tells the exact bytes of
+resident models apart from everything else that the process holds. Private memory is given back by
+``MADV_DONTNEED`` at once, even if something still refers to the mapping, and the kernel zeroes every page
+before it hands it out again: no byte of one model can be found in the memory of another.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
-import queue
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
-from packer.layout import CHUNK_BYTES, PAGE_BYTES, PlacedTensor
+from packer.codec import decode_into
+from packer.layout import PAGE_BYTES, ChunkSpan, ImageLayout, PlacedTensor
+from packer.types import MIB
+
+if TYPE_CHECKING:
+    from packer.codec import Workspace
 
 # The names of safetensors for what torch can hold.
 DTYPES: Mapping[str, torch.dtype] = {
@@ -43,17 +49,23 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-ARENA_NAME = "bunk-arena"
-# Linux 5.14; fills page tables in one call instead of one fault per 4 KiB.
+ARENA_FILE = "/dev/zero"
+# A huge page of x86-64 and arm64 with 4 KiB pages; elsewhere the alignment does no harm.
+HUGE_PAGE_BYTES = 2 * MIB
+# Linux 5.14; fills page tables in one call instead of one fault per page.
 _MADV_POPULATE_WRITE = 23
-# Pinned buffers of one chunk each through which a CUDA image is written and read: enough for two
-# restore threads to decode into one while the other is still being copied.
-STAGING_BUFFERS = 4
+_PROT_NONE = 0
+
+# Called through ctypes because the methods of mmap objects keep the GIL: threads that fill an image would
+# wait for one another's page faults.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Image(ABC):
-    """The bytes of one model on one device. ``filling`` and ``reading`` may be used by several threads
-    on ranges that do not overlap; a range is at most one chunk."""
+    """The bytes of one model on one device. ``place``, ``filling`` and ``reading`` may be used by several
+    threads on ranges that do not overlap; a range is at most one chunk."""
 
     nbytes: int
 
@@ -66,147 +78,148 @@ class Image(ABC):
         """Memory that holds the image's bytes as long as the context lasts."""
 
     @abstractmethod
+    def place(
+        self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
+    ) -> None:
+        """Decode one opened chunk to where it belongs. Raises ``packer.codec.BadPlanes``."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Wait until everything placed so far is in the image; raises what went wrong on the way."""
+
+    @abstractmethod
     def tensor(self, placed: PlacedTensor) -> torch.Tensor:
-        """A view of the image, never a copy; using it after ``close`` is a mistake of the caller."""
+        """A view of the image, never a copy; using it after its bytes were released is a mistake."""
 
     @abstractmethod
-    def release(self, offset: int, nbytes: int) -> None:
-        """Give the memory of a range of whole pages back to the device."""
+    def release(self, offset: int) -> None:
+        """Give the memory from ``offset`` (where a chunk starts) to the end back to the device."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Give everything back. Harmless when called twice."""
+    def grow(self) -> None:
+        """Make room again for what was released, to be filled. Raises ``MemoryError`` or ``OSError``."""
+
+    @abstractmethod
+    def close(self) -> bool:
+        """Give everything back; False: something still refers to it and only the bytes are free.
+        Harmless when called twice."""
 
 
-def allocate_image(kind: str, device: str, nbytes: int) -> Image:
-    """A zeroed image on this worker's one device. Raises ``MemoryError`` or ``OSError``."""
-    return CudaImage(nbytes) if kind == "cuda" else CpuImage(device, nbytes)
+def allocate_image(kind: str, layout: ImageLayout) -> Image:
+    """An image on this worker's one device. Raises ``MemoryError`` or ``OSError``."""
+    if kind == "cuda":
+        from agent.cuda_image import CudaImage
+
+        return CudaImage(layout, "cuda")
+    return CpuImage(layout.image_bytes)
 
 
 class CpuImage(Image):
-    """An image in a memory file of its own."""
+    """An image in private memory. Pages are there from the moment they are filled until they are released;
+    what is not there reads as zeros."""
 
-    def __init__(self, device: str, nbytes: int) -> None:
+    def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        descriptor = os.memfd_create(f"{ARENA_NAME} {device}", os.MFD_CLOEXEC)
+        descriptor = os.open(ARENA_FILE, os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.ftruncate(descriptor, nbytes)
-            self._map = mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED)
+            # Larger by what it takes to start on a huge page; that much more address space, no memory.
+            self._map = mmap.mmap(
+                descriptor,
+                nbytes + HUGE_PAGE_BYTES,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
         finally:
-            os.close(descriptor)  # the mapping keeps the file
-        self._bytes: torch.Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8)
+            os.close(descriptor)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._start = -address % HUGE_PAGE_BYTES
+        self._address = address + self._start
+        # The last huge page must end with the image, or the kernel would count up to 2 MiB too many.
+        end = _up_to_page(nbytes)
+        _protect(self._address + end, HUGE_PAGE_BYTES - self._start - (end - nbytes), _PROT_NONE)
+        _advise(self._address, end, mmap.MADV_HUGEPAGE)
+        self._bytes: torch.Tensor | None = torch.frombuffer(
+            self._map, dtype=torch.uint8, offset=self._start, count=nbytes
+        )
 
     @contextmanager
     def filling(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        assert self._bytes is not None, "the image is closed"
         start = offset - offset % PAGE_BYTES
         # Populating in the thread that will write spreads the faults over the restore threads. An older
         # kernel refuses; then every page faults on its own, as it would have anyway.
-        with suppress(OSError):
-            self._map.madvise(_MADV_POPULATE_WRITE, start, offset + nbytes - start)
+        _advise(self._address + start, offset + nbytes - start, _MADV_POPULATE_WRITE)
         with self.reading(offset, nbytes) as view:
             yield view
 
     @contextmanager
     def reading(self, offset: int, nbytes: int) -> Iterator[memoryview]:
-        with memoryview(self._map) as whole, whole[offset : offset + nbytes] as view:
+        first = self._start + offset
+        with memoryview(self._map) as whole, whole[first : first + nbytes] as view:
             yield view
 
+    def place(
+        self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
+    ) -> None:
+        with self.filling(span.image_offset, span.nbytes) as view:
+            decode_into(codec_id, planes, view, workspace)
+
+    def settle(self) -> None:
+        """Nothing to wait for: what was placed is there."""
+
     def tensor(self, placed: PlacedTensor) -> torch.Tensor:
         assert self._bytes is not None, "the image is closed"
-        return _view(self._bytes, placed)
+        return view_of(self._bytes, placed)
 
-    def release(self, offset: int, nbytes: int) -> None:
+    def release(self, offset: int) -> None:
         assert offset % PAGE_BYTES == 0
-        assert nbytes % PAGE_BYTES == 0
-        self._map.madvise(mmap.MADV_REMOVE, offset, nbytes)
-
-    def close(self) -> None:
-        if self._bytes is None:
+        end = _up_to_page(self.nbytes)
+        if offset >= end:
             return
+        _give_back(self._address + offset, end - offset)
+        # A limit of the process counts what could be written, so what was given back must not count; a
+        # stray read still finds zeros. It also keeps the kernel from joining what is left to a huge page.
+        _protect(self._address + offset, end - offset, mmap.PROT_READ)
+
+    def grow(self) -> None:
+        _protect(self._address, _up_to_page(self.nbytes), mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def close(self) -> bool:
+        if self._map.closed:
+            return True
         self._bytes = None
-        self.release(0, self.nbytes)
+        self.release(0)
         # A tensor that something still refers to (a traceback, say) keeps the mapping, not the memory:
-        # the hole has freed that, and a stray read sees zeros.
-        with suppress(BufferError):
+        # that is free already, and a stray read finds zeros.
+        try:
             self._map.close()
+        except BufferError:
+            return False
+        return True
 
 
-class CudaImage(Image):
-    """An image in one buffer of the CUDA allocator, written and read through pinned memory."""
-
-    # Made once and kept for the life of the process: pinning costs a quarter of a second per GiB.
-    _staging: ClassVar[queue.SimpleQueue[torch.Tensor] | None] = None
-    _staging_lock: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        # A stream of its own, so that restores neither wait for the requests of other models nor race
-        # with the zeroing of this image.
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        try:
-            with torch.cuda.stream(self._stream):
-                # Zeros, because the padding between tensors is part of what a pack stores.
-                self._bytes: torch.Tensor | None = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"the device has no room for {nbytes} bytes: {error}") from None
-        self._stream.synchronize()
-        with self._staging_lock:
-            if CudaImage._staging is None:
-                CudaImage._staging = queue.SimpleQueue()
-                for _ in range(STAGING_BUFFERS):
-                    CudaImage._staging.put(torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True))
-
-    @contextmanager
-    def _staged(self) -> Iterator[torch.Tensor]:
-        assert self._staging is not None
-        buffer = self._staging.get()
-        try:
-            yield buffer
-        finally:
-            self._staging.put(buffer)
-
-    @contextmanager
-    def filling(self, offset: int, nbytes: int) -> Iterator[memoryview]:
-        assert self._bytes is not None, "the image is closed"
-        with self._staged() as buffer:
-            yield _memory(buffer)[:nbytes]
-            with torch.cuda.stream(self._stream):
-                self._bytes[offset : offset + nbytes].copy_(buffer[:nbytes], non_blocking=True)
-                copied = self._stream.record_event()
-            copied.synchronize()
-
-    @contextmanager
-    def reading(self, offset: int, nbytes: int) -> Iterator[memoryview]:
-        assert self._bytes is not None, "the image is closed"
-        with self._staged() as buffer:
-            with torch.cuda.stream(self._stream):
-                buffer[:nbytes].copy_(self._bytes[offset : offset + nbytes], non_blocking=True)
-                copied = self._stream.record_event()
-            copied.synchronize()
-            yield _memory(buffer)[:nbytes]
-
-    def tensor(self, placed: PlacedTensor) -> torch.Tensor:
-        assert self._bytes is not None, "the image is closed"
-        return _view(self._bytes, placed)
-
-    def release(self, offset: int, nbytes: int) -> None:
-        # The allocator frees whole buffers only; a part goes back when the rest does.
-        if offset == 0 and nbytes == self.nbytes:
-            self.close()
-
-    def close(self) -> None:
-        if self._bytes is None:
-            return
-        self._bytes = None
-        # Without this the allocator would keep the memory for this process, and the ledger would lie.
-        torch.cuda.empty_cache()
-
-
-def _view(image: torch.Tensor, placed: PlacedTensor) -> torch.Tensor:
+def view_of(image: torch.Tensor, placed: PlacedTensor) -> torch.Tensor:
+    """A tensor of the model as a view of its image's bytes."""
     info = placed.info
     flat = image[placed.image_offset : placed.image_offset + info.nbytes]
     return flat.view(DTYPES[info.dtype]).view(info.shape)
 
 
-def _memory(buffer: torch.Tensor) -> memoryview:
-    return memoryview(buffer.numpy())  # type: ignore[arg-type]  # arrays are buffers, the stubs lag
+def _up_to_page(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def _advise(address: int, nbytes: int, advice: int) -> None:
+    """A hint: what an older kernel does not know is slower, never wrong."""
+    _libc.madvise(address, nbytes, advice)
+
+
+def _give_back(address: int, nbytes: int) -> None:
+    if _libc.madvise(address, nbytes, mmap.MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), f"giving {nbytes} bytes of an image back failed")
+
+
+def _protect(address: int, nbytes: int, protection: int) -> None:
+    if nbytes and _libc.mprotect(address, nbytes, protection):
+        number = ctypes.get_errno()
+        raise OSError(number, f"{nbytes} bytes of an image: {os.strerror(number)}")

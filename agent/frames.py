@@ -98,10 +98,12 @@ class WritePack(msgspec.Struct, frozen=True, tag=True):
 
 
 class EvictModel(msgspec.Struct, frozen=True, tag=True):
-    """Give the bytes of a model back. Answered by ``Done`` when they are free."""
+    """Give the bytes of a model's chunks from ``keep_chunks`` on back. Answered by ``Done`` when they are
+    free."""
 
     id: int
     ref: str
+    keep_chunks: int = 0
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -116,6 +118,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     id: int
     restore_ms: int = 0
     host_filled: bool = False
+    restored_bytes: int = 0
     disk_bytes: int = 0
     host_bytes: int = 0
 

@@ -49,6 +49,8 @@ WORKERS_MAX = 4096
 # Memory-backed on every Linux with /dev/shm; else the usual temporary directory.
 _MEMORY_DIRECTORY = Path("/dev/shm")
 _PRIVATE_PREFIX = "bunkhouse-nursery-"
+# The kernel keeps 15 characters: enough for every cpu device, and for the start of a GPU's id.
+WORKER_NAME_PREFIX = "bunk@"
 _STDIO = 2
 
 _PR_SET_PDEATHSIG = 1
@@ -124,6 +126,7 @@ class Nursery:
             orders, data = fds
             _close_all_but({0, 1, _STDIO, orders, data})
             _confine(order.heap_bytes)
+            _name_after(order.device)
             private = self._private / str(os.getpid())
             private.mkdir(mode=0o700)
             from agent import worker
@@ -156,16 +159,20 @@ def _confine(heap_bytes: int) -> None:
     if os.getppid() == 1:
         os._exit(0)  # the nursery died between the fork and the line above
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    libc.prctl(_PR_SET_NAME, b"bunk-worker", 0, 0, 0)
     # A core file would hold a tenant's weights, prompts and keys.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if heap_bytes:
-        # Private writable memory only: weights lie in shared mappings, which the ledger counts. Without
-        # this a hostile configuration, tokenizer or chat template takes the whole machine's memory.
+        # Private writable memory: the device's budget for weights and workspace, and what a worker needs
+        # beside it. Without this a hostile configuration, tokenizer or chat template takes the machine's.
         limit = _data_bytes() + heap_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+
+
+def _name_after(device: str) -> None:
+    """Say in ``/proc/PID/comm`` whose weights this process holds: nothing else in /proc tells."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"{WORKER_NAME_PREFIX}{device}".encode(), 0, 0, 0)
 
 
 def _data_bytes() -> int:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROC = Path("/proc")
-ARENA = "memfd:bunk-arena"  # the name that the arena gives its memory files
+ARENA = "/dev/zero"  # the file behind an arena; shared anonymous memory has " (deleted)" behind it
+WORKER = "bunk@"  # a worker's name in /proc/PID/comm, before its device
 NURSERY = b"agent.nursery"
 # Reading smaps makes the kernel walk the page tables, so samples may take this share of one core at most.
 SAMPLING_SHARE_MAX = 0.1
@@ -24,7 +25,7 @@ SAMPLE_INTERVAL_S_MIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class WorkerMemory:
-    """One worker at one moment. ``device`` is "" when the worker's memory files do not name it."""
+    """One worker at one moment. ``device`` is "" when the process is not named after one."""
 
     pid: int
     device: str
@@ -78,24 +79,22 @@ def read_worker(pid: int) -> WorkerMemory | None:
     """One worker's memory, None if it is gone or still being born."""
     try:
         text = (PROC / str(pid) / "smaps").read_text(errors="replace")
+        name = (PROC / str(pid) / "comm").read_text(errors="replace").strip()
     except OSError:
         return None
-    return parse_smaps(pid, text)
+    return parse_smaps(pid, name, text)
 
 
-def parse_smaps(pid: int, text: str) -> WorkerMemory | None:
-    """Sum RSS over all mappings and over those of the arena's memory files, and what only this one wrote."""
+def parse_smaps(pid: int, name: str, text: str) -> WorkerMemory | None:
+    """Sum RSS over all mappings and over those of the arena, and what only this one wrote beside them."""
     rss = arena = private = 0
-    device = ""
+    device = name.removeprefix(WORKER) if name.startswith(WORKER) else ""
     in_arena = False
     for line in text.splitlines():
         head, _, rest = line.partition(" ")
         if "-" in head and not head.endswith(":"):
-            at = rest.find(ARENA)
-            in_arena = at >= 0
-            if in_arena:
-                # "/memfd:bunk-arena cpu:0 (deleted)": what follows the name, if anything, is the device.
-                device = rest[at + len(ARENA) :].replace("(deleted)", "").strip(" -:") or device
+            # "7f00-7f10 rw-p 00000000 00:06 5   /dev/zero": permissions first, p for private.
+            in_arena = rest[3:4] == "p" and rest.endswith(ARENA)
         elif head == "Rss:":
             size = int(rest.split()[0]) * 1024
             rss += size

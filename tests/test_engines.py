@@ -57,7 +57,7 @@ def load(directory: Path, task: Task, private: Path) -> Loaded:
         source = OriginLoad([(file, fds[file.path]) for file in spec.files])
         source.open()
         model = build(task, source.side_files, source.layout, private, "cpu")
-        image = allocate_image("cpu", "cpu:0", source.layout.image_bytes)
+        image = allocate_image("cpu", source.layout)
         source.fill(image)
     model.attach(image)
     return Loaded(model, image, directory)

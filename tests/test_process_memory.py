@@ -11,7 +11,7 @@ from process_memory import MemoryWatch, WorkerMemory
 
 MIB = 1024 * 1024
 SMAPS = """\
-7f00-7f10 rw-s 00000000 00:01 42   /memfd:bunk-arena cpu:1 (deleted)
+7f00-7f10 rw-p 00000000 00:06 5                          /dev/zero
 Size:               2048 kB
 Rss:                1024 kB
 Pss:                1024 kB
@@ -19,29 +19,33 @@ Private_Dirty:      1024 kB
 7f20-7f30 r-xp 00000000 08:01 99   /usr/lib/libtorch.so
 Rss:                 300 kB
 Private_Dirty:        40 kB
-7f40-7f50 rw-s 00000000 00:01 43   /memfd:bunk-arena cpu:1 (deleted)
+7f30-7f40 rw-s 00000000 00:01 12                         /dev/zero (deleted)
+Rss:                  20 kB
+Private_Dirty:        20 kB
+7f40-7f50 r--p 00200000 00:06 5                          /dev/zero
 Rss:                  76 kB
+Private_Dirty:        76 kB
 VmFlags: rd wr
 """
 
 
 def test_smaps_are_split_into_arena_and_rest() -> None:
-    assert process_memory.parse_smaps(7, SMAPS) == WorkerMemory(
-        7, "cpu:1", rss_bytes=1400 * 1024, arena_bytes=1100 * 1024, private_bytes=40 * 1024
+    """Shared anonymous memory looks almost like an arena and is not one."""
+    assert process_memory.parse_smaps(7, "bunk@cpu:1", SMAPS) == WorkerMemory(
+        7, "cpu:1", rss_bytes=1420 * 1024, arena_bytes=1100 * 1024, private_bytes=60 * 1024
     )
 
 
-def test_arena_file_without_a_device_is_still_an_arena() -> None:
-    memory = process_memory.parse_smaps(7, SMAPS.replace(" cpu:1", ""))
+def test_arena_of_a_process_with_another_name_is_still_an_arena() -> None:
+    memory = process_memory.parse_smaps(7, "python", SMAPS)
     assert memory is not None
     assert (memory.device, memory.arena_bytes) == ("", 1100 * 1024)
 
 
 def test_arena_bytes_of_a_real_process_follow_what_it_touches() -> None:
     """Reads this process: a mapped but untouched arena is nothing, touched pages are counted exactly."""
-    fd = os.memfd_create("bunk-arena")
-    os.ftruncate(fd, 8 * MIB)
-    with mmap.mmap(fd, 8 * MIB) as arena:
+    fd = os.open("/dev/zero", os.O_RDWR)
+    with mmap.mmap(fd, 8 * MIB, flags=mmap.MAP_PRIVATE) as arena:
         before = process_memory.read_worker(os.getpid())
         arena[: 3 * MIB] = b"x" * (3 * MIB)
         after = process_memory.read_worker(os.getpid())

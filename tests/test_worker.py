@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import signal
 import threading
 from collections.abc import AsyncIterator
@@ -21,12 +20,13 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from make_models import make_gpt2
+from process_memory import WorkerMemory, read_worker
 from running_workers import DEVICE, PATIENCE_S, until_gone
 from tiny_models import describe, find_minilm, opened, tiny_classifier, tiny_llama
 
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.workers import Nursery, WorkerDead, WorkerFailure, WorkerHandle
-from packer.types import GIB, KIB, MIB, ModelRef, ModelSpec, Task, Tier
+from packer.types import GIB, MIB, ModelRef, ModelSpec, Task, Tier
 
 pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
 
@@ -84,6 +84,7 @@ async def nursery() -> AsyncIterator[Nursery]:
 async def spawned(nursery: Nursery, tenant: str = "acme") -> AsyncIterator[WorkerHandle]:
     worker = await nursery.spawn(tenant, DEVICE)
     try:
+        await worker.ping()  # answered once it is all that it will be, its name included
         yield worker
     finally:
         await worker.close()
@@ -114,24 +115,22 @@ async def tell(worker: WorkerHandle, model: Known, **fields: JSON) -> str:
     return "".join(str(frame.header.get("delta", "")) for frame in frames)
 
 
-def smaps_bytes(pid: int, field: str, mapping: str = "") -> int:
-    """Sum of one field over the mappings whose line holds ``mapping``."""
-    total, counted = 0, False
-    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
-            counted = mapping in line
-        elif counted and line.startswith(f"{field}:"):
-            total += int(line.split()[1]) * KIB
-    return total
+def memory_of(worker: WorkerHandle) -> WorkerMemory:
+    memory = read_worker(worker.pid)
+    assert memory is not None
+    return memory
 
 
 def arena_bytes(worker: WorkerHandle) -> int:
-    return smaps_bytes(worker.pid, "Rss", "/memfd:bunk-arena cpu:0")
+    """What the kernel says of the memory that images lie in."""
+    memory = memory_of(worker)
+    assert memory.device == "cpu:0"
+    return memory.arena_bytes
 
 
 def private_bytes(worker: WorkerHandle) -> int:
     """Memory of the process's own that is not an image."""
-    return smaps_bytes(worker.pid, "Private_Dirty") - smaps_bytes(worker.pid, "Private_Dirty", "bunk-arena")
+    return memory_of(worker).private_bytes
 
 
 def memory_file(data: bytes = b"", size: int = 0) -> int:
@@ -448,7 +447,7 @@ async def test_a_worker_holds_no_descriptor_of_anybody_else(
         assert len(set.union(*sockets)) == 5
         # Beyond the standard three and its sockets only its selector and image: nothing of the origin.
         extra = {name for fd, name in open_files(worker.pid).items() if fd > 2} - sockets[0]
-        assert extra == {"anon_inode:[eventpoll]", "/memfd:bunk-arena cpu:0 (deleted)"}
+        assert extra == {"anon_inode:[eventpoll]", "/dev/zero"}
 
 
 async def test_a_worker_does_not_inherit_the_agent_s_secrets(worker: WorkerHandle) -> None:
