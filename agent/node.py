@@ -24,8 +24,8 @@ from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
 from agent.packs import HostSegments, PackDirectory
 from agent.reports import build_report
+from agent.spawning import Nursery
 from agent.uplink import Uplink
-from agent.workers import Nursery
 from packer import residency
 from packer.events import Action, DeviceSeen, DrainAsked, Event, PackFound, Planned, TierBudgetSeen
 from packer.http import check_key

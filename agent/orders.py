@@ -23,7 +23,8 @@ from agent.facade import EngineFault, EngineFrame, EngineRequest, Refused
 from agent.journal import Journal, JournalFailed, PackRow
 from agent.origin import ControlFetch, OriginUnavailable, open_origin
 from agent.packs import HostSegments, PackDirectory
-from agent.workers import Nursery, WorkerDead, WorkerFailure, WorkerHandle
+from agent.spawning import Nursery
+from agent.workers import WorkerDead, WorkerFailure, WorkerHandle
 from packer.events import (
     Drop,
     Dropped,

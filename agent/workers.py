@@ -1,8 +1,8 @@
-"""The agent's side of its nursery and workers: asyncio, no torch.
+"""The agent's side of a worker: asyncio, no torch.
 
-Covers: starting the nursery, forking workers, sending orders and requests, taking replies and frames
-with limits, and noticing every death. Does not cover: when to do any of it (``orders``), or what
-happens on the other side (``nursery``, ``worker``).
+Covers: sending orders and requests, taking replies and frames with limits, and noticing its death. Does not
+cover: where workers come from (``spawning``), when to do any of it (``orders``), or what happens on the other
+side (``worker``).
 
 A worker is not trusted: what it sends is checked against limits, and one that breaks the protocol is
 killed.
@@ -16,13 +16,10 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -37,7 +34,6 @@ from agent.frames import (
     Done,
     End,
     EvictModel,
-    Exited,
     Failed,
     Fault,
     FromWorker,
@@ -45,12 +41,9 @@ from agent.frames import (
     Message,
     Piece,
     Ping,
-    Ready,
     Receiver,
     RestorePack,
     Run,
-    Spawn,
-    Spawned,
     ToWorker,
     WritePack,
     close_fds,
@@ -60,19 +53,14 @@ from agent.frames import (
     encode_message,
     encode_value,
     from_worker_decoder,
-    nursery_replies_decoder,
     replies_decoder,
     send_datagram,
     wire_spec,
 )
-from packer.types import GIB, MIB, ModelRef, ModelSpec, Tier
+from packer.types import MIB, ModelRef, ModelSpec, Tier
 
 log = logging.getLogger("bunk.workers")
 
-# Importing torch from a cold disk takes half a minute; past this something is wrong with the machine.
-NURSERY_READY_TIMEOUT_S = 180.0
-# A fork takes milliseconds; a machine that is swapping may need seconds.
-SPAWN_TIMEOUT_S = 30.0
 # A worker leaves at the end of its sockets, at once; one that does not is killed.
 CLOSE_TIMEOUT_S = 5.0
 # Answers that arrived and that callers have not taken yet, per worker; beyond this the worker waits.
@@ -81,44 +69,6 @@ BUFFERED_BYTES_MAX = 64 * MIB
 # in a row must be missed: after a pause of the whole machine the first is, through no fault of its own.
 PULSE_S = 10.0
 PULSES_MISSED_MAX = 3
-# Private memory of a worker on a cpu device beside the device's budget, which its workspace is counted in:
-# parked skeletons (16 of 100 MiB at most), the stacks of its threads and the scratch of restores.
-HEAP_BYTES_MAX = 4 * GIB
-# What the nursery's environment keeps of the agent's: nothing that may be a secret of the operator.
-_ENVIRONMENT_KEPT = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "VIRTUAL_ENV",
-    "LD_LIBRARY_PATH",
-    "PYTHONHASHSEED",
-)
-_ENVIRONMENT_KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "MKL_", "KMP_", "TORCH_", "PYTORCH_")
-# The operator may choose otherwise.
-_ENVIRONMENT_DEFAULTS: Mapping[str, str] = {
-    # Several workers share the cores. Threads that spin while they wait for their siblings steal the
-    # time that those need: measured 30 times slower for a short input on two busy cores.
-    "OMP_WAIT_POLICY": "passive",
-}
-_ENVIRONMENT_SET: Mapping[str, str] = {
-    # Nothing may ever be fetched because a model directory names it.
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    # No threads before the fork.
-    "OPENBLAS_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Asking whether there is a GPU must not start CUDA in the nursery.
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    # One more arena of the C allocator per thread would keep freed workspace in the process.
-    "MALLOC_ARENA_MAX": "2",
-    "PYTHONUNBUFFERED": "1",
-}
-
-T = TypeVar("T")
 
 
 class WorkerFailure(Exception):
@@ -153,23 +103,7 @@ class PackDone:
     host_bytes: int
 
 
-def _environment() -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in _ENVIRONMENT_KEPT or name.startswith(_ENVIRONMENT_KEPT_PREFIXES)
-    }
-    # Where this very code lies, so that the nursery runs the same version of it.
-    code = str(Path(__file__).resolve().parent.parent)
-    return {**_ENVIRONMENT_DEFAULTS, **kept, **_ENVIRONMENT_SET, "PYTHONPATH": code}
-
-
-def _heap_bytes(device: DeviceConfig) -> int:
-    """How much private memory a worker may take. On a GPU the driver maps what no limit foresees."""
-    return device.budget_bytes + HEAP_BYTES_MAX if device.kind == "cpu" else 0
-
-
-async def _send(sock: socket.socket, message: Message, fds: Sequence[int], lock: asyncio.Lock) -> None:
+async def send(sock: socket.socket, message: Message, fds: Sequence[int], lock: asyncio.Lock) -> None:
     """Send on a non-blocking SOCK_SEQPACKET socket. The descriptors stay open here."""
     loop = asyncio.get_running_loop()
     async with lock:
@@ -284,7 +218,7 @@ class WorkerHandle:
         self._replies[number] = reply
         try:
             try:
-                await _send(self._orders, order, fds, self._orders_lock)
+                await send(self._orders, order, fds, self._orders_lock)
             except BadFrame as error:
                 raise WorkerFailure(str(error)) from None
             except OSError as error:
@@ -466,133 +400,3 @@ class WorkerHandle:
                 reply.set_exception(WorkerDead(f"worker {self.pid} is gone"))
         for answer in self._answers.values():
             answer.arrived.set()
-
-
-class Nursery:
-    """The process that forks workers. ``threads``: compute threads of each worker (0: all cores)."""
-
-    def __init__(self, threads: int = 0) -> None:
-        self._threads = threads or len(os.sched_getaffinity(0))
-        self.died = asyncio.Event()
-        self.pid = 0
-        self._process: asyncio.subprocess.Process | None = None
-        self._sock: socket.socket | None = None
-        self._receiver: Receiver | None = None
-        self._lock = asyncio.Lock()
-        self._ready = asyncio.Event()
-        self._ids = itertools.count(1)
-        self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
-        self._watching: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Returns when workers can be forked. Raises ``WorkerDead`` when the process does not come up."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._sock, self._receiver = ours, Receiver(ours)
-        try:
-            # -P: a file in the current directory must not be taken for a module.
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                "-m",
-                "agent.nursery",
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=_environment(),
-            )
-        finally:
-            theirs.close()
-        self.pid = self._process.pid
-        asyncio.get_running_loop().add_reader(ours, self._on_reply)
-        self._watching = asyncio.create_task(self._watch(self._process))
-        try:
-            await asyncio.wait_for(self._ready.wait(), NURSERY_READY_TIMEOUT_S)
-        except TimeoutError:
-            await self.close()
-            raise WorkerDead(f"the nursery was not ready after {NURSERY_READY_TIMEOUT_S:g} s") from None
-        if self.died.is_set():
-            raise WorkerDead("the nursery ended while it started; its messages are in the agent's log")
-
-    async def spawn(self, tenant: str, device: DeviceConfig) -> WorkerHandle:
-        """Fork a worker for a tenant on a device. Raises ``WorkerDead``."""
-        if self._sock is None or self.died.is_set():
-            raise WorkerDead("there is no nursery")
-        orders, their_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        data, their_data = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        orders.setblocking(False)
-        data.setblocking(False)
-        number = next(self._ids)
-        spawned: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
-        self._spawning[number] = spawned
-        handle = WorkerHandle(tenant, device, orders, data)
-        try:
-            order = Spawn(
-                number, tenant, device.device, device.kind, device.uuid, self._threads, _heap_bytes(device)
-            )
-            await _send(self._sock, order, [their_orders.fileno(), their_data.fileno()], self._lock)
-            pid, pidfd = await asyncio.wait_for(spawned, SPAWN_TIMEOUT_S)
-        except (OSError, TimeoutError, WorkerDead) as error:
-            orders.close()
-            data.close()
-            raise WorkerDead(f"no worker for {tenant} on {device.device}: {error}") from None
-        finally:
-            del self._spawning[number]
-            their_orders.close()
-            their_data.close()
-        await handle.start(pid, pidfd)
-        return handle
-
-    def _on_reply(self) -> None:
-        assert self._receiver is not None
-        try:
-            while (received := self._receiver.receive(nursery_replies_decoder)) is not None:
-                reply, fds = received
-                self._take(reply, fds)
-        except BlockingIOError:
-            return
-        except (BadFrame, OSError) as error:
-            log.error("nursery: %s", error)
-        self._let_go()
-
-    def _take(self, reply: object, fds: list[int]) -> None:
-        if isinstance(reply, Ready):
-            self._ready.set()
-        elif isinstance(reply, Exited):
-            how = f"killed by signal {-reply.status}" if reply.status < 0 else f"exit status {reply.status}"
-            log.log(logging.WARNING if reply.status else logging.INFO, "worker %d ended: %s", reply.pid, how)
-        else:
-            assert hasattr(reply, "id")
-            spawned = self._spawning.get(reply.id)
-            if isinstance(reply, Spawned) and len(fds) == 1 and spawned is not None and not spawned.done():
-                spawned.set_result((reply.pid, fds.pop()))
-            elif spawned is not None and not spawned.done():
-                spawned.set_exception(WorkerDead(getattr(reply, "message", "the nursery sent no process")))
-        close_fds(fds)
-
-    def _let_go(self) -> None:
-        if self._sock is not None:
-            asyncio.get_running_loop().remove_reader(self._sock)
-            self._sock.close()
-            self._sock = None
-
-    async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        await process.wait()
-        self._let_go()
-        self.died.set()
-        self._ready.set()
-        for spawned in self._spawning.values():
-            if not spawned.done():
-                spawned.set_exception(WorkerDead("the nursery is gone"))
-
-    async def close(self) -> None:
-        """End the nursery, and every worker that is left with it."""
-        self._let_go()
-        if self._process is None or self._watching is None:
-            return
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.died.wait(), CLOSE_TIMEOUT_S)
-        if not self.died.is_set():
-            with suppress(ProcessLookupError):
-                self._process.kill()
-        await self._watching

@@ -23,7 +23,8 @@ from agent.node import RunningNode
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
 from agent.packs import HostSegments, PackDirectory
-from agent.workers import Nursery, PackDone, WorkerHandle
+from agent.spawning import Nursery
+from agent.workers import PackDone, WorkerHandle
 from packer.events import Drop, Dropped, Event, Pack, Packed, PackFailed
 from packer.types import MIB, ModelRef, ModelSpec, Task, TenantSpec, Tier
 from packer.wire import WIRE_VERSION, Plan

@@ -16,7 +16,8 @@ from agent.facade import EngineFault, EngineFrame, EngineRequest, Refused
 from agent.journal import Journal, load_node_key
 from agent.orders import JournalThread, Orders
 from agent.packs import HostSegments, PackDirectory
-from agent.workers import Nursery, WorkerFailure, WorkerHandle
+from agent.spawning import Nursery
+from agent.workers import WorkerFailure, WorkerHandle
 from packer.events import RefusalReason
 from packer.types import ModelRef, ModelSpec, Task
 

@@ -25,7 +25,8 @@ from running_workers import DEVICE, PATIENCE_S, until_gone
 from tiny_models import describe, find_minilm, opened, tiny_classifier, tiny_llama
 
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
-from agent.workers import Nursery, WorkerDead, WorkerFailure, WorkerHandle
+from agent.spawning import Nursery
+from agent.workers import WorkerDead, WorkerFailure, WorkerHandle
 from packer.types import GIB, MIB, ModelRef, ModelSpec, Task, Tier
 
 pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]

@@ -34,7 +34,8 @@ from agent.frames import (
     replies_decoder,
     send_message,
 )
-from agent.workers import PULSES_MISSED_MAX, Nursery, WorkerDead, WorkerHandle
+from agent.spawning import Nursery
+from agent.workers import PULSES_MISSED_MAX, WorkerDead, WorkerHandle
 from packer.types import KIB, ModelRef, OriginFile, Task
 
 pytestmark = pytest.mark.processes
@@ -44,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAND_IN_AGENT = """
 import asyncio
 from agent.devices import DeviceConfig
-from agent.workers import Nursery
+from agent.spawning import Nursery
 from packer.types import ModelRef
 
 async def main():

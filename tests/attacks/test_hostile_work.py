@@ -19,9 +19,11 @@ from running_workers import DEVICE, PATIENCE_S
 from tiny_models import describe, opened, tiny_gpt2
 
 import agent.due
+import agent.spawning
 import agent.workers
 from agent.facade import EngineError, EngineRequest
-from agent.workers import Nursery, WorkerDead, WorkerFailure, WorkerHandle
+from agent.spawning import Nursery
+from agent.workers import WorkerDead, WorkerFailure, WorkerHandle
 from packer.types import MIB, ModelRef, ModelSpec, Task
 
 pytestmark = pytest.mark.processes
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.processes
 async def nursery(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nursery]:
     monkeypatch.setattr(agent.due, "LEFT_SECONDS_MAX", 0.5)
     monkeypatch.setattr(agent.workers, "PULSE_S", 1.0)
-    monkeypatch.setattr(agent.workers, "HEAP_BYTES_MAX", 256 * MIB)
+    monkeypatch.setattr(agent.spawning, "HEAP_BYTES_MAX", 256 * MIB)
     started = Nursery(threads=1)
     await started.start()
     yield started
