@@ -92,6 +92,7 @@ class Rates:
     fingerprint: str = ""  # of the hardware and the software that were measured
     kernels: bool = False  # the compiled decoder was there
     huge_pages: bool = False  # the kernel granted huge pages to the arena
+    others_percent: int = 0  # of the cores' time, used by others while this was measured
 
 
 # Before anything was measured: deliberately slow figures, so that the first retry hint is not too short.

@@ -38,6 +38,7 @@ TENSOR_FILES = {
     "packer/codec.py",
     "packer/tiers.py",
     "agent/arena.py",
+    "agent/calibrate.py",
     "agent/cuda_image.py",
     "agent/nursery.py",
     "agent/worker.py",

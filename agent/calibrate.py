@@ -1,0 +1,579 @@
+"""Measuring this box in a process of its own: ``python -m agent.calibrate --data-dir D``.
+
+Covers: every rate of ``packer.estimate.Rates``, each measured the way the restore pipeline works (its
+codecs, its pieces, its threads), bounded in time, memory and disk. Does not cover: when to measure and
+where results are kept (``agent/calibration.py``), or the line to control, which the agent times itself.
+
+Prints one JSON document. The temporary file lies where packs lie, because only that file system's speed
+counts, and has no name: however this process ends, the file is gone with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import mmap
+import os
+import secrets
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.calibration import FILE_BYTES, fingerprint
+from agent.packs import DISK_FREE_FLOOR_BYTES
+from packer import codec, kernels
+from packer.estimate import RESTORE_THREADS, DecodeRates, Rates, dump_rates
+from packer.layout import CHUNK_BYTES
+from packer.seal import TAG_BYTES, ChunkSeal, Part, PartKind, new_key
+from packer.types import GIB, MIB, BadValue, parse_bytes
+
+# The disk is asked in the pieces that the restore asks in, with as many outstanding.
+PIECE_BYTES = CHUNK_BYTES
+DIRECT_READS = 4
+CACHED_READS = 2
+# Memory to copy from and to, each: far larger than any cache of one core, small enough for a small box.
+SPAN_BYTES = 64 * MIB
+# Every rate is the median of this many rounds.
+PASSES = 7
+PASSES_MAX = 1000
+# Half a second of writing says how fast a disk is; a slow one is not kept busy for longer.
+WRITE_S_MAX = 0.6
+# One round of reading should take about this long, as far as writing tells.
+READ_S = 0.1
+READ_BYTES_MIN = 2 * DIRECT_READS * PIECE_BYTES
+# Distinct chunks per family, so that a thread does not find the last one in its cache.
+CHUNKS = 2
+# The families of the estimate and the dtype that stands for each.
+FAMILIES = (("bf16", "BF16"), ("fp32", "F32"), ("other", "F16"))
+STEPS = ("stored_to_wire", "wire_to_final", "stored_to_final", "encode")
+# Planes are sealed and opened in parts of about this size.
+PART_BYTES = 2 * MIB
+# A process that everybody else goes before; used while the node serves.
+NICE_BACKGROUND = 15
+
+_MADV_POPULATE_WRITE = 23
+_HUGE_PAGE_BYTES = 2 * MIB
+_PAGE_BYTES = 4096
+
+U8: TypeAlias = NDArray[np.uint8]
+Work: TypeAlias = Callable[[int], None]
+
+
+class CanNotMeasure(Exception):
+    """The box does not let itself be measured; the text says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What measuring may take."""
+
+    file_bytes: int = FILE_BYTES
+    span_bytes: int = SPAN_BYTES
+    passes: int = PASSES
+    threads: int = min(RESTORE_THREADS, os.cpu_count() or 1)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.passes <= PASSES_MAX:
+            raise BadValue("--passes", f"must be 1 to {PASSES_MAX}")
+        least = CHUNK_BYTES * self.threads
+        if not least <= self.span_bytes <= GIB or not PIECE_BYTES <= self.file_bytes <= GIB:
+            raise BadValue("--span-bytes, --file-bytes", f"must be {least} to {GIB} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One rate: ``work(0)`` … ``work(threads - 1)`` together move ``nbytes``. ``before`` runs untimed."""
+
+    name: str
+    nbytes: int
+    work: Work
+    threads: int = 1
+    before: Callable[[], None] | None = None
+
+
+def measure_probes(probes: Sequence[Probe], passes: int) -> dict[str, int]:
+    """Bytes per second of each. All of them take turns, pass after pass, so that a burst of other work
+    falls on one round of many probes and not on all rounds of one; the median forgets it.
+
+    The first pass warms caches and buffers and does not count.
+    """
+    taken_s: dict[str, list[float]] = {probe.name: [] for probe in probes}
+    for number in range(passes + 1):
+        for probe in probes:
+            if probe.before is not None:
+                probe.before()
+            seconds = _together(probe.work, probe.threads)
+            if number:
+                taken_s[probe.name].append(seconds)
+    return {
+        probe.name: max(1, round(probe.nbytes / max(statistics.median(taken_s[probe.name]), 1e-9)))
+        for probe in probes
+    }
+
+
+def _together(work: Work, threads: int) -> float:
+    """Seconds from the common start to the last one's end; the first error is raised here."""
+    if threads == 1:
+        started = time.perf_counter()
+        work(0)
+        return time.perf_counter() - started
+    gate = threading.Barrier(threads + 1)
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        gate.wait()
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    running = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    gate.wait()
+    started = time.perf_counter()
+    for thread in running:
+        thread.join()
+    seconds = time.perf_counter() - started
+    if errors:
+        raise errors[0]
+    return seconds
+
+
+def _pieces(nbytes: int, number: int, threads: int) -> Iterator[tuple[int, int]]:
+    """This thread's pieces: (offset, length), dealt out one after another."""
+    for start in range(number * PIECE_BYTES, nbytes, threads * PIECE_BYTES):
+        yield start, min(PIECE_BYTES, nbytes - start)
+
+
+# --- disk -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _unnamed_file(directory: Path) -> Iterator[int]:
+    """A file that is gone when its descriptor is, in this file system."""
+    try:
+        descriptor = os.open(directory, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+    except OSError:
+        # Not every file system knows files without a name (overlays, network file systems).
+        descriptor, path = tempfile.mkstemp(prefix=".calibrate-", dir=directory)
+        os.unlink(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _room_bytes(directory: Path, bounds: Bounds) -> int:
+    """How large the temporary file may be. Raises ``CanNotMeasure``."""
+    room = os.statvfs(directory)
+    free_bytes = room.f_bavail * room.f_frsize - DISK_FREE_FLOOR_BYTES
+    limit_bytes = min(bounds.file_bytes, free_bytes) // PIECE_BYTES * PIECE_BYTES
+    if limit_bytes < PIECE_BYTES:
+        raise CanNotMeasure(
+            f"{directory}: {max(free_bytes, 0)} bytes are free above the floor of {DISK_FREE_FLOOR_BYTES}, "
+            f"measuring needs {PIECE_BYTES}: free some, or give another --data-dir"
+        )
+    return limit_bytes
+
+
+def write_file(descriptor: int, limit_bytes: int) -> tuple[int, int]:
+    """(bytes, bytes per second) of writing until the limit or the time is reached, made durable."""
+    piece = secrets.token_bytes(PIECE_BYTES)
+    written, started = 0, time.perf_counter()
+    while written < limit_bytes and time.perf_counter() - started < WRITE_S_MAX:
+        written += os.pwrite(descriptor, piece, written)
+    os.fdatasync(descriptor)
+    return written, max(1, round(written / (time.perf_counter() - started)))
+
+
+def _open_direct(descriptor: int) -> int | None:
+    """The same file past the page cache; None where it lies in memory or O_DIRECT is refused."""
+    try:
+        direct = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        with mmap.mmap(-1, _PAGE_BYTES) as page:
+            os.preadv(direct, [page], 0)
+    except OSError:
+        os.close(direct)
+        return None
+    return direct
+
+
+def _read_probe(name: str, descriptor: int, nbytes: int, threads: int) -> Probe:
+    """Every thread reads its pieces into a buffer of its own, which is there already."""
+    nbytes = nbytes // PIECE_BYTES * PIECE_BYTES
+    buffers = [mmap.mmap(-1, PIECE_BYTES) for _ in range(threads)]
+    for buffer in buffers:
+        buffer.write(bytes(PIECE_BYTES))
+
+    def read(number: int) -> None:
+        for start, length in _pieces(nbytes, number, threads):
+            with memoryview(buffers[number]) as view, view[:length] as part:
+                if os.preadv(descriptor, [part], start) != length:
+                    raise CanNotMeasure("the temporary file was cut short while it was read")
+
+    return Probe(name, nbytes, read, threads)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class FreshMemory:
+    """A new private mapping per round, as an arena is one per image."""
+
+    nbytes: int
+    map: mmap.mmap | None = None
+    address: int = 0
+
+    def renew(self) -> None:
+        self.close()
+        descriptor = os.open("/dev/zero", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.map = mmap.mmap(
+                descriptor,
+                self.nbytes + _HUGE_PAGE_BYTES,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        finally:
+            os.close(descriptor)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        self.address = address + -address % _HUGE_PAGE_BYTES
+        _libc.madvise(self.address, self.nbytes, mmap.MADV_HUGEPAGE)
+
+    def close(self) -> None:
+        if self.map is not None:
+            self.map.close()
+            self.map = None
+
+    def has_huge_pages(self) -> bool:
+        """Whether the kernel really granted some."""
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            first, _, rest = line.partition(" ")
+            if first == "AnonHugePages:":
+                if inside:
+                    return int(rest.split()[0]) > 0
+            elif "-" in first:
+                start, _, end = first.partition("-")
+                inside = int(start, 16) <= self.address < int(end, 16)
+        return False
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _populate_probe(memory: FreshMemory, threads: int) -> Probe:
+    """Fresh zeroed pages for an arena."""
+
+    def populate(number: int) -> None:
+        for start, length in _pieces(memory.nbytes, number, threads):
+            if _libc.madvise(memory.address + start, length, _MADV_POPULATE_WRITE):
+                # Before Linux 5.14: fault the pages in one by one, as the arena then does.
+                ctypes.memset(memory.address + start, 1, length)
+
+    return Probe("populate", memory.nbytes, populate, threads, memory.renew)
+
+
+def _copy_probe(name: str, source: U8, target: U8, threads: int) -> Probe:
+    """Between two warm ranges, in pieces of a chunk."""
+
+    def copy(number: int) -> None:
+        for start, length in _pieces(len(source), number, threads):
+            np.copyto(target[start : start + length], source[start : start + length])
+
+    return Probe(name, len(source), copy, threads)
+
+
+def _map_in_probe(descriptor: int, nbytes: int, threads: int) -> Probe:
+    """Pages of a filled memory file becoming readable in a new mapping, one touch per page."""
+    maps: list[mmap.mmap] = []
+
+    def renew() -> None:
+        maps[:] = [mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)]
+
+    def touch(number: int) -> None:
+        octets = np.frombuffer(maps[0], dtype=np.uint8)
+        for start, length in _pieces(nbytes, number, threads):
+            octets[start : start + length : _PAGE_BYTES].max()
+
+    return Probe("map_in", nbytes, touch, threads, renew)
+
+
+# --- cpu work -------------------------------------------------------------------------------------
+
+
+def _open_probe(nbytes: int, threads: int) -> Probe:
+    """Authenticating and decrypting parts of a chunk."""
+    seal = ChunkSeal(new_key(), b"calibration")
+    part = Part(PartKind.CHUNK, stored_bytes=PART_BYTES, raw_bytes=PART_BYTES)
+    sealed = bytearray(PART_BYTES + TAG_BYTES)
+    seal.seal_into(part, memoryview(bytes(PART_BYTES)), memoryview(sealed))
+    outs = [bytearray(PART_BYTES) for _ in range(threads)]
+    times = max(1, nbytes // threads // PART_BYTES)
+
+    def open_parts(number: int) -> None:
+        with memoryview(sealed) as view, memoryview(outs[number]) as out:
+            for _ in range(times):
+                seal.open_into(part, view, out)
+
+    return Probe("open", times * PART_BYTES * threads, open_parts, threads)
+
+
+def _sha256_probe(nbytes: int) -> Probe:
+    data = bytes(nbytes)
+
+    def digest(_: int) -> None:
+        hashlib.sha256(data).digest()
+
+    return Probe("sha256_1", nbytes, digest)
+
+
+def sample_chunks(dtype: str) -> list[bytes]:
+    """Chunks that look like weights: normal, with a scale of their own."""
+    chance = np.random.default_rng(3)
+    chunks = []
+    for number in range(CHUNKS):
+        # A quarter is computed and repeated: generating is slow, and no codec finds matches so far apart.
+        normal = chance.standard_normal(CHUNK_BYTES // 8, dtype=np.float32) * np.float32(0.01 * (number + 1))
+        wide = np.concatenate([normal] * 4)
+        if dtype == "BF16":
+            chunks.append((wide.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+        elif dtype == "F16":
+            chunks.append(wide.astype(np.float16).tobytes())
+        else:
+            chunks.append(wide[: CHUNK_BYTES // 4].tobytes())
+    return chunks
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A chunk in one form: what ``codec.decode_into`` takes."""
+
+    codec_id: int
+    planes: tuple[bytes, ...]
+
+
+def _wire(stored: Form, raw: bytes, space: codec.Workspace) -> Form:
+    """A chunk as a host segment in wire form holds it."""
+    if not codec.has_wire_form(stored.codec_id):
+        return Form(codec.CodecId.RAW, (raw,))
+    sizes = codec.wire_sizes(stored.codec_id, [len(plane) for plane in stored.planes], len(raw))
+    out = bytearray(sum(sizes))
+    sizes = codec.to_wire(stored.codec_id, stored.planes, len(raw), memoryview(out), space)
+    planes, start = [], 0
+    for size in sizes:
+        planes.append(bytes(out[start : start + size]))
+        start += size
+    return Form(stored.codec_id, tuple(planes))
+
+
+def _decode_probes(family: str, dtype: str, target: U8, spaces: Sequence[codec.Workspace]) -> list[Probe]:
+    """One family's codec in all directions. What each form decodes to is compared first, byte for byte."""
+    raws, threads = sample_chunks(dtype), len(spaces)
+    stored = []
+    for raw in raws:
+        encoded = codec.encode(dtype, memoryview(raw), spaces[0])
+        stored.append(Form(encoded.codec_id, tuple(bytes(plane) for plane in encoded.planes)))
+    wires = [_wire(form, raw, spaces[0]) for form, raw in zip(stored, raws, strict=True)]
+    slots = [
+        memoryview(target)[start : start + CHUNK_BYTES]  # type: ignore[arg-type]  # arrays are buffers
+        for start in range(0, len(target) - CHUNK_BYTES + 1, CHUNK_BYTES)
+    ]
+    for name, forms in (("stored", stored), ("wire", wires)):
+        for form, raw in zip(forms, raws, strict=True):
+            codec.decode_into(form.codec_id, form.planes, slots[0], spaces[0])
+            if slots[0] != raw:
+                raise CanNotMeasure(f"{dtype} does not come back from its {name} form: the codec is broken")
+
+    def decode(form: Form, out: memoryview, space: codec.Workspace) -> None:
+        codec.decode_into(form.codec_id, form.planes, out, space)
+
+    def to_wire(form: Form, out: memoryview, space: codec.Workspace) -> None:
+        if codec.has_wire_form(form.codec_id):
+            codec.to_wire(form.codec_id, form.planes, CHUNK_BYTES, out, space)
+        else:
+            decode(form, out, space)
+
+    def probe(step: str, forms: list[Form], do: Callable[[Form, memoryview, codec.Workspace], None]) -> Probe:
+        def work(number: int) -> None:
+            for at in range(number, len(slots), threads):
+                do(forms[at % CHUNKS], slots[at], spaces[number])
+
+        return Probe(f"{family}_{step}", len(slots) * CHUNK_BYTES, work, threads)
+
+    def encode(number: int) -> None:
+        codec.encode(dtype, memoryview(raws[number % CHUNKS]), spaces[number])
+
+    return [
+        probe("stored_to_wire", stored, to_wire),
+        probe("wire_to_final", wires, decode),
+        probe("stored_to_final", stored, decode),
+        Probe(f"{family}_encode", CHUNK_BYTES * threads, encode, threads),
+    ]
+
+
+# --- gpu ------------------------------------------------------------------------------------------
+
+
+def _device_copy_probe(nbytes: int) -> Probe | None:
+    """Pinned memory to the first GPU; None when torch finds none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
+    def copy(_: int) -> None:
+        target.copy_(pinned, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return Probe("device_copy", nbytes, copy)
+
+
+# --- all together ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _probes(directory: Path, bounds: Bounds, gpu: bool) -> Iterator[tuple[list[Probe], int, FreshMemory]]:
+    """Everything to be measured, the write rate, which is measured by preparing it, and the arena."""
+    threads, nbytes = bounds.threads, bounds.span_bytes
+    with ExitStack() as held:
+        file = held.enter_context(_unnamed_file(directory))
+        written, write_rate = write_file(file, _room_bytes(directory, bounds))
+        read_bytes = (
+            min(written, max(round(write_rate * READ_S), READ_BYTES_MIN)) // PIECE_BYTES * PIECE_BYTES
+        )
+        probes = [_read_probe("disk_cached", file, read_bytes, CACHED_READS)]
+        direct = _open_direct(file)
+        if direct is not None:
+            held.callback(os.close, direct)
+            probes.append(_read_probe("disk_direct", direct, read_bytes, DIRECT_READS))
+        segment = os.memfd_create("bunk-calibrate", os.MFD_CLOEXEC)
+        held.callback(os.close, segment)
+        os.pwrite(segment, bytes(nbytes), 0)
+        memory = FreshMemory(nbytes)
+        held.callback(memory.close)
+        source, target = np.ones(nbytes, dtype=np.uint8), np.zeros(nbytes, dtype=np.uint8)
+        spaces = [codec.Workspace() for _ in range(threads)]
+        probes += [
+            _copy_probe("memcpy", source, target, threads),
+            _copy_probe("memcpy_1", source, target, 1),
+            _populate_probe(memory, threads),
+            _map_in_probe(segment, nbytes, threads),
+            _open_probe(nbytes // 2, threads),
+            _sha256_probe(nbytes // 4),
+        ]
+        for family, dtype in FAMILIES:
+            probes += _decode_probes(family, dtype, target, spaces)
+        copy = _device_copy_probe(nbytes) if gpu else None
+        yield [*probes, *([copy] if copy else [])], write_rate, memory
+
+
+def measure(directory: Path, bounds: Bounds, gpu: bool) -> Rates:
+    """Everything. Raises ``CanNotMeasure`` and ``OSError``."""
+    started = time.monotonic_ns()
+    # Before any workspace is made; workers are born with the compiled kernels too.
+    compiled = kernels.warm() is not None
+    busy = BusyShare()
+    with _probes(directory, bounds, gpu) as (probes, write_rate, memory):
+        found = measure_probes(probes, bounds.passes)
+        huge_pages = memory.has_huge_pages()
+    bf16, fp32, other = (
+        DecodeRates(*(found[f"{family}_{step}"] for step in STEPS)) for family, _ in FAMILIES
+    )
+    return Rates(
+        # Where files lie in memory, or there is no way past the cache, the cache is all there is.
+        disk_direct=found.get("disk_direct", found["disk_cached"]),
+        disk_cached=found["disk_cached"],
+        disk_write=write_rate,
+        memcpy=found["memcpy"],
+        memcpy_1=found["memcpy_1"],
+        populate=found["populate"],
+        map_in=found["map_in"],
+        open=found["open"],
+        sha256_1=found["sha256_1"],
+        bf16=bf16,
+        fp32=fp32,
+        other=other,
+        device_copy=found.get("device_copy", 0),
+        threads=bounds.threads,
+        cores=len(os.sched_getaffinity(0)),
+        measured_ms=time.time_ns() // 1_000_000,
+        took_ms=(time.monotonic_ns() - started) // 1_000_000,
+        fingerprint=fingerprint(directory),
+        kernels=compiled,
+        huge_pages=huge_pages,
+        others_percent=busy.others_percent(),
+    )
+
+
+class BusyShare:
+    """How much of the machine others used since this was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[int, int]:
+        """Ticks of all cores: (all, not idle and not ours)."""
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        ticks = [int(field) for field in fields]
+        idle = ticks[3] + ticks[4]
+        used = os.times()
+        ours = round((used.user + used.system) * os.sysconf("SC_CLK_TCK"))
+        return sum(ticks), sum(ticks) - idle - ours
+
+    def others_percent(self) -> int:
+        total, others = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return min(100, max(0, round(100 * others / max(total, 1))))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit 0 with rates on standard output, 1 with a sentence on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m agent.calibrate", description="Measure this box.")
+    parser.add_argument("--data-dir", type=Path, required=True, help="the agent's; packs lie in it")
+    parser.add_argument("--json", action="store_true", help="the only form there is; for symmetry")
+    parser.add_argument("--background", action="store_true", help="let everything else go first")
+    parser.add_argument("--gpu", action="store_true", help="measure the copy to the first GPU too")
+    parser.add_argument("--file-bytes", default=str(FILE_BYTES), metavar="SIZE")
+    parser.add_argument("--span-bytes", default=str(SPAN_BYTES), metavar="SIZE")
+    parser.add_argument("--passes", type=int, default=PASSES, metavar="N")
+    options = parser.parse_args(argv)
+    if options.background:
+        with suppress(OSError):
+            os.nice(NICE_BACKGROUND)
+    directory = options.data_dir / "packs"
+    try:
+        bounds = Bounds(
+            file_bytes=parse_bytes(options.file_bytes, "--file-bytes"),
+            span_bytes=parse_bytes(options.span_bytes, "--span-bytes"),
+            passes=options.passes,
+        )
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        print(dump_rates(measure(directory, bounds, options.gpu)))
+    except (CanNotMeasure, BadValue, OSError, MemoryError) as error:
+        print(f"can not measure: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
