@@ -15,7 +15,9 @@ from contextlib import suppress
 from aiohttp import web
 
 from agent import config as configuration
+from agent import rotate
 from agent.config import AgentConfig
+from agent.data_dir import hold_data_dir
 from agent.gateway import GatewayConfig, build_app
 from agent.identity import BadIdentity
 from agent.node import RunningNode
@@ -37,6 +39,8 @@ STOP_GRACE_S = 5.0
 
 def main() -> None:
     """Entry point of the console script."""
+    if sys.argv[1:2] == ["rotate-key"]:
+        raise SystemExit(rotate.main(sys.argv[2:]))
     try:
         config = configuration.load(sys.argv[1:])
     except BadValue as error:
@@ -56,7 +60,8 @@ def main() -> None:
     # Core dumps would hold prompts and keys.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        status = asyncio.run(run(config))
+        with hold_data_dir(config.data_dir):
+            status = asyncio.run(run(config))
     except (OSError, sqlite3.Error, WorkerDead) as error:
         # A full or read-only disk, mostly: a person must help, a traceback would not.
         log.critical("can not run with --data-dir %s: %s", config.data_dir, error)

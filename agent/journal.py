@@ -1,26 +1,36 @@
 """The node's journal: what must survive a kill of the agent at any moment.
 
-Covers: the last plan, the packs on disk with their wrapped data keys, the tenants' wrapped keys, and
-the spool of records on their way to control. Does not cover: the pack files themselves
-(``agent/packs.py``) or the node's certificate (``agent/uplink.py``).
+Covers: the last plan, the packs on disk and in the making with their wrapped data keys, the tenants'
+wrapped keys and their rotation, what this machine measured of itself, and the spool of records on their
+way to control. Does not cover: the pack files themselves (``agent/packs.py``), the node's certificate
+(``agent/uplink.py``), or the command that rotates keys (``agent/rotate.py``).
 
 SQLite in WAL mode with synchronous=FULL: what a call has returned from is on disk. Every method
 blocks; the loop calls them on one writer thread, so they need no lock.
+
+Keys: the node key lies in a file, ``seal.key``, and wraps the tenants' keys in the journal, which wrap
+the packs' data keys. While the node key is rotated the next one lies beside it, and the journal's own
+word (``node_key_id``) says which of the two is in force: it changes in the transaction that wraps the
+tenants' keys anew, so a kill at any moment leaves exactly one of them that opens everything.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agent.counters import PendingRecord
 from packer import seal
 from packer.database import Database, Migrations
-from packer.durable import write_private
-from packer.types import ModelRef, parse_ref
+from packer.durable import sync_folder, write_private
+from packer.types import HostSizes, ModelRef, parse_ref
 from packer.wire import BadMessage, Plan, Record, decode, encode
 
 # Records wait here while control is away: at 1 KiB each this bounds the journal to about 100 MiB.
@@ -28,6 +38,12 @@ from packer.wire import BadMessage, Plan, Record, decode, encode
 SPOOL_RECORDS_MAX = 100_000
 # A writer waits this long for another process that has the file open, such as a backup.
 BUSY_TIMEOUT_MS = 5_000
+# What a node measures of itself is a few KiB; more than this is not ours.
+CALIBRATION_CHARS_MAX = 256 * 1024
+
+NODE_KEY = "seal.key"
+NEXT_NODE_KEY = "seal.key.next"
+JOURNAL = "journal.db"
 
 migrations = Migrations("journal")
 
@@ -53,17 +69,37 @@ def m001_first_tables(db: Database) -> None:
     )
 
 
+@migrations()
+def m002_partial_packs_and_measurements(db: Database) -> None:
+    for form in ("stored", "wire", "raw"):
+        db.table("packs").add_column(f"host_{form}_bytes", int)
+    db.table("partial_packs").create(
+        {"ref": str, "tenant": str, "wrapped_key": bytes, "created_ms": int}, pk="ref"
+    )
+
+
 class JournalFailed(OSError):
     """The journal can not be read or written now: most likely its disk is full."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackRow:
-    """A complete pack on disk."""
+    """A complete pack on disk. ``host`` None: written by an earlier release, which knew ``host_bytes``
+    alone, the size of the stored form."""
 
     ref: ModelRef
     disk_bytes: int
     host_bytes: int
+    host: HostSizes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrapped:
+    """What a rotation did: tenants whose key is under the new one now, and those whose key the old one
+    could not open either (``seal.key`` was replaced once); theirs stay as they were."""
+
+    tenants: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
 
 
 def load_node_key(path: Path) -> bytes:
@@ -80,6 +116,55 @@ def load_node_key(path: Path) -> bytes:
     return key
 
 
+def node_key_id(node_key: bytes) -> str:
+    """Tells node keys apart and says nothing of them."""
+    return hmac.new(node_key, b"bunkhouse node key id", hashlib.sha256).hexdigest()[:32]
+
+
+def open_journal(data_dir: Path) -> Journal:
+    """The journal of a data directory with the node key that is in force, also after a rotation was
+    killed half way: then this ends it, or takes its unused key away."""
+    key_path, next_path = data_dir / NODE_KEY, data_dir / NEXT_NODE_KEY
+    node_key = load_node_key(key_path)
+    if next_path.exists():
+        next_key = load_node_key(next_path)
+        if stated_node_key_id(data_dir / JOURNAL) == node_key_id(next_key):
+            put_in_force(data_dir)
+            node_key = next_key
+        else:
+            next_path.unlink()
+    return Journal(data_dir / JOURNAL, node_key)
+
+
+def put_in_force(data_dir: Path) -> None:
+    """The journal is under the next node key: let it take the place of the old one, for good."""
+    os.replace(data_dir / NEXT_NODE_KEY, data_dir / NODE_KEY)
+    sync_folder(data_dir)
+
+
+def stated_node_key_id(path: Path) -> str | None:
+    """Which node key the journal says it is under; None for a new journal or an old release's."""
+    if not path.exists():
+        return None
+    connection = sqlite3.connect(path)
+    try:
+        connection.execute(f"pragma busy_timeout={BUSY_TIMEOUT_MS}")
+        row = connection.execute("select value from meta where key = 'node_key_id'").fetchone()
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return None
+        raise
+    finally:
+        connection.close()
+    return None if row is None else str(row[0])
+
+
+def _host_sizes(row: Mapping[str, Any]) -> HostSizes | None:
+    if row["host_stored_bytes"] is None:
+        return None
+    return HostSizes(row["host_stored_bytes"], row["host_wire_bytes"], row["host_raw_bytes"])
+
+
 class Journal:
     """Open with the journal's path and the node key; close when the agent stops."""
 
@@ -94,36 +179,58 @@ class Journal:
         self._connection.execute(f"pragma busy_timeout={BUSY_TIMEOUT_MS}")
         self._db = Database(self._connection)
         migrations.apply(self._db)
+        if self._meta("node_key_id") != node_key_id(node_key):
+            self._set_meta("node_key_id", node_key_id(node_key))
+        with suppress(JournalFailed):  # it stays due
+            self.scrub()
 
     def close(self) -> None:
         self._connection.close()
 
-    # --- the last plan ----------------------------------------------------------------------------
+    def _meta(self, key: str) -> str | None:
+        rows = list(self._db.table("meta").rows_where("key = ?", [key]))
+        return str(rows[0]["value"]) if rows else None
+
+    def _set_meta(self, key: str, value: str) -> None:
+        self._db.table("meta").upsert({"key": key, "value": value}, pk="key")
+
+    # --- the last plan, the last measurements -----------------------------------------------------
 
     def save_plan(self, plan: Plan) -> None:
-        self._db.table("meta").upsert({"key": "plan", "value": encode(plan).decode()}, pk="key")
+        self._set_meta("plan", encode(plan).decode())
 
     def plan(self) -> Plan | None:
         """The last accepted plan; None on a new node or when an upgrade changed its shape."""
-        rows = list(self._db.table("meta").rows_where("key = ?", ["plan"]))
-        if not rows:
-            return None
+        text = self._meta("plan")
         try:
-            return decode(str(rows[0]["value"]).encode(), Plan)
+            return None if text is None else decode(text.encode(), Plan)
         except BadMessage:
             return None
+
+    def save_calibration(self, text: str) -> None:
+        """Keep what this machine measured of itself; raises ``ValueError`` when it is too long."""
+        if len(text) > CALIBRATION_CHARS_MAX:
+            raise ValueError(f"a calibration of {len(text)} characters is above {CALIBRATION_CHARS_MAX}")
+        self._set_meta("calibration", text)
+
+    def calibration(self) -> str | None:
+        """As it was saved; None when this machine never measured itself."""
+        return self._meta("calibration")
 
     # --- packs and their keys ---------------------------------------------------------------------
 
     def packs(self) -> list[PackRow]:
         return [
-            PackRow(parse_ref(row["ref"]), row["disk_bytes"], row["host_bytes"])
+            PackRow(parse_ref(row["ref"]), row["disk_bytes"], row["host_bytes"], _host_sizes(row))
             for row in self._db.table("packs").rows_where(order_by="ref")
         ]
 
     def seal_new_key(self, ref: ModelRef) -> tuple[bytes, bytes]:
         """A fresh data key for a pack about to be written: (the key, the key wrapped by its tenant's)."""
-        key = os.urandom(32)
+        return self.wrap_data_key(ref, os.urandom(32))
+
+    def wrap_data_key(self, ref: ModelRef, key: bytes) -> tuple[bytes, bytes]:
+        """A data key that came from elsewhere, such as a peer's: (the key, wrapped by our tenant's)."""
         try:
             tenant_key = self._tenant_key(ref.tenant)
         except seal.BadSeal:
@@ -133,18 +240,50 @@ class Journal:
             tenant_key = self._tenant_key(ref.tenant)
         return key, seal.wrap_key(tenant_key, key, str(ref).encode())
 
+    def seal_partial_key(self, ref: ModelRef, now_ms: int = 0) -> tuple[bytes, bytes]:
+        """The data key of a pack in the making: the same one until ``add_pack`` or ``forget_partial``,
+        so that an interrupted ingest goes on after a restart. (The key, the key wrapped by its tenant's.)
+        """
+        rows = list(self._db.table("partial_packs").rows_where("ref = ?", [str(ref)]))
+        if rows:
+            wrapped = bytes(rows[0]["wrapped_key"])
+            try:
+                return seal.unwrap_key(self._tenant_key(ref.tenant), wrapped, str(ref).encode()), wrapped
+            except seal.BadSeal:
+                pass  # the node key was replaced: what lies on disk is lost, a new key starts afresh
+        key, wrapped = self.seal_new_key(ref)
+        row = {"ref": str(ref), "tenant": ref.tenant, "wrapped_key": wrapped, "created_ms": now_ms}
+        self._db.table("partial_packs").upsert(row, pk="ref")
+        return key, wrapped
+
+    def partial_packs(self) -> list[ModelRef]:
+        """Packs in the making that have a key here, oldest first."""
+        rows = self._db.table("partial_packs").rows_where(order_by="created_ms, ref")
+        return [parse_ref(row["ref"]) for row in rows]
+
+    def forget_partial(self, ref: ModelRef) -> None:
+        """The pack in the making is given up; what lies on disk of it can not be opened from now on."""
+        self._db.table("partial_packs").delete_where("ref = ?", [str(ref)])
+
     def add_pack(self, row: PackRow, wrapped_key: bytes, now_ms: int) -> None:
-        self._db.table("packs").upsert(
-            {
-                "ref": str(row.ref),
-                "tenant": row.ref.tenant,
-                "disk_bytes": row.disk_bytes,
-                "host_bytes": row.host_bytes,
-                "wrapped_key": wrapped_key,
-                "created_ms": now_ms,
-            },
-            pk="ref",
-        )
+        """The pack is complete; it is no longer in the making."""
+        host = row.host
+        with self._db.atomic():
+            self._db.table("packs").upsert(
+                {
+                    "ref": str(row.ref),
+                    "tenant": row.ref.tenant,
+                    "disk_bytes": row.disk_bytes,
+                    "host_bytes": row.host_bytes,
+                    "host_stored_bytes": None if host is None else host.stored_bytes,
+                    "host_wire_bytes": None if host is None else host.wire_bytes,
+                    "host_raw_bytes": None if host is None else host.raw_bytes,
+                    "wrapped_key": wrapped_key,
+                    "created_ms": now_ms,
+                },
+                pk="ref",
+            )
+            self.forget_partial(row.ref)
 
     def data_key(self, ref: ModelRef) -> bytes | None:
         """The key that opens a pack, or None when the journal knows no such pack."""
@@ -172,11 +311,74 @@ class Journal:
         for tenant in gone:
             with self._db.atomic():
                 self._db.table("packs").delete_where("tenant = ?", [tenant])
+                self._db.table("partial_packs").delete_where("tenant = ?", [tenant])
                 self._db.table("tenant_keys").delete_where("tenant = ?", [tenant])
-        if gone:
-            # The write-ahead log still holds the old pages until it is truncated.
-            self._connection.execute("pragma wal_checkpoint(truncate)")
+                self._set_meta("scrub", "due")
+        self.scrub()
         return gone
+
+    def scrub(self) -> None:
+        """Take keys that are no more out of the write-ahead log, which holds old pages until it is
+        truncated. Raises ``JournalFailed`` while somebody else reads the file; it stays due until done.
+        """
+        if self._meta("scrub") is None:
+            return
+        busy, _, _ = self._connection.execute("pragma wal_checkpoint(truncate)").fetchone()
+        if busy:
+            raise JournalFailed(
+                "the journal: another process is reading it, so destroyed keys can not be removed from its "
+                "write-ahead log yet; end that process (a backup?)"
+            )
+        self._db.table("meta").delete_where("key = ?", ["scrub"])
+
+    # --- rotation ---------------------------------------------------------------------------------
+
+    def rotate_node_key(self, new_key: bytes) -> Rewrapped:
+        """Wrap every tenant's key under ``new_key``, in one transaction; no pack is touched.
+
+        The caller has the new key in ``NEXT_NODE_KEY`` before, and puts it in force and scrubs afterwards.
+        """
+        done: list[str] = []
+        unreadable: list[str] = []
+        with self._db.atomic():
+            for row in list(self._db.table("tenant_keys").rows):
+                tenant = str(row["tenant"])
+                try:
+                    key = seal.unwrap_key(self._node_key, row["wrapped_key"], tenant.encode())
+                except seal.BadSeal:
+                    unreadable.append(tenant)
+                    continue
+                wrapped = seal.wrap_key(new_key, key, tenant.encode())
+                self._db.table("tenant_keys").update(tenant, {"wrapped_key": wrapped})
+                done.append(tenant)
+            self._set_meta("node_key_id", node_key_id(new_key))
+            self._set_meta("scrub", "due")
+        self._node_key = new_key
+        return Rewrapped(tuple(done), tuple(unreadable))
+
+    def rotate_tenant_key(self, tenant: str) -> int:
+        """Give a tenant a new key and wrap its data keys under it, in one transaction; no pack is touched.
+        The caller scrubs afterwards.
+
+        Returns how many data keys there were. Raises ``seal.BadSeal`` when one of them does not open
+        (nothing has changed then), ``LookupError`` when the tenant has no key here.
+        """
+        if not list(self._db.table("tenant_keys").rows_where("tenant = ?", [tenant])):
+            raise LookupError(f"tenant {tenant} has no key on this node")
+        old_key, new_key = self._tenant_key(tenant), os.urandom(32)
+        count = 0
+        with self._db.atomic():
+            for table in ("packs", "partial_packs"):
+                for row in list(self._db.table(table).rows_where("tenant = ?", [tenant])):
+                    ref = str(row["ref"])
+                    key = seal.unwrap_key(old_key, row["wrapped_key"], ref.encode())
+                    wrapped = seal.wrap_key(new_key, key, ref.encode())
+                    self._db.table(table).update(ref, {"wrapped_key": wrapped})
+                    count += 1
+            wrapped = seal.wrap_key(self._node_key, new_key, tenant.encode())
+            self._db.table("tenant_keys").update(tenant, {"wrapped_key": wrapped})
+            self._set_meta("scrub", "due")
+        return count
 
     # --- records on their way to control ----------------------------------------------------------
 

@@ -18,7 +18,7 @@ from agent.config import AgentConfig
 from agent.counters import Counters
 from agent.facade import EngineFrame, EngineRequest, Lease, RateView
 from agent.identity import BadIdentity, Identity
-from agent.journal import Journal, JournalFailed, PackRow, load_node_key
+from agent.journal import JournalFailed, PackRow, open_journal
 from agent.loop import HeldLease, Loop
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
@@ -61,8 +61,7 @@ class RunningNode:
         self.gateway_url = ""
         self._devices = {device.device: device for device in config.devices}
         self._foreign: dict[str, devices.DeviceState] = {}
-        node_key = load_node_key(config.data_dir / "seal.key")
-        self._journal = JournalThread(Journal(config.data_dir / "journal.db", node_key))
+        self._journal = JournalThread(open_journal(config.data_dir))
         self._packs = PackDirectory(config.data_dir / "packs")
         self._segments = HostSegments()
         self._identity = Identity(config.data_dir / "identity")

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from pathlib import Path
 
 import pytest
 
 from agent.counters import PendingRecord
-from agent.journal import SPOOL_RECORDS_MAX, Journal, PackRow, load_node_key
-from packer.types import ModelRef, Task, TenantSpec
+from agent.journal import (
+    CALIBRATION_CHARS_MAX,
+    SPOOL_RECORDS_MAX,
+    Journal,
+    PackRow,
+    load_node_key,
+    open_journal,
+)
+from packer import seal
+from packer.types import HostSizes, ModelRef, Task, TenantSpec
 from packer.types import ModelSpec as Spec
 from packer.wire import WIRE_VERSION, Plan
 
 REF = ModelRef("acme", "minilm", "0" * 16)
 OTHER = ModelRef("globex", "tiny", "1" * 16)
-
-
-def open_journal(directory: Path) -> Journal:
-    return Journal(directory / "journal.db", load_node_key(directory / "seal.key"))
 
 
 def plan(seq: int) -> Plan:
@@ -78,6 +83,86 @@ def test_shredding_a_tenant_destroys_its_keys_and_nobody_elses(tmp_path: Path) -
     left = b"".join(path.read_bytes() for path in tmp_path.glob("journal.db*"))
     assert bytes(gone) not in left
     assert bytes(gone_pack) not in left
+
+
+def test_a_pack_in_the_making_keeps_its_key_until_it_is_complete_or_given_up(tmp_path: Path) -> None:
+    """Also across a crash, so that an interrupted ingest goes on; afterwards the key is another one."""
+    journal = open_journal(tmp_path)
+    key, wrapped = journal.seal_partial_key(REF, 7)
+    journal = open_journal(tmp_path)
+    assert journal.seal_partial_key(REF) == (key, wrapped)
+    assert journal.partial_packs() == [REF]
+    assert journal.data_key(REF) is None, "it is no pack yet"
+    journal.add_pack(PackRow(REF, 1, 2, HostSizes(2, 3, 4)), wrapped, 0)
+    assert journal.partial_packs() == []
+    assert journal.data_key(REF) == key
+    other, _ = journal.seal_partial_key(OTHER)
+    journal.forget_partial(OTHER)
+    assert journal.seal_partial_key(OTHER)[0] != other
+
+
+def test_a_pack_in_the_making_under_a_lost_node_key_starts_afresh(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    key, _ = journal.seal_partial_key(REF)
+    after = Journal(tmp_path / "journal.db", b"\x01" * 32)
+    fresh, wrapped = after.seal_partial_key(REF)
+    assert fresh != key
+    assert after.seal_partial_key(REF) == (fresh, wrapped)
+
+
+def test_sizes_of_every_host_form_are_kept(tmp_path: Path) -> None:
+    """A row of an earlier release has none; its one figure stays readable."""
+    journal = open_journal(tmp_path)
+    _, wrapped = journal.seal_new_key(REF)
+    row = PackRow(REF, 10, 12, HostSizes(12, 14, 20))
+    journal.add_pack(row, wrapped, 0)
+    old = PackRow(OTHER, 3, 4)
+    journal.add_pack(old, wrapped, 0)
+    assert open_journal(tmp_path).packs() == [row, old]
+
+
+def test_a_journal_of_the_first_release_is_taken_over(tmp_path: Path) -> None:
+    """Its tables get the new columns; its packs and keys stay."""
+    key = load_node_key(tmp_path / "seal.key")
+    raw = sqlite3.connect(tmp_path / "journal.db")
+    for statement in FIRST_RELEASE:
+        raw.execute(statement)
+    tenant_key = os.urandom(32)
+    wrapped = seal.wrap_key(key, tenant_key, b"acme")
+    raw.execute("insert into tenant_keys values ('acme', ?)", [wrapped])
+    pack_key = os.urandom(32)
+    pack = (str(REF), "acme", 10, 12, seal.wrap_key(tenant_key, pack_key, str(REF).encode()), 1)
+    raw.execute("insert into packs values (?, ?, ?, ?, ?, ?)", pack)
+    raw.commit()
+    raw.close()
+    journal = open_journal(tmp_path)
+    assert journal.packs() == [PackRow(REF, 10, 12)]
+    assert journal.data_key(REF) == pack_key
+    assert journal.seal_partial_key(OTHER)[0] != pack_key
+
+
+FIRST_RELEASE = (
+    "create table _sqlite_migrations "
+    "(id integer primary key, migration_set text, name text, applied_at text)",
+    "insert into _sqlite_migrations (migration_set, name, applied_at) "
+    "values ('journal', 'm001_first_tables', '2026-01-01')",
+    "create table meta (key text primary key, value text)",
+    "create table packs (ref text primary key, tenant text, disk_bytes integer, host_bytes integer, "
+    "wrapped_key blob, created_ms integer)",
+    "create table tenant_keys (tenant text primary key, wrapped_key blob)",
+    "create table spool (seq integer primary key autoincrement, at_ms integer not null, "
+    "kind text not null, tenant text not null, model text not null, detail text not null)",
+)
+
+
+def test_a_calibration_is_kept_as_it_is_and_bounded(tmp_path: Path) -> None:
+    journal = open_journal(tmp_path)
+    assert journal.calibration() is None
+    journal.save_calibration('{"disk": 1}')
+    journal.save_calibration('{"disk": 2}')
+    assert open_journal(tmp_path).calibration() == '{"disk": 2}'
+    with pytest.raises(ValueError, match="above"):
+        journal.save_calibration("x" * (CALIBRATION_CHARS_MAX + 1))
 
 
 def test_another_node_key_opens_nothing(tmp_path: Path) -> None:
