@@ -44,19 +44,50 @@ def split_safetensors(file: bytes) -> tuple[bytes, int]:
 
 
 def weights(dtype: str, count: int, seed: int) -> bytes:
-    """Bytes that look like weights of this dtype: for bf16 and fp32 with few exponents."""
+    """Bytes that look like weights of this dtype: floating points have few exponents, the rest is noise."""
     draw = random.Random(seed)
-    if dtype == "BF16":
-        return b"".join(
-            (draw.getrandbits(8) | (draw.choice((0x3C, 0x3B, 0x3D, 0xBC)) << 8)).to_bytes(2, "little")
-            for _ in range(count)
-        )
-    if dtype == "F32":
-        return b"".join(
-            (draw.getrandbits(24) | (draw.choice((0x3C, 0x3B, 0xBC)) << 24)).to_bytes(4, "little")
-            for _ in range(count)
-        )
-    return draw.randbytes(count * DTYPE_BITS[dtype] // 8)
+    size = DTYPE_BITS[dtype] // 8
+    tops = {"BF16": (0x3C, 0x3B, 0x3D, 0xBC), "F16": (0x2C, 0x28, 0xAC), "F32": (0x3C, 0x3B, 0xBC)}
+    if dtype in ("F8_E4M3", "F8_E5M2"):
+        return bytes(draw.choice((0x30, 0x40, 0xB0)) | draw.getrandbits(4) for _ in range(count))
+    if dtype not in tops:
+        return draw.randbytes(count * size)
+    data = bytearray(draw.randbytes(count * size))
+    data[size - 1 :: size] = bytes(draw.choice(tops[dtype]) for _ in range(count))
+    return bytes(data)
+
+
+def model_of(tensors: Sequence[tuple[str, str, list[int], bytes]]) -> tuple[bytes, ImageLayout]:
+    """The safetensors file of these tensors, and its layout."""
+    file = safetensors_bytes(tensors)
+    header, size = split_safetensors(file)
+    return file, lay_out(parse_header(header, "model.safetensors", size))
+
+
+def every_codec_model() -> tuple[bytes, ImageLayout]:
+    """One small chunk for each codec, and more."""
+    coarse = random.Random(9)
+    tensors = [
+        ("embed.weight", "F32", [64, 32], weights("F32", 2048, 1)),
+        ("embed.ids", "I64", [512], b"".join(n.to_bytes(8, "little") for n in range(512))),
+        ("h.0.weight", "BF16", [64, 64], weights("BF16", 4096, 3)),
+        ("h.0.half", "F16", [64, 64], weights("F16", 4096, 4)),
+        ("h.0.eight", "F8_E4M3", [64, 128], weights("F8_E4M3", 8192, 5)),
+        ("h.1.noise", "U8", [8192], weights("U8", 8192, 6)),
+        # Exponents all over the place: no window of 16 holds them, but the low bytes are few.
+        ("h.1.wild", "BF16", [4096], bytes(coarse.choice((0, 1, 2, 77, 200)) for _ in range(8192))),
+        ("head.zeros", "F32", [1024], bytes(4096)),
+    ]
+    return model_of(tensors)
+
+
+def many_chunks_model(chunks: int) -> tuple[bytes, ImageLayout]:
+    """A model whose every chunk is one page: two dtypes that take turns."""
+    tensors = [
+        (f"h.{at // 2}.{'ab'[at % 2]}", ("I8", "U8")[at % 2], [100], weights("U8", 100, at))
+        for at in range(chunks)
+    ]
+    return model_of(tensors)
 
 
 def small_model() -> tuple[bytes, ImageLayout]:
@@ -71,9 +102,7 @@ def small_model() -> tuple[bytes, ImageLayout]:
         ("pooler.weight", "F32", [30], bytes(120)),
         ("pooler.empty", "F32", [0, 8], b""),
     ]
-    file = safetensors_bytes(tensors)
-    header, size = split_safetensors(file)
-    return file, lay_out(parse_header(header, "model.safetensors", size))
+    return model_of(tensors)
 
 
 def image_of(file: bytes, layout: ImageLayout) -> bytearray:
@@ -115,9 +144,11 @@ def write_pack(
     return writer
 
 
-def pack_bytes(ref: ModelRef = REF, key: bytes = KEY) -> bytes:
-    """A finished sealed pack of ``small_model``."""
-    file, layout = small_model()
+def pack_bytes(
+    ref: ModelRef = REF, key: bytes = KEY, model: tuple[bytes, ImageLayout] | None = None
+) -> bytes:
+    """A finished sealed pack (of ``small_model`` when none is given)."""
+    file, layout = model or small_model()
     with memory_file() as fd:
         write_pack(fd, layout, image_of(file, layout), ref, key)
         return os.pread(fd, os.fstat(fd).st_size, 0)
