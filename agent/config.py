@@ -40,6 +40,7 @@ class AgentConfig:
     threads: int
     ready_file: Path | None
     log_level: str
+    calibrate: bool = True  # measure this box in the background when its rates are not known
 
 
 def node_name(text: str) -> str:
@@ -96,6 +97,12 @@ def arguments() -> argparse.ArgumentParser:
         help="longest wait of a request for its model (default %(default)s)",
     )
     run.add_argument("--threads", type=int, default=0, help="compute threads per worker (default: cores)")
+    run.add_argument(
+        "--calibrate",
+        default="auto",
+        choices=("auto", "off"),
+        help="auto: measure this box once it is idle, when its rates are not known yet (default %(default)s)",
+    )
     run.add_argument("--ready-file", type=Path, help="JSON with the gateway's URL, written when it listens")
     run.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
@@ -133,4 +140,5 @@ def load(argv: Sequence[str]) -> AgentConfig:
         threads=options.threads or os.cpu_count() or 1,
         ready_file=options.ready_file,
         log_level=options.log_level,
+        calibrate=options.calibrate == "auto",
     )
