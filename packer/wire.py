@@ -1,6 +1,6 @@
 """Messages between a node and control: their shapes and the one encode/decode.
 
-Covers: join, beat, plan and report, and the version check. Does not cover: how they travel (the
+Covers: join, beat, plan, report, where packs are to be had, and the version check. Does not cover: how they travel (the
 node dials, HTTPS with mutual TLS: ``agent/uplink.py`` and ``control/routes/nodes.py``).
 
 Decoding is strict (msgspec): a missing, unknown-typed or oversized field is an error that names its
@@ -10,6 +10,7 @@ path; unknown fields are ignored, so that a newer peer may add some.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TypeVar
 
 import msgspec
@@ -22,6 +23,8 @@ WIRE_VERSION = 1
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 # One beat carries at most this many spooled records; the rest waits for the next beat.
 SPOOL_RECORDS_MAX = 1000
+# Nodes that one ask names as failed, and one answer as peers: more than that are not tried.
+PEERS_TRIED_MAX = 8
 
 T = TypeVar("T")
 
@@ -58,6 +61,19 @@ class RenewAsk:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerSpec:
+    """Another node of the cluster: who may ask for packs, and where they are asked for.
+
+    ``key_sha256`` is of the SubjectPublicKeyInfo in its certificates, so that a node that was removed and
+    joined anew is another one. In a plan ``peer_url`` is empty: addresses change more often than nodes do.
+    """
+
+    node: str
+    key_sha256: str
+    peer_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Control's numbered wish. A node ignores a plan of another cluster or node, of a lower epoch, or
     of a sequence that is not higher than what it has."""
@@ -71,6 +87,7 @@ class Plan:
     keys: tuple[KeySpec, ...]
     models: tuple[ModelSpec, ...]
     draining: bool = False
+    peers: tuple[PeerSpec, ...] = ()  # all nodes of the cluster: whom this node may give packs to
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +127,8 @@ class ModelReport:
     answers: int
     restores: tuple[RestoreReport, ...]
     last_used_ms: int  # wall clock, 0 when never
+    restore_ms_estimate: int = 0  # expected time until it could answer; 0 when it is resident
+    packed: bool = False  # a complete pack is on disk; ``disk_bytes`` counts one in the making as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +148,30 @@ class TenantReport:
 
 
 @dataclass(frozen=True, slots=True)
+class AccuracyReport:
+    """How far the estimates of restores from one tier were off, of the real time, lately."""
+
+    from_tier: str
+    count: int
+    error_percent_p50: int
+    error_percent_p95: int
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """What a node measured of itself. ``rates`` are bytes per second by name."""
+
+    measured_ms: int  # wall clock
+    fingerprint: str
+    host_form: str
+    kernels: bool
+    huge_pages: bool
+    others_percent: int  # of the cores' time, used by others meanwhile
+    rates: dict[str, int]
+    accuracy: tuple[AccuracyReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A node's state, sent with every beat."""
 
@@ -142,6 +185,8 @@ class Report:
     disk_used_bytes: int
     models: tuple[ModelReport, ...]
     tenants: tuple[TenantReport, ...]
+    peer_url: str = ""  # where other nodes fetch packs from; empty when this node shares none
+    calibration: str = ""  # what the node measured of itself, as JSON; empty before
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +220,36 @@ class BeatAnswer:
     version: int
     plan: Plan | None
     acked_seq: int  # highest record sequence that control has stored
+
+
+@dataclass(frozen=True, slots=True)
+class SourcesAsk:
+    """Where should this node get a pack from? Control answers at once, or within ``wait_ms`` when
+    somebody else reads the origin for all. Asked again it renews the asker's turn at the origin."""
+
+    version: int
+    ref: str
+    wait_ms: int = 0
+    failed: tuple[str, ...] = ()  # nodes that could not give it
+    ended: bool = False  # the asker is done with the origin and has no pack: the next one may read
+
+
+class OriginTurn(StrEnum):
+    """Whether the asker may read the origin now."""
+
+    GRANTED = "granted"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class SourcesAnswer:
+    """``peers`` have the pack, the best first. ``wait_ms``: ask again within this time, to renew a turn
+    that was granted, or because the one whose turn it is may be done by then."""
+
+    version: int
+    origin: OriginTurn
+    peers: tuple[PeerSpec, ...] = ()
+    wait_ms: int = 0
 
 
 def encode(message: object) -> bytes:
