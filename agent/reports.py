@@ -82,6 +82,7 @@ def _model(node: ReportSource, spec: ModelSpec) -> ModelReport:
         answers=count.answers,
         restores=count.restore_reports(),
         last_used_ms=count.last_used_ms,
+        packed=view.packed if view else False,
     )
 
 

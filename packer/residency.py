@@ -501,6 +501,7 @@ class ModelView:
     device_bytes: int
     host_bytes: int
     disk_bytes: int
+    packed: bool = False  # the pack on disk is complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -542,6 +543,7 @@ def model_view(node: Node, ref: ModelRef) -> ModelView | None:
         device_bytes=model.device_bytes,
         host_bytes=model.host.held_bytes,
         disk_bytes=model.disk.held_bytes,
+        packed=model.disk.state is CopyState.HELD,
     )
 
 

@@ -1,7 +1,7 @@
 """Messages between a node and control: their shapes and the one encode/decode.
 
-Covers: join, beat, plan, report, where packs are to be had, and the version check. Does not cover: how they travel (the
-node dials, HTTPS with mutual TLS: ``agent/uplink.py`` and ``control/routes/nodes.py``).
+Covers: join, beat, plan, report, where packs are to be had, and the version check. Does not cover: how
+they travel (the node dials, HTTPS with mutual TLS: ``agent/uplink.py`` and ``control/routes/nodes.py``).
 
 Decoding is strict (msgspec): a missing, unknown-typed or oversized field is an error that names its
 path; unknown fields are ignored, so that a newer peer may add some.
