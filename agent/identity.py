@@ -14,13 +14,14 @@ import hashlib
 import hmac
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from packer.durable import write_private
 from packer.wire import JoinAnswer, decode, encode
@@ -83,6 +84,9 @@ class Identity:
         self._key_path = directory / "node.key"
         self._answer_path = directory / "identity.json"
         self.answer: JoinAnswer | None = None
+        # Told of every new certificate: whoever serves with it must take it up.
+        self.on_saved: Callable[[], None] = lambda: None
+        self._saved_now = False  # a certificate came since this process started
         if self._answer_path.exists():
             self.answer = decode(self._answer_path.read_bytes(), JoinAnswer)
 
@@ -106,6 +110,8 @@ class Identity:
     def save(self, answer: JoinAnswer) -> None:
         write_private(self._answer_path, encode(answer))
         self.answer = answer
+        self._saved_now = True
+        self.on_saved()
 
     def forget(self) -> None:
         """Control does not know this node any more: the next join starts afresh, with the same key."""
@@ -117,6 +123,10 @@ class Identity:
         return self._times()[1]
 
     def renew_due(self) -> bool:
+        """At two thirds of its life; at once, but once, when it was issued by an earlier release and can
+        not be shown to other nodes as a server."""
+        if self.answer is not None and not self._saved_now and not may_serve(self._leaf()):
+            return True
         begins, ends = self._times()
         return time.time() >= begins + (ends - begins) * RENEW_AT_SHARE
 
@@ -126,23 +136,58 @@ class Identity:
     def _times(self) -> tuple[float, float]:
         if self.answer is None:
             return (0.0, 0.0)
-        leaf = x509.load_pem_x509_certificates(self.answer.certificate_pem.encode())[0]
+        leaf = self._leaf()
         return (leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp())
 
-    def context(self) -> ssl.SSLContext:
-        """TLS 1.3 with this node's certificate, trusting only the cluster's CA."""
+    def _leaf(self) -> x509.Certificate:
         assert self.answer is not None
-        context = verified_context(self.answer.ca_pem)
+        return x509.load_pem_x509_certificates(self.answer.certificate_pem.encode())[0]
+
+    def context(self) -> ssl.SSLContext:
+        """TLS 1.3 to control with this node's certificate, trusting only the cluster's CA."""
+        assert self.answer is not None
+        return self._certified(verified_context(self.answer.ca_pem))
+
+    def peer_context(self, *, server: bool) -> ssl.SSLContext:
+        """TLS 1.3 with another node: both show a certificate of the cluster's CA.
+
+        Nodes have no host names: whoever uses this compares the other's name in the certificate
+        (``agent/peer_identity.py``) before a byte is said.
+        """
+        assert self.answer is not None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=self.answer.ca_pem)
+        if server:
+            # A resumed session would bring yesterday's certificate in again without showing it.
+            context.num_tickets = 0
+        return self._certified(context)
+
+    def _certified(self, context: ssl.SSLContext) -> ssl.SSLContext:
+        assert self.answer is not None
         chain = self._directory / "node.crt"
         write_private(chain, self.answer.certificate_pem.encode())
         context.load_cert_chain(chain, self._key_path)
         return context
 
 
+def may_serve(certificate: x509.Certificate) -> bool:
+    """Whether other nodes accept it from a server."""
+    try:
+        usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return False
+    return ExtendedKeyUsageOID.SERVER_AUTH in usages
+
+
 def verified_context(ca_pem: str) -> ssl.SSLContext:
-    """TLS 1.3, trusting only this CA."""
+    """TLS 1.3 to control, trusting only this CA."""
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cadata=ca_pem)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    # A node's certificate is of the same CA and names no host; its common name must not count as one.
+    context.hostname_checks_common_name = False
     return context
 
 

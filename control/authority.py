@@ -39,6 +39,8 @@ RENEW_AT_SHARE = 2 / 3
 CLOCK_SKEW = timedelta(minutes=10)
 # A request for an EC key is about 500 bytes; RSA 4096 about 1,700.
 CSR_CHARS_MAX = 8_192
+# X.520's bound; the name in full is in the URI.
+COMMON_NAME_CHARS_MAX = 64
 # A node's name is one path segment of a URI, a file name and a label.
 NODE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 # 80 and 256 random bits.
@@ -198,11 +200,16 @@ class Authority:
         return request
 
     def issue_node(self, request: x509.CertificateSigningRequest, node: str) -> str:
-        """A client certificate for ``node`` with the request's key; PEM chain, leaf first."""
+        """A certificate for ``node`` with the request's key: as a client here, and as a client and a
+        server among nodes; PEM chain, leaf first.
+
+        Only the URI names the node. The common name is none that a host can have: a TLS library that
+        falls back to it must not take a node called like control for control.
+        """
         san = x509.UniformResourceIdentifier(f"spiffe://{self.cluster}/node/{node}")
-        leaf = self._sign(
-            request.public_key(), node, [san], ExtendedKeyUsageOID.CLIENT_AUTH, NODE_CERTIFICATE_LIFE
-        )
+        usages = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+        common_name = f"node {node}"[:COMMON_NAME_CHARS_MAX]
+        leaf = self._sign(request.public_key(), common_name, [san], usages, NODE_CERTIFICATE_LIFE)
         return leaf.public_bytes(serialization.Encoding.PEM).decode() + self.ca_pem
 
     def identify(self, certificate_der: bytes | None, now: datetime) -> NodeIdentity:
@@ -239,7 +246,7 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         names = [_host_name(host) for host in hosts]
         leaf = self._sign(
-            key.public_key(), "control", names, ExtendedKeyUsageOID.SERVER_AUTH, SERVER_CERTIFICATE_LIFE
+            key.public_key(), "control", names, [ExtendedKeyUsageOID.SERVER_AUTH], SERVER_CERTIFICATE_LIFE
         )
         # The ssl module reads key pairs from files only.
         path = self._directory / "server.pem"
@@ -252,7 +259,7 @@ class Authority:
         key: object,
         common_name: str,
         names: Sequence[x509.GeneralName],
-        usage: x509.ObjectIdentifier,
+        usages: Sequence[x509.ObjectIdentifier],
         life: timedelta,
     ) -> x509.Certificate:
         if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -269,7 +276,7 @@ class Authority:
             .not_valid_after(now + life)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)

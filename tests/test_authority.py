@@ -80,11 +80,17 @@ def test_the_pin_is_the_digest_of_the_ca_key(authority: Authority) -> None:
     assert authority.pin == base64.urlsafe_b64encode(hashlib.sha256(spki).digest()).decode().rstrip("=")
 
 
-def test_a_node_certificate_is_short_lived_and_for_clients_only(authority: Authority) -> None:
-    leaf = issued(authority)
+def test_a_node_certificate_is_short_lived_and_names_the_node_alone(authority: Authority) -> None:
+    """Nodes are clients of control, and clients and servers of each other; no name of theirs is a host's."""
+    leaf = issued(authority, "control.example.com")
     assert leaf.not_valid_after_utc - NOW <= NODE_CERTIFICATE_LIFE + timedelta(minutes=1)
     usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert list(names) == [x509.UniformResourceIdentifier("spiffe://c1/node/control.example.com")]
+    assert leaf.subject.rfc4514_string() == "CN=node control.example.com"
+    longest = issued(authority, "n" * 63)
+    assert authority.identify(der(longest), NOW).node == "n" * 63
     assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
