@@ -1,16 +1,23 @@
 """Writing a pack: encode, seal and store chunks and side files, then the index and the header.
 
-Covers: ``PackWriter``. Does not cover: reading (``pack``), naming and renaming files and keeping keys (the
-agent), how several chunks are in flight (``tiers``). The format is FORMAT.md.
+Covers: ``PackWriter``, chunks that are equal and stored once, taking over the chunks of an attempt that was
+interrupted, and the limits of size and free space. Does not cover: reading (``pack``), the records of an
+attempt (``progress``), naming and renaming files and keeping keys (the agent), how several chunks are in
+flight (``ingest``). The format is FORMAT.md.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from packer.host_segment import host_sizes
 from packer.index import (
     FILES_MAX,
     HEADER_BYTES,
@@ -22,7 +29,6 @@ from packer.index import (
     PackIndex,
     StoredChunk,
     StoredFile,
-    StoredPlane,
     encode_index,
     up_to_page,
 )
@@ -31,33 +37,49 @@ from packer.pack_file import (
     NO_TAG,
     ZEROS,
     Scratch,
-    chunk_part,
     file_part,
     index_part,
+    read_all,
     write_all,
     write_end,
 )
+from packer.progress import PartialChunk, ProgressLog
 from packer.seal import (
+    KEY_BYTES,
+    NONCE_BYTES,
     TAG_BYTES,
     ChunkSeal,
     derive_pack_key,
     new_salt,
     seal_context,
 )
-from packer.types import ModelRef, Task
+from packer.sealed_extent import open_planes, seal_planes
+from packer.types import HostSizes, ModelRef, Task
+
+_libc = ctypes.CDLL(None)
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 @dataclass(frozen=True, slots=True)
 class PackSummary:
-    """What a finished pack takes: on disk, and as an opened image in memory."""
+    """What a finished pack takes on disk and as a host segment, and how many bytes of the image are not
+    stored because other chunks have them."""
 
     disk_bytes: int
-    host_bytes: int
+    host: HostSizes
+    deduplicated_bytes: int
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host.stored_bytes
 
 
 class PackWriter:
-    """Writes one pack into an empty file. ``add_file`` and ``add_chunk`` may be called from several
-    threads; nothing is valid before ``finish``. The caller syncs the directory and renames."""
+    """Writes one pack. ``add_file`` and ``add_chunk`` may be called from several threads; nothing is valid
+    before ``finish``. The caller syncs the directory and renames.
+
+    ``floor_bytes``: what must stay free on the file system. ``log``: where stored chunks are recorded.
+    """
 
     def __init__(
         self,
@@ -68,24 +90,34 @@ class PackWriter:
         layout: ImageLayout,
         key: bytes,
         limit_bytes: int,
+        floor_bytes: int = 0,
+        log: ProgressLog | None = None,
     ) -> None:
         check_layout(layout)
         self._fd, self._ref, self._engine, self._task, self._layout = fd, ref, engine, task, layout
-        self._limit_bytes = limit_bytes
+        self._key, self._limit_bytes, self._floor_bytes, self._log = key, limit_bytes, floor_bytes, log
+        # A new salt for every attempt: what an interrupted one sealed and did not record must never share
+        # a key with what this one seals in its place.
         self._salt = new_salt()
         self._pack_key = derive_pack_key(key, self._salt)
         self._seal = ChunkSeal(self._pack_key, seal_context(ref))
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._local = threading.local()
         self._next_offset = HEADER_BYTES
         self._chunks: list[StoredChunk | None] = [None] * len(layout.chunks)
         self._started = [False] * len(layout.chunks)
         self._files: list[StoredFile] = []
         self._finished = False
+        self._failed = False
+        self._prints = _Fingerprints()
+        # The chunk that holds, or is about to hold, the bytes with this fingerprint.
+        self._owners: dict[tuple[str, int, bytes], int] = {}
+
+    # --- side files -------------------------------------------------------------------------------
 
     def add_file(self, path: str, data: bytes) -> None:
         """Seal and store a side file. Raises ``PackError``."""
-        with self._lock:
+        with self._changed:
             total = sum(stored.nbytes for stored in self._files) + len(data)
             if any(stored.path == path for stored in self._files):
                 raise PackError(f"side file {path!r} was added before")
@@ -105,47 +137,173 @@ class PackWriter:
             self._files.append(StoredFile(path, len(data), offset, tag))
         write_all(self._fd, memoryview(sealed)[: up_to_page(len(data))], offset)
 
+    # --- chunks -----------------------------------------------------------------------------------
+
     def add_chunk(self, i: int, raw: memoryview) -> None:
-        """Encode, seal and store chunk ``i``. Each chunk is added once. Raises ``PackError``."""
+        """Encode, seal and store chunk ``i``, or note that an equal one is stored. Each chunk is added once.
+        Raises ``PackError``."""
         from packer.codec import encode
 
         if not 0 <= i < len(self._chunks) or len(raw) != self._layout.chunks[i].nbytes:
             raise PackError(f"chunk {i} of {len(raw)} bytes is not in the layout")
-        with self._lock:
+        self._start(i)
+        scratch = self._scratch()
+        try:
+            if self._is_duplicate(i, raw, scratch):
+                return
+            encoded = encode(self._layout.chunks[i].dtype, raw, scratch.workspace)
+            self._store(i, encoded.codec_id, encoded.planes, scratch)
+        except BaseException:
+            self._fail()
+            raise
+
+    def take_over(self, partial: PartialChunk, out: memoryview) -> bool:
+        """Decode a chunk that an interrupted attempt stored into ``out``, and make it a chunk of this pack.
+
+        Only before the first ``add_chunk``, one after the other in the order of their offsets: extents move
+        towards the start, over what is not needed any more. False: it is not whole. Raises ``PackError``.
+        """
+        from packer.codec import BadPlanes, decode_into
+
+        i, chunk = partial.number, partial.chunk
+        raw_bytes = self._layout.chunks[i].nbytes
+        if chunk.same_as is not None or chunk.offset < self._next_offset or self._started[i]:
+            return False
+        scratch = self._scratch()
+        try:
+            read_all(self._fd, scratch.stored[: chunk.stored_bytes], chunk.offset)
+            seal = ChunkSeal(derive_pack_key(self._key, partial.salt), seal_context(self._ref))
+            planes = open_planes(seal, i, raw_bytes, chunk, scratch.stored)
+            decode_into(chunk.codec_id, planes, out, scratch.workspace)
+        except (PackError, BadPlanes):
+            return False
+        self._start(i)
+        self._claim(i, out)
+        self._store(i, chunk.codec_id, planes, scratch)
+        return True
+
+    def take_over_duplicate(self, partial: PartialChunk) -> bool:
+        """The same for a chunk that was found to be equal to another one; after all of those."""
+        i, same_as = partial.number, partial.chunk.same_as
+        owner = self._chunks[same_as] if same_as is not None else None
+        if owner is None or same_as is None or owner.same_as is not None or self._started[i]:
+            return False
+        one, other = self._layout.chunks[i], self._layout.chunks[same_as]
+        if (one.nbytes, one.dtype) != (other.nbytes, other.dtype):
+            return False
+        self._start(i)
+        with self._changed:
+            self._put(i, replace(owner, same_as=same_as))
+        return True
+
+    def _start(self, i: int) -> None:
+        with self._changed:
             if self._started[i] or self._finished:
                 raise PackError(f"chunk {i} was added before, or the pack is finished")
             self._started[i] = True
+
+    def _scratch(self) -> Scratch:
         scratch: Scratch | None = getattr(self._local, "scratch", None)
         if scratch is None:
             scratch = self._local.scratch = Scratch()
-        encoded = encode(self._layout.chunks[i].dtype, raw, scratch.workspace)
-        with self._lock:
-            offset = self._take(up_to_page(encoded.stored_bytes))
-        planes: list[StoredPlane] = []
-        at, stored = 0, scratch.stored
-        for plane, data in enumerate(encoded.planes):
-            end = at + len(data)
-            stored[at:end] = data
-            part = chunk_part(i, plane, len(raw), encoded.codec_id, len(data))
-            self._seal.seal_into(part, stored[at:end], stored[at : end + TAG_BYTES])
-            # The next plane overwrites the tag; tags live in the index, so that planes stay aligned.
-            planes.append(StoredPlane(len(data), bytes(stored[end : end + TAG_BYTES])))
-            at = end
-        stored[at : up_to_page(at)] = ZEROS[: up_to_page(at) - at]
-        write_all(self._fd, stored[: up_to_page(at)], offset)
-        with self._lock:
-            self._chunks[i] = StoredChunk(encoded.codec_id, offset, tuple(planes))
+        return scratch
+
+    def _store(self, i: int, codec_id: int, planes: Sequence[memoryview | bytes], scratch: Scratch) -> None:
+        nbytes = sum(len(plane) for plane in planes)
+        with self._changed:
+            offset = self._take(up_to_page(nbytes))
+        self._write_extent(i, codec_id, planes, offset, scratch)
+
+    def _write_extent(
+        self, i: int, codec_id: int, planes: Sequence[memoryview | bytes], offset: int, scratch: Scratch
+    ) -> None:
+        raw_bytes, stored = self._layout.chunks[i].nbytes, scratch.stored
+        sealed = seal_planes(self._seal, i, raw_bytes, codec_id, planes, stored)
+        chunk = StoredChunk(codec_id, offset, sealed)
+        stored[chunk.stored_bytes : chunk.extent_bytes] = ZEROS[: chunk.extent_bytes - chunk.stored_bytes]
+        write_all(self._fd, stored[: chunk.extent_bytes], offset)
+        # The disk starts on it now, or the sync at the end would wait for the whole pack.
+        _libc.sync_file_range(
+            self._fd, ctypes.c_int64(offset), ctypes.c_int64(chunk.extent_bytes), _SYNC_FILE_RANGE_WRITE
+        )
+        with self._changed:
+            self._put(i, chunk)
+
+    def _put(self, i: int, chunk: StoredChunk) -> None:
+        """Called with the lock held."""
+        self._chunks[i] = chunk
+        if self._log is not None:
+            self._log.add(self._salt, i, chunk)
+        self._changed.notify_all()
 
     def _take(self, nbytes: int) -> int:
         """Reserve the next bytes of the file. Called with the lock held."""
         if self._next_offset + nbytes > self._limit_bytes:
             raise PackError(f"pack of {self._ref} needs more than its limit of {self._limit_bytes} bytes")
+        if self._floor_bytes:
+            space = os.fstatvfs(self._fd)
+            if space.f_bavail * space.f_frsize < self._floor_bytes + nbytes:
+                raise PackError(
+                    f"pack of {self._ref}: less than {self._floor_bytes} bytes are free on the file system"
+                )
         offset, self._next_offset = self._next_offset, self._next_offset + nbytes
         return offset
 
+    def _fail(self) -> None:
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    # --- equal chunks -----------------------------------------------------------------------------
+
+    def _claim(self, i: int, raw: memoryview) -> int:
+        """The chunk that holds these bytes: an earlier caller's, or from now on ``i``."""
+        span = self._layout.chunks[i]
+        print_ = (span.dtype, span.nbytes, self._prints.of(raw))
+        with self._changed:
+            return self._owners.setdefault(print_, i)
+
+    def _is_duplicate(self, i: int, raw: memoryview, scratch: Scratch) -> bool:
+        """Whether chunk ``i`` needs no extent of its own, because an equal one has one."""
+        owner = self._claim(i, raw)
+        if owner == i:
+            return False
+        with self._changed:
+            # Another thread may be at it; it waits for nobody.
+            self._changed.wait_for(lambda: self._chunks[owner] is not None or self._failed)
+            chunk = self._chunks[owner]
+            if chunk is None:
+                raise PackError(f"chunk {owner}, which chunk {i} is equal to, was not stored")
+            # The owner may have given its extent to an earlier chunk meanwhile.
+            first = owner if chunk.same_as is None else chunk.same_as
+            held = self._chunks[first]
+            assert held is not None
+            if first > i:
+                # A duplicate refers to a chunk before it, so the extent changes hands. The lock is held:
+                # others that are equal, too, must find it where it is.
+                self._hand_over(first, i, held, scratch)
+            else:
+                self._put(i, replace(held, same_as=first))
+        return True
+
+    def _hand_over(self, first: int, i: int, held: StoredChunk, scratch: Scratch) -> None:
+        """Make the extent of chunk ``first`` that of chunk ``i``, which comes before it. Called with the lock
+        held."""
+        raw_bytes = self._layout.chunks[i].nbytes
+        read_all(self._fd, scratch.stored[: held.stored_bytes], held.offset)
+        planes = open_planes(self._seal, first, raw_bytes, held, scratch.stored)
+        self._write_extent(i, held.codec_id, planes, held.offset, scratch)
+        mine = self._chunks[i]
+        assert mine is not None
+        for number, chunk in enumerate(self._chunks):
+            if number == first or (chunk is not None and chunk.same_as == first):
+                self._put(number, replace(mine, same_as=i))
+
+    # --- the end ----------------------------------------------------------------------------------
+
     def finish(self) -> PackSummary:
         """Write the index, sync, write the header, sync. Raises ``PackError`` when a chunk is missing."""
-        with self._lock:
+        with self._changed:
             chunks = [chunk for chunk in self._chunks if chunk is not None]
             if len(chunks) != len(self._chunks) or self._finished:
                 missing = len(self._chunks) - len(chunks)
@@ -165,6 +323,28 @@ class PackWriter:
         )
         tag, body = bytes(sealed[len(data) :]), bytes(sealed[: len(data)])
         header = replace(header, index_tag=tag, index_sha256=hashlib.sha256(body).digest())
-        os.ftruncate(self._fd, header.file_bytes)
-        write_end(self._fd, header, body, sync=True)
-        return PackSummary(header.file_bytes, header.file_bytes)
+        try:
+            os.ftruncate(self._fd, header.file_bytes)
+            write_end(self._fd, header, body, sync=True)
+        except OSError as error:
+            raise PackError(f"finishing the pack failed: {error.strerror}") from error
+        saved = sum(
+            span.nbytes
+            for span, chunk in zip(self._layout.chunks, chunks, strict=True)
+            if chunk.same_as is not None
+        )
+        return PackSummary(header.file_bytes, host_sizes(index), saved)
+
+
+class _Fingerprints:
+    """Keyed fingerprints of chunks: the authentication code of AES-GCM over all bytes.
+
+    The key is drawn at random and the codes are shown to nobody, so for any two different chunks of at most
+    4 MiB, chosen by whomever, the chance of the same code is below 2^-108: equal codes are equal bytes.
+    """
+
+    def __init__(self) -> None:
+        self._cipher = AESGCM(os.urandom(KEY_BYTES))
+
+    def of(self, raw: memoryview) -> bytes:
+        return self._cipher.encrypt(bytes(NONCE_BYTES), b"", raw)
