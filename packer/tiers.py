@@ -163,7 +163,9 @@ class _Restore:
     _bad: dict[int, str] = field(default_factory=dict)
     _errors: list[BaseException] = field(default_factory=list)
     _stopped: bool = False
-    _reading: int = 0  # io threads that may still bring an extent
+    _placed: int = 0  # extents whose every chunk is in the image
+    _is_cold: bool = False  # whether there are extents to wait for
+    _reading: int = 0  # io threads that may still bring one
     _decoders: int = 0
     _extents: ExtentReader | None = None
     _mapped: memoryview | None = None
@@ -174,8 +176,9 @@ class _Restore:
             warm, cold = (list(jobs), []) if self._mapped is not None else self._sort(jobs)
             cores = len(os.sched_getaffinity(0))
             self._decoders = min(max(TIER_THREADS, cores), DECODE_THREADS_MAX, max(1, len(jobs)))
+            self._is_cold = bool(cold)
             self._reading = min(IO_THREADS, len(cold))
-            if self._reading:
+            if self._is_cold:
                 self._make_ring()
             self._in_threads(warm, cold)
         if self._errors:
@@ -184,6 +187,9 @@ class _Restore:
             raise TierError("the restore was cancelled", cancelled=True)
         if self._bad:
             self._raise_bad()
+        if self._placed != len(jobs):
+            # An image with a hole must never serve, whatever mistake here made it.
+            raise RuntimeError(f"{self._placed} of {len(jobs)} extents were placed and no error was seen")
 
     def _sort(self, jobs: Sequence[_Job]) -> tuple[list[_Job], list[_Job]]:
         """The extents that are in the page cache, and those that are not."""
@@ -275,7 +281,7 @@ class _Restore:
 
     def _decode(self, source: Iterator[_Job]) -> None:
         scratch = Scratch()
-        drained = self._reading == 0
+        drained = not self._is_cold
         while True:
             found: _Ready = None
             if not drained:
@@ -333,6 +339,8 @@ class _Restore:
                 at += size
         for number in job.targets:
             self.image.place(spans[number], codec_id, planes, scratch.workspace)
+        with self._lock:
+            self._placed += 1
         if host is not None:
             self._add_to_host(host, job, codec_id, planes)
 

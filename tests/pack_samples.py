@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from packer.codec import Workspace, decode_into
 from packer.host_segment import HostWriter
@@ -194,3 +195,22 @@ def host_bytes(form: HostForm, data: bytes | None = None) -> bytes:
         facts = restore(reader, MemoryImage(reader.index.layout.image_bytes), host=writer)
         assert facts.host_filled
         return os.pread(host_fd, os.fstat(host_fd).st_size, 0)
+
+
+def twin_pack() -> tuple[bytes, bytearray]:
+    """A host segment whose second chunk has the bytes of the first, and its image."""
+    twin = weights("BF16", MIB // 2, 1)
+    file, layout = model_of(
+        [
+            ("h.0.tied", "BF16", [MIB // 2], twin),
+            ("h.1.tied", "BF16", [MIB // 2], twin),
+            ("h.2.weight", "F32", [1024], weights("F32", 1024, 2)),
+        ]
+    )
+    with memory_file(pack_bytes(model=(file, layout))) as fd, memory_file() as host_fd:
+        reader = PackReader(fd, KEY)
+        first, _, third = reader.index.chunks
+        index = replace(reader.index, chunks=(first, replace(first, same_as=0), third))
+        writer = HostWriter(host_fd, index, SIDE, HostForm.STORED)
+        restore(reader, MemoryImage(layout.image_bytes), host=writer)
+        return os.pread(host_fd, os.fstat(host_fd).st_size, 0), image_of(file, layout)
