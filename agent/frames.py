@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
-from packer.types import KIB, MIB, ModelRef, ModelSpec, OriginFile, Task, parse_ref
+from packer.types import KIB, MIB, HostForm, ModelRef, ModelSpec, OriginFile, Task, parse_ref
 
 # 256 files of 200-character paths and their hashes take 80 KiB; the kernel's default socket buffer
 # (208 KiB) must hold a whole message.
@@ -80,12 +80,18 @@ class LoadOrigin(msgspec.Struct, frozen=True, tag=True):
 
 
 class RestorePack(msgspec.Struct, frozen=True, tag=True):
-    """Restore from a pack (``data_key`` given) or a host segment. Descriptors: it, and the tee if any."""
+    """Restore the chunks from ``first_chunk`` on from a pack (``data_key`` given) or a host segment.
+
+    Descriptors: it; with ``direct`` the same file opened with ``O_DIRECT``; with ``host_form`` an empty
+    memory file, to be filled with a host segment of that form.
+    """
 
     id: int
     spec: WireSpec
     data_key: bytes | None
-    tee: bool
+    first_chunk: int = 0
+    direct: bool = False
+    host_form: HostForm | None = None
 
 
 class WritePack(msgspec.Struct, frozen=True, tag=True):
@@ -106,6 +112,13 @@ class EvictModel(msgspec.Struct, frozen=True, tag=True):
     keep_chunks: int = 0
 
 
+class CancelMove(msgspec.Struct, frozen=True, tag=True):
+    """Stop bringing a model in: that order fails soon. Harmless when there is none; answered at once."""
+
+    id: int
+    ref: str
+
+
 class Ping(msgspec.Struct, frozen=True, tag=True):
     """Answered with ``Done`` by the thread that reads the sockets: the process runs at all."""
 
@@ -124,12 +137,14 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """An order failed and left nothing behind. See ``packer.events.RestoreFailed`` for the flags."""
+    """An order failed and left things as they were. See ``packer.tiers.TierError`` for the rest."""
 
     id: int
     message: str
     corrupt: bool = False
     broken: bool = False
+    chunks: tuple[int, ...] = ()
+    cancelled: bool = False
 
 
 # --- agent <-> nursery ----------------------------------------------------------------------------
@@ -173,7 +188,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-Order = MoreFds | LoadOrigin | RestorePack | WritePack | EvictModel | Ping
+Order = MoreFds | LoadOrigin | RestorePack | WritePack | EvictModel | CancelMove | Ping
 Reply = Done | Failed
 NurseryOrder = MoreFds | Spawn
 NurseryReply = Ready | Spawned | SpawnFailed | Exited

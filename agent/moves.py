@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from agent.arena import Image, allocate_image
@@ -34,12 +36,13 @@ from agent.frames import (
     parse_wire_ref,
 )
 from agent.shelf import Held, NotResident, Shelf
+from packer.host_segment import HostWriter
 from packer.index import PackError
 from packer.ingest import OriginLoad, write_pack
 from packer.layout import ImageLayout
 from packer.pack import PackReader
 from packer.pack_writer import PackWriter
-from packer.tiers import TierError, restore_image
+from packer.tiers import TierError, restore
 from packer.types import ModelRef
 
 log = logging.getLogger("bunk.worker")
@@ -56,13 +59,22 @@ class Moves:
         self._shelf = shelf
         self._private = private
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="bunk-build")
+        self._cancelled: dict[ModelRef, threading.Event] = {}
+
+    def cancel(self, ref: ModelRef) -> None:
+        """Stop bringing a model in, if it is being brought in; from any thread, at once."""
+        cancelled = self._cancelled.get(ref)
+        if cancelled is not None:
+            cancelled.set()
 
     def carry_out(self, order: Move, fds: list[int]) -> Reply:
         """Do it and say how it went; never raises. Closes the descriptors."""
         try:
             return self._do(order, fds)
         except TierError as error:
-            return Failed(order.id, cut(error.message), error.corrupt, error.broken)
+            return Failed(
+                order.id, cut(error.message), error.corrupt, error.broken, error.chunks, error.cancelled
+            )
         except PackError as error:
             return Failed(order.id, cut(str(error)), error.corrupt)
         except BrokenModel as error:
@@ -97,31 +109,44 @@ class Moves:
         if len(fds) != len(order.files):
             raise BadFrame(f"{len(order.files)} files with {len(fds)} descriptors")
         load = OriginLoad(list(zip(order.files, fds, strict=True)))
-        with self._shelf.arriving(ref) as parked:
+        with self._arriving(ref) as (parked, _):
             load.open()
             _check_layout(order.spec, load.layout, "the origin", TierError("", broken=True))
             self._bring_in(ref, order.spec, load.layout, load.side_files, parked, load.fill, 0)
 
     def _restore(self, order: RestorePack, fds: list[int]) -> tuple[bool, int]:
         ref = parse_wire_ref(order.spec.ref)
-        if len(fds) != 1 + order.tee:
+        if len(fds) != 1 + order.direct + (order.host_form is not None):
             raise BadFrame(f"a restore with {len(fds)} descriptors")
+        first = order.first_chunk
         filled = False
 
         def fill(image: Image) -> None:
             nonlocal filled
-            filled = restore_image(reader, image, fds[1] if order.tee else None)
+            facts = restore(reader, image, first_chunk=first, host=host, cancelled=cancelled)
+            filled = facts.host_filled
 
-        with self._shelf.arriving(ref) as parked:
-            reader = PackReader(fds[0], order.data_key, ref)
+        with self._arriving(ref) as (parked, cancelled):
+            reader = PackReader(fds[0], order.data_key, ref, fds[1] if order.direct else None)
             index = reader.index
             if (index.engine, index.task) != (order.spec.engine, order.spec.task):
                 raise TierError(f"the copy is for {index.engine} {index.task}", corrupt=True)
             _check_layout(order.spec, index.layout, "the copy", TierError("", corrupt=True))
             # A parked skeleton has the same files already: a version never changes.
-            side_files = {} if parked else {path: reader.file(path) for path, _ in index.files}
-            self._bring_in(ref, order.spec, index.layout, side_files, parked, fill, 0)
-        return filled, index.layout.image_bytes
+            side_files = parked.side_files if parked else {path: reader.file(path) for path, _ in index.files}
+            host = HostWriter(fds[-1], index, side_files, order.host_form) if order.host_form else None
+            self._bring_in(ref, order.spec, index.layout, side_files, parked, fill, first)
+        return filled, sum(index.layout.chunk_bytes[first:])
+
+    @contextmanager
+    def _arriving(self, ref: ModelRef) -> Iterator[tuple[Held | None, threading.Event]]:
+        """Announce a model; gives what is here of it, and what is set when it is not wanted any more."""
+        with self._shelf.arriving(ref) as parked:
+            cancelled = self._cancelled[ref] = threading.Event()
+            try:
+                yield parked, cancelled
+            finally:
+                del self._cancelled[ref]
 
     def _bring_in(
         self,
@@ -153,6 +178,8 @@ class Moves:
         except BaseException:
             if building is not None:
                 building.cancel()
+            if parked is not None:
+                parked.model.detach()
             if first_chunk:
                 image.release(layout.chunks[first_chunk].image_offset)
             else:

@@ -13,7 +13,7 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -24,7 +24,7 @@ from agent.journal import Journal, JournalFailed, PackRow
 from agent.origin import ControlFetch, OriginUnavailable, open_origin
 from agent.packs import HostSegments, PackDirectory
 from agent.spawning import Nursery
-from agent.workers import WorkerDead, WorkerFailure, WorkerHandle
+from agent.workers import PackCopy, Segment, WorkerDead, WorkerFailure, WorkerHandle
 from packer.events import (
     Drop,
     Dropped,
@@ -41,7 +41,7 @@ from packer.events import (
     WorkerDied,
 )
 from packer.seal import BadSeal
-from packer.types import ModelRef, ModelSpec, Tier
+from packer.types import HostForm, ModelRef, ModelSpec, Tier
 
 log = logging.getLogger("bunk.orders")
 
@@ -94,8 +94,10 @@ class Orders:
         spec_of: Callable[[ModelRef], ModelSpec],
         clock_ms: Callable[[], int],
         control_store: Path | None = None,
+        host_form: HostForm = HostForm.STORED,
     ) -> None:
         self._control_store = control_store
+        self._host_form = host_form
         self._nursery = nursery
         self._devices = devices
         self._packs = packs
@@ -211,18 +213,12 @@ class Orders:
                     return await self._restore_origin(worker, order)
                 return await self._restore_cached(worker, order)
         except WorkerDead:
-            if order.host_bytes:
-                self._segments.drop(order.ref)
             return None
         except WorkerFailure as failure:
-            self._forget_held(order.ref, order.device)
-            if order.host_bytes:
-                self._segments.drop(order.ref)
+            self._forget_unless_kept(order)
             return failed(failure.message, corrupt=failure.corrupt, broken=failure.broken)
         except (OriginUnavailable, OSError) as error:
-            self._forget_held(order.ref, order.device)
-            if order.host_bytes:
-                self._segments.drop(order.ref)
+            self._forget_unless_kept(order)
             missing = isinstance(error, FileNotFoundError) and order.from_tier is Tier.DISK
             private = error.private if isinstance(error, OriginUnavailable) else str(error)
             log.warning("restore of %s from %s: %s", order.ref, order.from_tier.value, private)
@@ -241,12 +237,13 @@ class Orders:
 
     async def _restore_cached(self, worker: WorkerHandle, order: Restore) -> Event:
         spec = self._spec_of(order.ref)
+        restored = partial(Restored, order.ref, order.device, order.from_tier, order=order.order)
         if order.from_tier is Tier.HOST:
             segment = self._segments.get(order.ref)
             if segment is None:
                 raise WorkerFailure("the host segment is gone", corrupt=True, broken=False)
-            done = await worker.restore(spec, Tier.HOST, segment, None, None)
-            return Restored(order.ref, order.device, Tier.HOST, done.restore_ms, order=order.order)
+            done = await worker.restore(spec, Segment(segment, self._host_form), order.first_chunk)
+            return restored(done.restore_ms, restored_bytes=done.restored_bytes)
         try:
             key = await self._journal.call(self._journal.journal.data_key, order.ref)
         except BadSeal as error:
@@ -254,16 +251,37 @@ class Orders:
             raise WorkerFailure(str(error), corrupt=True, broken=False) from None
         if key is None:
             raise WorkerFailure("the journal has no key for this pack", corrupt=True, broken=False)
-        tee = self._segments.create(order.ref, order.host_bytes) if order.host_bytes else None
-        pack = self._packs.open(order.ref)
+        with ExitStack() as files:
+            pack = self._packs.open(order.ref)
+            files.callback(os.close, pack)
+            direct = self._packs.open_direct(order.ref)
+            if direct is not None:
+                files.callback(os.close, direct)
+            copy = PackCopy(pack, key, direct)
+            async with self._filling(order) as host:
+                done = await worker.restore(spec, copy, order.first_chunk, host)
+                filled = host is not None and done.host_filled and self._segments.seal(order.ref)
+                if host is not None and not filled:
+                    await self._drop_segment(order.ref)
+        return restored(done.restore_ms, filled, restored_bytes=done.restored_bytes)
+
+    @asynccontextmanager
+    async def _filling(self, order: Restore) -> AsyncIterator[Segment | None]:
+        """A host segment to fill on the way, if the order has room for one; gone if the restore fails."""
+        if not order.host_bytes:
+            yield None
+            return
         try:
-            done = await worker.restore(spec, Tier.DISK, pack, key, tee)
-        finally:
-            os.close(pack)
-        filled = tee is not None and done.host_filled
-        if tee is not None and not filled:
-            self._segments.drop(order.ref)
-        return Restored(order.ref, order.device, Tier.DISK, done.restore_ms, filled, order.order)
+            yield Segment(self._segments.create(order.ref, order.host_bytes), self._host_form)
+        except BaseException:
+            await self._drop_segment(order.ref)
+            raise
+
+    async def _drop_segment(self, ref: ModelRef) -> None:
+        """Returns when the memory is free, without holding up the loop meanwhile."""
+        descriptor = self._segments.take(ref)
+        if descriptor is not None:
+            await asyncio.to_thread(os.close, descriptor)
 
     async def evict(self, order: Evict) -> Event | None:
         worker = self._workers.get((order.ref.tenant, order.device))
@@ -271,7 +289,7 @@ class Orders:
             return None
         try:
             async with self._in_time(worker, EVICT_TIMEOUT_S):
-                await worker.evict(order.ref)
+                await worker.evict(order.ref, order.keep_chunks)
         except WorkerDead:
             return None
         except WorkerFailure as failure:
@@ -279,7 +297,8 @@ class Orders:
             log.error("evict %s on %s: %s; killing the worker", order.ref, order.device, failure.message)
             worker.kill()
             return None
-        self._forget_held(order.ref, order.device)
+        if not order.keep_chunks:
+            self._forget_held(order.ref, order.device)
         return Evicted(order.ref, order.device, order.order)
 
     async def pack(self, order: Pack) -> Event:
@@ -313,7 +332,7 @@ class Orders:
 
     async def drop(self, order: Drop) -> Event | None:
         if order.tier is Tier.HOST:
-            self._segments.drop(order.ref)
+            await self._drop_segment(order.ref)
         else:
             await self._drop_pack(order.ref)
         return Dropped(order.ref, order.tier, order.order)
@@ -350,6 +369,11 @@ class Orders:
             raise EngineFault(f"{ref}: {failure.message.partition(':')[0]}") from None
         finally:
             await frames.aclose()  # type: ignore[attr-defined]  # an async generator
+
+    def _forget_unless_kept(self, order: Restore) -> None:
+        """After a failed restore: what was here before it still is."""
+        if not order.first_chunk:
+            self._forget_held(order.ref, order.device)
 
     def _forget_held(self, ref: ModelRef, device: str) -> None:
         at = (ref.tenant, device)

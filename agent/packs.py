@@ -7,6 +7,7 @@ cover: what is in them (``packer/pack.py``), which to keep (``packer/residency.p
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterable
@@ -59,6 +60,12 @@ class PackDirectory:
         """A read-only descriptor; raises ``FileNotFoundError`` when somebody removed the file."""
         return os.open(self.path(ref), os.O_RDONLY | os.O_CLOEXEC)
 
+    def open_direct(self, ref: ModelRef) -> int | None:
+        """A second descriptor, for reads past the page cache; None where that is not possible."""
+        with suppress(OSError):
+            return os.open(self.path(ref), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        return None
+
     def drop(self, ref: ModelRef) -> None:
         with suppress(FileNotFoundError):
             self.path(ref).unlink()
@@ -80,7 +87,8 @@ class HostSegments:
     """One memory file per model version, owned by the agent so that it survives the worker.
 
     A segment is in use by nobody but the workers of its tenant, which get its descriptor for one
-    restore; closing the agent's descriptor then gives the memory back.
+    restore; closing the agent's descriptor then gives the memory back. Its size never changes, and once it
+    is sealed not even its tenant's workers can alter a byte of it.
     """
 
     def __init__(self) -> None:
@@ -88,24 +96,39 @@ class HostSegments:
 
     def create(self, ref: ModelRef, size_bytes: int) -> int:
         """A new, empty segment of ``size_bytes``; replaces what was there. Raises ``OSError``."""
-        self.drop(ref)
-        descriptor = os.memfd_create("bunk-host", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, size_bytes)
+        if (stale := self.take(ref)) is not None:
+            os.close(stale)
+        descriptor = os.memfd_create("bunk-host", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, size_bytes)
+            # Before a worker gets it: no worker can make the host tier larger than the ledger says.
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        except OSError:
+            os.close(descriptor)
+            raise
         self._segments[ref] = descriptor
         return descriptor
+
+    def seal(self, ref: ModelRef) -> bool:
+        """Make a filled segment unchangeable; False if somebody still has it mapped to write."""
+        try:
+            fcntl.fcntl(self._segments[ref], fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+        except OSError:
+            return False
+        return True
 
     def get(self, ref: ModelRef) -> int | None:
         return self._segments.get(ref)
 
-    def drop(self, ref: ModelRef) -> None:
-        descriptor = self._segments.pop(ref, None)
-        if descriptor is not None:
-            os.close(descriptor)
+    def take(self, ref: ModelRef) -> int | None:
+        """The descriptor, which is the caller's to close: that takes a fifth of a second per GiB."""
+        return self._segments.pop(ref, None)
 
     def allocated_bytes(self) -> int:
         """Bytes that the kernel has really allocated to all segments."""
         return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in self._segments.values())
 
     def close(self) -> None:
-        for ref in list(self._segments):
-            self.drop(ref)
+        for descriptor in self._segments.values():
+            os.close(descriptor)
+        self._segments.clear()

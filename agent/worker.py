@@ -34,6 +34,7 @@ from agent.frames import (
     BadFrame,
     Broke,
     Cancel,
+    CancelMove,
     Done,
     End,
     EvictModel,
@@ -132,8 +133,10 @@ class Worker:
         if received is None:
             return False
         order, fds = received
-        if isinstance(order, Ping):
+        if isinstance(order, Ping | CancelMove):
             close_fds(fds)
+            if isinstance(order, CancelMove):
+                self._moves.cancel(parse_wire_ref(order.ref))
             with self._reply_lock:
                 send_message(self._orders, Done(order.id))
             return True

@@ -31,6 +31,7 @@ from agent.frames import (
     BadFrame,
     Broke,
     Cancel,
+    CancelMove,
     Done,
     End,
     EvictModel,
@@ -57,7 +58,7 @@ from agent.frames import (
     send_datagram,
     wire_spec,
 )
-from packer.types import MIB, ModelRef, ModelSpec, Tier
+from packer.types import MIB, HostForm, ModelRef, ModelSpec
 
 log = logging.getLogger("bunk.workers")
 
@@ -73,14 +74,25 @@ PULSES_MISSED_MAX = 3
 
 class WorkerFailure(Exception):
     """A worker could not do what it was asked and lives on. The flags mean what they mean in
-    ``RestoreFailed``; ``gone``: the model that was to answer is not in this process."""
+    ``RestoreFailed``; ``chunks``: only these of a corrupt pack are bad; ``gone``: the model that was to
+    answer is not in this process."""
 
-    def __init__(self, message: str, corrupt: bool = False, broken: bool = False, gone: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        corrupt: bool = False,
+        broken: bool = False,
+        gone: bool = False,
+        chunks: tuple[int, ...] = (),
+        cancelled: bool = False,
+    ) -> None:
         super().__init__(message)
         self.gone = gone
         self.message = message
         self.corrupt = corrupt
         self.broken = broken
+        self.chunks = chunks
+        self.cancelled = cancelled
 
 
 class WorkerDead(Exception):
@@ -89,10 +101,29 @@ class WorkerDead(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadDone:
-    """The model can answer. ``host_filled``: the tee holds a full host copy."""
+    """The model can answer. ``restored_bytes`` were moved; ``host_filled``: the segment is complete."""
 
     restore_ms: int
+    restored_bytes: int
     host_filled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PackCopy:
+    """A pack to restore from: the file, its version's data key, and the file once more for direct reads
+    where its file system has them."""
+
+    fd: int
+    data_key: bytes
+    direct_fd: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A host segment: the memory file, and the form in which it holds a model."""
+
+    fd: int
+    form: HostForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,21 +215,26 @@ class WorkerHandle:
         number = next(self._ids)
         order = LoadOrigin(number, wire_spec(spec), spec.files)
         done = await self._order(number, order, [fds[file.path] for file in spec.files])
-        return LoadDone(done.restore_ms)
+        return LoadDone(done.restore_ms, spec.image_bytes)
 
     async def restore(
-        self, spec: ModelSpec, tier: Tier, pack_fd: int, data_key: bytes | None, tee_fd: int | None
+        self, spec: ModelSpec, copy: PackCopy | Segment, first_chunk: int = 0, host: Segment | None = None
     ) -> LoadDone:
-        """Restore from a pack (``Tier.DISK``, with its key) or a host segment (``Tier.HOST``, without).
+        """Restore the chunks from ``first_chunk`` on from a pack or a host segment.
 
-        ``tee_fd``: a host segment to fill on the way. Raises ``WorkerFailure`` and ``WorkerDead``.
+        ``host``: an empty host segment to fill on the way. Raises ``WorkerFailure``, which leaves the chunks
+        before ``first_chunk`` where they are, and ``WorkerDead``.
         """
-        if (tier is Tier.DISK) != (data_key is not None):
-            raise ValueError(f"a restore from {tier} {'without' if data_key is None else 'with'} a key")
         number = next(self._ids)
-        order = RestorePack(number, wire_spec(spec), data_key, tee_fd is not None)
-        done = await self._order(number, order, [pack_fd] if tee_fd is None else [pack_fd, tee_fd])
-        return LoadDone(done.restore_ms, done.host_filled)
+        descriptors, key, direct = [copy.fd], None, False
+        if isinstance(copy, PackCopy):
+            key, direct = copy.data_key, copy.direct_fd is not None
+            descriptors += [copy.direct_fd] if copy.direct_fd is not None else []
+        form = host.form if host is not None else None
+        descriptors += [host.fd] if host is not None else []
+        order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form)
+        done = await self._order(number, order, descriptors)
+        return LoadDone(done.restore_ms, done.restored_bytes, done.host_filled)
 
     async def pack(self, ref: ModelRef, fd: int, data_key: bytes, limit_bytes: int) -> PackDone:
         """Write a pack of a resident model into an empty file. Raises ``WorkerFailure``, ``WorkerDead``."""
@@ -206,10 +242,16 @@ class WorkerHandle:
         done = await self._order(number, WritePack(number, str(ref), data_key, limit_bytes), [fd])
         return PackDone(done.disk_bytes, done.host_bytes)
 
-    async def evict(self, ref: ModelRef) -> None:
-        """Free the device bytes; returns when they are free. Harmless when there are none."""
+    async def evict(self, ref: ModelRef, keep_chunks: int = 0) -> None:
+        """Free the device bytes of the chunks from ``keep_chunks`` on; returns when they are free. Harmless
+        when they are not there."""
         number = next(self._ids)
-        await self._order(number, EvictModel(number, str(ref)), [])
+        await self._order(number, EvictModel(number, str(ref), keep_chunks), [])
+
+    async def cancel(self, ref: ModelRef) -> None:
+        """Have a load or restore of this model fail soon; harmless when there is none."""
+        number = next(self._ids)
+        await self._order(number, CancelMove(number, str(ref)), [])
 
     async def _order(self, number: int, order: Message, fds: Sequence[int]) -> Done:
         if self.died.is_set():
@@ -262,7 +304,9 @@ class WorkerHandle:
                 if future is None or future.done():
                     continue
                 if isinstance(reply, Failed):
-                    future.set_exception(WorkerFailure(reply.message, reply.corrupt, reply.broken))
+                    failure = WorkerFailure(reply.message, reply.corrupt, reply.broken)
+                    failure.chunks, failure.cancelled = reply.chunks, reply.cancelled
+                    future.set_exception(failure)
                 else:
                     future.set_result(reply)
         except BlockingIOError:

@@ -163,7 +163,13 @@ def test_segments_give_their_memory_back() -> None:
     os.pwrite(descriptor, b"x" * MIB, 0)
     assert segments.allocated_bytes() == MIB
     assert segments.get(REF) == descriptor
-    segments.drop(REF)
+    with pytest.raises(PermissionError):
+        os.ftruncate(descriptor, 2 * MIB)
+    assert segments.seal(REF)
+    with pytest.raises(PermissionError):
+        os.pwrite(descriptor, b"x", 0)
+    assert segments.take(REF) == descriptor
+    os.close(descriptor)
     assert segments.get(REF) is None
     assert segments.allocated_bytes() == 0
 

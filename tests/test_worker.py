@@ -9,6 +9,7 @@ gives the orders (``test_loop``).
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import threading
@@ -26,8 +27,8 @@ from tiny_models import describe, find_minilm, opened, tiny_classifier, tiny_lla
 
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.spawning import Nursery
-from agent.workers import WorkerDead, WorkerFailure, WorkerHandle
-from packer.types import GIB, MIB, ModelRef, ModelSpec, Task, Tier
+from agent.workers import PackCopy, Segment, WorkerDead, WorkerFailure, WorkerHandle
+from packer.types import GIB, MIB, HostForm, ModelRef, ModelSpec, Task
 
 pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
 
@@ -135,7 +136,7 @@ def private_bytes(worker: WorkerHandle) -> int:
 
 
 def memory_file(data: bytes = b"", size: int = 0) -> int:
-    descriptor = os.memfd_create("test", os.MFD_CLOEXEC)
+    descriptor = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.write(descriptor, data)
     os.ftruncate(descriptor, max(size, len(data)))
     return descriptor
@@ -144,8 +145,9 @@ def memory_file(data: bytes = b"", size: int = 0) -> int:
 # --- the whole life of a model --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", HostForm)
 async def test_a_model_lives_through_every_tier_with_the_same_bits(
-    worker: WorkerHandle, minilm: Known
+    worker: WorkerHandle, minilm: Known, form: HostForm
 ) -> None:
     """Origin, pack, host: the answer is bit-identical, the memory exact, and freed by each eviction."""
     image_bytes = minilm.spec.image_bytes
@@ -169,16 +171,17 @@ async def test_a_model_lives_through_every_tier_with_the_same_bits(
         with pytest.raises(WorkerFailure, match="not resident"):
             await embed(worker, minilm)
 
-        segment = memory_file(size=packed.host_bytes)
+        segment = memory_file()
         files.callback(os.close, segment)
-        done = await worker.restore(minilm.spec, Tier.DISK, pack, KEY, segment)
+        done = await worker.restore(minilm.spec, PackCopy(pack, KEY), host=Segment(segment, form))
         assert done.host_filled
+        fcntl.fcntl(segment, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
         assert await embed(worker, minilm) == wanted
         await worker.evict(minilm.ref)
         assert arena_bytes(worker) == 0
 
         for _ in range(3):
-            done = await worker.restore(minilm.spec, Tier.HOST, segment, None, None)
+            done = await worker.restore(minilm.spec, Segment(segment, form))
             assert not done.host_filled
             assert await embed(worker, minilm) == wanted
             assert image_bytes - 2 * MIB <= arena_bytes(worker) <= image_bytes
@@ -197,7 +200,7 @@ async def test_another_worker_restores_what_the_first_packed(
     try:
         await worker.pack(llama.ref, pack, KEY, GIB)
         async with spawned(nursery) as other:
-            await other.restore(llama.spec, Tier.DISK, pack, KEY, None)
+            await other.restore(llama.spec, PackCopy(pack, KEY))
             assert await tell(other, llama, max_tokens=20) == wanted
             # And it can pack again what it never saw as an origin.
             again = memory_file()
@@ -226,6 +229,82 @@ async def test_an_origin_may_come_through_pipes(worker: WorkerHandle, llama: Kno
             stack.callback(feeder.join)
         await worker.load_origin(llama.spec, fds)
     assert await tell(worker, llama, max_tokens=5)
+
+
+@asynccontextmanager
+async def packed(worker: WorkerHandle, model: Known) -> AsyncIterator[int]:
+    """A resident model's pack."""
+    pack = memory_file()
+    try:
+        await load(worker, model)
+        await worker.pack(model.ref, pack, KEY, GIB)
+        yield pack
+    finally:
+        os.close(pack)
+
+
+async def test_a_part_of_a_model_leaves_and_only_that_comes_back(worker: WorkerHandle, minilm: Known) -> None:
+    """Evictions to the byte, from the tail; answers are the same once the missing chunks are back."""
+    sizes = minilm.spec.chunk_bytes
+    async with packed(worker, minilm) as pack:
+        wanted = await embed(worker, minilm)
+        whole = arena_bytes(worker)
+        for keep in (len(sizes) - 1, 9, 3, 1):
+            await worker.evict(minilm.ref, keep)
+            assert arena_bytes(worker) == sum(sizes[:keep])
+            with pytest.raises(WorkerFailure, match="not resident"):
+                await embed(worker, minilm)
+        with pytest.raises(WorkerFailure, match="1 chunks here"):
+            await worker.restore(minilm.spec, PackCopy(pack, KEY), 2)
+        assert arena_bytes(worker) == sizes[0]
+        done = await worker.restore(minilm.spec, PackCopy(pack, KEY), 1)
+        assert done.restored_bytes == sum(sizes[1:])
+        assert await embed(worker, minilm) == wanted
+        assert arena_bytes(worker) <= whole
+        # Nothing kept any more, and a whole restore over what was kept.
+        await worker.evict(minilm.ref, 5)
+        await worker.evict(minilm.ref)
+        assert arena_bytes(worker) == 0
+        await worker.restore(minilm.spec, PackCopy(pack, KEY))
+        await worker.evict(minilm.ref, 5)
+        done = await worker.restore(minilm.spec, PackCopy(pack, KEY))
+        assert done.restored_bytes == sum(sizes)
+        assert await embed(worker, minilm) == wanted
+        assert arena_bytes(worker) <= whole
+
+
+async def test_a_failed_partial_restore_leaves_what_was_there(worker: WorkerHandle, minilm: Known) -> None:
+    sizes = minilm.spec.chunk_bytes
+    async with packed(worker, minilm) as pack:
+        wanted = await embed(worker, minilm)
+        await worker.evict(minilm.ref, 4)
+        good = os.pread(pack, 1, os.fstat(pack).st_size // 2)
+        os.pwrite(pack, bytes([good[0] ^ 1]), os.fstat(pack).st_size // 2)
+        with pytest.raises(WorkerFailure) as failure:
+            await worker.restore(minilm.spec, PackCopy(pack, KEY), 4)
+        assert failure.value.corrupt
+        assert len(failure.value.chunks) == 1
+        assert arena_bytes(worker) == sum(sizes[:4])
+        os.pwrite(pack, good, os.fstat(pack).st_size // 2)
+        done = await worker.restore(minilm.spec, PackCopy(pack, KEY), 4)
+        assert done.restored_bytes == sum(sizes[4:])
+        assert await embed(worker, minilm) == wanted
+
+
+async def test_a_restore_that_nobody_wants_any_more_is_stopped(worker: WorkerHandle, minilm: Known) -> None:
+    """A cancel that comes in time ends it and leaves nothing; one for nothing is harmless."""
+    await worker.cancel(minilm.ref)
+    async with packed(worker, minilm) as pack:
+        await worker.evict(minilm.ref)
+        restoring = asyncio.create_task(worker.restore(minilm.spec, PackCopy(pack, KEY)))
+        while not restoring.done():
+            await worker.cancel(minilm.ref)
+        with pytest.raises(WorkerFailure, match="cancelled") as failure:
+            await restoring
+        assert (failure.value.cancelled, failure.value.corrupt) == (True, False)
+        assert arena_bytes(worker) == 0
+        await worker.restore(minilm.spec, PackCopy(pack, KEY))
+        assert await embed(worker, minilm)
 
 
 async def test_several_models_of_a_tenant_live_side_by_side(
@@ -308,13 +387,13 @@ async def test_a_flipped_bit_in_a_pack_is_corrupt_and_leaves_nothing(
         (byte,) = os.pread(pack, 1, middle)
         os.pwrite(pack, bytes([byte ^ 1]), middle)
         with pytest.raises(WorkerFailure) as failure:
-            await worker.restore(llama.spec, Tier.DISK, pack, KEY, None)
+            await worker.restore(llama.spec, PackCopy(pack, KEY))
         assert failure.value.corrupt
         assert arena_bytes(worker) == 0
         os.pwrite(pack, bytes([byte]), middle)
         with pytest.raises(WorkerFailure) as failure:
-            await worker.restore(llama.spec, Tier.DISK, pack, bytes(32), None)
-        await worker.restore(llama.spec, Tier.DISK, pack, KEY, None)
+            await worker.restore(llama.spec, PackCopy(pack, bytes(32)))
+        await worker.restore(llama.spec, PackCopy(pack, KEY))
         assert await tell(worker, llama, max_tokens=3)
     finally:
         os.close(pack)
@@ -330,7 +409,8 @@ async def test_a_host_segment_that_can_not_be_written_costs_only_itself(
     try:
         await worker.pack(llama.ref, pack, KEY, GIB)
         await worker.evict(llama.ref)
-        done = await worker.restore(llama.spec, Tier.DISK, pack, KEY, read_only)
+        host = Segment(read_only, HostForm.STORED)
+        done = await worker.restore(llama.spec, PackCopy(pack, KEY), host=host)
         assert not done.host_filled
         assert await tell(worker, llama, max_tokens=3)
     finally:
