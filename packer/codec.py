@@ -1,13 +1,12 @@
 """Lossless codecs for chunks of weights: encode to planes, decode straight into the destination.
 
 Covers: the codecs of FORMAT.md (raw, fill, zstd, byte planes, N12 for bf16, N12 over the top half of
-fp32), their choice per chunk by measured gain, and the checks that make decoding safe on planes from
-outside: exact sizes before any work, no allocation above a small multiple of the chunk. Does not
-cover: sealing and where planes lie in a file (``seal``, ``pack``) or decoding on a GPU.
+fp32, nibbles for 8-bit weights), their choice per chunk by measured gain, the wire form, and the checks
+that make decoding safe on planes from outside: exact sizes before any work, no allocation above a small
+multiple of the chunk. Does not cover: the arithmetic on words and planes (``transforms``, ``kernels``),
+sealing and where planes lie in a file (``seal``, ``pack``) or decoding on a GPU (``device_decode``).
 
-numpy only, and only whole-array calls that release the GIL: on the machines measured, widening with
-``copyto`` and working in place on 16-bit words decodes bf16 faster than torch's own mixed-width calls
-and needs no thread pool beside the restore threads.
+Every call that takes long releases the GIL, so that restore threads share the cores.
 """
 
 from __future__ import annotations
@@ -16,40 +15,48 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from packer import kernels
 from packer.layout import CHUNK_BYTES, DTYPE_BITS
+from packer.transforms import U8, U16, U32, WINDOW
 from packer.types import MIB
-
-U8: TypeAlias = NDArray[np.uint8]
-U16: TypeAlias = NDArray[np.uint16]
-U32: TypeAlias = NDArray[np.uint32]
 
 # A plane or chunk that zstd shrinks by less than 3 % is stored raw: decoding it would cost more time
 # than reading the bytes.
 GAIN_MIN = 0.97
 ZSTD_LEVEL = 1  # no matches are found in weights, so higher levels only cost time
+# A frame of the whole chunk must be 4 % smaller than planes are: it decodes at a third of their rate.
+WHOLE_SHARE = 0.96
 # Frames are at most a chunk; a frame that asks for a larger window was not made here.
 ZSTD_WINDOW_BYTES_MAX = 8 * MIB
-# Weights decoded per step: the 16-bit temporaries of a step stay in the second-level cache.
-BLOCK_WEIGHTS = 128 * 1024
 # Above one escape in 16 weights the sparse list outweighs what N12 saves.
 ESCAPE_SHARE = 16
 # The base of an exponent window is chosen from this many weights, spread over the chunk.
-SAMPLE_WEIGHTS = 64 * 1024
-SAMPLE_BYTES = 256 * 1024
+SAMPLE_WEIGHTS = 32 * 1024
+# What a frame of the whole chunk or of a plane would take is judged from this much of it, in pieces.
+SAMPLE_BYTES = 64 * 1024
+SAMPLE_PIECES = 4
 FILL_BYTES = 8
 PLANES_MAX = 4
 
-_WINDOW = 16  # exponents in one 4-bit window
 _ESCAPES = struct.Struct("<BBHI")
-_SIGN_MANTISSA = np.int16(-32641)  # 0x807F: what is left of a sign-extended sign-and-mantissa byte
-_LOW4, _FOUR = np.uint8(15), np.uint8(4)
-_SEVEN, _EIGHT = np.uint16(7), np.uint16(8)
+# Zstd that only packs symbols. Level 1 finds short accidental matches in some exponent planes, which take
+# more room than the symbols they replace and decode slower.
+_SYMBOLS_ONLY = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    window_log=17,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    write_content_size=True,
+    write_checksum=False,
+    write_dict_id=False,
+)
 
 
 class CodecId(IntEnum):
@@ -61,6 +68,16 @@ class CodecId(IntEnum):
     PLANES2 = 3  # low bytes, high bytes of 16-bit words
     N12 = 4  # bf16: sign and mantissa bytes, exponent nibbles, escapes
     N12_TOP = 5  # fp32: low halves, then N12 of the high halves
+    NIBBLES8 = 6  # low nibbles, high nibbles of bytes
+    NIBBLES8_TURNED = 7  # the same of bytes rotated left by one bit: exponents of fp8 are high nibbles
+
+
+_NIBBLE_CODECS = {
+    "F8_E4M3": CodecId.NIBBLES8_TURNED,
+    "F8_E5M2": CodecId.NIBBLES8_TURNED,
+    "I8": CodecId.NIBBLES8,
+    "U8": CodecId.NIBBLES8,
+}
 
 
 class BadPlanes(ValueError):
@@ -85,10 +102,12 @@ class Workspace:
 
     def __init__(self) -> None:
         self._arrays: dict[str, U8] = {}
+        self.transforms = kernels.transforms()
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
         self.compressor = zstandard.ZstdCompressor(
             level=ZSTD_LEVEL, write_content_size=True, write_checksum=False, write_dict_id=False
         )
+        self.symbol_compressor = zstandard.ZstdCompressor(compression_params=_SYMBOLS_ONLY)
 
     def bytes(self, name: str, nbytes: int) -> U8:
         """A buffer under this name, at least this long; its contents are whatever was there last."""
@@ -115,6 +134,8 @@ def plane_bytes(codec_id: int, raw_bytes: int) -> tuple[int | None, ...]:
         CodecId.PLANES2: (weights16, weights16),
         CodecId.N12: (weights16, (weights16 + 1) // 2, None),
         CodecId.N12_TOP: (2 * weights32, weights32, (weights32 + 1) // 2, None),
+        CodecId.NIBBLES8: ((raw_bytes + 1) // 2,) * 2,
+        CodecId.NIBBLES8_TURNED: ((raw_bytes + 1) // 2,) * 2,
     }
     if codec_id not in sizes:
         raise BadPlanes(f"codec {codec_id} is not known to this version; rebuild the pack from its origin")
@@ -178,12 +199,13 @@ def encode(dtype: str, raw: memoryview, workspace: Workspace | None = None) -> E
         return Encoded(CodecId.FILL, (data[:FILL_BYTES].tobytes(),))
     best = _encode_words(dtype, data, space)
     limit = int(len(data) * GAIN_MIN)
-    if best is None or best.stored_bytes > limit or _sample_size(data, space) < best.stored_bytes:
-        # Tables of ids, masks, pruned or already coarse weights: plain zstd may find what planes hide.
-        whole = Encoded(CodecId.ZSTD, (space.compressor.compress(data.data),))
-        if best is None or whole.stored_bytes < best.stored_bytes:
-            best = whole
-    if best.stored_bytes > limit or len(data) == 0:
+    most = limit if best is None else min(limit, int(best.stored_bytes * WHOLE_SHARE))
+    if _sample_size(data, space) <= most:
+        # Tables of ids, masks, pruned or already coarse weights: plain zstd finds what planes hide.
+        whole = space.compressor.compress(data.data)
+        if len(whole) <= most:
+            return Encoded(CodecId.ZSTD, (whole,))
+    if best is None or best.stored_bytes > limit:
         return Encoded(CodecId.RAW, (data.tobytes(),))
     return best
 
@@ -221,14 +243,11 @@ def _encode_words(dtype: str, data: U8, space: Workspace) -> Encoded | None:
     if dtype == "F16":
         return _planes2(data.view(np.uint16), space)
     if dtype == "F32":
-        halves = data.view(np.uint16)
-        top = space.words("top", len(halves) // 2)
-        np.copyto(top, halves[1::2])
-        planes = _n12_planes(top, space)
-        if planes is None:
-            return None
-        np.copyto(top, halves[0::2])
-        return Encoded(CodecId.N12_TOP, (_store(top.view(np.uint8), space), *planes))
+        low = space.words("low", len(data) // 4)
+        planes = _n12_planes(data.view(np.uint32), space, low)
+        return Encoded(CodecId.N12_TOP, (_store(low.view(np.uint8), space), *planes)) if planes else None
+    if dtype in _NIBBLE_CODECS:
+        return _nibbles(data, _NIBBLE_CODECS[dtype], space)
     return None
 
 
@@ -240,75 +259,82 @@ def _is_fill(data: U8) -> bool:
     return bool(words[-1] == words[0]) and bool((words == words[0]).all())
 
 
+def _sample(data: U8) -> U8:
+    """A few pieces from all over, or the whole when it is small."""
+    piece = SAMPLE_BYTES // SAMPLE_PIECES
+    if len(data) <= SAMPLE_BYTES:
+        return data
+    step = (len(data) - piece) // (SAMPLE_PIECES - 1) // 8 * 8
+    return np.concatenate([data[i * step : i * step + piece] for i in range(SAMPLE_PIECES)])
+
+
 def _sample_size(data: U8, space: Workspace) -> int:
-    """Size of the whole under plain zstd, as its middle predicts."""
-    start = max(0, (len(data) - SAMPLE_BYTES) // 2) // 8 * 8
-    sample = data[start : start + SAMPLE_BYTES]
-    return len(space.compressor.compress(sample.data)) * len(data) // len(sample)
+    """Size of the whole as one frame, as a sample predicts."""
+    sample = _sample(data)
+    return len(space.compressor.compress(sample.data)) * len(data) // max(1, len(sample))
 
 
 def _store(plane: U8, space: Workspace) -> bytes:
-    """One plane in stored form."""
+    """One plane in stored form, by whichever way of zstd packs a sample of it better."""
     if not plane.any():
         return b""
-    limit = int(len(plane) * GAIN_MIN)
-    sample = plane[len(plane) // 2 :][: SAMPLE_BYTES // 4]
-    if (
-        len(space.compressor.compress(sample.data)) <= int(len(sample) * GAIN_MIN)
-        or len(plane) < SAMPLE_BYTES
-    ):
-        packed = space.compressor.compress(plane.data)
-        if len(packed) <= limit:
+    sample = _sample(plane)
+    matching, symbols = (
+        len(compressor.compress(sample.data)) for compressor in (space.compressor, space.symbol_compressor)
+    )
+    if min(matching, symbols) <= int(len(sample) * GAIN_MIN):
+        better = space.compressor if matching < symbols else space.symbol_compressor
+        packed: bytes = better.compress(plane.data)
+        if len(packed) <= int(len(plane) * GAIN_MIN):
             return packed
     return plane.tobytes()
 
 
 def _planes2(words: U16, space: Workspace) -> Encoded:
-    split = space.bytes("split", len(words))
-    octets = words.view(np.uint8)
-    np.copyto(split, octets[0::2])
-    low = _store(split, space)
-    np.copyto(split, octets[1::2])
-    return Encoded(CodecId.PLANES2, (low, _store(split, space)))
+    low, high = space.bytes("low", len(words)), space.bytes("high", len(words))
+    space.transforms.split_bytes(words, low, high)
+    return Encoded(CodecId.PLANES2, (_store(low, space), _store(high, space)))
 
 
-def _window_base(exponents: U8) -> int:
+def _nibbles(octets: U8, codec_id: CodecId, space: Workspace) -> Encoded:
+    half = (len(octets) + 1) // 2
+    low, high = space.bytes("low", half), space.bytes("high", half)
+    space.transforms.split_nibbles(octets, codec_id == CodecId.NIBBLES8_TURNED, low, high)
+    return Encoded(codec_id, (_store(low, space), _store(high, space)))
+
+
+def _window_base(words: U16 | U32) -> int:
     """The first exponent of the 16 that cover most of a sample."""
-    step = max(1, len(exponents) // SAMPLE_WEIGHTS)
-    counts = np.bincount(exponents[::step], minlength=256)
-    covered = np.convolve(counts, np.ones(_WINDOW, dtype=np.int64), mode="valid")
+    sample = words[:: max(1, len(words) // SAMPLE_WEIGHTS)]
+    exponents = (sample >> (7 if words.dtype == np.uint16 else 23)).astype(np.uint8)
+    counts = np.bincount(exponents, minlength=256)
+    covered = np.convolve(counts, np.ones(WINDOW, dtype=np.int64), mode="valid")
     return int(covered.argmax())
 
 
-def _n12_planes(words: U16, space: Workspace) -> tuple[bytes, bytes, bytes] | None:
-    """Sign and mantissa, exponent nibbles, escapes; None when too many exponents lie outside a window."""
+def _n12_planes(
+    words: U16 | U32, space: Workspace, low: U16 | None = None
+) -> tuple[bytes, bytes, bytes] | None:
+    """Sign and mantissa, exponent nibbles, escapes; None when too many exponents lie outside of a window.
+    With ``low`` those of the top halves of 32-bit words, whose low halves are put there."""
     count = len(words)
-    temporary, exponents = space.words("encode16", count), space.bytes("encode8", count)
-    np.right_shift(words, _SEVEN, out=temporary)
-    np.copyto(exponents, temporary, casting="unsafe")  # the sign, bit 8, falls off
-    base = _window_base(exponents)
-    codes = exponents
-    np.subtract(exponents, np.uint8(base), out=codes)  # wraps below the window, which also lands above 15
-    outside = np.flatnonzero(codes > _LOW4)
-    if len(outside) > count // ESCAPE_SHARE:
+    signs, nibbles = space.bytes("signs", count), space.bytes("nibbles", (count + 1) // 2)
+    outside = space.bytes("outside", 4 * (count // ESCAPE_SHARE)).view(np.uint32)
+    base = _window_base(words)
+    if low is None:
+        found = space.transforms.split_n12(words.view(np.uint16), base, signs, nibbles, outside)
+    else:
+        found = space.transforms.split_n12_top(words.view(np.uint32), base, low, signs, nibbles, outside)
+    if found > len(outside):
         return None
-    codes[outside] = 0
-    escapes = _store_escapes(base, outside.astype(np.uint32), words[outside], space)
-    half = (count + 1) // 2
-    nibbles = space.bytes("nibbles", half)
-    np.copyto(nibbles, codes[:half])
-    nibbles[: count - half] |= codes[half:] << _FOUR
-    stored_nibbles = _store(nibbles, space)
-    signs = space.words("signs", count)
-    np.right_shift(words, _EIGHT, out=signs)
-    np.bitwise_and(signs, np.uint16(0x80), out=signs)
-    np.bitwise_and(words, np.uint16(0x7F), out=temporary)
-    np.bitwise_or(signs, temporary, out=signs)
-    np.copyto(codes, signs, casting="unsafe")
-    return _store(codes, space), stored_nibbles, escapes
+    bits = words[outside[:found]]
+    if low is not None:
+        bits = bits >> np.uint32(16)
+    escapes = _store_escapes(base, outside[:found], bits, space)
+    return _store(signs, space), _store(nibbles, space), escapes
 
 
-def _store_escapes(base: int, positions: U32, bits: U16, space: Workspace) -> bytes:
+def _store_escapes(base: int, positions: U32, bits: U16 | U32, space: Workspace) -> bytes:
     steps = np.diff(positions, prepend=np.uint32(0)).astype("<u4")
     body = steps.tobytes() + bits.astype("<u2").tobytes()
     packed = space.compressor.compress(body) if body else body
@@ -346,12 +372,18 @@ def decode_into(
     elif codec_id == CodecId.PLANES2:
         half = len(out) // 2
         low = _load(planes[0], "low", half, space)
-        _join2(low, _load(planes[1], "high", half, space), out.view(np.uint16), space)
+        high = _load(planes[1], "high", half, space)
+        space.transforms.join_bytes(low, high, out.view(np.uint16))
     elif codec_id == CodecId.N12:
         _decode_n12(planes, out.view(np.uint16), None, space)
-    else:
+    elif codec_id == CodecId.N12_TOP:
         low = _load(planes[0], "low", len(out) // 2, space)
-        _decode_n12(planes[1:], out.view(np.uint16), low, space)
+        _decode_n12(planes[1:], out.view(np.uint32), low.view(np.uint16), space)
+    else:
+        half = (len(out) + 1) // 2
+        low = _load(planes[0], "low", half, space)
+        high = _load(planes[1], "high", half, space)
+        space.transforms.join_nibbles(low, high, codec_id == CodecId.NIBBLES8_TURNED, out)
 
 
 def _fill(pattern: memoryview | bytes, out: U8) -> None:
@@ -397,56 +429,31 @@ def _unzstd_into(frame: memoryview | bytes, out: U8, space: Workspace) -> None:
         raise BadPlanes(f"frame does not decode: {str(error)[:120]}") from None
 
 
-def _join2(low: U8, high: U8, out: U16, space: Workspace) -> None:
-    for start in range(0, len(out), BLOCK_WEIGHTS):
-        block = out[start : start + BLOCK_WEIGHTS]
-        wide = space.words("wide", len(block))
-        np.copyto(block, high[start : start + BLOCK_WEIGHTS])
-        np.left_shift(block, _EIGHT, out=block)
-        np.copyto(wide, low[start : start + BLOCK_WEIGHTS])
-        np.bitwise_or(block, wide, out=block)
-
-
-def _decode_n12(planes: Sequence[memoryview | bytes], out: U16, low: U8 | None, space: Workspace) -> None:
-    """Decode into 16-bit words, or with ``low`` into the top halves of 32-bit words beside it."""
-    count = len(out) if low is None else len(out) // 2
-    half = (count + 1) // 2
-    signs = _load(planes[0], "signs", count, space).view(np.int8)
-    nibbles = _load(planes[1], "nibbles", half, space)
+def _decode_n12(
+    planes: Sequence[memoryview | bytes], out: U16 | U32, low: U16 | None, space: Workspace
+) -> None:
+    """Decode into 16-bit words, or with ``low`` into 32-bit words whose low halves it holds."""
+    count = len(out)
     base, positions, bits = _load_escapes(planes[2], count, space)
-    for first, length in ((0, half), (half, count - half)):
-        for start in range(0, length, BLOCK_WEIGHTS):
-            size = min(BLOCK_WEIGHTS, length - start)
-            at = first + start
-            block = out[at : at + size] if low is None else space.words("top", size)
-            exponents, wide = space.bytes("exponents", size), space.words("wide", size)
-            if first == 0:
-                np.bitwise_and(nibbles[start : start + size], _LOW4, out=exponents)
-            else:
-                np.right_shift(nibbles[start : start + size], _FOUR, out=exponents)
-            np.add(exponents, base, out=exponents)
-            np.copyto(wide, exponents)
-            np.left_shift(wide, _SEVEN, out=wide)
-            signed = block.view(np.int16)
-            np.copyto(signed, signs[at : at + size])
-            np.bitwise_and(signed, _SIGN_MANTISSA, out=signed)
-            np.bitwise_or(block, wide, out=block)
-            if low is not None:
-                np.copyto(out[2 * at + 1 : 2 * (at + size) : 2], block)
-                np.copyto(out[2 * at : 2 * (at + size) : 2], low.view(np.uint16)[at : at + size])
+    signs = _load(planes[0], "signs", count, space)
+    nibbles = _load(planes[1], "nibbles", (count + 1) // 2, space)
+    if low is None:
+        space.transforms.join_n12(signs, nibbles, base, out.view(np.uint16))
+    else:
+        space.transforms.join_n12_top(signs, nibbles, base, low, out.view(np.uint32))
     if len(positions):
-        top = out if low is None else out[1::2]
+        top = out if low is None else out.view(np.uint16)[1::2]
         top[positions] = bits
 
 
 def _load_escapes(
     plane: memoryview | bytes, count: int, space: Workspace
-) -> tuple[np.uint8, NDArray[np.uint64], U16]:
+) -> tuple[int, NDArray[np.uint64], U16]:
     """Window base, and the weights that do not fit the window: where they are, all their bits."""
     if len(plane) < _ESCAPES.size:
         raise BadPlanes(f"escape plane of {len(plane)} bytes has no header")
     base, form, reserved, escapes = _ESCAPES.unpack_from(plane)
-    if base + _WINDOW > 256 or form > 1 or reserved or escapes > count // ESCAPE_SHARE:
+    if base + WINDOW > 256 or form > 1 or reserved or escapes > count // ESCAPE_SHARE:
         raise BadPlanes(f"escape plane with base {base}, form {form}, {escapes} escapes of {count} weights")
     stored, plain_bytes = plane[_ESCAPES.size :], 6 * escapes
     if form:
@@ -461,7 +468,7 @@ def _load_escapes(
     positions = np.cumsum(steps, dtype=np.uint64)
     if escapes and (int(positions[-1]) >= count or not bool((steps[1:] > 0).all())):
         raise BadPlanes(f"escapes are not at rising positions below {count}")
-    return np.uint8(base), positions, bits
+    return base, positions, bits
 
 
 # The workspace is sized by chunks; a larger chunk would silently undo the bound on memory.

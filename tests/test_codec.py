@@ -51,6 +51,19 @@ def bf16(values: np.ndarray[tuple[int], np.dtype[np.float32]]) -> bytes:
     return bytes((values.view(np.uint32) >> 16).astype("<u2").tobytes())
 
 
+def fp8(values: np.ndarray[tuple[int], np.dtype[np.float32]], mantissa_bits: int) -> bytes:
+    """Sign, exponent and mantissa of an 8-bit float with this mantissa, cut off, the exponent clamped."""
+    words = values.view(np.uint32)
+    exponents = (words >> 23 & 255).astype(np.int64) - 127 + 12
+    exponents = exponents.clip(0, 2 ** (7 - mantissa_bits) - 1).astype(np.uint32)
+    mantissas = words >> (23 - mantissa_bits) & (2**mantissa_bits - 1)
+    return bytes((words >> 31 << 7 | exponents << mantissa_bits | mantissas).astype(np.uint8).tobytes())
+
+
+def int8(values: np.ndarray[tuple[int], np.dtype[np.float32]]) -> bytes:
+    return bytes((values / np.abs(values).max() * 127).round().astype(np.int8).tobytes())
+
+
 # --- exactness ------------------------------------------------------------------------------------
 
 
@@ -66,6 +79,18 @@ def test_all_65536_bf16_patterns_survive_among_weights() -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_all_16_bit_patterns_alone_survive(dtype: str) -> None:
     round_trip(dtype, np.arange(65536, dtype="<u2").tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "I8", "U8"])
+def test_all_8_bit_patterns_survive_among_weights(dtype: str) -> None:
+    values = gaussian(2**20)
+    raw = np.frombuffer(int8(values) if dtype in "I8U8" else fp8(values, 3), dtype=np.uint8).copy()
+    places = np.random.default_rng(6).permutation(len(raw))[: 256 * 256]
+    raw[places] = np.repeat(np.arange(256, dtype=np.uint8), 256)
+    codec = CodecId.NIBBLES8 if dtype in "I8U8" else CodecId.NIBBLES8_TURNED
+    assert round_trip(dtype, raw.tobytes()).codec_id == codec
+    assert round_trip(dtype, raw[:-1].tobytes()).codec_id == codec
+    round_trip(dtype, bytes(range(256)))
 
 
 def test_all_upper_halves_of_fp32_survive_with_any_lower_half() -> None:
@@ -118,6 +143,7 @@ def test_one_workspace_serves_chunks_of_all_kinds_in_any_order() -> None:
         dtype = draw.choice(["BF16", "F32", "F16", "I8", "I64", "F8_E4M3"])
         size = PAGE * draw.choice([1, 2, 7, 64])
         kinds = (weights("BF16", size // 2, step), weights("F32", size // 4, step), bytes(size))
+        kinds += (fp8(gaussian(size, step), 3),)
         round_trip(dtype, draw.choice(kinds), space)
 
 
@@ -238,6 +264,8 @@ def kinds_of_chunks() -> list[tuple[str, bytes]]:
         ("F16", values.astype(np.float16).tobytes()),
         ("I64", b"".join(i.to_bytes(8, "little") for i in range(4096))),
         ("U8", random.Random(1).randbytes(2**16)),
+        ("F8_E4M3", fp8(values, 3)),
+        ("I8", int8(values)),
     ]
 
 
@@ -291,6 +319,35 @@ def test_fp16_weights_take_less_than_seven_eighths() -> None:
     assert round_trip("F16", raw).stored_bytes <= 0.87 * len(raw)
 
 
+def test_8_bit_weights_lose_what_their_exponents_do_not_say() -> None:
+    values = gaussian(CHUNK_BYTES)
+    for dtype, raw, share in (
+        ("F8_E4M3", fp8(values, 3), 0.84),
+        ("F8_E5M2", fp8(values, 2), 0.74),
+        ("I8", int8(values), 0.91),
+    ):
+        assert round_trip(dtype, raw).stored_bytes <= share * len(raw)
+
+
+def test_planes_are_packed_by_symbols_where_matches_cost_more() -> None:
+    """Level 1 finds matches in the nibbles of this dtype; its frame is the larger one."""
+    raw = fp8(gaussian(CHUNK_BYTES), 2)
+    high = round_trip("F8_E5M2", raw).planes[1]
+    plain = bytearray(CHUNK_BYTES // 2)
+    assert zstandard.ZstdDecompressor().stream_reader(high).readinto(plain) == len(plain)
+    assert len(high) < len(zstandard.ZstdCompressor(level=1).compress(bytes(plain)))
+
+
+def test_what_repeats_is_left_to_plain_zstd() -> None:
+    draw = random.Random(8)
+    words = [draw.randbytes(draw.randint(3, 9)) for _ in range(200)]
+    raw = b"".join(draw.choice(words) for _ in range(2**16))
+    for dtype in ("F8_E4M3", "I8", "BF16", "F16", "F32", "I64"):
+        encoded = round_trip(dtype, raw[: len(raw) // 8 * 8])
+        assert encoded.codec_id == CodecId.ZSTD
+        assert encoded.stored_bytes < 0.5 * len(raw)
+
+
 @pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
 def test_noise_is_stored_raw_and_constants_as_one_pattern(dtype: str) -> None:
     noise = random.Random(3).randbytes(64 * PAGE)
@@ -325,7 +382,11 @@ def test_wrong_counts_and_sizes_of_planes_are_refused() -> None:
     refused(CodecId.N12, [b"", b"", b""], PAGE)
     refused(CodecId.N12, [b"", b"", bytes(8)], PAGE + 1)
     refused(CodecId.N12_TOP, [b"", b"", b"", bytes(8)], PAGE + 2)
-    refused(6, [b""], PAGE)
+    refused(CodecId.NIBBLES8, [b""], PAGE)
+    refused(CodecId.NIBBLES8, [b"", b"", b""], PAGE)
+    refused(CodecId.NIBBLES8, [bytes(2049), b""], PAGE)
+    refused(CodecId.NIBBLES8_TURNED, [b"", bytes(2047)], PAGE)
+    refused(8, [b""], PAGE)
     refused(-1, [b""], PAGE)
     refused(10**9, [b""], PAGE)
 
@@ -371,8 +432,9 @@ def test_good_planes_next_to_the_lying_ones_decode() -> None:
 
 @given(st.data())
 def test_mutated_planes_decode_to_something_or_are_refused(data: st.DataObject) -> None:
-    dtype, size = data.draw(st.sampled_from([("BF16", 2), ("F32", 4), ("I8", 1)]))
-    raw = weights(dtype, 8192 // size, 5) if size > 1 else (b"abcdefg" * 2000)[:8192]
+    kinds = [("BF16", weights("BF16", 4096, 5)), ("F32", weights("F32", 2048, 5))]
+    kinds += [("I8", (b"abcdefg" * 2000)[:8192]), ("F8_E4M3", fp8(gaussian(8192), 3))]
+    dtype, raw = data.draw(st.sampled_from(kinds))
     encoded = encode(dtype, memoryview(raw))
     planes = [bytearray(plane) for plane in encoded.planes]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -397,6 +459,9 @@ def test_mutated_planes_decode_to_something_or_are_refused(data: st.DataObject) 
 def test_codec_numbers_are_pinned() -> None:
     """They are in files: a number is never reused."""
     numbers = {codec.name: codec.value for codec in CodecId}
-    assert numbers == {"RAW": 0, "FILL": 1, "ZSTD": 2, "PLANES2": 3, "N12": 4, "N12_TOP": 5}
+    assert numbers == {"RAW": 0, "FILL": 1, "ZSTD": 2, "PLANES2": 3, "N12": 4, "N12_TOP": 5} | {
+        "NIBBLES8": 6,
+        "NIBBLES8_TURNED": 7,
+    }
     for codec in CodecId:
         assert len(plane_bytes(codec, PAGE)) <= 4

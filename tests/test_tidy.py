@@ -36,6 +36,9 @@ FORBIDDEN_IMPORTS = {
 TENSOR_PACKAGES = {"torch", "numpy", "transformers", "safetensors", "tokenizers"}
 TENSOR_FILES = {
     "packer/codec.py",
+    "packer/device_decode.py",
+    "packer/kernels.py",
+    "packer/transforms.py",
     "packer/tiers.py",
     "agent/arena.py",
     "agent/calibrate.py",
