@@ -2,8 +2,8 @@
 
 Covers: reading the files of an origin in parallel with every byte hashed in file order, placing the weights
 in an image, packing each chunk when its last byte is there, and going on where an interrupted ingest stopped.
-Does not cover: where bytes come from (``sources``, ``agent/origin.py``), the format of a pack
-(``pack_writer``), restoring from one (``tiers``).
+Does not cover: where bytes come from (``sources``, ``agent/origin.py``), packing itself
+(``packing``), restoring from a pack (``tiers``).
 
 The model may serve when ``fill`` returns: every hash is right. The pack is finished afterwards. Nothing that
 goes wrong with the pack stops the load. Beside the image a load takes the lanes' buffers for small tensors
@@ -13,17 +13,14 @@ and the encoders' scratch, whatever the model's size.
 from __future__ import annotations
 
 import hashlib
-import os
-import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from packer.directory import SIDE_BYTES_MAX
 from packer.index import PackError
 from packer.layout import (
-    CHUNK_BYTES,
     BadHeader,
     BadLayout,
     ImageLayout,
@@ -33,71 +30,23 @@ from packer.layout import (
     lay_out,
     parse_header,
 )
-from packer.pack_file import Scratch
-from packer.pack_writer import PackSummary, PackWriter
-from packer.progress import PartialChunk, ProgressLog
-from packer.sources import Source, SourceFailed
-from packer.tiers import Image, TierError, in_threads
-from packer.types import KIB, MIB, ModelRef, OriginFile, Task
+from packer.pack_writer import PackSummary
+from packer.packing import Pack
+from packer.packing import PackTarget as PackTarget
+from packer.packing import write_pack as write_pack
+from packer.pieces import PIECE_BYTES, Part, Piece, cut, pieces, runs
+from packer.sources import Source, SourceFailed, open_source
+from packer.tiers import Image, TierError
+from packer.types import KIB, ModelRef, OriginFile, Task
 
-# One read of an origin: large enough to be cheap, small enough that its hash finds it in the cache.
-PIECE_BYTES = MIB
 # Read at once at the start of a weight file: the header of most files, so that it costs one round trip.
 HEAD_BYTES = 64 * KIB
 # Hashing one file is a chain, so a second file keeps a second core busy; more would only share them.
 FILES_AT_ONCE = 2
 # One piece is read while the one before is hashed.
 LANES_PER_FILE = 2
-# Encoding takes more than the rest together. While the load is on, one thread leaves it the other cores:
-# a model that serves is worth more than a pack that is ready.
-ENCODERS_FILLING = 1
-ENCODERS = 2
 # How soon a load notices that it is cancelled.
 CANCEL_POLL_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class PackTarget:
-    """Where the pack goes. The descriptors stay the caller's.
-
-    ``part_fd``: the file of progress records (None: an interrupted ingest starts over). ``resume``: what
-    both files hold may be of an earlier ingest of this version with this data key. ``floor_bytes``: what
-    must stay free on the file system.
-    """
-
-    fd: int
-    part_fd: int | None
-    data_key: bytes
-    limit_bytes: int
-    resume: bool = False
-    floor_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Bytes of one tensor in one chunk."""
-
-    chunk: int
-    file_offset: int
-    image_offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Neighbours in a file that are read and hashed together. ``resumed``: they are in the image already."""
-
-    number: int
-    parts: tuple[_Part, ...]
-    resumed: bool
-
-    @property
-    def offset(self) -> int:
-        return self.parts[0].file_offset
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
 
 
 class Ingest:
@@ -118,7 +67,7 @@ class Ingest:
     ) -> None:
         self._files = [_OriginReader(file, source) for file, source in files]
         self._ref, self._engine, self._task, self._target = ref, engine, task, target
-        self._pack: _Pack | None = None
+        self._pack: Pack | None = None
         self.side_files: dict[str, bytes] = {}
         self.layout = ImageLayout(0, (), ())
 
@@ -156,7 +105,7 @@ class Ingest:
         resumed: frozenset[int] = frozenset()
         chunk_done: Callable[[int], None] = lambda number: None  # noqa: E731
         if self._target is not None:
-            pack = _Pack(self._target, self._ref, self._engine, self._task, self.layout, image)
+            pack = Pack(self._target, self._ref, self._engine, self._task, self.layout, image)
             self._pack = pack
             resumed = pack.start(self.side_files)
             chunk_done = pack.put
@@ -318,11 +267,11 @@ class _Arrivals:
         self._lock = threading.Lock()
         self._done = done
         self._missing = [0] * len(layout.chunks)
-        for part in (part for tensor in layout.tensors for part in _cut(tensor, layout)):
+        for part in (part for tensor in layout.tensors for part in cut(tensor, layout)):
             self._missing[part.chunk] += part.nbytes
         self._resumed = resumed
 
-    def add(self, part: _Part) -> None:
+    def add(self, part: Part) -> None:
         with self._lock:
             self._missing[part.chunk] -= part.nbytes
             complete = self._missing[part.chunk] == 0
@@ -390,7 +339,7 @@ class _Stream:
         self._tensors = sorted(tensors, key=lambda tensor: tensor.info.file_offset)
         self._layout = layout
         self._take = threading.Lock()
-        self._pieces = _pieces(self._tensors, layout, run.resumed)
+        self._pieces = pieces(self._tensors, layout, run.resumed)
         self._expected = False
         self._hashed = 0
 
@@ -402,7 +351,7 @@ class _Stream:
                 if not self._expected:
                     self._expected = True
                     with self.reader._named():
-                        source.expect(_runs(_pieces(self._tensors, self._layout, run.resumed)))
+                        source.expect(runs(pieces(self._tensors, self._layout, run.resumed)))
                 piece = next(self._pieces, None)
                 if piece is None:
                     return False
@@ -421,7 +370,7 @@ class _Stream:
             run.arrivals.add(part)
         return True
 
-    def _memory(self, piece: _Piece, buffer: memoryview, held: ExitStack) -> memoryview:
+    def _memory(self, piece: Piece, buffer: memoryview, held: ExitStack) -> memoryview:
         """Where the piece is read to: its place in the image if it has one, else the lane's buffer."""
         if len(piece.parts) > 1:
             return buffer[: piece.nbytes]
@@ -441,63 +390,11 @@ class _Stream:
             run.changed.notify_all()
         return True
 
-    def _scatter(self, piece: _Piece, view: memoryview) -> None:
+    def _scatter(self, piece: Piece, view: memoryview) -> None:
         for part in piece.parts:
             at = part.file_offset - piece.offset
             with self._run.image.filling(part.image_offset, part.nbytes) as place:
                 place[:] = view[at : at + part.nbytes]
-
-
-def _cut(tensor: PlacedTensor, layout: ImageLayout) -> Iterator[_Part]:
-    """The tensor in parts that lie in one chunk each."""
-    chunks, at = layout.chunks, tensor.image_offset
-    end = at + tensor.info.nbytes
-    low, high = 0, len(chunks)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if chunks[middle].image_offset <= at else (low, middle)
-    number = low
-    while at < end:
-        count = min(end, chunks[number].image_offset + chunks[number].nbytes) - at
-        yield _Part(number, tensor.info.file_offset + at - tensor.image_offset, at, count)
-        at, number = at + count, number + 1
-
-
-def _pieces(
-    tensors: Sequence[PlacedTensor], layout: ImageLayout, resumed: frozenset[int]
-) -> Iterator[_Piece]:
-    """Cut the body of a file into pieces, in file order."""
-    number, waiting = 0, []  # type: int, list[_Part]
-    for part in (part for tensor in tensors for part in _cut(tensor, layout)):
-        small = part.nbytes < PIECE_BYTES and part.chunk not in resumed
-        if waiting and not (small and sum(other.nbytes for other in waiting) + part.nbytes <= PIECE_BYTES):
-            yield _Piece(number, tuple(waiting), False)
-            number, waiting = number + 1, []
-        if small:
-            waiting.append(part)
-            continue
-        for start in range(0, part.nbytes, PIECE_BYTES):
-            count = min(PIECE_BYTES, part.nbytes - start)
-            cut = _Part(part.chunk, part.file_offset + start, part.image_offset + start, count)
-            yield _Piece(number, (cut,), part.chunk in resumed)
-            number += 1
-    if waiting:
-        yield _Piece(number, tuple(waiting), False)
-
-
-def _runs(pieces: Iterator[_Piece]) -> Iterator[tuple[int, int]]:
-    """What will be read of a file, neighbours joined."""
-    start = end = -1
-    for piece in pieces:
-        if piece.resumed:
-            continue
-        if piece.offset != end:
-            if end > start:
-                yield start, end - start
-            start = piece.offset
-        end = piece.offset + piece.nbytes
-    if end > start:
-        yield start, end - start
 
 
 def _zero_gaps(image: Image, layout: ImageLayout) -> None:
@@ -515,172 +412,10 @@ def _zero(image: Image, start: int, end: int) -> None:
             view[:] = bytes(end - start)
 
 
-# --- the pack beside ------------------------------------------------------------------------------
-
-
-class _Pack:
-    """Packs the chunks of an image while it is being filled. An error stops it; ``finish`` raises it."""
-
-    def __init__(
-        self, target: PackTarget, ref: ModelRef, engine: str, task: Task, layout: ImageLayout, image: Image
-    ) -> None:
-        self._target, self._layout, self._image = target, layout, image
-        self._make: Callable[[ProgressLog | None], PackWriter] = lambda log: PackWriter(
-            target.fd, ref, engine, task, layout, target.data_key, target.limit_bytes, target.floor_bytes, log
-        )
-        self._log: ProgressLog | None = None
-        if target.part_fd is not None:
-            self._log = ProgressLog(target.part_fd, target.data_key, ref, layout)
-        self._writer: PackWriter | None = None
-        # Numbers of chunks that are complete in the image: as many as the layout has, and no memory else.
-        self._ready: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._stopped = threading.Event()
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()
-        self.resumed_bytes = 0
-
-    def start(self, side_files: Mapping[str, bytes]) -> frozenset[int]:
-        """Begin the file. Returns the chunks that an earlier attempt had stored; they are in the image."""
-        resumed: set[int] = set()
-        try:
-            partial = self._earlier()
-            self._writer = self._make(self._log)
-            for path in sorted(side_files):
-                self._writer.add_file(path, side_files[path])
-            self._take_over(self._writer, partial, resumed)
-        except (PackError, OSError) as error:
-            # Chunks that were taken over are in the image all the same.
-            self._give_up(error)
-        for number in resumed:
-            self.resumed_bytes += self._layout.chunks[number].nbytes
-        self._add_encoders(ENCODERS_FILLING)
-        return frozenset(resumed)
-
-    def _earlier(self) -> list[PartialChunk]:
-        if self._log is not None and self._target.resume:
-            return self._log.read()
-        if self._log is not None:
-            self._log.clear()
-        os.ftruncate(self._target.fd, 0)
-        return []
-
-    def _take_over(self, writer: PackWriter, partial: Sequence[PartialChunk], resumed: set[int]) -> None:
-        spans = self._layout.chunks
-        for found in partial:
-            if self._stopped.is_set():
-                return
-            span = spans[found.number]
-            if found.chunk.same_as is None:
-                with self._image.filling(span.image_offset, span.nbytes) as view:
-                    taken = writer.take_over(found, view)
-                if taken:
-                    resumed.add(found.number)
-        buffer = memoryview(bytearray(CHUNK_BYTES)) if partial else memoryview(b"")
-        for found in partial:
-            same_as = found.chunk.same_as
-            if same_as is not None and writer.take_over_duplicate(found):
-                _copy(
-                    self._image,
-                    spans[same_as].image_offset,
-                    spans[found.number].image_offset,
-                    buffer[: spans[same_as].nbytes],
-                )
-                resumed.add(found.number)
-
-    def put(self, number: int) -> None:
-        """A chunk is complete in the image."""
-        self._ready.put(number)
-
-    def _add_encoders(self, count: int) -> None:
-        while len(self._threads) < count:
-            thread = threading.Thread(target=self._encode, name="bunk-encode", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def _encode(self) -> None:
-        writer = self._writer
-        while (number := self._ready.get()) is not None and not self._stopped.is_set():
-            assert writer is not None
-            span = self._layout.chunks[number]
-            try:
-                with self._image.reading(span.image_offset, span.nbytes) as view:
-                    writer.add_chunk(number, view)
-            except BaseException as error:
-                self._give_up(error)
-
-    def _give_up(self, error: BaseException) -> None:
-        with self._lock:
-            if self._error is None:
-                self._error = error
-        self._stopped.set()
-
-    def finish(self) -> PackSummary:
-        """Raises ``PackError``."""
-        if not self._stopped.is_set():
-            self._add_encoders(ENCODERS)
-        self._join()
-        try:
-            if self._error is None and self._writer is not None and not self._stopped.is_set():
-                summary = self._writer.finish()
-                if self._log is not None:
-                    self._log.clear()
-                return summary
-        except (PackError, OSError) as error:
-            self._error = error
-        self.forget()
-        if isinstance(self._error, PackError):
-            raise self._error
-        raise PackError(f"the pack was not written: {self._error or 'it was abandoned'}") from self._error
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._join()
-
-    def _join(self) -> None:
-        for _ in self._threads:
-            self._ready.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
-
-    def forget(self) -> None:
-        """Give the bytes back at once: on a full disk somebody else needs them."""
-        with suppress(OSError):
-            os.ftruncate(self._target.fd, 0)
-        if self._log is not None:
-            with suppress(PackError):
-                self._log.clear()
-
-
-def _copy(image: Image, start: int, to: int, buffer: memoryview) -> None:
-    with image.reading(start, len(buffer)) as view:
-        buffer[:] = view
-    with image.filling(to, len(buffer)) as view:
-        view[:] = buffer
-
-
-def write_pack(
-    writer: PackWriter, image: Image, layout: ImageLayout, side_files: Mapping[str, bytes]
-) -> None:
-    """Add everything of a resident model to a pack; the caller finishes it. Raises ``PackError``."""
-    for path in sorted(side_files):
-        writer.add_file(path, side_files[path])
-
-    def add(index: int, scratch: Scratch) -> None:
-        chunk = layout.chunks[index]
-        with image.reading(chunk.image_offset, chunk.nbytes) as view:
-            writer.add_chunk(index, view)
-
-    in_threads(len(layout.chunks), add)
-
-
 class OriginLoad:
     """A load without a pack, from descriptors of files or feeds; see ``Ingest``."""
 
     def __init__(self, files: Sequence[tuple[OriginFile, int]]) -> None:
-        from packer.sources import open_source
-
         sources = [(file, open_source(descriptor)) for file, descriptor in files]
         self._ingest = Ingest(sources, ModelRef("", "", ""), "", Task.EMBEDDING, None)
 
