@@ -358,6 +358,8 @@ class Learned:
     """What the node knows: its rates, and per tier how far real restores were off them."""
 
     rates: Rates = FIRST_RATES
+    host_form: HostForm = HostForm.STORED
+    on_cuda: bool = False
     epoch: int = 0
     factors: dict[Tier, list[float]] = field(default_factory=dict)
     fixed_ms: dict[Tier, list[float]] = field(default_factory=dict)
@@ -380,10 +382,31 @@ def know_shape(history: History, shape: RestoreShape) -> None:
     history.epoch = -1
 
 
-def forget_shape(history: History, tier: Tier) -> None:
-    """The copy in this tier is gone; what its restores took is kept, the next copy will be like it."""
-    history.shapes.pop(tier, None)
-    history.epoch = -1
+def know_copies(
+    learned: Learned,
+    history: History,
+    *,
+    image_bytes: int,
+    disk_bytes: int,
+    host_bytes: int,
+    remote: bool,
+    cached: bool | None = None,
+) -> None:
+    """State a model's copies by their sizes, 0 for what there is none of: then the last one's shape
+    stays, the next will be like it."""
+    if image_bytes <= 0:
+        return
+    on_cuda = learned.on_cuda
+    mix = guess_mix(image_bytes, disk_bytes) if disk_bytes else Mix(bf16_bytes=image_bytes)
+    origin = RestoreShape(Tier.ORIGIN, image_bytes, image_bytes, mix, on_cuda=on_cuda, remote=remote)
+    know_shape(history, origin)
+    if disk_bytes:
+        know_shape(history, RestoreShape(Tier.DISK, image_bytes, disk_bytes, mix, on_cuda=on_cuda))
+        if cached is not None:
+            history.shapes[Tier.DISK] = replace(history.shapes[Tier.DISK], cached=cached)
+    if host_bytes:
+        shape = RestoreShape(Tier.HOST, image_bytes, host_bytes, mix, learned.host_form, on_cuda=on_cuda)
+        know_shape(history, shape)
 
 
 def note_restore(

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from packer.types import ModelRef, ModelSpec, TenantSpec, Tier
+from packer.estimate import Rates
+from packer.types import HostForm, ModelRef, ModelSpec, TenantSpec, Tier
 
 
 class RefusalReason(StrEnum):
@@ -59,6 +60,15 @@ class TierBudgetSeen:
 
     tier: Tier
     budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RatesSeen:
+    """What the node measured of itself, and the form in which its host tier keeps weights from now on."""
+
+    rates: Rates
+    host_form: HostForm = HostForm.STORED
+    on_cuda: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +118,7 @@ class Restored:
     host_filled: bool = False  # the host segment that the order reserved now holds a full copy
     order: int = 0
     restored_bytes: int = 0
+    cached: bool | None = None  # the file was in the page cache; None: nobody looked
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +201,7 @@ Event = (
     Planned
     | DeviceSeen
     | TierBudgetSeen
+    | RatesSeen
     | PackFound
     | Requested
     | Cancelled

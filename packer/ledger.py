@@ -14,8 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from packer import estimate
+from packer.estimate import History, Learned
 from packer.events import RefusalReason
-from packer.keep import RestoreSpeeds, Reuse
+from packer.keep import Reuse
 from packer.proof import Proof
 from packer.quota import Account, Tenant
 from packer.types import MIB, ModelRef, ModelSpec, Tier
@@ -110,7 +112,7 @@ class Model:
     failure: Failure | None = None
     pack_not_before_ms: int = 0
     reuse: Reuse = field(default_factory=Reuse)
-    measured_ms: dict[Tier, int] = field(default_factory=dict)
+    history: History = field(default_factory=History)
     charged_ms: int = 0
 
     @property
@@ -187,7 +189,7 @@ class Node:
     # Models with bytes in the host or disk tier.
     in_host: dict[ModelRef, Model] = field(default_factory=dict)
     in_disk: dict[ModelRef, Model] = field(default_factory=dict)
-    speeds: RestoreSpeeds = field(default_factory=RestoreSpeeds)
+    learned: Learned = field(default_factory=Learned)
     virtual_us: int = 0
     order: int = 0
     # (at_ms, sequence, request or "" for a plain wake-up); entries of answered requests go stale.
@@ -302,3 +304,17 @@ def release_copy(node: Node, model: Model, tier: Tier) -> None:
     copy.state, copy.held_bytes, copy.order = CopyState.ABSENT, 0, 0
     node.copies(tier).pop(model.ref, None)
     node.touched[model.ref] = None
+
+
+def know_copies(node: Node, model: Model, cached: bool | None = None) -> None:
+    """Tell the estimate what a restore from each tier would read now. ``cached``: the pack's file is."""
+    disk_bytes = model.disk.held_bytes if model.disk.state is CopyState.HELD else 0
+    estimate.know_copies(
+        node.learned,
+        model.history,
+        image_bytes=model.spec.image_bytes,
+        disk_bytes=disk_bytes,
+        host_bytes=model.opened_bytes,
+        remote=not model.spec.origin.startswith("file:"),
+        cached=cached,
+    )

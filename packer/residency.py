@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from packer import keep, queueing, quota, room, upkeep
+from packer import estimate, keep, queueing, quota, room, upkeep
 from packer.events import (
     Action,
     Cancelled,
@@ -27,6 +27,7 @@ from packer.events import (
     PackFailed,
     PackFound,
     Planned,
+    RatesSeen,
     RefusalReason,
     Refuse,
     Requested,
@@ -46,6 +47,7 @@ from packer.ledger import (
     Node,
     State,
     Waiter,
+    know_copies,
     release_copy,
     release_device,
     settle_copy,
@@ -111,6 +113,8 @@ def step(node: Node, event: Event, now_ms: int) -> list[Action]:
             _device_seen(node, event)
         case TierBudgetSeen():
             _tier_budget_seen(node, event)
+        case RatesSeen():
+            _rates_seen(node, event)
         case DrainAsked():
             _drain_asked(node, event, out)
         case Ticked():
@@ -252,7 +256,7 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     model.failure = None
     taken_ms = max(event.restore_ms, 0)
     moved_bytes = event.restored_bytes if event.restored_bytes > 0 else model.spec.image_bytes
-    keep.note_restore(node.speeds, model.measured_ms, model.source, moved_bytes, taken_ms)
+    estimate.note_restore(node.learned, model.history, model.source, moved_bytes, taken_ms, event.cached)
     # What was charged was an estimate; the tenant pays what it took.
     quota.charge(model.tenant, taken_ms - model.charged_ms)
     if model.disk.state is CopyState.ABSENT:
@@ -329,6 +333,8 @@ def _packed(node: Node, event: Packed) -> None:
     model.packing = False
     model.opened_bytes = event.host_bytes
     settle_copy(node, model, Tier.DISK, event.disk_bytes)
+    # It was written through the page cache a moment ago.
+    know_copies(node, model, cached=True)
     node.dirty = True
 
 
@@ -398,6 +404,7 @@ def _pack_found(node: Node, event: PackFound) -> None:
         return
     model.opened_bytes = event.host_bytes
     settle_copy(node, model, Tier.DISK, event.disk_bytes)
+    know_copies(node, model)
     node.unpacked.pop(model.ref, None)
     node.dirty = True
 
@@ -439,6 +446,7 @@ def _planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None
         model_known = node.models.get(ref) or _add_model(node, model_spec, planned=True)
         model_known.spec = model_spec
         model_known.planned = True
+        know_copies(node, model_known)
         node.removed.pop(ref, None)
     for model in list(node.models.values()):
         if not model.planned:
@@ -466,6 +474,13 @@ def _tier_budget_seen(node: Node, event: TierBudgetSeen) -> None:
     if event.tier in (Tier.HOST, Tier.DISK):
         node.account(event.tier).set_limit(max(event.budget_bytes, 0))
         _capacity_changed(node)
+
+
+def _rates_seen(node: Node, event: RatesSeen) -> None:
+    estimate.recalibrate(node.learned, event.rates)
+    node.learned.host_form, node.learned.on_cuda = event.host_form, event.on_cuda
+    for model in node.models.values():
+        know_copies(node, model)
 
 
 def _capacity_changed(node: Node) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from packer import keep
+from packer import estimate, keep
 from packer.events import RefusalReason
 from packer.ledger import Copy, CopyState, Device, Model, Node, State
 from packer.quota import Tenant, may_take
@@ -38,8 +38,10 @@ def source_tier(model: Model) -> Tier | None:
     return Tier.ORIGIN if model.tries.get(Tier.ORIGIN, 0) < TRIES_PER_TIER_MAX else None
 
 
-def restore_ms_from(node: Node, model: Model, tier: Tier) -> int:
-    return keep.restore_ms_from(node.speeds, model.measured_ms, tier, model.spec.image_bytes)
+def restore_ms_from(node: Node, model: Model, tier: Tier, moved_bytes: int | None = None) -> int:
+    """Expected time of moving ``moved_bytes`` of the model, or all of it, from a tier."""
+    nbytes = model.spec.image_bytes if moved_bytes is None else moved_bytes
+    return estimate.expect_ms(node.learned, model.history, tier, nbytes)
 
 
 def restore_ms(node: Node, model: Model) -> int:

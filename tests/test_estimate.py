@@ -26,9 +26,9 @@ from packer.estimate import (
     disk_shape,
     dump_rates,
     expect_ms,
-    forget_shape,
     guess_mix,
     host_shape,
+    know_copies,
     know_shape,
     load_rates,
     named_rates,
@@ -362,13 +362,22 @@ def test_a_cached_and_a_cold_file_are_told_apart() -> None:
     assert not history.shapes[Tier.DISK].cached
 
 
-def test_a_copy_that_is_gone_takes_its_shape_with_it_but_not_what_was_learned() -> None:
-    learned, history = Learned(RATES), known()
-    note_restore(learned, history, Tier.DISK, 2 * G, 3 * predict_restore_ms(RATES, SHAPE))
-    forget_shape(history, Tier.DISK)
-    assert Tier.DISK not in history.shapes
-    again_ms = expect_ms(learned, history, Tier.DISK, 2 * G)
-    assert again_ms == pytest.approx(3 * predict_restore_ms(RATES, SHAPE), rel=0.01)
+def test_copies_are_known_by_their_sizes_and_one_that_is_gone_leaves_its_shape() -> None:
+    learned, history = Learned(RATES, host_form=HostForm.WIRE), History()
+    sizes = {"image_bytes": 1000, "disk_bytes": 833, "host_bytes": 875}
+    know_copies(learned, history, **sizes, remote=False, cached=True)
+    assert history.shapes[Tier.DISK] == RestoreShape(Tier.DISK, 1000, 833, Mix(fp32_bytes=1000), cached=True)
+    assert history.shapes[Tier.HOST].form is HostForm.WIRE
+    assert history.shapes[Tier.HOST].stored_bytes == 875
+    assert not history.shapes[Tier.ORIGIN].remote
+    know_copies(learned, history, image_bytes=1000, disk_bytes=0, host_bytes=0, remote=True)
+    assert set(history.shapes) == {Tier.HOST, Tier.DISK, Tier.ORIGIN}
+    assert history.shapes[Tier.ORIGIN].remote
+    assert history.shapes[Tier.DISK].cached
+    # A version of which nothing is known but its name has no shape.
+    empty = History()
+    know_copies(learned, empty, image_bytes=0, disk_bytes=833, host_bytes=875, remote=False)
+    assert not empty.shapes
 
 
 def test_a_stall_and_a_broken_clock_stay_within_bounds() -> None:

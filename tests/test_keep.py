@@ -1,6 +1,6 @@
 """The keep-index: what is used more often, costs more to restore or is smaller is worth more to keep.
 
-Covers: the estimator, the index and the restore-time book. Does not cover: who may evict whom.
+Covers: the estimator and the index. Does not cover: restore times (``test_estimate``), who may evict whom.
 """
 
 from __future__ import annotations
@@ -9,18 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packer.keep import (
-    BYTES_PER_MS_FIRST,
-    RESTORE_FIXED_MS,
     SCALES_MS,
-    RestoreSpeeds,
     Reuse,
     expected_uses_per_s,
     keep_index,
-    note_restore,
     note_use,
-    restore_ms_from,
 )
-from packer.types import MIB, Tier
+from packer.types import MIB
 
 
 def used_every(gap_ms: int, times: int) -> Reuse:
@@ -64,33 +59,3 @@ def test_the_index_grows_with_cost_and_sinks_with_bytes(gain_ms: int, nbytes: in
 def test_a_gain_of_nothing_or_less_still_ranks_by_use() -> None:
     often, seldom = used_every(1_000, 50), used_every(30_000, 2)
     assert keep_index(often, -5, MIB, 60_000) > keep_index(seldom, 0, MIB, 60_000)
-
-
-def test_restore_times_come_from_the_tier_until_the_model_was_measured_then_from_the_model() -> None:
-    speeds, measured = RestoreSpeeds(), dict[Tier, int]()
-    expected = RESTORE_FIXED_MS + 100 * MIB // BYTES_PER_MS_FIRST[Tier.DISK]
-    assert restore_ms_from(speeds, measured, Tier.DISK, 100 * MIB) == expected
-    note_restore(speeds, measured, Tier.DISK, 100 * MIB, 520)
-    assert restore_ms_from(speeds, measured, Tier.DISK, 100 * MIB) == 520
-    other = restore_ms_from(speeds, {}, Tier.DISK, 100 * MIB)
-    assert other != expected, "the tier's speed was learned for every model"
-
-
-def test_one_slow_restore_moves_the_estimate_by_a_quarter() -> None:
-    speeds, measured = RestoreSpeeds(), {Tier.DISK: 100}
-    note_restore(speeds, measured, Tier.DISK, MIB, 500)
-    assert measured[Tier.DISK] == 200
-
-
-@given(st.lists(st.tuples(st.sampled_from(list(BYTES_PER_MS_FIRST)), st.integers(0, 10**9)), max_size=20))
-def test_no_measurement_makes_an_estimate_impossible(restores: list[tuple[Tier, int]]) -> None:
-    speeds, measured = RestoreSpeeds(), dict[Tier, int]()
-    for tier, restore_ms in restores:
-        note_restore(speeds, measured, tier, MIB, restore_ms)
-    for tier in BYTES_PER_MS_FIRST:
-        assert restore_ms_from(speeds, measured, tier, MIB) > 0
-        assert restore_ms_from(speeds, {}, tier, 1 << 50) >= RESTORE_FIXED_MS
-
-
-def test_the_device_itself_costs_nothing() -> None:
-    assert restore_ms_from(RestoreSpeeds(), {}, Tier.DEVICE, MIB) == 0
