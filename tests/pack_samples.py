@@ -200,17 +200,30 @@ def host_bytes(form: HostForm, data: bytes | None = None) -> bytes:
 def twin_pack() -> tuple[bytes, bytearray]:
     """A host segment whose second chunk has the bytes of the first, and its image."""
     twin = weights("BF16", MIB // 2, 1)
-    file, layout = model_of(
+    model = model_of(
         [
             ("h.0.tied", "BF16", [MIB // 2], twin),
             ("h.1.tied", "BF16", [MIB // 2], twin),
             ("h.2.weight", "F32", [1024], weights("F32", 1024, 2)),
         ]
     )
-    with memory_file(pack_bytes(model=(file, layout))) as fd, memory_file() as host_fd:
+    return _with_duplicates(model, (None, 0, None)), image_of(*model)
+
+
+def three_twins() -> bytes:
+    """A host segment with three equal chunks."""
+    twin = bytes(range(256)) * 4096
+    model = model_of([(f"h.{at}.tied", "U8", [MIB], twin) for at in range(3)])
+    return _with_duplicates(model, (None, 0, 0))
+
+
+def _with_duplicates(model: tuple[bytes, ImageLayout], same_as: Sequence[int | None]) -> bytes:
+    with memory_file(pack_bytes(model=model)) as fd, memory_file() as host_fd:
         reader = PackReader(fd, KEY)
-        first, _, third = reader.index.chunks
-        index = replace(reader.index, chunks=(first, replace(first, same_as=0), third))
-        writer = HostWriter(host_fd, index, SIDE, HostForm.STORED)
-        restore(reader, MemoryImage(layout.image_bytes), host=writer)
-        return os.pread(host_fd, os.fstat(host_fd).st_size, 0), image_of(file, layout)
+        own = reader.index.chunks
+        chunks = [
+            own[at] if same is None else replace(own[same], same_as=same) for at, same in enumerate(same_as)
+        ]
+        writer = HostWriter(host_fd, replace(reader.index, chunks=tuple(chunks)), SIDE, HostForm.STORED)
+        restore(reader, MemoryImage(model[1].image_bytes), host=writer)
+        return os.pread(host_fd, os.fstat(host_fd).st_size, 0)

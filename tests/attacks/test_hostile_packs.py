@@ -20,7 +20,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_samples import host_bytes, memory_file, pack_bytes
+from pack_samples import host_bytes, memory_file, pack_bytes, three_twins, twin_pack
 
 from packer.codec import CodecId
 from packer.index import (
@@ -41,12 +41,12 @@ Raw = list[object]
 # Fields of the index, of a tensor, of a chunk and of a side file, as they lie in the file.
 REF, ENGINE, TASK, IMAGE, WEIGHT_FILES, TENSORS, CHUNKS, FILES = range(8)
 NAME, DTYPE, SHAPE, FILE, FILE_OFFSET, NBYTES, IMAGE_OFFSET = range(7)
-CHUNK_NBYTES, CHUNK_DTYPE, CODEC, OFFSET, PLANES, TAGS = range(6)
+CHUNK_NBYTES, CHUNK_DTYPE, CODEC, OFFSET, PLANES, TAGS, SAME_AS = range(7)
 
 
-def opened() -> tuple[bytes, PackHeader, Raw]:
+def opened(data: bytes | None = None) -> tuple[bytes, PackHeader, Raw]:
     """A host segment: its body up to the index, its header, its index as plain lists."""
-    data = host_bytes(HostForm.STORED)
+    data = data or host_bytes(HostForm.STORED)
     header = decode_header(data[:HEADER_BYTES], len(data))
     index = data[header.index_offset : header.index_offset + header.index_bytes]
     return data[: header.index_offset], header, msgspec.msgpack.decode(index)
@@ -161,6 +161,50 @@ def test_forged_indexes_are_refused(case: str) -> None:
     body, header, index = opened()
     CASES[case](index)
     refused(forged(body, header, msgspec.msgpack.encode(index)))
+
+
+# Chunk 1 of this model has the bytes of chunk 0; each case makes it, or chunk 2, something that lies.
+DUPLICATES: dict[str, Callable[[Raw], None]] = {
+    "of itself": put(CHUNKS, 1, SAME_AS, 1),
+    "of a later chunk": put(CHUNKS, 1, SAME_AS, 2),
+    "of a chunk that is not there": put(CHUNKS, 1, SAME_AS, 3),
+    "of a negative chunk": put(CHUNKS, 1, SAME_AS, -1),
+    "of a huge number": put(CHUNKS, 1, SAME_AS, 2**64 - 1),
+    "of a text": put(CHUNKS, 1, SAME_AS, "0"),
+    "of a truth": put(CHUNKS, 1, SAME_AS, False),
+    "of nothing, and without an extent": put(CHUNKS, 1, SAME_AS, None),
+    "of a chunk of another size and dtype": lambda index: row_of(index, 2).__setitem__(
+        slice(CODEC, None), [0, 0, [], b"", 0]
+    ),
+    "of a chunk of another size": put(CHUNKS, 1, CHUNK_NBYTES, PAGE_BYTES),
+    "of a chunk of another dtype": put(CHUNKS, 1, CHUNK_DTYPE, "F16"),
+    "with a codec": put(CHUNKS, 1, CODEC, CodecId.N12),
+    "with an offset": put(CHUNKS, 1, OFFSET, HEADER_BYTES),
+    "with planes": put(CHUNKS, 1, PLANES, [1]),
+    "with tags": put(CHUNKS, 1, TAGS, bytes(16)),
+    "whose owner is a duplicate": lambda index: row_of(index, 0).__setitem__(
+        slice(CODEC, None), [0, 0, [], b"", 0]
+    ),
+}
+
+
+def row_of(index: Raw, number: int) -> Raw:
+    return rows(index, CHUNKS)[number]
+
+
+@pytest.mark.parametrize("case", list(DUPLICATES))
+def test_forged_duplicates_are_refused(case: str) -> None:
+    body, header, index = opened(twin_pack()[0])
+    assert row_of(index, 1)[SAME_AS] == 0
+    DUPLICATES[case](index)
+    refused(forged(body, header, msgspec.msgpack.encode(index)))
+
+
+def test_a_chain_of_duplicates_is_refused() -> None:
+    """Each would have to be followed; the writer names the chunk that has the bytes."""
+    body, header, index = opened(three_twins())
+    row_of(index, 2)[SAME_AS] = 1
+    assert "which has none" in refused(forged(body, header, msgspec.msgpack.encode(index)))
 
 
 def test_parts_must_tile_the_file() -> None:
