@@ -10,18 +10,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
+from agent.accuracy import BUCKETS, Accuracy
 from agent.counters import Counters
+from packer.estimate import Rates, named_rates
+from packer.types import HostForm
 from packer.wire import Report
 
 
 class _Families:
     """What one scrape reads; made anew for each, so that nothing goes stale."""
 
-    def __init__(self, report: Report, counters: Counters) -> None:
+    def __init__(
+        self,
+        report: Report,
+        counters: Counters,
+        accuracy: Accuracy,
+        rates: Rates | None,
+        host_form: HostForm,
+    ) -> None:
         self._report = report
         self._counters = counters
+        self._accuracy = accuracy
+        self._rates = rates
+        self._host_form = host_form
 
     def collect(self) -> Iterator[Metric]:
         report, counters = self._report, self._counters
@@ -63,10 +81,46 @@ class _Families:
             refusals.add_metric([name, reason], count)
         yield refusals
         yield self._restores()
+        yield self._estimate_errors()
+        yield from self._calibration()
         yield CounterMetricFamily("bunkhouse_evictions", "Models evicted from devices.", counters.evictions)
         yield CounterMetricFamily("bunkhouse_workers_died", "Worker processes gone.", counters.workers_died)
         yield CounterMetricFamily(
             "bunkhouse_records_lost", "Records the journal did not get.", counters.records_lost
+        )
+
+    def _estimate_errors(self) -> Metric:
+        family = HistogramMetricFamily(
+            "bunkhouse_restore_estimate_error_ratio",
+            "How far the expected time of a restore was off, as a share of the real one.",
+            labels=["from_tier"],
+        )
+        for from_tier, seen in sorted(self._accuracy.tiers.items()):
+            so_far, buckets = 0, []
+            for bound, count in zip([*map(str, BUCKETS), "+Inf"], seen.buckets, strict=True):
+                so_far += count
+                buckets.append((bound, so_far))
+            family.add_metric([from_tier.value], buckets, seen.total)
+        return family
+
+    def _calibration(self) -> Iterator[Metric]:
+        form = GaugeMetricFamily(
+            "bunkhouse_host_form", "The form in which the host tier keeps weights.", labels=["form"]
+        )
+        form.add_metric([self._host_form.value], 1)
+        yield form
+        rates = self._rates
+        if rates is None:
+            return
+        family = GaugeMetricFamily(
+            "bunkhouse_calibration_bytes_per_second", "What this box measured of itself.", labels=["rate"]
+        )
+        for name, rate in named_rates(rates).items():
+            if rate:
+                family.add_metric([name], rate)
+        yield family
+        yield GaugeMetricFamily(
+            "bunkhouse_calibration_timestamp_seconds", "When this box was measured.", rates.measured_ms / 1000
         )
 
     def _restores(self) -> Metric:
@@ -80,8 +134,10 @@ class _Families:
         return family
 
 
-def render(report: Report, counters: Counters) -> str:
+def render(
+    report: Report, counters: Counters, accuracy: Accuracy, rates: Rates | None, host_form: HostForm
+) -> str:
     """The whole exposition; cheap enough to make on each scrape."""
     registry = CollectorRegistry()
-    registry.register(_Families(report, counters))
+    registry.register(_Families(report, counters, accuracy, rates, host_form))
     return generate_latest(registry).decode()

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 from agent import devices, metrics
+from agent.accuracy import Accuracy
+from agent.calibration import Calibrator, LinkMeter
 from agent.config import AgentConfig
 from agent.counters import Counters
 from agent.facade import EngineFrame, EngineRequest, Lease, RateView
@@ -27,9 +29,19 @@ from agent.reports import build_report
 from agent.spawning import Nursery
 from agent.uplink import Uplink
 from packer import residency
-from packer.events import Action, DeviceSeen, DrainAsked, Event, PackFound, Planned, TierBudgetSeen
+from packer.estimate import FIRST_RATES, Rates, choose_host_form
+from packer.events import (
+    Action,
+    DeviceSeen,
+    DrainAsked,
+    Event,
+    PackFound,
+    Planned,
+    RatesSeen,
+    TierBudgetSeen,
+)
 from packer.http import check_key
-from packer.types import BadValue, KeySpec, ModelName, ModelRef, ModelSpec, Tier, parse_model
+from packer.types import BadValue, HostForm, KeySpec, ModelName, ModelRef, ModelSpec, Tier, parse_model
 from packer.wire import Plan, Record, Report
 
 log = logging.getLogger("bunk.node")
@@ -57,11 +69,23 @@ class RunningNode:
         self.config = config
         self.name = config.name
         self.counters = Counters()
+        self.accuracy = Accuracy()
         self.started_ms = wall_ms()
         self.gateway_url = ""
         self._devices = {device.device: device for device in config.devices}
         self._foreign: dict[str, devices.DeviceState] = {}
         self._journal = JournalThread(open_journal(config.data_dir))
+        self._link = LinkMeter()
+        self._calibrator = Calibrator(
+            config.data_dir,
+            config.calibrate,
+            self._on_cuda,
+            self._calibrated,
+            self._save_calibration,
+            self._link,
+        )
+        self._calibrator.take_stored(self._journal.journal.calibration())
+        self.host_form = self._choose_host_form()
         self._packs = PackDirectory(config.data_dir / "packs")
         self._segments = HostSegments()
         self._identity = Identity(config.data_dir / "identity")
@@ -81,6 +105,7 @@ class RunningNode:
             lambda ref: self._specs[ref],
             wall_ms,
             config.control_store,
+            self.host_form,
         )
         self.loop = Loop(residency.Node(), self.orders, monotonic_ms, self._observe, config.data_dir)
         self.orders.post = self.loop.post
@@ -106,6 +131,7 @@ class RunningNode:
                 await self._journal.call(journal.remove_pack, ref)
             self._packs_found = [row for row in self._packs_found if row.ref != ref]
         await self._nursery.start()
+        self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
         self.loop.post(TierBudgetSeen(Tier.DISK, self.config.disk_budget_bytes))
         self._look_at_devices()
@@ -115,6 +141,7 @@ class RunningNode:
         if any(device.kind == "cuda" for device in self._devices.values()):
             self._tasks.append(asyncio.create_task(self._watch_devices()))
         self._tasks.append(asyncio.create_task(self._flush_records()))
+        self._tasks.append(asyncio.create_task(self._calibrator.run()))
 
     async def run_uplink(self, gateway_url: str) -> None:
         """Beat until cancelled; raises ``BadIdentity`` when the node can not go on without a person."""
@@ -145,6 +172,35 @@ class RunningNode:
     async def nursery_died(self) -> None:
         """Returns when no more workers can be forked."""
         await self._nursery.died.wait()
+
+    # --- what this box can do ---------------------------------------------------------------------
+
+    @property
+    def rates(self) -> Rates | None:
+        return self._calibrator.rates
+
+    def _choose_host_form(self) -> HostForm:
+        """Segments of this process are all of one form; an unmeasured cpu box keeps the smallest."""
+        on_cuda = self._on_cuda
+        rates = self.rates
+        if rates is None and not on_cuda:
+            return HostForm.STORED
+        return choose_host_form(rates or FIRST_RATES, on_cuda)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return any(device.kind == "cuda" for device in self._devices.values())
+
+    def _calibrated(self, rates: Rates) -> None:
+        """Estimates follow at once; segments that are there keep their form, so the form does not."""
+        self.loop.post(RatesSeen(rates, self.host_form, self._on_cuda))
+        wanted = choose_host_form(rates, self._on_cuda)
+        if wanted is not self.host_form:
+            log.info("the host tier will keep weights in %s form from the next start on", wanted.value)
+
+    async def _save_calibration(self, text: str) -> None:
+        with self._journal_may_fail():
+            await self._journal.call(self._journal.journal.save_calibration, text)
 
     # --- devices ----------------------------------------------------------------------------------
 
@@ -221,7 +277,8 @@ class RunningNode:
         self._latest = {spec.ref.model: spec for spec in plan.models if spec.latest}
         self.loop.post(Planned(plan.tenants, plan.models))
         for row in self._packs_found:
-            self.loop.post(PackFound(row.ref, row.disk_bytes, row.host_bytes))
+            host_bytes = row.host.of(self.host_form) if row.host else row.host_bytes
+            self.loop.post(PackFound(row.ref, row.disk_bytes, host_bytes))
         self._packs_found = []
         planned = frozenset(spec.ref for spec in plan.models)
         core = self.loop.core
@@ -231,6 +288,7 @@ class RunningNode:
             if ref in planned or residency.model_view(core, ref) is not None
         }
         self.counters.forget(frozenset(self._specs), frozenset(tenant.tenant for tenant in plan.tenants))
+        self.accuracy.forget(frozenset(self._specs))
         if plan.draining != was_draining:
             self.loop.post(DrainAsked(plan.draining))
         log.info("plan %d.%d: %d tenants, %d versions", plan.epoch, plan.seq, len(plan.tenants), len(planned))
@@ -257,17 +315,18 @@ class RunningNode:
     @asynccontextmanager
     async def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int) -> AsyncIterator[Lease]:
         try:
-            async with self.loop.lease(spec, request_id, timeout_ms) as held:
-                metered = MeteredLease(held)
-                try:
-                    yield metered
-                finally:
-                    count = self.counters.tenant(spec.ref.tenant)
-                    count.tokens += metered.tokens
-                    count.device_ms += held.device_ms
-                # Only an answer that went well to its end is an answer.
-                count.answers += 1
-                self.counters.model(spec.ref).answers += 1
+            with self._calibrator.disturbed():
+                async with self.loop.lease(spec, request_id, timeout_ms) as held:
+                    metered = MeteredLease(held)
+                    try:
+                        yield metered
+                    finally:
+                        count = self.counters.tenant(spec.ref.tenant)
+                        count.tokens += metered.tokens
+                        count.device_ms += held.device_ms
+                    # Only an answer that went well to its end is an answer.
+                    count.answers += 1
+                    self.counters.model(spec.ref).answers += 1
         finally:
             self.counters.done(request_id)
 
@@ -281,7 +340,7 @@ class RunningNode:
         return self._plan is not None and not self._plan.draining
 
     def metrics_text(self) -> str:
-        return metrics.render(self.report(), self.counters)
+        return metrics.render(self.report(), self.counters, self.accuracy, self.rates, self.host_form)
 
     # --- what the uplink asks ---------------------------------------------------------------------
 
@@ -326,6 +385,7 @@ class RunningNode:
 
     def _observe(self, now_ms: int, event: Event, actions: list[Action]) -> None:
         self.counters.observe(wall_ms(), event, actions)
+        self.accuracy.observe(self.loop.core, event, actions)
         if self.uplink is not None:
             self.uplink.changed()
 
@@ -355,8 +415,10 @@ class RunningNode:
     async def _fetch(self, spec: ModelSpec, path: str) -> AsyncIterator[bytes]:
         if self.uplink is None:
             raise OriginUnavailable(f"{spec.ref}: {_NO_FETCH}")
-        async for piece in self.uplink.fetch(spec, path):
-            yield piece
+        with self._link.fetching() as came:
+            async for piece in self.uplink.fetch(spec, path):
+                came(len(piece))
+                yield piece
 
 
 class MeteredLease:

@@ -8,12 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from agent.accuracy import Accuracy
 from agent.counters import Counters
 from agent.devices import DeviceConfig
 from agent.loop import Loop
 from packer import residency
-from packer.types import ModelSpec, Tier
-from packer.wire import DeviceReport, ModelReport, Report, TenantReport
+from packer.estimate import Rates, named_rates
+from packer.types import HostForm, ModelSpec, Tier
+from packer.wire import (
+    AccuracyReport,
+    CalibrationReport,
+    DeviceReport,
+    ModelReport,
+    Report,
+    TenantReport,
+    encode,
+)
 
 
 class ReportSource(Protocol):
@@ -23,7 +33,11 @@ class ReportSource(Protocol):
     loop: Loop
     started_ms: int
     gateway_url: str
+    accuracy: Accuracy
+    host_form: HostForm
 
+    @property
+    def rates(self) -> Rates | None: ...
     @property
     def device_configs(self) -> tuple[DeviceConfig, ...]: ...
     @property
@@ -50,7 +64,31 @@ def build_report(node: ReportSource) -> Report:
         disk_used_bytes=residency.tier_bytes_used(core, Tier.DISK),
         models=tuple(_model(node, spec) for spec in node.specs),
         tenants=tuple(_tenant(node, tenant) for tenant in node.tenants),
+        calibration=_calibration(node),
     )
+
+
+def _calibration(node: ReportSource) -> str:
+    """A ``CalibrationReport`` as JSON; empty before the node was measured."""
+    rates = node.rates
+    if rates is None:
+        return ""
+    report = CalibrationReport(
+        measured_ms=rates.measured_ms,
+        fingerprint=rates.fingerprint,
+        host_form=node.host_form.value,
+        kernels=rates.kernels,
+        huge_pages=rates.huge_pages,
+        others_percent=rates.others_percent,
+        rates=named_rates(rates),
+        accuracy=tuple(
+            AccuracyReport(
+                tier.value, seen.count, round(100 * seen.quantile(0.5)), round(100 * seen.quantile(0.95))
+            )
+            for tier, seen in sorted(node.accuracy.tiers.items())
+        ),
+    )
+    return encode(report).decode()
 
 
 def _device(node: ReportSource, device: DeviceConfig) -> DeviceReport:
