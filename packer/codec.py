@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeAlias
 
 import numpy as np
 import zstandard
@@ -78,6 +79,10 @@ _NIBBLE_CODECS = {
     "I8": CodecId.NIBBLES8,
     "U8": CodecId.NIBBLES8,
 }
+
+
+# Window base, and the weights that do not fit the window: where they are, all their bits.
+Escapes: TypeAlias = tuple[int, NDArray[np.uint64], U16]
 
 
 class BadPlanes(ValueError):
@@ -434,7 +439,7 @@ def _decode_n12(
 ) -> None:
     """Decode into 16-bit words, or with ``low`` into 32-bit words whose low halves it holds."""
     count = len(out)
-    base, positions, bits = _load_escapes(planes[2], count, space)
+    base, positions, bits = load_escapes(planes[2], count, space)
     signs = _load(planes[0], "signs", count, space)
     nibbles = _load(planes[1], "nibbles", (count + 1) // 2, space)
     if low is None:
@@ -446,10 +451,8 @@ def _decode_n12(
         top[positions] = bits
 
 
-def _load_escapes(
-    plane: memoryview | bytes, count: int, space: Workspace
-) -> tuple[int, NDArray[np.uint64], U16]:
-    """Window base, and the weights that do not fit the window: where they are, all their bits."""
+def load_escapes(plane: memoryview | bytes, count: int, space: Workspace) -> Escapes:
+    """The checked escapes of a chunk of N12. Raises ``BadPlanes``."""
     if len(plane) < _ESCAPES.size:
         raise BadPlanes(f"escape plane of {len(plane)} bytes has no header")
     base, form, reserved, escapes = _ESCAPES.unpack_from(plane)
