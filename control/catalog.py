@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from packer.types import KeySpec, ModelName, ModelRef, ModelSpec, OriginFile, TenantQuota, TenantSpec
+from packer.wire import PeerSpec
 
 # Bounds of one cluster. A plan names every tenant, key and version, and must stay far below
 # packer.wire.MESSAGE_BYTES_MAX; these keep the counts, PLAN_BYTES_MAX keeps the sum.
@@ -187,11 +188,14 @@ Change = (
 
 
 def changes_plan(change: Change) -> bool:
-    """Whether nodes must hear of it. Operator keys, uploads, nodes and tokens are not in a plan."""
+    """Whether nodes must hear of it. Operator keys, uploads and join tokens are not in a plan; nodes are,
+    because they give packs to each other and to nobody else."""
     match change:
         case PutKey(row):
             return row.tenant is not None
         case PutTenant() | DropTenant() | DropKey() | PutQuota() | PutModel() | DropModel():
+            return True
+        case PutNode() | DropNode():
             return True
         case _:
             return False
@@ -321,6 +325,10 @@ class Catalog:
             if row.tenant is not None
         )
         return tenants, keys, tuple(spec for _, spec in sorted(self.models.items()))
+
+    def plan_peers(self) -> tuple[PeerSpec, ...]:
+        """All nodes of the cluster, in a stable order."""
+        return tuple(PeerSpec(row.node, row.key_sha256) for _, row in sorted(self.nodes.items()))
 
 
 # A version whose files lie in control's own store.

@@ -1,9 +1,10 @@
 """The fleet as control sees it: which nodes live, what they hold, where a request should go. Pure.
 
 ``step(cluster, event, now_ms)`` changes the state and returns orders; it has no clock, no I/O and no
-chance. Covers: liveness, who waits for a plan, routing by where a model's bytes are. Does not cover:
-what goes into a plan (every node is told everything; placement comes with ``packer/placement.py``),
-delivery (``control.server``), or what a node decides by itself.
+chance. Covers: liveness, who waits for a plan, routing by where a model's bytes are, and where a node gets
+a pack from (a peer that has one, or its turn at the origin). Does not cover: what goes into a plan (every
+node is told everything; placement comes with ``packer/placement.py``), delivery (``control.server``), or
+what a node decides by itself.
 
 Nothing here is written to disk: after a restart of control the nodes report again within seconds.
 """
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from packer.types import ModelRef
-from packer.wire import ModelReport, Report
+from packer.wire import PEERS_TRIED_MAX, ModelReport, Report
 
 # A node that holds a long poll open is heard every 20 s at the latest; two missed and a bit is silence.
 SILENT_AFTER_MS = 45_000
@@ -25,6 +26,10 @@ EXPECTED_MS = 30_000
 EXPECTED_MAX = 10_000
 # A node that could not be reached is asked last for this long.
 AVOID_MS = 5_000
+# A node's turn at the origin of one version, unless it asks again: three lost words before another may.
+TURN_MS = 30_000
+# Turns at one time; beyond this nodes read without one. One is about 300 bytes.
+TURNS_MAX = 10_000
 
 
 # --- events: past facts ---------------------------------------------------------------------------
@@ -86,11 +91,22 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceAsked:
+    """A node needs a pack of ``ref``; ``failed`` are peers that could not give it. ``ended``: it is done
+    with the origin and has no pack."""
+
+    node: str
+    ref: ModelRef
+    failed: tuple[str, ...] = ()
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed."""
 
 
-Event = NodeJoined | NodeRemoved | NodeBeat | PollEnded | Changed | Routed | Answered | Ticked
+Event = NodeJoined | NodeRemoved | NodeBeat | PollEnded | Changed | Routed | Answered | SourceAsked | Ticked
 
 
 # --- actions: orders ------------------------------------------------------------------------------
@@ -127,7 +143,25 @@ class NoteBack:
     node: str
 
 
-Action = SendPlan | EndPoll | NoteSilent | NoteBack
+@dataclass(frozen=True, slots=True)
+class AnswerSource:
+    """Answers a ``SourceAsked``: these peers have it, the best first; ``granted``: read the origin.
+    ``wait_ms``: ask again within this time (see ``wire.SourcesAnswer``)."""
+
+    node: str
+    peers: tuple[str, ...] = ()
+    granted: bool = False
+    wait_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WakeSources:
+    """Nodes that wait for a pack of ``ref`` must ask again: there is one, or a turn is free."""
+
+    ref: ModelRef
+
+
+Action = SendPlan | EndPoll | NoteSilent | NoteBack | AnswerSource | WakeSources
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -139,6 +173,7 @@ class NodeView:
 
     node: str
     gateway_url: str
+    peer_url: str = ""
     report: Report | None = None
     by_ref: dict[str, ModelReport] = field(default_factory=dict)
     heard_ms: int | None = None  # None until the first beat since control started
@@ -156,6 +191,7 @@ class Cluster:
     nodes: dict[str, NodeView] = field(default_factory=dict)
     newest: tuple[int, int] = (0, 0)
     expected: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # ref: (node, until ms)
+    turns: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # at the origin, as above
 
 
 def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
@@ -165,7 +201,8 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
             cluster.nodes.setdefault(node, NodeView(node, gateway_url)).gateway_url = gateway_url
         case NodeRemoved(node):
             removed = cluster.nodes.pop(node, None)
-            return [EndPoll(node)] if removed is not None and removed.waits else []
+            ended: list[Action] = [EndPoll(node)] if removed is not None and removed.waits else []
+            return ended + _end_turns(cluster, node)
         case NodeBeat():
             return _beat(cluster, event, now_ms)
         case PollEnded(node):
@@ -182,6 +219,8 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
                 view.in_flight = max(0, view.in_flight - 1)
                 if not reached:
                     view.avoid_until_ms = now_ms + AVOID_MS
+        case SourceAsked():
+            return _answer_source(cluster, event, now_ms)
         case Ticked():
             return _tick(cluster, now_ms)
     return []
@@ -197,9 +236,11 @@ def _beat(cluster: Cluster, event: NodeBeat, now_ms: int) -> list[Action]:
     view.heard_ms = now_ms
     view.have = (event.have_epoch, event.have_seq)
     view.gateway_url = event.report.gateway_url
+    view.peer_url = event.report.peer_url
     view.report = event.report
     view.by_ref = {model.ref: model for model in event.report.models}
     view.avoid_until_ms = 0
+    actions += _note_packs(cluster, view)
     if view.have < cluster.newest:
         actions.append(SendPlan(view.node, *cluster.newest))
     elif event.waits:
@@ -236,12 +277,80 @@ def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
         elif not view.silent and now_ms - view.heard_ms > SILENT_AFTER_MS:
             view.silent = True
             actions.append(NoteSilent(view.node, now_ms - view.heard_ms))
+            actions += _end_turns(cluster, view.node)
+    for ref in [ref for ref, (_, until_ms) in cluster.turns.items() if until_ms <= now_ms]:
+        del cluster.turns[ref]
+        actions.append(WakeSources(ref))
     while cluster.expected:
         ref, (_, until_ms) = next(iter(cluster.expected.items()))
         if until_ms > now_ms:
             break
         del cluster.expected[ref]
     return actions
+
+
+# --- sources of packs -----------------------------------------------------------------------------
+
+
+def _answer_source(cluster: Cluster, event: SourceAsked, now_ms: int) -> list[Action]:
+    """A peer that has the pack, before the asker's turn at the origin, before waiting for another's."""
+    ref, node = event.ref, event.node
+    holder, until_ms = cluster.turns.get(ref, ("", 0))
+    if event.ended:
+        if holder == node:
+            del cluster.turns[ref]
+            return [AnswerSource(node), WakeSources(ref)]
+        return [AnswerSource(node)]
+    peers = _peers_with(cluster, event)
+    if peers:
+        return [AnswerSource(node, peers)]
+    if holder not in ("", node) and until_ms > now_ms:
+        return [AnswerSource(node, wait_ms=until_ms - now_ms)]
+    view = cluster.nodes.get(node)
+    # Nobody waits for a node that could not hand the pack on.
+    if view is not None and view.peer_url and (holder or len(cluster.turns) < TURNS_MAX):
+        cluster.turns[ref] = (node, now_ms + TURN_MS)
+    else:
+        cluster.turns.pop(ref, None)
+    return [AnswerSource(node, granted=True, wait_ms=TURN_MS // 3)]
+
+
+def _peers_with(cluster: Cluster, event: SourceAsked) -> tuple[str, ...]:
+    """Nodes that said they have the whole pack and can be asked for it; each asker gets its own order, so
+    that many who want the same spread over those who have it. A draining node is the last resort."""
+    text = str(event.ref)
+    ranked = []
+    for view in cluster.nodes.values():
+        if view.node == event.node or view.node in event.failed:
+            continue
+        if view.silent or view.report is None or not view.peer_url:
+            continue
+        known = view.by_ref.get(text)
+        if known is not None and known.packed:
+            spread = hashlib.sha256(f"{text}|{event.node}|{view.node}".encode()).hexdigest()
+            ranked.append((view.report.draining, spread, view.node))
+    return tuple(entry[-1] for entry in sorted(ranked)[:PEERS_TRIED_MAX])
+
+
+def _note_packs(cluster: Cluster, view: NodeView) -> list[Action]:
+    """After a beat: who waits for a pack that this node has now need not wait any longer."""
+    actions: list[Action] = []
+    for ref, (holder, _) in list(cluster.turns.items()):
+        known = view.by_ref.get(str(ref))
+        if known is None or not known.packed:
+            continue
+        if holder == view.node:
+            del cluster.turns[ref]
+        if holder == view.node or view.peer_url:
+            actions.append(WakeSources(ref))
+    return actions
+
+
+def _end_turns(cluster: Cluster, node: str) -> list[Action]:
+    ended = [ref for ref, (holder, _) in cluster.turns.items() if holder == node]
+    for ref in ended:
+        del cluster.turns[ref]
+    return [WakeSources(ref) for ref in ended]
 
 
 # --- questions ------------------------------------------------------------------------------------

@@ -111,6 +111,8 @@ class Control:
         self._records_due = asyncio.Event()
         self._heard = asyncio.Event()
         self._polls: dict[str, asyncio.Future[bool]] = {}
+        # By version: set when those who wait for a pack of it must ask again. No more than there are turns.
+        self._source_waits: dict[ModelRef, asyncio.Event] = {}
         self._kept: set[asyncio.Task[object]] = set()
         self._background: list[asyncio.Task[None]] = []
         self.stopping = False
@@ -260,8 +262,10 @@ class Control:
 
     def plan_for(self, node: str) -> Plan:
         """The newest plan. Every node is told of everything; placement is not control's yet."""
-        parts = self.catalog.plan_parts()
-        return Plan(WIRE_VERSION, self.meta.cluster, node, self.meta.epoch, self.meta.seq, *parts)
+        parts, peers = self.catalog.plan_parts(), self.catalog.plan_peers()
+        return Plan(
+            WIRE_VERSION, self.meta.cluster, node, self.meta.epoch, self.meta.seq, *parts, peers=peers
+        )
 
     # --- nodes ---
 
@@ -273,6 +277,9 @@ class Control:
                     poll = self._polls.pop(node, None)
                     if poll is not None and not poll.done():
                         poll.set_result(isinstance(action, fleet.SendPlan))
+                case fleet.WakeSources(ref):
+                    if (waiting := self._source_waits.pop(ref, None)) is not None:
+                        waiting.set()
                 case fleet.NoteSilent(node, silent_ms):
                     log.warning("node %s is silent for %d ms", node, silent_ms)
                     self.record("node_silent", detail=f"{node}: nothing heard for {silent_ms} ms")
@@ -313,6 +320,23 @@ class Control:
         for poll in list(self._polls.values()):
             if not poll.done():
                 poll.set_result(False)
+        for waiting in self._source_waits.values():
+            waiting.set()
+
+    async def source(self, asked: fleet.SourceAsked, wait_ms: int) -> fleet.AnswerSource:
+        """Where a node gets a pack from; waits for one that another node is about to have."""
+        until_ms = self.now_ms() + wait_ms
+        while True:
+            now_ms = self.now_ms()
+            actions = fleet.step(self.cluster, asked, now_ms)
+            self.act(actions)
+            answer = next(action for action in actions if isinstance(action, fleet.AnswerSource))
+            left_ms = until_ms - now_ms
+            if answer.granted or answer.peers or asked.ended or left_ms <= 0 or self.stopping:
+                return answer
+            waiting = self._source_waits.setdefault(asked.ref, asyncio.Event())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(waiting.wait(), left_ms / 1000)
 
     async def until_heard(self, true: Callable[[], bool], wait_s: float) -> bool:
         """Wait until ``true`` holds; it is asked again after every beat."""

@@ -12,7 +12,10 @@ from control.cluster import (
     EXPECTED_MAX,
     EXPECTED_MS,
     SILENT_AFTER_MS,
+    TURN_MS,
+    TURNS_MAX,
     Answered,
+    AnswerSource,
     Changed,
     Cluster,
     EndPoll,
@@ -25,13 +28,15 @@ from control.cluster import (
     PollEnded,
     Routed,
     SendPlan,
+    SourceAsked,
     Ticked,
+    WakeSources,
     choose_node,
     knows,
     step,
 )
 from packer.types import MIB, ModelRef
-from packer.wire import DeviceReport, ModelReport
+from packer.wire import PEERS_TRIED_MAX, DeviceReport, ModelReport
 
 REF = ModelRef("acme", "minilm", "a" * 16)
 OTHER = ModelRef("acme", "other", "b" * 16)
@@ -44,9 +49,10 @@ def beat(
     waits: bool = False,
     used: int = 0,
     draining: bool = False,
+    peer_url: str = "",
 ) -> NodeBeat:
     device = DeviceReport("cpu:0", "cpu", "cpu", 96 * MIB, used, 0, True)
-    report = empty_report(f"http://{node}:1", models, devices=(device,), draining=draining)
+    report = empty_report(f"http://{node}:1", models, devices=(device,), draining=draining, peer_url=peer_url)
     return NodeBeat(node, report, *have, waits)
 
 
@@ -228,6 +234,125 @@ def test_the_gateway_moves_with_the_report() -> None:
     report = empty_report("http://a:2")
     step(cluster, NodeBeat("a", report, 1, 5, False), 0)
     assert cluster.nodes["a"].gateway_url == "http://a:2"
+
+
+# --- sources of packs -----------------------------------------------------------------------------
+
+
+def sharing(node: str, *refs: ModelRef, draining: bool = False) -> NodeBeat:
+    """A node that gives packs to others and has those of ``refs``."""
+    models = [model_report(str(ref), "absent", disk_bytes=1, packed=True) for ref in refs]
+    return beat(node, *models, draining=draining, peer_url=f"https://{node}:2")
+
+
+def sharing_cluster(*events: Event) -> Cluster:
+    return cluster_of(*(sharing(node) for node in "abc"), *events)
+
+
+def granted(node: str) -> AnswerSource:
+    return AnswerSource(node, (), True, TURN_MS // 3)
+
+
+def test_the_first_asker_reads_the_origin_and_the_others_wait() -> None:
+    cluster = sharing_cluster()
+    assert step(cluster, SourceAsked("a", REF), 0) == [granted("a")]
+    assert step(cluster, SourceAsked("b", REF), 10) == [AnswerSource("b", wait_ms=TURN_MS - 10)]
+    # Another version has a turn of its own.
+    assert step(cluster, SourceAsked("b", OTHER), 10) == [granted("b")]
+
+
+def test_who_waited_gets_the_peer_as_soon_as_it_reports_the_pack() -> None:
+    cluster = sharing_cluster(SourceAsked("a", REF))
+    assert step(cluster, beat("a", model_report(str(REF), "restoring", disk_bytes=9)), 1) == []
+    assert step(cluster, sharing("a", REF), 2) == [WakeSources(REF)]
+    assert cluster.turns == {}
+    assert step(cluster, SourceAsked("b", REF), 3) == [AnswerSource("b", ("a",))]
+    # The one that has it is not its own peer.
+    assert step(cluster, SourceAsked("a", REF), 3) == [granted("a")]
+
+
+def test_a_turn_lasts_as_long_as_its_node_asks_again() -> None:
+    cluster = sharing_cluster(SourceAsked("a", REF))
+    for now_ms in range(0, 3 * TURN_MS, TURN_MS // 3):
+        assert step(cluster, SourceAsked("a", REF), now_ms) == [granted("a")]
+        for node in "abc":
+            step(cluster, sharing(node), now_ms)
+        assert step(cluster, Ticked(), now_ms + 1) == []
+        (waits,) = step(cluster, SourceAsked("b", REF), now_ms + 1)
+        assert waits == AnswerSource("b", wait_ms=TURN_MS - 1)
+    end_ms = 3 * TURN_MS - TURN_MS // 3 + TURN_MS
+    for node in "abc":
+        step(cluster, sharing(node), end_ms)
+    assert step(cluster, Ticked(), end_ms) == [WakeSources(REF)]
+    assert step(cluster, SourceAsked("b", REF), end_ms) == [granted("b")]
+
+
+def test_a_turn_that_ran_out_is_the_next_askers_before_any_tick() -> None:
+    cluster = sharing_cluster(SourceAsked("a", REF))
+    assert step(cluster, SourceAsked("b", REF), TURN_MS) == [granted("b")]
+    assert cluster.turns[REF][0] == "b"
+
+
+def test_a_turn_ends_with_its_node() -> None:
+    """By its own word, by its removal, by its silence; another node's word ends nothing."""
+    cluster = sharing_cluster(SourceAsked("a", REF))
+    assert step(cluster, SourceAsked("b", REF, ended=True), 1) == [AnswerSource("b")]
+    assert step(cluster, SourceAsked("a", REF, ended=True), 1) == [AnswerSource("a"), WakeSources(REF)]
+    assert step(cluster, SourceAsked("b", REF), 1) == [granted("b")]
+    assert step(cluster, NodeRemoved("b"), 2) == [WakeSources(REF)]
+    silent_ms = SILENT_AFTER_MS + 1
+    step(cluster, SourceAsked("c", REF), silent_ms - 1)
+    step(cluster, sharing("a"), silent_ms)
+    assert step(cluster, Ticked(), silent_ms) == [NoteSilent("c", silent_ms), WakeSources(REF)]
+
+
+def test_only_complete_packs_of_living_nodes_that_share_are_offered() -> None:
+    cluster = cluster_of(
+        beat("a", model_report(str(REF), "absent", disk_bytes=1), peer_url="https://a:2"),
+        beat("b", model_report(str(REF), "absent", disk_bytes=1, packed=True)),
+        sharing("c", REF),
+    )
+    step(cluster, NodeJoined("z", "http://z:1"), 0)
+    step(cluster, sharing("z"), 0)
+    assert step(cluster, SourceAsked("z", REF), 1) == [AnswerSource("z", ("c",))]
+    assert step(cluster, SourceAsked("z", REF, failed=("c",)), 1) == [granted("z")]
+    later_ms = SILENT_AFTER_MS + 1
+    step(cluster, sharing("z"), later_ms)
+    step(cluster, Ticked(), later_ms)
+    assert step(cluster, SourceAsked("z", REF), later_ms) == [granted("z")]
+
+
+def test_askers_spread_over_those_who_have_it_and_spare_the_draining() -> None:
+    names = [f"n{number}" for number in range(20)]
+    cluster = Cluster(newest=(1, 5))
+    for name in names:
+        step(cluster, NodeJoined(name, f"http://{name}:1"), 0)
+        step(cluster, sharing(name, REF, draining=name == "n0"), 0)
+    first = [step(cluster, SourceAsked(f"asker{number}", REF), 0)[0] for number in range(200)]
+    answers = [answer for answer in first if isinstance(answer, AnswerSource)]
+    assert len(answers) == 200
+    assert {len(answer.peers) for answer in answers} == {PEERS_TRIED_MAX}
+    counts = [[answer.peers[0] for answer in answers].count(name) for name in names]
+    assert counts[0] == 0
+    assert max(counts) < 30
+    assert min(counts[1:]) > 0
+
+
+def test_nobody_waits_for_a_node_that_shares_nothing() -> None:
+    cluster = cluster_of()
+    assert step(cluster, SourceAsked("a", REF), 0) == [granted("a")]
+    assert step(cluster, SourceAsked("b", REF), 0) == [granted("b")]
+    assert cluster.turns == {}
+
+
+def test_turns_are_bounded_and_nobody_waits_for_want_of_one() -> None:
+    cluster = sharing_cluster()
+    for number in range(TURNS_MAX + 50):
+        answer = step(cluster, SourceAsked("a", ModelRef("acme", f"m{number}", "a" * 16)), 0)
+        assert answer == [granted("a")]
+    assert len(cluster.turns) == TURNS_MAX
+    step(cluster, Ticked(), TURN_MS)
+    assert cluster.turns == {}
 
 
 def test_unknown_nodes_are_ignored() -> None:

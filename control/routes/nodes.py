@@ -1,4 +1,4 @@
-"""Nodes: join tokens and the list for operators; join, renew, beat and origins for nodes.
+"""Nodes: join tokens and the list for operators; join, renew, beat, sources and origins for nodes.
 
 Covers both sides, because a node's name means the same on each. The second table is served on the node
 listener only, where everything but the CA and the join needs a client certificate whose node exists.
@@ -45,8 +45,9 @@ from control.catalog import (
 from control.routes.access import Access, Caller, Items, Route, not_found, read_json
 from control.state import Control, TooManyRecords, wall_ms
 from packer.http import ApiError, json_response
-from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile
+from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile, parse_ref
 from packer.wire import (
+    PEERS_TRIED_MAX,
     SPOOL_RECORDS_MAX,
     WIRE_VERSION,
     BadMessage,
@@ -55,7 +56,11 @@ from packer.wire import (
     DeviceReport,
     JoinAnswer,
     JoinAsk,
+    OriginTurn,
+    PeerSpec,
     RenewAsk,
+    SourcesAnswer,
+    SourcesAsk,
     decode,
     encode,
 )
@@ -67,8 +72,12 @@ JOIN_BYTES_MAX = 32 * KIB
 # A report of 20,000 models and 1,000 records is about 12 MB.
 BEAT_BYTES_MAX = 16 * MIB
 GATEWAY_URL_CHARS_MAX = 256
+# What a node measures of itself is a few KiB; the agent keeps no more than this either.
+CALIBRATION_CHARS_MAX = 256 * KIB
 # Held open this long at most: shorter than what middleboxes cut, and than fleet.SILENT_AFTER_MS.
 POLL_MS_MAX = 30_000
+# A version's name and the names of a few nodes.
+SOURCES_BYTES_MAX = 4 * KIB
 # Numbers from nodes end up in 64-bit columns and in JSON that browsers read.
 NUMBER_MAX = 2**53
 # Reported models and tenants; no node can hold more than the cluster has.
@@ -241,9 +250,13 @@ def _certificate_answer(control: Control, chain_pem: str, node: str) -> web.Resp
 
 def check_gateway_url(url: str) -> None:
     """Where this router will send tenants' requests. Raises ``BadValue``."""
+    _check_url(url, "gateway_url", ("http", "https"))
+
+
+def _check_url(url: str, field: str, schemes: tuple[str, ...]) -> None:
+    kind = "http(s)" if "http" in schemes else "https"
     wrong = BadValue(
-        "gateway_url",
-        f"must be http(s)://host:port of at most {GATEWAY_URL_CHARS_MAX} characters, without a path",
+        field, f"must be {kind}://host:port of at most {GATEWAY_URL_CHARS_MAX} characters, without a path"
     )
     if len(url) > GATEWAY_URL_CHARS_MAX or not url.isascii() or not url.isprintable() or " " in url:
         raise wrong
@@ -252,7 +265,7 @@ def check_gateway_url(url: str) -> None:
         port = parts.port
     except ValueError:
         raise wrong from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+    if parts.scheme not in schemes or not parts.hostname or port == 0:
         raise wrong
     if parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
         raise wrong
@@ -306,7 +319,8 @@ async def beat(control: Control, request: web.Request, caller: Caller) -> web.Re
             ) from None
     waits = message.wait_ms > 0 and not control.stopping
     url = dialled_gateway_url(message.report.gateway_url, request.remote)
-    report = replace(message.report, gateway_url=url)
+    peer_url = dialled_gateway_url(message.report.peer_url, request.remote)
+    report = replace(message.report, gateway_url=url, peer_url=peer_url)
     due = control.hear(fleet.NodeBeat(row.node, report, message.have_epoch, message.have_seq, waits))
     if waits and not due:
         due = await control.poll(row.node, min(message.wait_ms, POLL_MS_MAX))
@@ -331,6 +345,10 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
     if any(not 0 <= number <= NUMBER_MAX for number in numbers):
         raise BadValue("beat", f"numbers must be from 0 to {NUMBER_MAX}")
     check_gateway_url(report.gateway_url)
+    if report.peer_url:
+        _check_url(report.peer_url, "peer_url", ("https",))
+    if len(report.calibration) > CALIBRATION_CHARS_MAX:
+        raise BadValue("calibration", f"at most {CALIBRATION_CHARS_MAX} characters")
 
 
 def _decode(body: bytes, kind: type[T]) -> T:
@@ -338,6 +356,33 @@ def _decode(body: bytes, kind: type[T]) -> T:
         return decode(body, kind)
     except BadMessage as error:
         raise ApiError(400, "bad_message", str(error)[:500]) from None
+
+
+# --- sources of packs -----------------------------------------------------------------------------
+
+
+async def sources(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """Peers that have a pack, or a turn at the origin; held open while another node reads it."""
+    row = _row(caller)
+    async with control.bodies.body(request, caller.owner, SOURCES_BYTES_MAX) as body:
+        ask = _decode(body, SourcesAsk)
+    if len(ask.failed) > PEERS_TRIED_MAX:
+        raise BadValue("failed", f"at most {PEERS_TRIED_MAX} nodes; read the origin instead")
+    if not 0 <= ask.wait_ms <= NUMBER_MAX:
+        raise BadValue("wait_ms", f"must be from 0 to {NUMBER_MAX}")
+    ref = parse_ref(ask.ref)
+    if ref not in control.catalog.models:
+        raise ApiError(410, "version_gone", "There is no such version in this node's plan.")
+    asked = fleet.SourceAsked(row.node, ref, ask.failed, ask.ended)
+    found = await control.source(asked, min(ask.wait_ms, POLL_MS_MAX))
+    peers = []
+    for node in found.peers:
+        known, view = control.catalog.nodes.get(node), control.cluster.nodes.get(node)
+        if known is not None and view is not None:
+            peers.append(PeerSpec(node, known.key_sha256, view.peer_url))
+    turn = OriginTurn.GRANTED if found.granted else OriginTurn.WAIT
+    answer = SourcesAnswer(WIRE_VERSION, turn, tuple(peers), found.wait_ms)
+    return web.Response(body=encode(answer), content_type="application/json")
 
 
 # --- origins --------------------------------------------------------------------------------------
@@ -402,5 +447,6 @@ NODE_ROUTES = (
     Route("POST", "/node/v1/join", Access.OPEN, join),
     Route("POST", "/node/v1/renew", Access.NODE, renew),
     Route("POST", "/node/v1/beat", Access.NODE, beat, stays=False),
+    Route("POST", "/node/v1/sources", Access.NODE, sources, stays=False),
     Route("GET", "/node/v1/origins/{tenant}/{name}/{version}/{path:.+}", Access.NODE, origin, stays=False),
 )
