@@ -491,7 +491,7 @@ def measure(directory: Path, bounds: Bounds, gpu: bool) -> Rates:
     """Everything. Raises ``CanNotMeasure`` and ``OSError``."""
     started = time.monotonic_ns()
     # Before any workspace is made; workers are born with the compiled kernels too.
-    compiled = kernels.warm() is not None
+    compiled = kernels.warm().ready
     busy = BusyShare()
     with _probes(directory, bounds, gpu) as (probes, write_rate, memory):
         found = measure_probes(probes, bounds.passes)
