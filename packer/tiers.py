@@ -443,30 +443,4 @@ def in_threads(count: int, work: Callable[[int, Scratch], None]) -> None:
         raise errors[0]
 
 
-def restore_image(reader: PackReader, image: object, tee_fd: int | None) -> bool:
-    """What the worker calls until it calls ``restore``: fills ``tee_fd`` with the stored form."""
-    host = None
-    if tee_fd is not None:
-        side_files = {path: reader.file(path) for path, _ in reader.index.files}
-        host = HostWriter(tee_fd, reader.index, side_files, HostForm.STORED)
-    facts = restore(reader, _Filled(image), host=host)
-    return facts.host_filled
-
-
-class _Filled:
-    """An image without ``place``."""
-
-    def __init__(self, image: object) -> None:
-        self.filling = image.filling  # type: ignore[attr-defined]
-        self.reading = image.reading  # type: ignore[attr-defined]
-
-    def place(
-        self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
-    ) -> None:
-        from packer.codec import decode_into
-
-        with self.filling(span.image_offset, span.nbytes) as view:
-            decode_into(codec_id, planes, view, workspace)
-
-
 assert RESTORE_BYTES_MAX <= 128 * MIB
