@@ -412,11 +412,11 @@ class RunningNode:
         if self.uplink is not None:
             self.uplink.changed()
 
-    async def _fetch(self, spec: ModelSpec, path: str) -> AsyncIterator[bytes]:
+    async def _fetch(self, spec: ModelSpec, path: str, start: int, nbytes: int) -> AsyncIterator[bytes]:
         if self.uplink is None:
             raise OriginUnavailable(f"{spec.ref}: {_NO_FETCH}")
         with self._link.fetching() as came:
-            async for piece in self.uplink.fetch(spec, path):
+            async for piece in self.uplink.fetch(spec, path, start, nbytes):
                 came(len(piece))
                 yield piece
 

@@ -269,8 +269,13 @@ class Uplink:
 
     # --- origins ----------------------------------------------------------------------------------
 
-    async def fetch(self, spec: ModelSpec, path: str) -> AsyncIterator[bytes]:
-        """One file of a version that control's own store holds. Raises ``OriginUnavailable``."""
+    async def fetch(
+        self, spec: ModelSpec, path: str, start: int = 0, nbytes: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """One file, or a range of one, of a version that control's own store holds.
+
+        Raises ``OriginUnavailable``.
+        """
         if self._session is None:
             raise OriginUnavailable(f"{spec.ref}: its origin is control's store, and control is away")
         ref = spec.ref
@@ -279,8 +284,9 @@ class Uplink:
             # Without a limit on silence a control that hangs would hold the model's bytes for ever.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=ANSWER_TIMEOUT_S)
             url = f"{self._url}/node/v1/origins/{where}"
-            async with self._session.get(url, timeout=timeout) as answer:
-                if answer.status != 200:
+            ranged = {} if nbytes is None else {"Range": f"bytes={start}-{start + nbytes - 1}"}
+            async with self._session.get(url, timeout=timeout, headers=ranged) as answer:
+                if answer.status not in (200, 206):
                     raise OriginUnavailable(f"{ref}: {path}: control answered {answer.status}")
                 async for piece in answer.content.iter_chunked(PIECE_BYTES):
                     yield piece
