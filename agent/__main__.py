@@ -14,8 +14,8 @@ from contextlib import suppress
 
 from aiohttp import web
 
+from agent import calibrate_command, check_box, rotate
 from agent import config as configuration
-from agent import rotate
 from agent.config import AgentConfig
 from agent.data_dir import hold_data_dir
 from agent.gateway import GatewayConfig, build_app
@@ -35,12 +35,15 @@ EXIT_BROKEN = 70  # EX_SOFTWARE: the ledger broke; the supervisor restarts us an
 DESCRIPTORS_WANTED = 65_536
 # Answers that are being written when the agent is told to stop get this long to end.
 STOP_GRACE_S = 5.0
+# Beside ``run``: what a person does with a box.
+COMMANDS = {"rotate-key": rotate.main, "calibrate": calibrate_command.main, "check": check_box.main}
 
 
 def main() -> None:
     """Entry point of the console script."""
-    if sys.argv[1:2] == ["rotate-key"]:
-        raise SystemExit(rotate.main(sys.argv[2:]))
+    command = COMMANDS.get(sys.argv[1] if len(sys.argv) > 1 else "")
+    if command is not None:
+        raise SystemExit(command(sys.argv[2:]))
     try:
         config = configuration.load(sys.argv[1:])
     except BadValue as error:

@@ -67,6 +67,10 @@ def _host_budget_default_bytes() -> int:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bunk-agent", description="Bunkhouse node agent: one per GPU box.")
     commands = parser.add_subparsers(dest="command", required=True)
+    # Commands of their own, with their own parsers (``agent/__main__.py``): named here for --help.
+    commands.add_parser("calibrate", help="measure this box and keep what was found", add_help=False)
+    commands.add_parser("check", help="say what about this box is slow or unsafe", add_help=False)
+    commands.add_parser("rotate-key", help="replace the key that wraps all keys", add_help=False)
     run = commands.add_parser("run", help="serve this box's devices")
     run.add_argument("--data-dir", type=Path, required=True, help="packs, journal and identity live here")
     run.add_argument("--control", metavar="URL", help="control's node URL (https://…)")
