@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import msgspec
 
-from packer.types import KIB, MIB, HostForm, ModelRef, ModelSpec, OriginFile, Task, parse_ref
+from packer.types import KIB, MIB, HostForm, HostSizes, ModelRef, ModelSpec, OriginFile, Task, parse_ref
 
 # 256 files of 200-character paths and their hashes take 80 KiB; the kernel's default socket buffer
 # (208 KiB) must hold a whole message.
@@ -71,12 +71,25 @@ class MoreFds(msgspec.Struct, frozen=True, tag=True):
     """Descriptors of the message that follows."""
 
 
+class PackBeside(msgspec.Struct, frozen=True):
+    """Write a pack beside a load. ``id``: of a second answer, which comes after that of the load and says
+    what became of the pack. See ``packer.ingest.PackTarget`` for the rest."""
+
+    id: int
+    data_key: bytes
+    limit_bytes: int
+    floor_bytes: int
+    resume: bool
+
+
 class LoadOrigin(msgspec.Struct, frozen=True, tag=True):
-    """Read the model from its origin. One descriptor per file, in order; all are fed at once."""
+    """Read the model from its origin. Descriptors: one per file, in order (files or feeds); with ``pack``
+    then its file and the file of its progress."""
 
     id: int
     spec: WireSpec
     files: tuple[OriginFile, ...]
+    pack: PackBeside | None = None
 
 
 class RestorePack(msgspec.Struct, frozen=True, tag=True):
@@ -101,6 +114,7 @@ class WritePack(msgspec.Struct, frozen=True, tag=True):
     ref: str
     data_key: bytes
     limit_bytes: int
+    floor_bytes: int = 0
 
 
 class EvictModel(msgspec.Struct, frozen=True, tag=True):
@@ -133,7 +147,8 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     host_filled: bool = False
     restored_bytes: int = 0
     disk_bytes: int = 0
-    host_bytes: int = 0
+    host: HostSizes | None = None
+    deduplicated_bytes: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from agent.arena import Image, allocate_image
@@ -38,16 +40,29 @@ from agent.frames import (
 from agent.shelf import Held, NotResident, Shelf
 from packer.host_segment import HostWriter
 from packer.index import PackError
-from packer.ingest import OriginLoad, write_pack
+from packer.ingest import Ingest, PackTarget, write_pack
 from packer.layout import ImageLayout
 from packer.pack import PackReader
-from packer.pack_writer import PackWriter
+from packer.pack_writer import PackSummary, PackWriter
+from packer.sources import open_source
 from packer.tiers import TierError, restore
 from packer.types import ModelRef
 
 log = logging.getLogger("bunk.worker")
 
 Move = LoadOrigin | RestorePack | WritePack | EvictModel
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A model on its way in: ``fill`` brings its bytes, ``stop`` ends all that still reads them."""
+
+    ref: ModelRef
+    spec: WireSpec
+    layout: ImageLayout
+    side_files: Mapping[str, bytes]
+    fill: Callable[[Image], object]
+    stop: Callable[[], object] = lambda: None
 
 
 class Moves:
@@ -67,58 +82,81 @@ class Moves:
         if cancelled is not None:
             cancelled.set()
 
-    def carry_out(self, order: Move, fds: list[int]) -> Reply:
-        """Do it and say how it went; never raises. Closes the descriptors."""
+    def carry_out(self, order: Move, fds: list[int], reply: Callable[[Reply], None]) -> None:
+        """Do it and say how it went; raises only what ``reply`` does. Closes the descriptors."""
         try:
-            return self._do(order, fds)
-        except TierError as error:
-            return Failed(
-                order.id, cut(error.message), error.corrupt, error.broken, error.chunks, error.cancelled
-            )
-        except PackError as error:
-            return Failed(order.id, cut(str(error)), error.corrupt)
-        except BrokenModel as error:
-            return Failed(order.id, cut(str(error)), broken=True)
-        except (MemoryError, OSError, NotResident, BadFrame) as error:
-            return Failed(order.id, cut(f"{type(error).__name__}: {error}"))
-        except Exception as error:
-            log.error("order failed in an unforeseen way: %s", where(error))
-            return Failed(order.id, cut(f"{type(error).__name__}: {error}"))
+            with self._failures(order.id, reply):
+                self._do(order, fds, reply)
         finally:
             close_fds(fds)
 
-    def _do(self, order: Move, fds: list[int]) -> Reply:
-        started = time.monotonic()
+    @contextmanager
+    def _failures(self, number: int, reply: Callable[[Reply], None]) -> Iterator[None]:
+        """Answer an order that fails inside."""
+        try:
+            yield
+            return
+        except TierError as error:
+            failed = Failed(
+                number, cut(error.message), error.corrupt, error.broken, error.chunks, error.cancelled
+            )
+        except PackError as error:
+            failed = Failed(number, cut(str(error)), error.corrupt)
+        except BrokenModel as error:
+            failed = Failed(number, cut(str(error)), broken=True)
+        except (MemoryError, OSError, NotResident, BadFrame) as error:
+            failed = Failed(number, cut(f"{type(error).__name__}: {error}"))
+        except Exception as error:
+            log.error("order failed in an unforeseen way: %s", where(error))
+            failed = Failed(number, cut(f"{type(error).__name__}: {error}"))
+        reply(failed)
+
+    def _do(self, order: Move, fds: list[int], reply: Callable[[Reply], None]) -> None:
         match order:
             case LoadOrigin():
-                self._load_origin(order, fds)
-                return Done(order.id, _since_ms(started))
+                self._load_origin(order, fds, reply)
             case RestorePack():
-                filled, restored_bytes = self._restore(order, fds)
-                return Done(order.id, _since_ms(started), filled, restored_bytes=restored_bytes)
+                reply(self._restore(order, fds))
             case WritePack():
-                return self._pack(order, fds)
+                reply(self._pack(order, fds))
             case EvictModel():
                 self._evict(parse_wire_ref(order.ref), order.keep_chunks)
-                return Done(order.id)
+                reply(Done(order.id))
 
     # --- in ---------------------------------------------------------------------------------------
 
-    def _load_origin(self, order: LoadOrigin, fds: list[int]) -> None:
-        ref = parse_wire_ref(order.spec.ref)
-        if len(fds) != len(order.files):
+    def _load_origin(self, order: LoadOrigin, fds: list[int], reply: Callable[[Reply], None]) -> None:
+        """The model answers as soon as every hash is right; its pack is finished after that."""
+        started = time.monotonic()
+        ref, spec, pack = parse_wire_ref(order.spec.ref), order.spec, order.pack
+        if len(fds) != len(order.files) + (2 if pack is not None else 0):
             raise BadFrame(f"{len(order.files)} files with {len(fds)} descriptors")
-        load = OriginLoad(list(zip(order.files, fds, strict=True)))
-        with self._arriving(ref) as (parked, _):
-            load.open()
-            _check_layout(order.spec, load.layout, "the origin", TierError("", broken=True))
-            self._bring_in(ref, order.spec, load.layout, load.side_files, parked, load.fill, 0)
+        sources = [(file, open_source(fd)) for file, fd in zip(order.files, fds, strict=False)]
+        target = None
+        if pack is not None:
+            target = PackTarget(
+                fds[-2], fds[-1], pack.data_key, pack.limit_bytes, pack.resume, pack.floor_bytes
+            )
+        ingest = Ingest(sources, ref, spec.engine, spec.task, target)
+        with self._arriving(ref) as (parked, cancelled):
+            ingest.open()
+            _check_layout(spec, ingest.layout, "the origin", TierError("", broken=True))
+            fill = partial(ingest.fill, cancelled=cancelled)
+            incoming = Incoming(ref, spec, ingest.layout, ingest.side_files, fill, ingest.abandon)
+            held = self._bring_in(incoming, parked, pinned=pack is not None)
+        reply(Done(order.id, _since_ms(started), restored_bytes=ingest.layout.image_bytes))
+        if pack is not None:
+            try:
+                with self._failures(pack.id, reply):
+                    reply(_packed(pack.id, ingest.finish_pack()))
+            finally:
+                self._shelf.let_go(held)
 
-    def _restore(self, order: RestorePack, fds: list[int]) -> tuple[bool, int]:
-        ref = parse_wire_ref(order.spec.ref)
+    def _restore(self, order: RestorePack, fds: list[int]) -> Done:
+        started = time.monotonic()
+        ref, first = parse_wire_ref(order.spec.ref), order.first_chunk
         if len(fds) != 1 + order.direct + (order.host_form is not None):
             raise BadFrame(f"a restore with {len(fds)} descriptors")
-        first = order.first_chunk
         filled = False
 
         def fill(image: Image) -> None:
@@ -135,8 +173,8 @@ class Moves:
             # A parked skeleton has the same files already: a version never changes.
             side_files = parked.side_files if parked else {path: reader.file(path) for path, _ in index.files}
             host = HostWriter(fds[-1], index, side_files, order.host_form) if order.host_form else None
-            self._bring_in(ref, order.spec, index.layout, side_files, parked, fill, first)
-        return filled, sum(index.layout.chunk_bytes[first:])
+            self._bring_in(Incoming(ref, order.spec, index.layout, side_files, fill), parked, first)
+        return Done(order.id, _since_ms(started), filled, sum(index.layout.chunk_bytes[first:]))
 
     @contextmanager
     def _arriving(self, ref: ModelRef) -> Iterator[tuple[Held | None, threading.Event]]:
@@ -149,30 +187,25 @@ class Moves:
                 del self._cancelled[ref]
 
     def _bring_in(
-        self,
-        ref: ModelRef,
-        spec: WireSpec,
-        layout: ImageLayout,
-        side_files: Mapping[str, bytes],
-        parked: Held | None,
-        fill: Callable[[Image], object],
-        first_chunk: int,
-    ) -> None:
+        self, new: Incoming, parked: Held | None, first_chunk: int = 0, pinned: bool = False
+    ) -> Held:
         """Fill an image from a chunk on while the skeleton is built beside it, then put both together.
 
-        On a failure exactly the chunks before ``first_chunk`` are here again.
+        ``pinned``: with one user from the start. On a failure exactly the chunks before ``first_chunk``
+        are here again.
         """
+        spec, layout = new.spec, new.layout
         building: Future[Model] | None = None
-        image = self._room(ref, layout, parked, first_chunk)
+        image = self._room(new.ref, layout, parked, first_chunk)
         try:
             if parked is None:
                 building = self._builder.submit(
-                    build, spec.task, side_files, layout, self._private, self._torch_device
+                    build, spec.task, new.side_files, layout, self._private, self._torch_device
                 )
-            fill(image)
+            new.fill(image)
             image.settle()
             if building is not None:
-                parked = Held(building.result(), layout, spec.engine, spec.task, side_files)
+                parked = Held(building.result(), layout, spec.engine, spec.task, new.side_files)
             assert parked is not None
             parked.model.attach(image)
         except BaseException:
@@ -180,13 +213,16 @@ class Moves:
                 building.cancel()
             if parked is not None:
                 parked.model.detach()
+            new.stop()  # nobody reads the image any more
             if first_chunk:
                 image.release(layout.chunks[first_chunk].image_offset)
             else:
                 image.close()
             raise
         parked.image, parked.kept_chunks = image, len(layout.chunks)
-        self._shelf.put(ref, parked)
+        parked.users += pinned
+        self._shelf.put(new.ref, parked)
+        return parked
 
     def _room(self, ref: ModelRef, layout: ImageLayout, parked: Held | None, first_chunk: int) -> Image:
         """An image of which the chunks before ``first_chunk`` are filled, and only they."""
@@ -213,11 +249,17 @@ class Moves:
             raise BadFrame(f"a pack with {len(fds)} descriptors")
         with self._shelf.using(ref) as (held, image):
             writer = PackWriter(
-                fds[0], ref, held.engine, held.task, held.layout, order.data_key, order.limit_bytes
+                fds[0],
+                ref,
+                held.engine,
+                held.task,
+                held.layout,
+                order.data_key,
+                order.limit_bytes,
+                order.floor_bytes,
             )
             write_pack(writer, image, held.layout, held.side_files)
-        summary = writer.finish()
-        return Done(order.id, disk_bytes=summary.disk_bytes, host_bytes=summary.host_bytes)
+        return _packed(order.id, writer.finish())
 
     def _evict(self, ref: ModelRef, keep_chunks: int) -> None:
         with self._shelf.leaving(ref, keep_chunks) as held:
@@ -231,6 +273,15 @@ class Moves:
                 # A view that only a cycle still refers to would keep the address space, on a GPU the memory.
                 gc.collect()
                 image.close()
+
+
+def _packed(number: int, summary: PackSummary) -> Done:
+    return Done(
+        number,
+        disk_bytes=summary.disk_bytes,
+        host=summary.host,
+        deduplicated_bytes=summary.deduplicated_bytes,
+    )
 
 
 def _check_layout(spec: WireSpec, layout: ImageLayout, source: str, kind: TierError) -> None:

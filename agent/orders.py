@@ -10,21 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sqlite3
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from agent.devices import DeviceConfig
 from agent.facade import EngineFault, EngineFrame, EngineRequest, Refused
-from agent.journal import Journal, JournalFailed, PackRow
+from agent.journal import JournalFailed
+from agent.journal_thread import JournalThread as JournalThread
 from agent.origin import ControlFetch, OriginUnavailable, open_origin
+from agent.pack_making import Making, PackMaking
 from agent.packs import HostSegments, PackDirectory
 from agent.spawning import Nursery
-from agent.workers import PackCopy, Segment, WorkerDead, WorkerFailure, WorkerHandle
+from agent.workers import LoadDone, PackCopy, Segment, WorkerDead, WorkerFailure, WorkerHandle
 from packer.events import (
     Drop,
     Dropped,
@@ -38,15 +37,13 @@ from packer.events import (
     Restore,
     Restored,
     RestoreFailed,
+    TierBudgetSeen,
     WorkerDied,
 )
 from packer.seal import BadSeal
 from packer.types import HostForm, ModelRef, ModelSpec, Tier
 
 log = logging.getLogger("bunk.orders")
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 # A parked worker keeps its module skeletons and costs some 60 MiB of private memory; beyond this many
 # on one node the one that has been empty longest is closed.
@@ -58,26 +55,6 @@ MOVE_TIMEOUT_S = 1_800.0
 EVICT_TIMEOUT_S = 30.0
 # A file system that refuses to remove a file is looked after by a person, in minutes at best.
 DROP_RETRY_S = 60.0
-
-
-class JournalThread:
-    """Runs journal calls on one thread, so that the event loop never waits for the disk."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.journal = journal
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
-
-    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Raises ``JournalFailed``, which is an ``OSError``."""
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
-        except sqlite3.Error as error:
-            raise JournalFailed(f"the journal: {error}") from error
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=True)
-        self.journal.close()
 
 
 class Orders:
@@ -97,7 +74,11 @@ class Orders:
         host_form: HostForm = HostForm.STORED,
     ) -> None:
         self._control_store = control_store
-        self._host_form = host_form
+        # In which form new host segments are kept.
+        self.host_form = host_form
+        # What the disk tier may hold; partial packs, which the core does not know of, are taken off it.
+        self.disk_budget_bytes: int | None = None
+        self._making = PackMaking(packs, journal, clock_ms, self._lower_disk_budget)
         self._nursery = nursery
         self._devices = devices
         self._packs = packs
@@ -112,7 +93,17 @@ class Orders:
         # What each worker holds, oldest-emptied first: only for choosing which parked worker to close.
         self._held: dict[tuple[str, str], set[ModelRef]] = {}
         self._watches: set[asyncio.Task[None]] = set()
-        self._tenants: frozenset[str] | None = None  # None before the first plan
+        # None before the first plan.
+        self._tenants: frozenset[str] | None = None
+        self._planned: frozenset[ModelRef] | None = None
+
+    async def start(self) -> frozenset[ModelRef]:
+        """Take up what a crash left; returns the packs whose unfinished files must stay."""
+        return await self._making.find_partials()
+
+    def _lower_disk_budget(self, nbytes: int) -> None:
+        if self.disk_budget_bytes is not None:
+            self.post(TierBudgetSeen(Tier.DISK, max(0, self.disk_budget_bytes - nbytes)))
 
     # --- workers ----------------------------------------------------------------------------------
 
@@ -167,6 +158,20 @@ class Orders:
             if at in self._workers and not self._held.get(at):
                 await self._workers[at].close()
 
+    async def keep_only(self, planned: frozenset[ModelRef]) -> None:
+        """Stop bringing in what is not in the plan any more, and remove what is half packed of it."""
+        self._planned = planned
+        for (tenant, device), held in list(self._held.items()):
+            worker = self._workers.get((tenant, device))
+            for ref in [ref for ref in held if ref not in planned]:
+                with suppress(WorkerDead):
+                    if worker is not None:
+                        await worker.cancel(ref)
+        await self._making.forget(self._is_planned)
+
+    def _is_planned(self, ref: ModelRef) -> bool:
+        return self._planned is None or ref in self._planned
+
     async def close_tenants(self, kept: frozenset[str]) -> None:
         """Close the workers of tenants that are no more: the empty ones now, others once they are."""
         self._tenants = kept
@@ -186,19 +191,21 @@ class Orders:
     # --- orders -----------------------------------------------------------------------------------
 
     async def restore(self, order: Restore) -> Event | None:
-        answer = await self._restore(order)
-        if order.disk_bytes:
-            # The pack that goes with a load has an answer of its own, whatever became of the load.
-            if isinstance(answer, Restored):
-                self._keep(self._pack_beside(order))
-            else:
-                self.post(PackFailed(order.ref, order.device, "the load failed", order.pack_order))
+        """A load may have a pack beside it, whose own answer is posted, whatever became of the load."""
+        if order.from_tier is not Tier.ORIGIN:
+            return await self._restore(order, partial(self._restore_cached, order))
+        making = await self._begin_pack(order) if order.disk_bytes else None
+        answer = await self._restore(order, partial(self._load, order, making))
+        if making is not None and not making.loaded:
+            # What is stored already is worth keeping if another try may help.
+            hopeless = isinstance(answer, RestoreFailed) and (answer.broken or answer.corrupt)
+            await self._making.give_up(making, keep=not hopeless and self._is_planned(order.ref))
+            self._post_pack_failed(order, "the load failed")
         return answer
 
-    async def _pack_beside(self, order: Restore) -> None:
-        self.post(await self.pack(Pack(order.ref, order.device, order.disk_bytes, order.pack_order)))
-
-    async def _restore(self, order: Restore) -> Event | None:
+    async def _restore(
+        self, order: Restore, move: Callable[[WorkerHandle], Awaitable[Event]]
+    ) -> Event | None:
         failed = partial(RestoreFailed, order.ref, order.device, order.from_tier, order=order.order)
         # Held from here on, so that a worker that is just being forked for it is not taken for a parked one.
         self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
@@ -209,9 +216,7 @@ class Orders:
             return failed(f"no worker: {error}")
         try:
             async with self._in_time(worker, MOVE_TIMEOUT_S):
-                if order.from_tier is Tier.ORIGIN:
-                    return await self._restore_origin(worker, order)
-                return await self._restore_cached(worker, order)
+                return await move(worker)
         except WorkerDead:
             return None
         except WorkerFailure as failure:
@@ -224,25 +229,36 @@ class Orders:
             log.warning("restore of %s from %s: %s", order.ref, order.from_tier.value, private)
             return failed(_public(error), corrupt=missing)
 
-    async def _restore_origin(self, worker: WorkerHandle, order: Restore) -> Event:
+    async def _load(self, order: Restore, making: Making | None, worker: WorkerHandle) -> Event:
         spec = self._spec_of(order.ref)
         async with open_origin(spec, self._fetch, self._control_store) as origin:
+            files = making.files(order.disk_bytes) if making is not None else None
             try:
-                done = await worker.load_origin(spec, origin.descriptors)
+                done = await worker.load_origin(spec, origin.descriptors, files)
             except WorkerFailure as failure:
                 if (broken_off := origin.failure()) is not None:
                     raise broken_off from failure
                 raise
-        return Restored(order.ref, order.device, Tier.ORIGIN, done.restore_ms, order=order.order)
+        if making is not None:
+            making.loaded = True
+            self._keep(self._finish_pack(order, making, worker, done))
+        return Restored(
+            order.ref,
+            order.device,
+            Tier.ORIGIN,
+            done.restore_ms,
+            order=order.order,
+            restored_bytes=done.restored_bytes,
+        )
 
-    async def _restore_cached(self, worker: WorkerHandle, order: Restore) -> Event:
+    async def _restore_cached(self, order: Restore, worker: WorkerHandle) -> Event:
         spec = self._spec_of(order.ref)
         restored = partial(Restored, order.ref, order.device, order.from_tier, order=order.order)
         if order.from_tier is Tier.HOST:
             segment = self._segments.get(order.ref)
             if segment is None:
                 raise WorkerFailure("the host segment is gone", corrupt=True, broken=False)
-            done = await worker.restore(spec, Segment(segment, self._host_form), order.first_chunk)
+            done = await worker.restore(spec, Segment(segment, self.host_form), order.first_chunk)
             return restored(done.restore_ms, restored_bytes=done.restored_bytes)
         try:
             key = await self._journal.call(self._journal.journal.data_key, order.ref)
@@ -272,7 +288,7 @@ class Orders:
             yield None
             return
         try:
-            yield Segment(self._segments.create(order.ref, order.host_bytes), self._host_form)
+            yield Segment(self._segments.create(order.ref, order.host_bytes), self.host_form)
         except BaseException:
             await self._drop_segment(order.ref)
             raise
@@ -301,34 +317,52 @@ class Orders:
             self._forget_held(order.ref, order.device)
         return Evicted(order.ref, order.device, order.order)
 
+    # --- packs ------------------------------------------------------------------------------------
+
     async def pack(self, order: Pack) -> Event:
         ref = order.ref
-        failed = partial(PackFailed, ref, order.device, order=order.order)
         worker = self._workers.get((ref.tenant, order.device))
-        if worker is None:
-            return failed("the worker is gone")
+        making: Making | None = None
         try:
-            if order.disk_bytes > self._packs.free_bytes():
-                raise OSError(f"the file system has less than {order.disk_bytes} bytes free above its floor")
-            key, wrapped = await self._journal.call(self._journal.journal.seal_new_key, ref)
-            descriptor = self._packs.create(ref)
-            try:
-                async with self._in_time(worker, MOVE_TIMEOUT_S):
-                    summary = await worker.pack(ref, descriptor, key, order.disk_bytes)
-            finally:
-                os.close(descriptor)
-            # Publish before the journal knows: a crash in between leaves a file that the next start sweeps.
-            await asyncio.to_thread(self._packs.publish, ref)
-            row = PackRow(ref, summary.disk_bytes, summary.host_bytes)
-            await self._journal.call(self._journal.journal.add_pack, row, wrapped, self._clock_ms())
+            if worker is None:
+                raise WorkerDead("the worker is gone")
+            making = await self._making.begin(ref, order.disk_bytes, resume=False)
+            async with self._in_time(worker, MOVE_TIMEOUT_S):
+                done = await worker.pack(ref, making.files(order.disk_bytes))
+            host_bytes = await self._making.publish(making, done, self.host_form)
         except (WorkerDead, WorkerFailure, OSError) as error:
-            # Also the file that was published, if only the journal failed: nobody can open it.
-            for remove in (self._packs.abandon, self._packs.drop):
-                with suppress(OSError):
-                    remove(ref)
+            if making is not None:
+                await self._making.give_up(making)
             log.warning("no pack of %s: %s", ref, error)
-            return failed(_public(error))
-        return Packed(ref, order.device, summary.disk_bytes, summary.host_bytes, order.order)
+            return PackFailed(ref, order.device, _public(error), order.order)
+        return Packed(ref, order.device, done.disk_bytes, host_bytes, order.order)
+
+    async def _begin_pack(self, order: Restore) -> Making | None:
+        """The pack beside a load. None when there can be none: the load goes on without."""
+        try:
+            return await self._making.begin(order.ref, order.disk_bytes)
+        except OSError as error:
+            log.warning("no pack of %s: %s", order.ref, error)
+            self._post_pack_failed(order, _public(error))
+            return None
+
+    async def _finish_pack(
+        self, order: Restore, making: Making, worker: WorkerHandle, load: LoadDone
+    ) -> None:
+        try:
+            async with self._in_time(worker, MOVE_TIMEOUT_S):
+                done = await worker.packed(load)
+            host_bytes = await self._making.publish(making, done, self.host_form)
+        except (WorkerDead, WorkerFailure, OSError) as error:
+            # A worker that died in the middle leaves what the next load can go on from.
+            await self._making.give_up(making, keep=isinstance(error, WorkerDead))
+            log.warning("no pack of %s: %s", order.ref, error)
+            self._post_pack_failed(order, _public(error))
+        else:
+            self.post(Packed(order.ref, order.device, done.disk_bytes, host_bytes, order.pack_order))
+
+    def _post_pack_failed(self, order: Restore, message: str) -> None:
+        self.post(PackFailed(order.ref, order.device, message, order.pack_order))
 
     async def drop(self, order: Drop) -> Event | None:
         if order.tier is Tier.HOST:

@@ -22,7 +22,8 @@ DISK_FREE_FLOOR_BYTES = 256 * MIB
 
 
 class PackDirectory:
-    """``<root>/<tenant>/<name>@<version>.pack``; a name that ends in ``.tmp`` was never finished."""
+    """``<root>/<tenant>/<name>@<version>.pack``; a name that ends in ``.tmp`` was never finished, and one
+    that ends in ``.part`` says how far it got."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -36,11 +37,28 @@ class PackDirectory:
         """Bytes that packs may still take on this file system."""
         return max(0, shutil.disk_usage(self._root).free - DISK_FREE_FLOOR_BYTES)
 
-    def create(self, ref: ModelRef) -> int:
-        """A descriptor of a new temporary file for a pack; raises ``OSError``."""
+    def create_partial(self, ref: ModelRef, resumed: bool) -> tuple[int, int]:
+        """Descriptors of the temporary file of a pack and of the records of its progress, empty unless
+        ``resumed``. Raises ``OSError``."""
         path = self.path(ref)
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        return os.open(_temporary(path), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if resumed else os.O_TRUNC)
+        pack = os.open(_temporary(path), flags, 0o600)
+        try:
+            return pack, os.open(_progress(path), flags, 0o600)
+        except OSError:
+            os.close(pack)
+            raise
+
+    def partial_bytes(self, ref: ModelRef) -> int | None:
+        """What an unfinished pack and its records take on disk; None when one of the two is not there."""
+        path = self.path(ref)
+        try:
+            states = [os.stat(_temporary(path)), os.stat(_progress(path))]
+        except OSError:
+            return None
+        # Records are written behind what they tell of: without any there is nothing to go on from.
+        return sum(state.st_blocks * 512 for state in states) if states[1].st_size else None
 
     def publish(self, ref: ModelRef) -> None:
         """Give the finished, fsynced temporary file its name, durably."""
@@ -53,8 +71,10 @@ class PackDirectory:
             os.close(directory)
 
     def abandon(self, ref: ModelRef) -> None:
-        with suppress(FileNotFoundError):
-            _temporary(self.path(ref)).unlink()
+        """Remove what is left of a pack in the making."""
+        for path in (_temporary(self.path(ref)), _progress(self.path(ref))):
+            with suppress(FileNotFoundError):
+                path.unlink()
 
     def open(self, ref: ModelRef) -> int:
         """A read-only descriptor; raises ``FileNotFoundError`` when somebody removed the file."""
@@ -70,17 +90,23 @@ class PackDirectory:
         with suppress(FileNotFoundError):
             self.path(ref).unlink()
 
-    def sweep(self, known: Iterable[ModelRef]) -> list[ModelRef]:
-        """Remove every file that the journal does not know; return the known whose file is missing."""
+    def sweep(self, known: Iterable[ModelRef], partial: Iterable[ModelRef] = ()) -> list[ModelRef]:
+        """Remove every file that the journal does not know, complete or ``partial``; return the known whose
+        file is missing."""
         wanted = {self.path(ref): ref for ref in known}
+        kept = {name(self.path(ref)) for ref in partial for name in (_temporary, _progress)}
         for path in sorted(self._root.glob("*/*")):
-            if path not in wanted:
+            if path not in wanted and path not in kept:
                 path.unlink()
         return [ref for path, ref in wanted.items() if not path.exists()]
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
+
+
+def _progress(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 class HostSegments:

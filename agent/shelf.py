@@ -99,9 +99,13 @@ class Shelf:
         try:
             yield held, image
         finally:
-            with self._changed:
-                held.users -= 1
-                self._changed.notify_all()
+            self.let_go(held)
+
+    def let_go(self, held: Held) -> None:
+        """The end of a use that began before the model was put here."""
+        with self._changed:
+            held.users -= 1
+            self._changed.notify_all()
 
     @contextmanager
     def leaving(self, ref: ModelRef, keep_chunks: int) -> Iterator[Held | None]:

@@ -45,6 +45,7 @@ from agent.frames import (
     Piece,
     Ping,
     Receiver,
+    Reply,
     RestorePack,
     Run,
     Spawn,
@@ -137,8 +138,7 @@ class Worker:
             close_fds(fds)
             if isinstance(order, CancelMove):
                 self._moves.cancel(parse_wire_ref(order.ref))
-            with self._reply_lock:
-                send_message(self._orders, Done(order.id))
+            self._reply(Done(order.id))
             return True
         assert not isinstance(order, MoreFds)
         self._order_threads[type(order)].submit(self._carry_out, order, fds)
@@ -183,10 +183,12 @@ class Worker:
     # --- orders -----------------------------------------------------------------------------------
 
     def _carry_out(self, order: Move, fds: list[int]) -> None:
-        reply = self._moves.carry_out(order, fds)
+        self._moves.carry_out(order, fds, self._reply)
+        _trim()  # the scratch of restores and packs
+
+    def _reply(self, reply: Reply) -> None:
         with self._reply_lock:
             send_message(self._orders, reply)
-        _trim()  # the scratch of restores and packs
 
     # --- requests ---------------------------------------------------------------------------------
 

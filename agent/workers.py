@@ -40,6 +40,7 @@ from agent.frames import (
     FromWorker,
     LoadOrigin,
     Message,
+    PackBeside,
     Piece,
     Ping,
     Receiver,
@@ -58,7 +59,7 @@ from agent.frames import (
     send_datagram,
     wire_spec,
 )
-from packer.types import MIB, HostForm, ModelRef, ModelSpec
+from packer.types import MIB, HostForm, HostSizes, ModelRef, ModelSpec
 
 log = logging.getLogger("bunk.workers")
 
@@ -106,6 +107,7 @@ class LoadDone:
     restore_ms: int
     restored_bytes: int
     host_filled: bool = False
+    pack_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +130,22 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class PackDone:
-    """Bytes of the finished pack, and of the same pack when opened."""
+    """Bytes of the finished pack, and of host segments of it."""
 
     disk_bytes: int
-    host_bytes: int
+    host: HostSizes
+
+
+@dataclass(frozen=True, slots=True)
+class PackFiles:
+    """Where a pack is written; see ``packer.ingest.PackTarget``."""
+
+    fd: int
+    part_fd: int  # of no use for the pack of a resident model
+    data_key: bytes
+    limit_bytes: int
+    floor_bytes: int = 0
+    resume: bool = False
 
 
 async def send(sock: socket.socket, message: Message, fds: Sequence[int], lock: asyncio.Lock) -> None:
@@ -207,15 +221,38 @@ class WorkerHandle:
 
     # --- orders -----------------------------------------------------------------------------------
 
-    async def load_origin(self, spec: ModelSpec, fds: Mapping[str, int]) -> LoadDone:
-        """Read the model from descriptors of its files (files or pipes, all fed at the same time).
+    async def load_origin(
+        self, spec: ModelSpec, fds: Mapping[str, int], pack: PackFiles | None = None
+    ) -> LoadDone:
+        """Read the model from descriptors of its files (files, or feeds as ``packer/sources.py`` says).
 
+        With ``pack`` the worker goes on packing when this returns: ``packed`` must be awaited then.
         Raises ``WorkerFailure`` and ``WorkerDead``. The descriptors stay the caller's, here and below.
         """
         number = next(self._ids)
-        order = LoadOrigin(number, wire_spec(spec), spec.files)
-        done = await self._order(number, order, [fds[file.path] for file in spec.files])
-        return LoadDone(done.restore_ms, spec.image_bytes)
+        descriptors = [fds[file.path] for file in spec.files]
+        beside = None
+        if pack is not None:
+            beside = PackBeside(
+                next(self._ids), pack.data_key, pack.limit_bytes, pack.floor_bytes, pack.resume
+            )
+            descriptors += [pack.fd, pack.part_fd]
+            self._replies[beside.id] = asyncio.get_running_loop().create_future()
+        try:
+            order = LoadOrigin(number, wire_spec(spec), spec.files, beside)
+            done = await self._order(number, order, descriptors)
+        except BaseException:
+            if beside is not None:
+                self._forget_reply(beside.id)
+            raise
+        return LoadDone(done.restore_ms, done.restored_bytes, pack_id=beside.id if beside is not None else 0)
+
+    async def packed(self, load: LoadDone) -> PackDone:
+        """The end of the pack beside a load. Raises ``WorkerFailure`` and ``WorkerDead``."""
+        try:
+            return _pack_done(await self._replies[load.pack_id])
+        finally:
+            self._forget_reply(load.pack_id)
 
     async def restore(
         self, spec: ModelSpec, copy: PackCopy | Segment, first_chunk: int = 0, host: Segment | None = None
@@ -236,11 +273,12 @@ class WorkerHandle:
         done = await self._order(number, order, descriptors)
         return LoadDone(done.restore_ms, done.restored_bytes, done.host_filled)
 
-    async def pack(self, ref: ModelRef, fd: int, data_key: bytes, limit_bytes: int) -> PackDone:
+    async def pack(self, ref: ModelRef, files: PackFiles) -> PackDone:
         """Write a pack of a resident model into an empty file. Raises ``WorkerFailure``, ``WorkerDead``."""
         number = next(self._ids)
-        done = await self._order(number, WritePack(number, str(ref), data_key, limit_bytes), [fd])
-        return PackDone(done.disk_bytes, done.host_bytes)
+        order = WritePack(number, str(ref), files.data_key, files.limit_bytes, files.floor_bytes)
+        done = await self._order(number, order, [files.fd])
+        return _pack_done(done)
 
     async def evict(self, ref: ModelRef, keep_chunks: int = 0) -> None:
         """Free the device bytes of the chunks from ``keep_chunks`` on; returns when they are free. Harmless
@@ -268,9 +306,12 @@ class WorkerHandle:
                 raise WorkerDead(f"worker {self.pid}: {error}") from None
             return await reply
         finally:
-            self._replies.pop(number, None)
-            if reply.done() and not reply.cancelled():
-                reply.exception()  # its death was told to us by other means
+            self._forget_reply(number)
+
+    def _forget_reply(self, number: int) -> None:
+        reply = self._replies.pop(number)
+        if reply.done() and not reply.cancelled():
+            reply.exception()  # its death was told to us by other means
 
     async def ping(self) -> None:
         """Returns when the process has answered. Raises ``WorkerDead``."""
@@ -444,3 +485,7 @@ class WorkerHandle:
                 reply.set_exception(WorkerDead(f"worker {self.pid} is gone"))
         for answer in self._answers.values():
             answer.arrived.set()
+
+
+def _pack_done(done: Done) -> PackDone:
+    return PackDone(done.disk_bytes, done.host or HostSizes(0, 0, 0))

@@ -24,9 +24,9 @@ from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
 from agent.packs import HostSegments, PackDirectory
 from agent.spawning import Nursery
-from agent.workers import PackDone, WorkerHandle
+from agent.workers import PackDone, PackFiles, WorkerHandle
 from packer.events import Drop, Dropped, Event, Pack, Packed, PackFailed
-from packer.types import MIB, ModelRef, ModelSpec, Task, TenantSpec, Tier
+from packer.types import MIB, HostSizes, ModelRef, ModelSpec, Task, TenantSpec, Tier
 from packer.wire import WIRE_VERSION, Plan
 
 REF = ModelRef("acme", "minilm", "0" * 16)
@@ -62,7 +62,7 @@ async def test_a_plan_is_in_force_on_a_full_disk_and_kept_when_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing ends the node; what it can not keep is said once, and is kept as soon as that works."""
-    monkeypatch.setattr("agent.node.Journal", SmallJournal)
+    monkeypatch.setattr("agent.journal.Journal", SmallJournal)
     caplog.set_level(logging.INFO)
     node = RunningNode(_config(tmp_path))
     journal = node._journal.journal
@@ -128,11 +128,11 @@ class Hand(WorkerHandle):
     def __init__(self, journal: SmallJournal | None) -> None:
         self.meanwhile = journal
 
-    async def pack(self, ref: ModelRef, fd: int, data_key: bytes, limit_bytes: int) -> PackDone:
-        os.write(fd, b"pack")
+    async def pack(self, ref: ModelRef, files: PackFiles) -> PackDone:
+        os.write(files.fd, b"pack")
         if self.meanwhile is not None:
             self.meanwhile.fill()
-        return PackDone(4, 4)
+        return PackDone(4, HostSizes(4, 4, 4))
 
 
 class FullPacks(PackDirectory):

@@ -356,13 +356,15 @@ async def test_an_origin_that_is_no_store_is_refused(url: str) -> None:
 def test_packs_are_published_whole_and_swept(tmp_path: Path) -> None:
     """After a crash only what the journal knows stays; what it knows and is gone is reported."""
     packs = PackDirectory(tmp_path / "packs")
-    descriptor = packs.create(REF)
+    descriptor, part = packs.create_partial(REF, resumed=False)
+    os.close(part)
     os.write(descriptor, b"pack")
     os.close(descriptor)
     with pytest.raises(FileNotFoundError):
         packs.open(REF)
     packs.publish(REF)
-    os.close(packs.create(OTHER))
+    for unfinished in packs.create_partial(OTHER, resumed=False):
+        os.close(unfinished)
     assert packs.sweep([REF, OTHER]) == [OTHER]
     assert sorted(path.name for path in (tmp_path / "packs").glob("*/*")) == [packs.path(REF).name]
     os.close(packs.open(REF))

@@ -1,0 +1,141 @@
+"""Packs in the making: their files, keys and room, from the first byte to the journal's row.
+
+Covers: beginning a pack, beginning one again where an interrupted load stopped, publishing it, giving it up,
+and what a crash left. Does not cover: its bytes (the worker writes them), which packs to make
+(``packer/residency.py``), or names and directories (``packs``).
+
+A partial pack is kept only after a load that may be tried again. Its bytes are not in the core's ledger, so
+the disk tier's budget is lowered by them for as long as they lie there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from agent.journal import JournalFailed, PackRow
+from agent.journal_thread import JournalThread
+from agent.packs import DISK_FREE_FLOOR_BYTES, PackDirectory
+from agent.workers import PackDone, PackFiles
+from packer.types import HostForm, ModelRef
+
+log = logging.getLogger("bunk.orders")
+
+# Interrupted loads that can be gone on with; one more, and the oldest is given up. Each may be as large as
+# its model.
+PARTIALS_MAX = 4
+
+
+@dataclass(slots=True)
+class Making:
+    """One pack that is being written. ``resumed``: an earlier attempt may have left chunks in its file."""
+
+    ref: ModelRef
+    fd: int
+    part_fd: int
+    data_key: bytes
+    wrapped_key: bytes
+    resumed: bool
+    loaded: bool = False  # the load beside which it is written has come to its end
+
+    def files(self, limit_bytes: int) -> PackFiles:
+        """What a worker needs to write it."""
+        return PackFiles(
+            self.fd, self.part_fd, self.data_key, limit_bytes, DISK_FREE_FLOOR_BYTES, self.resumed
+        )
+
+    def close(self) -> None:
+        for descriptor in (self.fd, self.part_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.fd = self.part_fd = -1
+
+
+class PackMaking:
+    """``lower``: told by how many bytes the disk tier's budget is lowered, whenever that changes."""
+
+    def __init__(
+        self,
+        packs: PackDirectory,
+        journal: JournalThread,
+        clock_ms: Callable[[], int],
+        lower: Callable[[int], None],
+    ) -> None:
+        self._packs = packs
+        self._journal = journal
+        self._clock_ms = clock_ms
+        self._lower = lower
+        self._partial_bytes: dict[ModelRef, int] = {}
+
+    async def find_partials(self) -> frozenset[ModelRef]:
+        """After a start: the partial packs that have their key and both files. Raises ``JournalFailed``."""
+        journal = self._journal.journal
+        for ref in await self._journal.call(journal.partial_packs):
+            nbytes = self._packs.partial_bytes(ref)
+            if nbytes is None or len(self._partial_bytes) >= PARTIALS_MAX:
+                with suppress(JournalFailed):  # the next start tries again
+                    await self._journal.call(journal.forget_partial, ref)
+            else:
+                self._partial_bytes[ref] = nbytes
+        self._tell()
+        return frozenset(self._partial_bytes)
+
+    async def begin(self, ref: ModelRef, limit_bytes: int, resume: bool = True) -> Making:
+        """Files and key of a new pack, or of the one that was interrupted. Raises ``OSError``."""
+        kept_bytes = self._partial_bytes.get(ref, 0)
+        if limit_bytes > self._packs.free_bytes() + kept_bytes:
+            raise OSError(f"the file system has less than {limit_bytes} bytes free above its floor")
+        key, wrapped = await self._journal.call(self._journal.journal.seal_partial_key, ref, self._clock_ms())
+        resumed = self._partial_bytes.pop(ref, None) is not None and resume
+        # From here on its bytes are in the order's reservation.
+        self._tell()
+        fd, part_fd = self._packs.create_partial(ref, resumed)
+        return Making(ref, fd, part_fd, key, wrapped, resumed)
+
+    async def publish(self, making: Making, done: PackDone, form: HostForm) -> int:
+        """Make it the version's pack; returns the bytes of a host segment of it. Raises ``OSError``."""
+        making.close()
+        host_bytes = done.host.of(form)
+        # Publish before the journal knows: a crash in between leaves a file that the next start sweeps.
+        await asyncio.to_thread(self._packs.publish, making.ref)
+        row = PackRow(making.ref, done.disk_bytes, done.host.stored_bytes, done.host)
+        await self._journal.call(self._journal.journal.add_pack, row, making.wrapped_key, self._clock_ms())
+        self._packs.abandon(making.ref)  # the records of its progress
+        return host_bytes
+
+    async def give_up(self, making: Making, keep: bool = False) -> None:
+        """No pack came of it. ``keep``: a later load may go on from what is there."""
+        making.close()
+        ref = making.ref
+        nbytes = self._packs.partial_bytes(ref) if keep else None
+        if nbytes is not None:
+            self._partial_bytes[ref] = nbytes
+            for oldest in list(self._partial_bytes)[:-PARTIALS_MAX]:
+                await self._remove(oldest)
+        else:
+            await self._remove(ref)
+        self._tell()
+
+    async def forget(self, kept: Callable[[ModelRef], bool]) -> None:
+        """Remove the partial packs of versions that are not wanted any more."""
+        gone = [ref for ref in self._partial_bytes if not kept(ref)]
+        for ref in gone:
+            await self._remove(ref)
+        if gone:
+            self._tell()
+
+    async def _remove(self, ref: ModelRef) -> None:
+        self._partial_bytes.pop(ref, None)
+        # Also the file that was published, if only the journal failed: nobody can open it.
+        for remove in (self._packs.abandon, self._packs.drop):
+            with suppress(OSError):
+                await asyncio.to_thread(remove, ref)
+        with suppress(JournalFailed):  # the key of nothing; the next start forgets it
+            await self._journal.call(self._journal.journal.forget_partial, ref)
+
+    def _tell(self) -> None:
+        self._lower(sum(self._partial_bytes.values()))
