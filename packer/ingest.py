@@ -110,7 +110,8 @@ class Ingest:
             resumed = pack.start(self.side_files)
             chunk_done = pack.put
         _zero_gaps(image, self.layout)
-        run = _Run(image, _Arrivals(self.layout, resumed, chunk_done), resumed)
+        arrivals = _Arrivals(self.layout, resumed, chunk_done)
+        run = _Run(image, arrivals, resumed, [reader.source for reader in weights])
         placed: dict[str, list[PlacedTensor]] = {reader.file.path: [] for reader in weights}
         for tensor in self.layout.tensors:
             placed[tensor.info.file].append(tensor)
@@ -286,6 +287,7 @@ class _Run:
     image: Image
     arrivals: _Arrivals
     resumed: frozenset[int]
+    sources: Sequence[Source]
     changed: threading.Condition = field(default_factory=threading.Condition)
     errors: list[BaseException] = field(default_factory=list)
 
@@ -305,10 +307,6 @@ class _Run:
                 thread.join(CANCEL_POLL_S)
                 if cancelled.is_set() and not self.errors:
                     self._fail(TierError("the load was cancelled", cancelled=True))
-                if self.errors:
-                    # A read that waits for its origin wakes up and fails.
-                    for stream in streams:
-                        stream.reader.source.stop()
         if self.errors:
             raise self.errors[0]
 
@@ -325,6 +323,9 @@ class _Run:
         with self.changed:
             self.errors.append(error)
             self.changed.notify_all()
+        # A read that waits for its origin wakes up and fails.
+        for source in self.sources:
+            source.stop()
 
 
 class _Stream:
