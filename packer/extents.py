@@ -14,6 +14,7 @@ import ctypes
 import errno
 import mmap
 import os
+from contextlib import suppress
 
 from packer.layout import PAGE_BYTES
 from packer.pack_file import read_all
@@ -99,14 +100,14 @@ class ExtentReader:
         pages = cached_pages(self._fd, offset, nbytes)
         return pages is None or (nbytes // PAGE_BYTES - pages) * MISSING_SHARE <= nbytes // PAGE_BYTES
 
-    def read(self, out: memoryview, offset: int, direct: bool) -> int:
+    def read(self, out: memoryview, offset: int, cold: bool) -> int:
         """Fill ``out`` (whole pages, at a page in memory); returns the bytes that were read directly.
 
-        A file system may refuse direct reads only when the first one comes, and a device may want other
-        blocks than pages (``EINVAL``): then this and all later extents are read through the cache.
-        Raises ``PackError``.
+        A cold extent is read directly if that can be. A file system may refuse direct reads only when the
+        first one comes, and a device may want other blocks than pages (``EINVAL``): then this and all later
+        extents are read through the cache. Raises ``PackError``.
         """
-        descriptor = self._direct_fd if direct else None
+        descriptor = self._direct_fd if cold else None
         if descriptor is not None:
             try:
                 got = os.preadv(descriptor, [out], offset)
@@ -116,5 +117,9 @@ class ExtentReader:
                 if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                     self._direct_fd = None
             # Refused, cut short or failed: the buffered read completes it, or says what is wrong.
+        if cold:
+            # Asked for as a whole, an extent comes nearly twice as fast as by the kernel's read-ahead.
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, offset, len(out), os.POSIX_FADV_WILLNEED)
         read_all(self._fd, out, offset)
         return 0

@@ -200,6 +200,8 @@ class _Restore:
         for job in jobs:
             chunk = chunks[job.owner]
             (warm if extents.is_cached(chunk.offset, chunk.extent_bytes) else cold).append(job)
+        # In the order of the file, which may be another one than that of execution.
+        cold.sort(key=lambda job: chunks[job.owner].offset)
         return warm, cold
 
     def _make_ring(self) -> None:
@@ -252,7 +254,7 @@ class _Restore:
             if job is None:
                 self._free.put(slot)
                 break
-            if self._read(job, slot, direct=True):
+            if self._read(job, slot, cold=True):
                 self._ready.put((job, slot))
             else:
                 self._free.put(slot)
@@ -263,12 +265,12 @@ class _Restore:
             for _ in range(self._decoders):
                 self._ready.put(None)
 
-    def _read(self, job: _Job, slot: memoryview, direct: bool) -> bool:
+    def _read(self, job: _Job, slot: memoryview, cold: bool) -> bool:
         """Read one extent; False when the medium lost it."""
         assert self._extents is not None
         chunk = self.reader.index.chunks[job.owner]
         try:
-            past_cache = self._extents.read(slot[: chunk.extent_bytes], chunk.offset, direct)
+            past_cache = self._extents.read(slot[: chunk.extent_bytes], chunk.offset, cold)
         except PackError as error:
             self._note_bad(job, error)
             return False
@@ -305,7 +307,7 @@ class _Restore:
 
     def _place_warm(self, job: _Job, scratch: Scratch) -> None:
         if self._mapped is None:
-            if self._read(job, scratch.stored, direct=False):
+            if self._read(job, scratch.stored, cold=False):
                 self._place(job, scratch.stored, scratch)
             return
         chunk = self.reader.index.chunks[job.owner]
