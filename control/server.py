@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from control.config import Address, Config
-from control.routes import keys, models, nodes, ps, quotas, router, tenants, uploads
+from control.routes import about, keys, models, nodes, ps, quotas, router, tenants, uploads
 from control.routes.access import Access, Caller, Route, add_routes, render_error
 from control.state import STOP_S, Control
 from packer.durable import write_private
@@ -38,6 +38,7 @@ async def healthz(control: Control, request: web.Request, caller: Caller) -> web
 
 PUBLIC_ROUTES = (
     Route("GET", "/healthz", Access.OPEN, healthz, stays=False),
+    *about.ROUTES,
     *tenants.ROUTES,
     *keys.ROUTES,
     *quotas.ROUTES,

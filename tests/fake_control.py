@@ -18,6 +18,7 @@ import secrets
 import signal
 import struct
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class FakeControl:
         self.tokens: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.ps: dict[str, Any] = {"items": [], "devices": []}
+        self.about: dict[str, Any] = {"version": "0.1.0", "key_id": "op", "tenant": None, "expires_ms": None}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []  # method and raw path
         self.bodies: list[dict[str, Any]] = []  # of /v1 calls
@@ -92,6 +94,7 @@ class FakeControl:
                 web.get("/api/v1/nodes", self.list_nodes),
                 web.post("/api/v1/nodes/tokens", self.create_token),
                 web.delete("/api/v1/nodes/{node}", self.delete_node),
+                web.get("/api/v1/about", self.show_about),
                 web.get("/api/v1/ps", self.show_ps),
                 web.get("/api/v1/events", self.list_events),
                 web.post("/v1/embeddings", self.embeddings),
@@ -326,6 +329,9 @@ class FakeControl:
         if self.nodes.pop(request.match_info["node"], None) is None:
             return refuse(404, "node_not_found", "There is no such node.")
         return web.Response(status=204)
+
+    async def show_about(self, request: web.Request) -> web.Response:
+        return web.json_response({"now_ms": time.time_ns() // 1_000_000, **self.about})
 
     async def show_ps(self, request: web.Request) -> web.Response:
         return web.json_response(self.ps)

@@ -53,6 +53,7 @@ from packer.wire import (
     BadMessage,
     Beat,
     BeatAnswer,
+    CalibrationReport,
     DeviceReport,
     JoinAnswer,
     JoinAsk,
@@ -72,6 +73,8 @@ JOIN_BYTES_MAX = 32 * KIB
 # A report of 20,000 models and 1,000 records is about 12 MB.
 BEAT_BYTES_MAX = 16 * MIB
 GATEWAY_URL_CHARS_MAX = 256
+# Some thirty rates and three tiers are about a kilobyte.
+CALIBRATION_CHARS_MAX = 16 * KIB
 # What a node measures of itself is a few KiB; the agent keeps no more than this either.
 CALIBRATION_CHARS_MAX = 256 * KIB
 # Held open this long at most: shorter than what middleboxes cut, and than fleet.SILENT_AFTER_MS.
@@ -115,6 +118,7 @@ class NodeAnswer:
     host_used_bytes: int
     disk_budget_bytes: int
     disk_used_bytes: int
+    calibration: CalibrationReport | None
 
 
 async def make_join_token(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -164,7 +168,18 @@ def _node_answer(row: NodeRow, view: fleet.NodeView, now_ms: int) -> NodeAnswer:
         host_used_bytes=report.host_used_bytes if report else 0,
         disk_budget_bytes=report.disk_budget_bytes if report else 0,
         disk_used_bytes=report.disk_used_bytes if report else 0,
+        calibration=_calibration(report.calibration) if report else None,
     )
+
+
+def _calibration(text: str) -> CalibrationReport | None:
+    """What a node measured of itself; a node that reports nonsense must not break the list."""
+    if not text or len(text) > CALIBRATION_CHARS_MAX:
+        return None
+    try:
+        return decode(text.encode(), CalibrationReport)
+    except BadMessage:
+        return None
 
 
 async def remove(control: Control, request: web.Request, caller: Caller) -> web.Response:

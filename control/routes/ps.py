@@ -41,6 +41,7 @@ class PsItem:
     answers: int
     restores: Sequence[RestoreReport]
     last_used_ms: int
+    restore_ms_estimate: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ def _item(node: str, report: ModelReport) -> PsItem | None:
         report.answers,
         report.restores,
         report.last_used_ms,
+        report.restore_ms_estimate,
     )
 
 

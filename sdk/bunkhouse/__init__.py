@@ -37,11 +37,14 @@ from bunkhouse._errors import (
     Unreachable,
 )
 from bunkhouse._types import (
+    About,
     ByteQuota,
+    Calibration,
     Classification,
     Completion,
     Device,
     Embeddings,
+    EstimateErrors,
     Event,
     Events,
     Key,
@@ -79,6 +82,7 @@ _LAZY = {
 
 __all__ = [
     "STATUS_ERRORS",
+    "About",
     "ApiError",
     "AsyncClient",
     "AsyncTextStream",
@@ -89,6 +93,7 @@ __all__ = [
     "BadValue",
     "BunkhouseError",
     "ByteQuota",
+    "Calibration",
     "Classification",
     "Client",
     "Completion",
@@ -96,6 +101,7 @@ __all__ = [
     "Device",
     "DoesNotFit",
     "Embeddings",
+    "EstimateErrors",
     "Event",
     "Events",
     "Key",

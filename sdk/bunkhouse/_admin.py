@@ -15,6 +15,7 @@ from bunkhouse import _decode
 from bunkhouse._errors import BadValue
 from bunkhouse._request import Call, json_request, segment
 from bunkhouse._types import (
+    About,
     Events,
     Key,
     NewKey,
@@ -112,6 +113,10 @@ def create_node_token(name: str | None, ttl_s: int | None) -> Call[NodeToken]:
 def delete_node(name: str) -> Call[None]:
     path = f"/api/v1/nodes/{segment(name, 'name')}"
     return Call(json_request("DELETE", path, repeatable=True), _decode.nothing)
+
+
+def about() -> Call[About]:
+    return Call(json_request("GET", "/api/v1/about", repeatable=True), _decode.one(_decode.about))
 
 
 def ps() -> Call[Placements]:

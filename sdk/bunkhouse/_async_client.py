@@ -22,6 +22,7 @@ from bunkhouse._retry import RetryPolicy
 from bunkhouse._stream import AsyncTextStream
 from bunkhouse._transport import AsyncSender
 from bunkhouse._types import (
+    About,
     Classification,
     Completion,
     Embeddings,
@@ -310,6 +311,10 @@ class AsyncClient:
 
     async def delete_node(self, name: str) -> None:
         await self._run(_admin.delete_node(name))
+
+    async def about(self) -> About:
+        """Which server answers, its clock, and what this client's key is."""
+        return await self._run(_admin.about())
 
     async def ps(self) -> Placements:
         """Where every version's bytes are now, and what it has done."""

@@ -22,6 +22,7 @@ from bunkhouse._retry import RetryPolicy
 from bunkhouse._stream import TextStream
 from bunkhouse._transport import Sender
 from bunkhouse._types import (
+    About,
     Classification,
     Completion,
     Embeddings,
@@ -305,6 +306,10 @@ class Client:
 
     def delete_node(self, name: str) -> None:
         self._run(_admin.delete_node(name))
+
+    def about(self) -> About:
+        """Which server answers, its clock, and what this client's key is."""
+        return self._run(_admin.about())
 
     def ps(self) -> Placements:
         """Where every version's bytes are now, and what it has done."""

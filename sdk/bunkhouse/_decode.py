@@ -17,11 +17,14 @@ from typing import TypeVar
 from bunkhouse._errors import BadAnswer
 from bunkhouse._request import Answer
 from bunkhouse._types import (
+    About,
     ByteQuota,
+    Calibration,
     Classification,
     Completion,
     Device,
     Embeddings,
+    EstimateErrors,
     Event,
     Events,
     Key,
@@ -87,6 +90,10 @@ class Fields:
         if not isinstance(value, bool):
             raise self._wrong(name, "true or false")
         return value
+
+    def numbers(self) -> dict[str, int]:
+        """All of it, when all of it is numbers."""
+        return {name: self.number(name) for name in self._value}
 
     def raw(self, name: str) -> object:
         return self._value.get(name)
@@ -319,6 +326,37 @@ def node(row: Fields) -> Node:
         host_used_bytes=row.number("host_used_bytes", 0),
         disk_budget_bytes=row.number("disk_budget_bytes", 0),
         disk_used_bytes=row.number("disk_used_bytes", 0),
+        calibration=_calibration(row.inner("calibration")) if row.raw("calibration") else None,
+    )
+
+
+def _calibration(row: Fields) -> Calibration:
+    return Calibration(
+        measured_ms=row.number("measured_ms"),
+        host_form=row.text("host_form", ""),
+        kernels=row.flag("kernels"),
+        huge_pages=row.flag("huge_pages"),
+        others_percent=row.number("others_percent", 0),
+        rates=row.inner("rates").numbers(),
+        accuracy=tuple(
+            EstimateErrors(
+                each.text("from_tier"),
+                each.number("count"),
+                each.number("error_percent_p50", 0),
+                each.number("error_percent_p95", 0),
+            )
+            for each in row.each("accuracy")
+        ),
+    )
+
+
+def about(row: Fields) -> About:
+    return About(
+        version=row.text("version"),
+        now_ms=row.number("now_ms"),
+        key_id=row.text("key_id", ""),
+        tenant=row.maybe_text("tenant"),
+        expires_ms=row.maybe_number("expires_ms"),
     )
 
 
@@ -349,6 +387,7 @@ def _placement(row: Fields) -> Placement:
             for each in row.each("restores")
         ),
         last_used_ms=row.number("last_used_ms", 0),
+        restore_ms_estimate=row.number("restore_ms_estimate", 0),
     )
 
 

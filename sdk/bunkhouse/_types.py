@@ -188,6 +188,40 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
+class EstimateErrors:
+    """How far a node's estimates of restores from one tier were off lately, in percent of the real time."""
+
+    from_tier: str
+    count: int
+    error_percent_p50: int
+    error_percent_p95: int
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a node measured of itself: bytes per second by name, and the host form that follows."""
+
+    measured_ms: int
+    host_form: str
+    kernels: bool
+    huge_pages: bool
+    others_percent: int
+    rates: dict[str, int]
+    accuracy: tuple[EstimateErrors, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """Which server answered, its clock, and the key that asked. ``tenant`` None: an operator's."""
+
+    version: str
+    now_ms: int
+    key_id: str
+    tenant: str | None
+    expires_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """A box that joined. ``state``: up, draining, silent, or unheard (not since control started)."""
 
@@ -201,6 +235,7 @@ class Node:
     host_used_bytes: int
     disk_budget_bytes: int
     disk_used_bytes: int
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +274,7 @@ class Placement:
     answers: int
     restores: tuple[Restores, ...]
     last_used_ms: int  # 0 when never
+    restore_ms_estimate: int = 0  # expected time until it could answer; 0 when it is on a device
 
 
 @dataclass(frozen=True, slots=True)

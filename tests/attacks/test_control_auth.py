@@ -38,6 +38,7 @@ TENANT_ROUTES = {
     ("GET", "/api/v1/models"),
     ("GET", "/api/v1/models/{ref}"),
     ("DELETE", "/api/v1/models/{ref}"),
+    ("GET", "/api/v1/about"),
     ("GET", "/api/v1/ps"),
     ("GET", "/api/v1/events"),
     ("GET", "/v1/models"),

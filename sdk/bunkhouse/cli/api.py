@@ -99,16 +99,21 @@ def api_command(group: click.Group, name: str) -> Callable[[Callable[..., None]]
                 with Client(target.url, target.api_key or "") as client:
                     function(client, out, **parameters)
 
-        url_option = click.option("--url", metavar="URL", help="The server. Default: BUNKHOUSE_URL.")
-        key_option = click.option(
-            "--key-file",
-            type=click.Path(path_type=Path, allow_dash=True),
-            metavar="FILE",
-            help="File with the key, - for standard input. Default: BUNKHOUSE_API_KEY.",
-        )
-        return group.command(name)(url_option(key_option(output_option(run))))
+        return group.command(name)(target_options(output_option(run)))
 
     return decorate
+
+
+def target_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Which server, and with which key."""
+    url_option = click.option("--url", metavar="URL", help="The server. Default: BUNKHOUSE_URL.")
+    key_option = click.option(
+        "--key-file",
+        type=click.Path(path_type=Path, allow_dash=True),
+        metavar="FILE",
+        help="File with the key, - for standard input. Default: BUNKHOUSE_API_KEY.",
+    )
+    return url_option(key_option(function))
 
 
 def on_terminal() -> bool:

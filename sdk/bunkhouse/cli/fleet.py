@@ -49,6 +49,7 @@ def _node_ls(client: Client, out: Output) -> None:
             ("DEVICES", _devices),
             ("HOST", lambda row: _of(row.host_used_bytes, row.host_budget_bytes)),
             ("DISK", lambda row: _of(row.disk_used_bytes, row.disk_budget_bytes)),
+            ("MEASURED", lambda row: ago(row.calibration.measured_ms) if row.calibration else None),
             ("GATEWAY", lambda row: row.gateway_url),
         ],
         "no nodes",
@@ -99,6 +100,11 @@ def _restores(row: Placement) -> str:
     )
 
 
+def _expected(row: Placement) -> str | None:
+    """What the next restore is expected to take; nothing while the bytes are on a device."""
+    return f"{row.restore_ms_estimate} ms" if row.restore_ms_estimate else None
+
+
 def _ps(client: Client, out: Output) -> None:
     """Show where every version's bytes are and what it has done."""
     now = client.ps()
@@ -120,6 +126,7 @@ def _ps(client: Client, out: Output) -> None:
             ("REQUESTS", lambda row: row.requests),
             ("ANSWERS", lambda row: row.answers),
             ("RESTORES (MEDIAN/MAX)", _restores),
+            ("NEXT", _expected),
             ("USED", lambda row: ago(row.last_used_ms)),
         ],
         "no models on any node",

@@ -1,7 +1,7 @@
 """The root of the ``bunk`` command.
 
 Covers: the group and its subgroups. Does not cover: the commands, which live in ``accounts``,
-``models``, ``fleet`` and ``up`` and are added here.
+``models``, ``fleet``, ``doctor`` and ``up`` and are added here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import click
 
 from bunkhouse._version import __version__
 from bunkhouse.cli.accounts import key, quota, tenant
+from bunkhouse.cli.doctor import doctor
 from bunkhouse.cli.fleet import add_fleet_commands, node
 from bunkhouse.cli.models import model
 from bunkhouse.cli.up import up
@@ -26,6 +27,6 @@ def bunk() -> None:
     """Pack many tenants' models onto the GPUs you already own."""
 
 
-for _command in (up, node, tenant, key, quota, model):
+for _command in (up, node, tenant, key, quota, model, doctor):
     bunk.add_command(_command)
 add_fleet_commands(bunk)

@@ -1,0 +1,45 @@
+"""Who answers and who asks: this server's version and clock, and what the caller's key is.
+
+Covers: what ``bunk doctor`` needs before it can judge anything else. Does not cover: nodes
+(``control.routes.nodes``). The version is told to callers with a key only: an open port need not say
+which release's mistakes it has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from aiohttp import web
+
+from control.routes.access import Access, Caller, Route
+from control.state import Control, wall_ms
+from packer.http import json_response
+
+
+@dataclass(frozen=True, slots=True)
+class AboutAnswer:
+    """``tenant`` None: the key is an operator's. ``expires_ms`` None: it is valid until revoked."""
+
+    version: str
+    now_ms: int
+    key_id: str
+    tenant: str | None
+    expires_ms: int | None
+
+
+def server_version() -> str:
+    """Of the installed distribution; a checkout that was never installed has none."""
+    try:
+        return version("bunkhouse-server")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+async def about(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    key = control.catalog.key_specs.get(caller.key_id)
+    expires_ms = key.expires_ms if key is not None else None
+    return json_response(AboutAnswer(server_version(), wall_ms(), caller.key_id, caller.tenant, expires_ms))
+
+
+ROUTES = (Route("GET", "/api/v1/about", Access.CALLER, about, stays=False),)
