@@ -1,6 +1,6 @@
 """The ``bunk`` command against a fake control server: forms of output, exit codes, keys and options.
 
-``bunk up`` has its own file (``test_up``).
+``bunk up`` and ``bunk doctor`` have their own files (``test_up``, ``test_doctor``).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def control() -> FakeControl:
         "devices": [{"device": "cpu:0", "budget_bytes": 96 * 2**20, "used_bytes": 2**20, "healthy": False}],
     }
     restores = [{"from_tier": "disk", "count": 2, "restore_ms_p50": 12, "restore_ms_max": 30}]
-    item = {"node": "box", "ref": "acme/minilm@0123456789abcdef", "state": "resident", "restores": restores}
+    item = {"node": "box", "ref": "acme/minilm@0123456789abcdef", "state": "absent", "restores": restores}
+    item["restore_ms_estimate"] = 47
     made.ps = {"items": [item], "devices": [{"node": "box", "device": "cpu:0", "budget_bytes": 5}]}
     made.events = [
         {"id": n, "at_ms": 1_700_000_000_000 + n, "kind": "restored", "tenant": "acme", "model": "acme/m@0"}
@@ -139,9 +140,9 @@ def test_every_command_prints_a_table_or_a_sentence_and_valid_json(
 
 
 def test_every_command_is_covered_and_documented() -> None:
-    """Each leaf has a help text and ``-o``, is in the list above (or in test_up), and in the README."""
+    """Each leaf has a help text and ``-o``, is in the README, and in the list above (or has its own file)."""
     readme = (SDK / "README.md").read_text()
-    tested = {" ".join(words) for words in COMMANDS} | {"up", "key revoke x", "model rm x"}
+    tested = {" ".join(words) for words in COMMANDS} | {"up", "key revoke x", "model rm x", "doctor"}
 
     def leaves(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
         if isinstance(command, click.Group):
@@ -162,6 +163,7 @@ def test_tables_hold_sizes_restores_and_states(bunk: Bunk) -> None:
     assert "1 MiB / 96 MiB (unhealthy)" in nodes
     ps = bunk("ps").stdout
     assert "disk 2x 12/30 ms" in ps
+    assert "47 ms" in ps
     assert "FOREIGN" in ps
     assert "2023-11-14 22:13:20Z  -  restored  acme/m@0" in bunk("events").stdout
 

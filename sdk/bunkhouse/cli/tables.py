@@ -26,6 +26,8 @@ def plain(value: object) -> object:
     """A value as JSON can hold it: dataclasses become objects."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     return value
