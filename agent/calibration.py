@@ -3,7 +3,7 @@
 Covers: the fingerprint of what was measured, freshness, starting the measuring child, keeping a running
 node's rates up to date, and timing the line to control. Does not cover: measuring (``agent/calibrate.py``,
 which may load numpy and torch; this file may not), what rates mean (``packer/estimate.py``), storing them
-(``agent/journal.py``), or the command (``agent/check_box.py``).
+(``agent/journal.py``), or the command (``agent/calibrate_command.py``).
 
 ``bunk-agent calibrate`` beside a running node must not open its journal. It leaves its result in
 ``calibration.new``, and the node takes it up.
