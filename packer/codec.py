@@ -183,14 +183,43 @@ def to_wire(
     they are. Safe on planes from outside, as ``decode_into`` is. Raises ``BadPlanes``."""
     space = workspace or Workspace()
     sizes = wire_sizes(codec_id, [len(plane) for plane in planes], raw_bytes)
-    if sum(sizes) > len(out):
-        raise BadPlanes(f"wire form of codec {codec_id} takes {sum(sizes)} bytes, there are {len(out)}")
+    _check_room(sum(sizes), out)
     room: U8 = np.frombuffer(out, dtype=np.uint8)
     at = 0
     for plane, size in zip(planes, sizes, strict=True):
         _load_into(plane, room[at : at + size], space)
         at += size
     return sizes
+
+
+def wire_planes(
+    codec_id: int,
+    planes: Sequence[memoryview],
+    raw_bytes: int,
+    out: memoryview,
+    workspace: Workspace | None = None,
+) -> tuple[memoryview, ...]:
+    """The planes in wire form where they are: those stored plain stay in place, uncopied, only zstd frames
+    are decoded, into ``out``. Raises ``BadPlanes``."""
+    space = workspace or Workspace()
+    sizes = wire_sizes(codec_id, [len(plane) for plane in planes], raw_bytes)
+    packed = [len(plane) != size for plane, size in zip(planes, sizes, strict=True)]
+    _check_room(sum(size for size, frame in zip(sizes, packed, strict=True) if frame), out)
+    found: list[memoryview] = []
+    at = 0
+    for plane, size, frame in zip(planes, sizes, packed, strict=True):
+        if frame:
+            _unzstd_into(plane, np.frombuffer(out[at : at + size], dtype=np.uint8), space)
+            found.append(out[at : at + size])
+            at += size
+        else:
+            found.append(plane)
+    return tuple(found)
+
+
+def _check_room(needed_bytes: int, out: memoryview) -> None:
+    if needed_bytes > len(out):
+        raise BadPlanes(f"the wire form takes {needed_bytes} bytes, there is room for {len(out)}")
 
 
 # --- encode ---------------------------------------------------------------------------------------

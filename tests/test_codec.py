@@ -26,6 +26,7 @@ from packer.codec import (
     has_wire_form,
     plane_bytes,
     to_wire,
+    wire_planes,
     wire_sizes,
 )
 from packer.layout import CHUNK_BYTES, DTYPE_BITS
@@ -187,6 +188,12 @@ def wire_trip(dtype: str, raw: bytes) -> tuple[Encoded, tuple[int, ...]]:
     decode_into(encoded.codec_id, planes, memoryview(out), space)
     assert bytes(out) == raw
     assert wire_sizes(encoded.codec_id, sizes, len(raw)) == sizes
+    views = [memoryview(plane) for plane in encoded.planes]
+    room = memoryview(bytearray(total))
+    found = wire_planes(encoded.codec_id, views, len(raw), room, space)
+    assert [bytes(plane) for plane in found] == [bytes(plane) for plane in planes]
+    for stored, plane in zip(views, found, strict=True):
+        assert (plane is stored) == (len(plane) == len(stored))
     return encoded, sizes
 
 
@@ -244,8 +251,12 @@ def test_wire_form_of_bad_planes_is_refused() -> None:
     ):
         with pytest.raises(BadPlanes):
             to_wire(codec, given_planes, raw_bytes, out)
+        with pytest.raises(BadPlanes):
+            wire_planes(codec, [memoryview(plane) for plane in given_planes], raw_bytes, out)
+    with pytest.raises(BadPlanes, match="there is room for 2047"):
+        wire_planes(CodecId.N12, [memoryview(plane) for plane in planes], 8192, out[:2047])
     needed = sum(wire_sizes(CodecId.N12, sizes, 8192))
-    with pytest.raises(BadPlanes, match="there are"):
+    with pytest.raises(BadPlanes, match="there is room"):
         to_wire(CodecId.N12, planes, 8192, out[: needed - 1])
     assert to_wire(CodecId.N12, planes, 8192, out[:needed]) == (4096, 2048, sizes[2])
 
