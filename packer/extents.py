@@ -53,6 +53,7 @@ _libc.mmap.argtypes = (
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -85,6 +86,12 @@ def _mincore_pages(fd: int, offset: int, nbytes: int) -> int | None:
         return resident * (mmap.PAGESIZE // PAGE_BYTES)
     finally:
         _libc.munmap(address, nbytes)
+
+
+def drop_mapped(address: int, nbytes: int) -> None:
+    """Take pages of a shared file mapping out of this process; the file keeps them. Unlike the method of
+    mmap objects this lets other threads run meanwhile."""
+    _libc.madvise(address, nbytes, mmap.MADV_DONTNEED)
 
 
 class ExtentReader:

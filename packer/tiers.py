@@ -18,11 +18,11 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from packer.extents import ExtentReader
+from packer.extents import ExtentReader, drop_mapped
 from packer.host_segment import HostWriter
 from packer.index import PackError
 from packer.layout import CHUNK_BYTES, ChunkSpan
@@ -168,19 +168,21 @@ class _Restore:
     _reading: int = 0  # io threads that may still bring one
     _decoders: int = 0
     _extents: ExtentReader | None = None
-    _mapped: memoryview | None = None
+    _mapped: _Mapped | None = None
 
     def run(self, jobs: Sequence[_Job]) -> None:
         """Raises ``TierError`` and ``PackError``."""
-        with _mapping(self.reader) as self._mapped:
-            warm, cold = (list(jobs), []) if self._mapped is not None else self._sort(jobs)
-            cores = len(os.sched_getaffinity(0))
-            self._decoders = min(max(TIER_THREADS, cores), DECODE_THREADS_MAX, max(1, len(jobs)))
-            self._is_cold = bool(cold)
-            self._reading = min(IO_THREADS, len(cold))
-            if self._is_cold:
-                self._make_ring()
-            self._in_threads(warm, cold)
+        self._mapped = _map(self.reader)
+        warm, cold = (list(jobs), []) if self._mapped is not None else self._sort(jobs)
+        cores = len(os.sched_getaffinity(0))
+        self._decoders = min(max(TIER_THREADS, cores), DECODE_THREADS_MAX, max(1, len(jobs)))
+        self._is_cold = bool(cold)
+        self._reading = min(IO_THREADS, len(cold))
+        if self._is_cold:
+            self._make_ring()
+        self._in_threads(warm, cold)
+        if self._mapped is not None:
+            self._mapped.close()
         if self._errors:
             raise self._errors[0]
         if self.cancelled.is_set():
@@ -311,7 +313,8 @@ class _Restore:
                 self._place(job, scratch.stored, scratch)
             return
         chunk = self.reader.index.chunks[job.owner]
-        self._place(job, self._mapped[chunk.offset : chunk.offset + chunk.extent_bytes], scratch)
+        self._place(job, self._mapped.take(chunk.offset, chunk.extent_bytes), scratch)
+        self._mapped.put_back(chunk.offset, chunk.extent_bytes)
         with self._lock:
             self.read_bytes += chunk.extent_bytes
 
@@ -390,26 +393,40 @@ class _Restore:
         raise TierError(message, corrupt=True, chunks=chunks)
 
 
-@contextmanager
-def _mapping(reader: PackReader) -> Iterator[memoryview | None]:
-    """The whole file as memory, when nobody can change or cut it meanwhile: a sealed memory file."""
+class _Mapped:
+    """A whole memory file as memory: nobody can change or cut it meanwhile."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        import numpy as np
+
+        self._memory = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._view = memoryview(self._memory)
+        self._address = int(np.frombuffer(self._view, dtype=np.uint8, count=1).ctypes.data)
+
+    def take(self, offset: int, nbytes: int) -> memoryview:
+        return self._view[offset : offset + nbytes]
+
+    def put_back(self, offset: int, nbytes: int) -> None:
+        """This range is not needed any more; so what is mapped stays small, whatever the model's size."""
+        drop_mapped(self._address + offset, nbytes)
+
+    def close(self) -> None:
+        # An error on its way up may still refer to a piece of it; then the mapping goes with that.
+        with suppress(BufferError):
+            self._view.release()
+            self._memory.close()
+
+
+def _map(reader: PackReader) -> _Mapped | None:
+    """The file as memory, when it is a memory file that is sealed for good."""
     wanted = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK
     try:
         seals = fcntl.fcntl(reader.fd, fcntl.F_GET_SEALS)
     except OSError:
-        seals = 0  # not a memory file
+        return None  # not a memory file
     if reader.sealed or seals & wanted != wanted:
-        yield None
-        return
-    memory = mmap.mmap(reader.fd, reader.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
-    view = memoryview(memory)
-    try:
-        yield view
-    finally:
-        # An error on its way up may still refer to a piece of it; then the mapping goes with that.
-        with suppress(BufferError):
-            view.release()
-            memory.close()
+        return None
+    return _Mapped(reader.fd, reader.file_bytes)
 
 
 # --- threads --------------------------------------------------------------------------------------

@@ -407,18 +407,19 @@ def test_a_kernel_that_does_not_tell_is_no_error() -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 MEMORY_SCRIPT = """
-import os, sys
+import fcntl, os, sys
 sys.path[:0] = [sys.argv[1]]
 from contextlib import contextmanager
 from packer.codec import decode_into
 from packer.extents import ExtentReader
+from packer.host_segment import HostWriter
 from packer.layout import CHUNK_BYTES, TensorInfo, lay_out
 from packer.pack import PackReader
 from packer.pack_writer import PackWriter
 from packer.tiers import restore
-from packer.types import MIB, ModelRef, Task
+from packer.types import HostForm, ModelRef, Task
 
-chunks, cold = int(sys.argv[2]), sys.argv[3] == "cold"
+chunks, way = int(sys.argv[2]), sys.argv[3]
 size = CHUNK_BYTES
 layout = lay_out([TensorInfo(f"h.{n}.w", "BF16", (size // 2,), "m", 0, size) for n in range(chunks)])
 fd = os.memfd_create("pack")
@@ -443,9 +444,14 @@ def peak():
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
-if cold:
+if way == "cold":
     ExtentReader.is_cached = lambda *_: False
 reader = PackReader(fd, bytes(32))
+if way == "mapped":
+    host_fd = os.memfd_create("host", os.MFD_ALLOW_SEALING)
+    assert restore(reader, Nowhere(), host=HostWriter(host_fd, reader.index, {}, HostForm.STORED)).host_filled
+    fcntl.fcntl(host_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE)
+    reader = PackReader(host_fd, None)
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # the peak from here on
 before = peak()
@@ -454,9 +460,9 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("way", ["cold", "warm"])
+@pytest.mark.parametrize("way", ["cold", "warm", "mapped"])
 def test_a_restore_takes_bounded_memory_beside_the_image(way: str) -> None:
-    """The pack is four times as large as what may be taken; the image goes nowhere, to be not counted."""
+    """The pack is larger than what may be taken; the image goes nowhere, so that it is not counted."""
     chunks = 4 * tiers.RESTORE_BYTES_MAX // (8 * 1024 * 1024)
     command = [sys.executable, "-c", MEMORY_SCRIPT, str(Path(__file__).parent.parent), str(chunks), way]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
