@@ -24,7 +24,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from packer.estimate import RATES_BYTES_MAX, BadRates, Rates, dump_rates, load_rates
+from packer.estimate import RATES_BYTES_MAX, BadRates, Rates, load_rates
 from packer.types import MIB
 
 log = logging.getLogger("bunk.calibration")
@@ -175,7 +175,7 @@ class LinkMeter:
 
 
 class Calibrator:
-    """Keeps a running node's rates. ``adopt`` is told of every change, ``save`` makes it last.
+    """Keeps a running node's rates. ``adopt`` is told of every change and makes it last.
 
     ``measure`` is replaced in tests; it must end its child when it is cancelled.
     """
@@ -185,8 +185,7 @@ class Calibrator:
         data_dir: Path,
         enabled: bool,
         gpu: bool,
-        adopt: Callable[[Rates], None],
-        save: Callable[[str], Awaitable[None]],
+        adopt: Callable[[Rates], Awaitable[None]],
         link: LinkMeter,
         measure: Callable[[Path, bool, bool], Awaitable[Rates]] = measure,
         clock_s: Callable[[], float] = time.monotonic,
@@ -197,7 +196,6 @@ class Calibrator:
         self._enabled = enabled
         self._gpu = gpu
         self._adopt = adopt
-        self._save = save
         self._link = link
         self._measure = measure
         self._clock_s = clock_s
@@ -289,8 +287,7 @@ class Calibrator:
         # The line was timed here, or by the process before; the child can not.
         link = self._link.bytes_per_s or (self.rates.link if self.rates else 0)
         self.rates = replace(rates, link=rates.link or link)
-        self._adopt(self.rates)
-        await self._save(dump_rates(self.rates))
+        await self._adopt(self.rates)
 
     async def _take_handed_over(self) -> None:
         path = self._data_dir / HANDED_OVER

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.devices import DeviceConfig, inventory
-from packer.types import GIB, BadValue, parse_bytes
+from packer.types import GIB, BadValue, HostForm, parse_bytes
 
 # The restore of a large model from a slow origin takes minutes; a caller that waits longer than this
 # is better served by an error that says when to come back.
@@ -41,6 +41,7 @@ class AgentConfig:
     ready_file: Path | None
     log_level: str
     calibrate: bool = True  # measure this box in the background when its rates are not known
+    host_form: HostForm | None = None  # None: what the rates say
 
 
 def node_name(text: str) -> str:
@@ -102,6 +103,13 @@ def arguments() -> argparse.ArgumentParser:
     )
     run.add_argument("--threads", type=int, default=0, help="compute threads per worker (default: cores)")
     run.add_argument(
+        "--host-form",
+        default="auto",
+        choices=("auto", *(form.value for form in HostForm)),
+        help="how the host tier keeps weights; auto: the smallest form that is nearly as fast as the fastest "
+        "on this box (default %(default)s)",
+    )
+    run.add_argument(
         "--calibrate",
         default="auto",
         choices=("auto", "off"),
@@ -145,4 +153,5 @@ def load(argv: Sequence[str]) -> AgentConfig:
         ready_file=options.ready_file,
         log_level=options.log_level,
         calibrate=options.calibrate == "auto",
+        host_form=None if options.host_form == "auto" else HostForm(options.host_form),
     )

@@ -29,7 +29,7 @@ from agent.reports import build_report
 from agent.spawning import Nursery
 from agent.uplink import Uplink
 from packer import residency
-from packer.estimate import FIRST_RATES, Rates, choose_host_form
+from packer.estimate import FIRST_RATES, Rates, choose_host_form, dump_rates
 from packer.events import (
     Action,
     DeviceSeen,
@@ -81,7 +81,6 @@ class RunningNode:
             config.calibrate,
             self._on_cuda,
             self._calibrated,
-            self._save_calibration,
             self._link,
         )
         self._calibrator.take_stored(self._journal.journal.calibration())
@@ -180,27 +179,35 @@ class RunningNode:
         return self._calibrator.rates
 
     def _choose_host_form(self) -> HostForm:
-        """Segments of this process are all of one form; an unmeasured cpu box keeps the smallest."""
-        on_cuda = self._on_cuda
+        """What the operator wants, else what the rates say; an unmeasured cpu box keeps the smallest."""
+        if self.config.host_form is not None:
+            return self.config.host_form
         rates = self.rates
-        if rates is None and not on_cuda:
+        if rates is None and not self._on_cuda:
             return HostForm.STORED
-        return choose_host_form(rates or FIRST_RATES, on_cuda)
+        return choose_host_form(rates or FIRST_RATES, self._on_cuda)
 
     @property
     def _on_cuda(self) -> bool:
         return any(device.kind == "cuda" for device in self._devices.values())
 
-    def _calibrated(self, rates: Rates) -> None:
-        """Estimates follow at once; segments that are there keep their form, so the form does not."""
-        self.loop.post(RatesSeen(rates, self.host_form, self._on_cuda))
-        wanted = choose_host_form(rates, self._on_cuda)
-        if wanted is not self.host_form:
-            log.info("the host tier will keep weights in %s form from the next start on", wanted.value)
-
-    async def _save_calibration(self, text: str) -> None:
+    async def _calibrated(self, rates: Rates) -> None:
+        """Estimates and the form of new segments follow at once; segments that are there stay readable."""
+        form = self._choose_host_form()
+        if form is not self.host_form:
+            log.info("the host tier keeps weights in %s form from now on", form.value)
+        self.host_form = self.orders.host_form = form
+        self.loop.post(RatesSeen(rates, form, self._on_cuda))
         with self._journal_may_fail():
-            await self._journal.call(self._journal.journal.save_calibration, text)
+            await self._journal.call(self._journal.journal.save_calibration, dump_rates(rates))
+            for row in await self._journal.call(self._journal.journal.packs):
+                self._state_host_bytes(row)
+
+    def _state_host_bytes(self, row: PackRow) -> None:
+        """Tell the core what a segment of this pack takes now, unless the pack is gone meanwhile."""
+        view = residency.model_view(self.loop.core, row.ref)
+        if row.host is not None and view is not None and view.disk_bytes == row.disk_bytes:
+            self.loop.post(PackFound(row.ref, row.disk_bytes, row.host.of(self.host_form)))
 
     # --- devices ----------------------------------------------------------------------------------
 

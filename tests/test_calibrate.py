@@ -242,7 +242,6 @@ class Desk:
     def __init__(self, data_dir: Path, enabled: bool = True) -> None:
         self.now_s = 0.0
         self.adopted: list[Rates] = []
-        self.saved: list[str] = []
         self.measured = 0
         self.result: Callable[[], Awaitable[Rates]] = self.succeed
         self.others_percent = 0
@@ -252,8 +251,7 @@ class Desk:
             data_dir,
             enabled,
             False,
-            self.adopted.append,
-            self.save,
+            self.adopt,
             self.link,
             self.measure,
             lambda: self.now_s,
@@ -269,8 +267,8 @@ class Desk:
             link=0,
         )
 
-    async def save(self, text: str) -> None:
-        self.saved.append(text)
+    async def adopt(self, rates: Rates) -> None:
+        self.adopted.append(rates)
 
     async def succeed(self) -> Rates:
         return self.rates()
@@ -292,7 +290,7 @@ async def test_a_quiet_unmeasured_box_is_measured_once(tmp_path: Path) -> None:
     assert desk.measured == 0
     await desk.look_at(QUIET_S)
     assert desk.measured == 1
-    assert desk.adopted == [desk.rates()] == [load_rates(text) for text in desk.saved]
+    assert desk.adopted == [desk.rates()]
     await desk.look_at(QUIET_S + 10 * RETRY_S)
     assert desk.measured == 1
 
@@ -420,7 +418,7 @@ async def test_what_the_command_left_is_taken_up(tmp_path: Path, caplog: pytest.
     await desk.look_at(0)
     assert not path.exists(), "a bad one is not looked at for ever"
     assert "calibration" in caplog.text
-    assert len(desk.saved) == 1
+    assert len(desk.adopted) == 1
 
 
 async def test_the_line_is_timed_while_anything_is_fetched(tmp_path: Path) -> None:
@@ -437,7 +435,7 @@ async def test_the_line_is_timed_while_anything_is_fetched(tmp_path: Path) -> No
     await desk.look_at(4.0)
     assert desk.adopted[-1].link == desk.link.bytes_per_s
     await desk.look_at(5.0)
-    assert len(desk.saved) == 1, "an unchanged line is not written again"
+    assert len(desk.adopted) == 1, "an unchanged line is not written again"
     # A new measurement of the box keeps what is known of the line.
     (tmp_path / HANDED_OVER).write_text(dump_rates(desk.rates()))
     await desk.look_at(6.0)
