@@ -25,8 +25,10 @@ from pack_samples import (
     image_of,
     many_chunks_model,
     memory_file,
+    model_of,
     pack_bytes,
     twin_pack,
+    weights,
 )
 
 from packer import extents, tiers
@@ -35,6 +37,7 @@ from packer.extents import ExtentReader
 from packer.layout import PAGE_BYTES, ChunkSpan, ImageLayout
 from packer.pack import PackReader
 from packer.tiers import BAD_CHUNKS_MAX, TierError, restore
+from packer.types import MIB
 
 Residency = Callable[[ExtentReader, int, int], bool]
 
@@ -155,6 +158,27 @@ def test_a_duplicate_is_read_once_and_placed_everywhere() -> None:
         part = slice(span.image_offset, span.image_offset + span.nbytes)
         assert found.bytes[part] == image[part]
         assert found.placed == [span.image_offset]
+
+
+def test_a_sealed_duplicate_opens_under_the_number_of_its_owner() -> None:
+    """What the writer finds to be equal is sealed once; the key binds it to the first chunk's place."""
+    twin, other = weights("U8", MIB, 1), weights("U8", MIB, 2)
+    rows = (("h.0.tied", twin), ("h.1.other", other), ("h.2.tied", twin), ("h.3.tied", twin))
+    model = model_of([(name, "U8", [MIB], data) for name, data in rows])
+    with memory_file(pack_bytes(model=model)) as fd:
+        reader = PackReader(fd, KEY)
+        assert [chunk.same_as for chunk in reader.index.chunks] == [None, None, 0, 0]
+        image = image_for(reader)
+        facts = restore(reader, image)
+        assert image.bytes == image_of(*model)
+        assert facts.read_bytes == 2 * MIB
+        image = image_for(reader)
+        assert restore(reader, image, first_chunk=3).read_bytes == MIB
+        at = reader.index.chunks[0].offset
+        os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 1]), at)
+        with pytest.raises(TierError) as caught:
+            restore(reader, image_for(reader))
+        assert caught.value.chunks == (0, 2, 3)
 
 
 # --- bad chunks -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_samples import host_bytes, memory_file, pack_bytes, three_twins, twin_pack
+from pack_samples import MemoryImage, host_bytes, memory_file, pack_bytes, three_twins, twin_pack
 
 from packer.codec import CodecId
 from packer.index import (
@@ -35,6 +35,7 @@ from packer.index import (
 from packer.layout import CHUNK_BYTES, PAGE_BYTES
 from packer.pack import PackReader, verify
 from packer.pack_file import Scratch
+from packer.tiers import TierError, restore
 from packer.types import HostForm
 
 Raw = list[object]
@@ -205,6 +206,22 @@ def test_a_chain_of_duplicates_is_refused() -> None:
     body, header, index = opened(three_twins())
     row_of(index, 2)[SAME_AS] = 1
     assert "which has none" in refused(forged(body, header, msgspec.msgpack.encode(index)))
+
+
+def test_a_codec_from_the_future_costs_only_its_chunk() -> None:
+    """Ids are added in later versions; a reader can still tell sizes and restore everything else."""
+    body, header, index = opened()
+    row_of(index, 2)[CODEC] = 60_000
+    with memory_file(forged(body, header, msgspec.msgpack.encode(index))) as fd:
+        reader = PackReader(fd, None)
+        assert reader.file("config.json")
+        assert reader.host_sizes.stored_bytes > 0
+        image = MemoryImage(reader.index.layout.image_bytes)
+        with pytest.raises(TierError, match="not known to this version") as caught:
+            restore(reader, image)
+        assert caught.value.corrupt
+        assert caught.value.chunks == (2,)
+        assert len(image.placed) == len(reader.index.chunks) - 1
 
 
 def test_parts_must_tile_the_file() -> None:
