@@ -29,6 +29,7 @@ import bench_suite
 import peers_venv
 import restore_data
 import restore_sections
+import restore_swaps
 from bench_suite import Section
 from fresh_child import FreshChildren, LoadFailed
 from restore_sections import Setup
@@ -55,6 +56,9 @@ SECTIONS: Mapping[str, Callable[[Setup], Section]] = {
     "paths": restore_sections.paths,
     "ingest": restore_sections.ingest,
     "parts": restore_sections.parts,
+    "leaks": restore_swaps.leaks,
+    # Needs the memory that the host segments of the sections before took.
+    "swap": restore_swaps.swap,
 }
 
 
@@ -168,7 +172,9 @@ def _peers(
 
 
 @contextmanager
-def prepared(options: argparse.Namespace, rounds: int, log: Callable[[str], None]) -> Iterator[Setup]:
+def prepared(
+    options: argparse.Namespace, rounds: int, swaps: int, log: Callable[[str], None]
+) -> Iterator[Setup]:
     """Model, pack, host segments in all forms, and the servers of both sides."""
     shape = restore_data.QUICK if options.quick else restore_data.FULL
     log("preparing the model")
@@ -205,6 +211,7 @@ def prepared(options: argparse.Namespace, rounds: int, log: Callable[[str], None
             rates=rates,
             form=choose_host_form(rates),
             rounds=rounds,
+            swaps=swaps,
             quick=options.quick,
             touch=not options.no_touch,
             log=log,
@@ -213,10 +220,11 @@ def prepared(options: argparse.Namespace, rounds: int, log: Callable[[str], None
         log("packing")
         restore_sections.ingest_once(setup)
         for form, descriptor in segments.items():
-            ours.run(
+            filled = ours.run(
                 "segment",
                 {"path": str(setup.pack), "key": setup.key, "form": form, "segment_fd": descriptor},
             )
+            setup.segment_bytes[form] = filled.facts["segment_bytes"]
         if peers is not None and "tensorizer" in present and not setup.tensors.exists():
             settings = {"path": str(setup.weights), "tensorizer_path": str(setup.tensors)}
             peers.run("write_tensorizer", settings)
@@ -229,7 +237,7 @@ def _facts(setup: Setup) -> dict[str, str | int | float]:
         ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
     ).stdout.strip()
     raw = setup.spec.image_bytes
-    sizes = [f"{form.value} {os.fstat(fd).st_size / raw:.4f}" for form, fd in setup.segments.items()]
+    sizes = [f"{form.value} {nbytes / raw:.4f}" for form, nbytes in setup.segment_bytes.items()]
     chunks = len(setup.spec.chunk_bytes)
     packages = ("torch", "numpy", "cryptography", "numba")
     return {
@@ -269,14 +277,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         names = _sections(options)
         rounds = _bounded(options.rounds, ROUNDS_QUICK if options.quick else ROUNDS, ROUNDS_MAX, "--rounds")
-        _bounded(options.swaps, SWAPS, SWAPS_MAX, "--swaps")
+        swaps = _bounded(options.swaps, SWAPS_QUICK if options.quick else SWAPS, SWAPS_MAX, "--swaps")
         options.cache_dir.mkdir(parents=True, exist_ok=True)
         _check_room(options.cache_dir, options.quick)
     except BadOption as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sections: list[Section] = []
-    with prepared(options, rounds, log) as setup:
+    with prepared(options, rounds, swaps, log) as setup:
         for name in names:
             log(f"section {name}")
             sections.append(SECTIONS[name](setup))

@@ -60,12 +60,14 @@ class Setup:
     rates: Rates
     form: HostForm
     rounds: int
+    swaps: int
     quick: bool
     touch: bool
     log: Callable[[str], None]
     # By case: the processor time of every run.
     cpu_ms: dict[str, list[float]] = field(default_factory=dict)
     stage_words: dict[str, str] = field(default_factory=dict)
+    segment_bytes: dict[HostForm, int] = field(default_factory=dict)
 
     @property
     def weights(self) -> Path:
@@ -121,6 +123,11 @@ class Setup:
         restore_data.drop(self.weights)
         if self.tensors.exists():
             restore_data.drop(self.tensors)
+
+    def free_segments(self) -> None:
+        """Give the memory of the host segments back; sections that need them come before."""
+        for descriptor in self.segments.values():
+            os.ftruncate(descriptor, 0)
 
     def stages(self) -> str:
         """What each stage of a restore from the pack takes on one thread, in words."""
@@ -223,7 +230,7 @@ def warm(setup: Setup) -> Section:
     restore_data.warm(setup.weights)
     rivals = _rivals(setup, restore_peers.WARM, cold=False)
     path = str(setup.weights)
-    reading = {"path": path, "threads": 2, "piece_bytes": 4 * MIB}
+    reading: dict[str, Any] = {"path": path, "threads": 2, "piece_bytes": 4 * MIB}
     cases = [
         Case(MEMCPY, lambda: setup.ours_once(MEMCPY, "memcpy", nbytes=setup.nbytes, threads=2).taken_ms),
         Case(INTO_ARENA, lambda: setup.ours_once(INTO_ARENA, "read", **reading).taken_ms),
@@ -294,11 +301,11 @@ def _cpu_words(setup: Setup, name: str) -> str:
 def cold(setup: Setup) -> Section:
     """Nothing in the page cache, which is made sure of before every run."""
     rivals = _rivals(setup, restore_peers.COLD, cold=True)
-    direct = {"path": str(setup.weights), "threads": 4, "piece_bytes": 2 * MIB, "direct": True}
+    reading: dict[str, Any] = {"path": str(setup.weights), "threads": 4, "piece_bytes": 2 * MIB}
 
     def read_raw() -> float:
         restore_data.drop(setup.weights)
-        return setup.ours_once(DIRECT_READ, "read", **direct).taken_ms
+        return setup.ours_once(DIRECT_READ, "read", **reading, direct=True).taken_ms
 
     def restore() -> float:
         restore_data.drop(setup.pack)
