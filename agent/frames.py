@@ -146,6 +146,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     restore_ms: int = 0
     host_filled: bool = False
     restored_bytes: int = 0
+    cached: bool | None = None  # most of what was read was in the page cache; None: no file was read
     disk_bytes: int = 0
     host: HostSizes | None = None
     deduplicated_bytes: int = 0

@@ -45,7 +45,7 @@ from packer.layout import ImageLayout
 from packer.pack import PackReader
 from packer.pack_writer import PackSummary, PackWriter
 from packer.sources import open_source
-from packer.tiers import TierError, restore
+from packer.tiers import RestoreFacts, TierError, restore
 from packer.types import ModelRef
 
 log = logging.getLogger("bunk.worker")
@@ -157,12 +157,11 @@ class Moves:
         ref, first = parse_wire_ref(order.spec.ref), order.first_chunk
         if len(fds) != 1 + order.direct + (order.host_form is not None):
             raise BadFrame(f"a restore with {len(fds)} descriptors")
-        filled = False
+        facts = RestoreFacts(0, 0, 0, False)
 
         def fill(image: Image) -> None:
-            nonlocal filled
+            nonlocal facts
             facts = restore(reader, image, first_chunk=first, host=host, cancelled=cancelled)
-            filled = facts.host_filled
 
         with self._arriving(ref) as (parked, cancelled):
             reader = PackReader(fds[0], order.data_key, ref, fds[1] if order.direct else None)
@@ -174,7 +173,9 @@ class Moves:
             side_files = parked.side_files if parked else {path: reader.file(path) for path, _ in index.files}
             host = HostWriter(fds[-1], index, side_files, order.host_form) if order.host_form else None
             self._bring_in(Incoming(ref, order.spec, index.layout, side_files, fill), parked, first)
-        return Done(order.id, _since_ms(started), filled, sum(index.layout.chunk_bytes[first:]))
+        moved_bytes = sum(index.layout.chunk_bytes[first:])
+        cached = 2 * facts.direct_bytes < facts.read_bytes if facts.read_bytes else None
+        return Done(order.id, _since_ms(started), facts.host_filled, moved_bytes, cached)
 
     @contextmanager
     def _arriving(self, ref: ModelRef) -> Iterator[tuple[Held | None, threading.Event]]:

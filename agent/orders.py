@@ -279,7 +279,7 @@ class Orders:
                 filled = host is not None and done.host_filled and self._segments.seal(order.ref)
                 if host is not None and not filled:
                     await self._drop_segment(order.ref)
-        return restored(done.restore_ms, filled, restored_bytes=done.restored_bytes)
+        return restored(done.restore_ms, filled, restored_bytes=done.restored_bytes, cached=done.cached)
 
     @asynccontextmanager
     async def _filling(self, order: Restore) -> AsyncIterator[Segment | None]:

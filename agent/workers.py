@@ -108,6 +108,7 @@ class LoadDone:
     restored_bytes: int
     host_filled: bool = False
     pack_id: int = 0
+    cached: bool | None = None  # see ``frames.Done``
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +272,7 @@ class WorkerHandle:
         descriptors += [host.fd] if host is not None else []
         order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form)
         done = await self._order(number, order, descriptors)
-        return LoadDone(done.restore_ms, done.restored_bytes, done.host_filled)
+        return LoadDone(done.restore_ms, done.restored_bytes, done.host_filled, cached=done.cached)
 
     async def pack(self, ref: ModelRef, files: PackFiles) -> PackDone:
         """Write a pack of a resident model into an empty file. Raises ``WorkerFailure``, ``WorkerDead``."""
