@@ -49,7 +49,7 @@ from packer.seal import (
     derive_pack_key,
     seal_context,
 )
-from packer.types import HostSizes, ModelRef
+from packer.types import HostForm, HostSizes, ModelRef
 
 
 class PackReader:
@@ -230,10 +230,10 @@ def _read_key(path: Path) -> bytes:
     return key
 
 
-def _describe(reader: PackReader, header: PackHeader) -> dict[str, object]:
+def _describe(reader: PackReader) -> dict[str, object]:
     from packer.codec import CodecId
 
-    index = reader.index
+    index, sizes = reader.index, reader.host_sizes
     by_codec: dict[str, list[int]] = {}
     duplicate_bytes = 0
     for span, chunk in zip(index.layout.chunks, index.chunks, strict=True):
@@ -248,12 +248,13 @@ def _describe(reader: PackReader, header: PackHeader) -> dict[str, object]:
         "model": str(index.ref),
         "engine": index.engine,
         "task": str(index.task),
-        "sealed": header.sealed,
-        "file_bytes": header.file_bytes,
+        "sealed": reader.sealed,
+        "file_bytes": reader.file_bytes,
         "image_bytes": index.layout.image_bytes,
         "tensors": len(index.layout.tensors),
         "chunks": len(index.chunks),
         "duplicate_bytes": duplicate_bytes,
+        "host_bytes": {form.value: sizes.of(form) for form in HostForm},
         "side_files": len(index.side_files),
         "codecs": {
             name: {"chunks": row[0], "raw_bytes": row[1], "stored_bytes": row[2]}
@@ -281,7 +282,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, object]:
             return {"sealed": True, "file_bytes": header.file_bytes, "index_bytes": header.index_bytes}
         key = _read_key(Path(arguments.key_file)) if header.sealed else None
         reader = PackReader(file.fileno(), key)
-        facts = _describe(reader, header)
+        facts = _describe(reader)
         if arguments.command == "verify":
             facts["verified_bytes"] = verify(reader)
         return facts

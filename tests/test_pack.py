@@ -319,6 +319,9 @@ def test_inspect_and_verify_print_facts(
         facts = json.loads(capsys.readouterr().out)
         assert facts["model"] == str(REF)
         assert facts["verified_bytes"] == facts["image_bytes"] > 0
+        assert set(facts["host_bytes"]) == {"stored", "wire", "raw"}
+        assert facts["host_bytes"]["raw"] > facts["image_bytes"]
+        assert facts["duplicate_bytes"] == 0
     assert pack.main(["inspect", str(path), "--key-file", str(key)]) == 0
     assert "codecs:" in capsys.readouterr().out
     assert pack.main(["inspect", str(path)]) == 0
