@@ -16,11 +16,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from packer.transforms import U8, U16, U32, Transforms
 
@@ -242,6 +243,16 @@ class _Compiled:
     join_turned_nibbles: Callable[..., Any]
 
 
+def _check(
+    words: NDArray[Any], as_long: Sequence[NDArray[Any]], half_as_long: Sequence[NDArray[Any]]
+) -> None:
+    """Kernels index without looking: the codec gives arrays that fit, and this is where that is seen."""
+    half = (len(words) + 1) // 2
+    fits = all(len(array) == len(words) for array in as_long)
+    if not fits or not all(len(array) == half for array in half_as_long):
+        raise ValueError(f"planes do not have the lengths that {len(words)} words need")
+
+
 class KernelTransforms(Transforms):
     """Compiled. Arrays at odd addresses, which numba's signatures leave out, take the numpy way."""
 
@@ -252,6 +263,7 @@ class KernelTransforms(Transforms):
         self._compiled = compiled
 
     def split_n12(self, words: U16, base: int, signs: U8, nibbles: U8, outside: U32) -> int:
+        _check(words, (signs,), (nibbles,))
         if not words.flags.aligned:
             return super().split_n12(words, base, signs, nibbles, outside)
         found = int(self._compiled.split_n12(words, u8(base), signs, nibbles))
@@ -260,6 +272,7 @@ class KernelTransforms(Transforms):
         return found
 
     def split_n12_top(self, words: U32, base: int, low: U16, signs: U8, nibbles: U8, outside: U32) -> int:
+        _check(words, (low, signs), (nibbles,))
         if not words.flags.aligned:
             return super().split_n12_top(words, base, low, signs, nibbles, outside)
         found = int(self._compiled.split_n12_top(words, u8(base), low, signs, nibbles))
@@ -268,34 +281,40 @@ class KernelTransforms(Transforms):
         return found
 
     def join_n12(self, signs: U8, nibbles: U8, base: int, out: U16) -> None:
+        _check(out, (signs,), (nibbles,))
         if not out.flags.aligned:
             return super().join_n12(signs, nibbles, base, out)
         self._compiled.join_n12(signs, nibbles, u16(base), out)
         return None
 
     def join_n12_top(self, signs: U8, nibbles: U8, base: int, low: U16, out: U32) -> None:
+        _check(out, (signs, low), (nibbles,))
         if not (out.flags.aligned and low.flags.aligned):
             return super().join_n12_top(signs, nibbles, base, low, out)
         self._compiled.join_n12_top(signs, nibbles, u32(base), low, out)
         return None
 
     def split_bytes(self, words: U16, low: U8, high: U8) -> None:
+        _check(words, (low, high), ())
         if not words.flags.aligned:
             return super().split_bytes(words, low, high)
         self._compiled.split_bytes(words, low, high)
         return None
 
     def join_bytes(self, low: U8, high: U8, out: U16) -> None:
+        _check(out, (low, high), ())
         if not out.flags.aligned:
             return super().join_bytes(low, high, out)
         self._compiled.join_bytes(low, high, out)
         return None
 
     def split_nibbles(self, octets: U8, turned: bool, low: U8, high: U8) -> None:
+        _check(octets, (), (low, high))
         split = self._compiled.split_turned_nibbles if turned else self._compiled.split_nibbles
         split(octets, low, high)
 
     def join_nibbles(self, low: U8, high: U8, turned: bool, out: U8) -> None:
+        _check(out, (), (low, high))
         join = self._compiled.join_turned_nibbles if turned else self._compiled.join_nibbles
         join(low, high, out)
 

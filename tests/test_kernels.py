@@ -10,7 +10,8 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,28 @@ def test_more_escapes_than_fit_are_counted_but_not_written() -> None:
         signs, nibbles = np.zeros(4096, np.uint8), np.zeros(2048, np.uint8)
         assert transforms.split_n12(words, BASE, signs, nibbles, outside[:100]) > 100
         assert (outside[100:] == 0x5A).all()
+
+
+def test_arrays_that_do_not_fit_are_refused_before_a_kernel_sees_them() -> None:
+    """A kernel would read or write past their ends."""
+    _, compiled = both()
+    u8, u16, u32 = (partial(np.zeros, dtype=dtype) for dtype in (np.uint8, np.uint16, np.uint32))
+    calls: list[Callable[[], object]] = [
+        lambda: compiled.split_n12(u16(9), 1, u8(8), u8(5), u32(9)),
+        lambda: compiled.split_n12(u16(9), 1, u8(9), u8(4), u32(9)),
+        lambda: compiled.split_n12_top(u32(9), 1, u16(8), u8(9), u8(5), u32(9)),
+        lambda: compiled.split_n12_top(u32(9), 1, u16(9), u8(9), u8(6), u32(9)),
+        lambda: compiled.join_n12(u8(8), u8(5), 1, u16(9)),
+        lambda: compiled.join_n12(u8(9), u8(6), 1, u16(9)),
+        lambda: compiled.join_n12_top(u8(9), u8(5), 1, u16(8), u32(9)),
+        lambda: compiled.split_bytes(u16(9), u8(9), u8(8)),
+        lambda: compiled.join_bytes(u8(8), u8(9), u16(9)),
+        lambda: compiled.split_nibbles(u8(9), True, u8(5), u8(4)),
+        lambda: compiled.join_nibbles(u8(4), u8(5), False, u8(9)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="lengths that 9 words need"):
+            call()
 
 
 # --- bytes and nibbles ----------------------------------------------------------------------------
