@@ -219,10 +219,14 @@ def _get_warm() -> None:
 
     from agent import worker
     from agent.engines.transformers import warm_imports
+    from packer import kernels
 
     assert worker.main is not None
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     warm_imports()
+    # Compiled once, so that no restore waits for it; workers are born with the machine code.
+    compiled = kernels.warm()
+    log.info("compiled kernels: %s", compiled.text)
     assert not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:

@@ -42,6 +42,7 @@ _ENVIRONMENT_KEPT = (
     "VIRTUAL_ENV",
     "LD_LIBRARY_PATH",
     "PYTHONHASHSEED",
+    "BUNKHOUSE_KERNELS",  # off: do without compiled kernels
 )
 _ENVIRONMENT_KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "MKL_", "KMP_", "TORCH_", "PYTORCH_")
 # The operator may choose otherwise.
