@@ -33,15 +33,14 @@ from numpy.typing import NDArray
 from agent.calibration import FILE_BYTES, fingerprint
 from agent.packs import DISK_FREE_FLOOR_BYTES
 from packer import codec, kernels
-from packer.estimate import RESTORE_THREADS, DecodeRates, Rates, dump_rates
+from packer.estimate import DecodeRates, Rates, dump_rates
 from packer.layout import CHUNK_BYTES
 from packer.seal import TAG_BYTES, ChunkSeal, Part, PartKind, new_key
+from packer.tiers import DECODE_THREADS_MAX, IO_THREADS, TIER_THREADS
 from packer.types import GIB, MIB, BadValue, parse_bytes
 
-# The disk is asked in the pieces that the restore asks in, with as many outstanding.
+# The disk is asked in the pieces that the restore asks in.
 PIECE_BYTES = CHUNK_BYTES
-DIRECT_READS = 4
-CACHED_READS = 2
 # Memory to copy from and to, each: far larger than any cache of one core, small enough for a small box.
 SPAN_BYTES = 64 * MIB
 # Every rate is the median of this many rounds.
@@ -51,7 +50,7 @@ PASSES_MAX = 1000
 WRITE_S_MAX = 0.6
 # One round of reading should take about this long, as far as writing tells.
 READ_S = 0.1
-READ_BYTES_MIN = 2 * DIRECT_READS * PIECE_BYTES
+READ_BYTES_MIN = 2 * IO_THREADS * PIECE_BYTES
 # Distinct chunks per family, so that a thread does not find the last one in its cache.
 CHUNKS = 2
 # The families of the estimate and the dtype that stands for each.
@@ -81,7 +80,8 @@ class Bounds:
     file_bytes: int = FILE_BYTES
     span_bytes: int = SPAN_BYTES
     passes: int = PASSES
-    threads: int = min(RESTORE_THREADS, os.cpu_count() or 1)
+    # As many as a restore has for opening and decoding here.
+    threads: int = min(max(TIER_THREADS, len(os.sched_getaffinity(0))), DECODE_THREADS_MAX)
 
     def __post_init__(self) -> None:
         if not 1 <= self.passes <= PASSES_MAX:
@@ -316,6 +316,20 @@ def _map_in_probe(descriptor: int, nbytes: int, threads: int) -> Probe:
     return Probe("map_in", nbytes, touch, threads, renew)
 
 
+def _segment_write_probe(descriptor: int, nbytes: int, threads: int) -> Probe:
+    """Into a memory file that has no pages yet."""
+    piece = memoryview(secrets.token_bytes(PIECE_BYTES))
+
+    def renew() -> None:
+        os.ftruncate(descriptor, 0)
+
+    def write(number: int) -> None:
+        for start, length in _pieces(nbytes, number, threads):
+            os.pwrite(descriptor, piece[:length], start)
+
+    return Probe("segment_write", nbytes, write, threads, renew)
+
+
 # --- cpu work -------------------------------------------------------------------------------------
 
 
@@ -460,14 +474,16 @@ def _probes(directory: Path, bounds: Bounds, gpu: bool) -> Iterator[tuple[list[P
         read_bytes = (
             min(written, max(round(write_rate * READ_S), READ_BYTES_MIN)) // PIECE_BYTES * PIECE_BYTES
         )
-        probes = [_read_probe("disk_cached", file, read_bytes, CACHED_READS)]
+        probes = [_read_probe("disk_cached", file, read_bytes, threads)]
         direct = _open_direct(file)
         if direct is not None:
             held.callback(os.close, direct)
-            probes.append(_read_probe("disk_direct", direct, read_bytes, DIRECT_READS))
+            probes.append(_read_probe("disk_direct", direct, read_bytes, IO_THREADS))
         segment = os.memfd_create("bunk-calibrate", os.MFD_CLOEXEC)
         held.callback(os.close, segment)
         os.pwrite(segment, bytes(nbytes), 0)
+        fresh = os.memfd_create("bunk-calibrate", os.MFD_CLOEXEC)
+        held.callback(os.close, fresh)
         memory = FreshMemory(nbytes)
         held.callback(memory.close)
         source, target = np.ones(nbytes, dtype=np.uint8), np.zeros(nbytes, dtype=np.uint8)
@@ -477,6 +493,7 @@ def _probes(directory: Path, bounds: Bounds, gpu: bool) -> Iterator[tuple[list[P
             _copy_probe("memcpy_1", source, target, 1),
             _populate_probe(memory, threads),
             _map_in_probe(segment, nbytes, threads),
+            _segment_write_probe(fresh, nbytes, threads),
             _open_probe(nbytes // 2, threads),
             _sha256_probe(nbytes // 4),
         ]
@@ -507,6 +524,7 @@ def measure(directory: Path, bounds: Bounds, gpu: bool) -> Rates:
         memcpy_1=found["memcpy_1"],
         populate=found["populate"],
         map_in=found["map_in"],
+        segment_write=found["segment_write"],
         open=found["open"],
         sha256_1=found["sha256_1"],
         bf16=bf16,

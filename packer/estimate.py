@@ -5,8 +5,8 @@ chooses the host form, and learning from real restores how far the model is off.
 measuring (``agent/calibrate.py``), or what an expected time is used for (``keep``, ``residency``).
 
 The model: a restore is a pipeline, so it takes as long as its slowest stage, plus what every restore
-costs whatever its size. The stages that need a core share them: reading out of the page cache, opening,
-decoding and filling in fresh pages add up as soon as there are no more cores than restore threads.
+costs whatever its size. What the restore threads do one after another adds up to one stage: reading out
+of the page cache, opening, decoding, filling in fresh pages, writing a host segment on the way.
 What the model does not know (other work on the machine, a cold cache, the memory bus) is learned as one
 factor per model and tier, and until that model was restored, as one factor per tier of the node.
 """
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 # What a restore costs whatever its size: orders, wake-ups, building the module.
 FIXED_MS = 20
-# Threads that open and decode, and that all rates below are measured with; fewer on a smaller machine.
+# Threads that open and decode on the smallest machines, where no rate was measured.
 RESTORE_THREADS = 2
 # A host form that is at most a tenth slower than the fastest is worth its smaller size.
 FORM_RATE_SHARE_MIN = 0.9
@@ -72,12 +72,13 @@ class Rates:
     """
 
     disk_direct: int  # O_DIRECT; what the disk gives when nothing is cached
-    disk_cached: int  # out of the page cache into a warm buffer
+    disk_cached: int  # out of the page cache into a buffer that a core has in its own cache
     disk_write: int
     memcpy: int  # warm to warm
     memcpy_1: int  # the same on one thread
     populate: int  # fresh pages of an arena, huge where the kernel grants them
     map_in: int  # pages of a host segment into a new mapping
+    segment_write: int  # into a new host segment
     open: int  # AES-256-GCM, authenticated and decrypted in place
     sha256_1: int  # one thread: a file's digest can not be shared
     bf16: DecodeRates
@@ -105,6 +106,7 @@ FIRST_RATES = Rates(
     memcpy_1=2_000_000_000,
     populate=2_000_000_000,
     map_in=4_000_000_000,
+    segment_write=1_000_000_000,
     open=1_000_000_000,
     sha256_1=400_000_000,
     bf16=_FIRST_DECODE,
@@ -126,8 +128,8 @@ def named_rates(rates: Rates) -> dict[str, int]:
 
 
 _PLAIN = (
-    *("disk_direct", "disk_cached", "disk_write", "memcpy", "memcpy_1", "populate", "map_in", "open"),
-    *("sha256_1", "link", "device_copy"),
+    *("disk_direct", "disk_cached", "disk_write", "memcpy", "memcpy_1", "populate", "map_in"),
+    *("segment_write", "open", "sha256_1", "link", "device_copy"),
 )
 _DECODE = ("stored_to_wire", "wire_to_final", "stored_to_final", "encode")
 _MAY_BE_ZERO = ("link", "device_copy")
@@ -179,6 +181,8 @@ class RestoreShape:
     cached: bool = False  # disk and origin: the file is in the page cache
     on_cuda: bool = False
     remote: bool = False  # origin: fetched over the line
+    # Made on the way: a host segment from a pack, a pack from an origin.
+    fill_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,12 +219,8 @@ def restore_stages(rates: Rates, shape: RestoreShape) -> Stages:
     """What the pipeline's stages take for one whole restore, as far as the rates say."""
     if shape.tier is Tier.DEVICE:
         return Stages(0.0, 0.0, 0.0)
-    read_s, reading_core_s = _reading(rates, shape)
-    threads_s = _decode_threads_s(rates, shape)
-    # The decoding threads are busy for threads_s, each of them; the readers for reading_core_s. With a
-    # core for everybody the longer one counts, with fewer they take turns.
-    busy_s = rates.threads * (threads_s + reading_core_s)
-    cores_s = max(threads_s, reading_core_s, busy_s / max(rates.cores, 1))
+    read_s, copy_s = _reading(rates, shape)
+    cores_s = copy_s + _decode_threads_s(rates, shape)
     device_s = _wire_bytes(shape) / rates.device_copy if shape.on_cuda and rates.device_copy else 0.0
     return Stages(read_s * 1000, cores_s * 1000, device_s * 1000)
 
@@ -233,7 +233,7 @@ def predict_restore_ms(rates: Rates, shape: RestoreShape) -> int:
 
 
 def _reading(rates: Rates, shape: RestoreShape) -> tuple[float, float]:
-    """Seconds that the source itself takes, and seconds of the reading threads' work."""
+    """Seconds that the source itself takes, and seconds in which the restore threads copy from it."""
     nbytes = shape.stored_bytes
     if shape.tier is Tier.HOST:
         return 0.0, 0.0
@@ -252,7 +252,8 @@ def _decode_threads_s(rates: Rates, shape: RestoreShape) -> float:
             # One thread per file hashes and places; most models are one file.
             return fresh_s + shape.stored_bytes / rates.sha256_1 + shape.image_bytes / rates.memcpy_1
         case Tier.DISK:
-            return fresh_s + shape.stored_bytes / rates.open + _decode_s(rates, shape)
+            fill_s = shape.fill_bytes / rates.segment_write
+            return fresh_s + fill_s + shape.stored_bytes / rates.open + _decode_s(rates, shape)
         case _:
             return fresh_s + shape.stored_bytes / rates.map_in + _decode_s(rates, shape)
 
@@ -376,9 +377,12 @@ def recalibrate(learned: Learned, rates: Rates) -> None:
 
 
 def know_shape(history: History, shape: RestoreShape) -> None:
-    """State what a whole restore from ``shape.tier`` is from now on. ``cached`` is kept as last seen."""
+    """State what a whole restore from ``shape.tier`` is from now on. Whether its file is cached and a host
+    segment filled on the way is kept as last seen."""
     before = history.shapes.get(shape.tier)
-    history.shapes[shape.tier] = shape if before is None else replace(shape, cached=before.cached)
+    if before is not None:
+        shape = replace(shape, cached=before.cached, fill_bytes=before.fill_bytes)
+    history.shapes[shape.tier] = shape
     history.epoch = -1
 
 
@@ -409,6 +413,15 @@ def know_copies(
         know_shape(history, shape)
 
 
+def expect_fill(history: History, tier: Tier, fill_bytes: int) -> None:
+    """A restore from ``tier`` is ordered that makes this much on the way; later ones will be like it until
+    the next is ordered."""
+    shape = history.shapes.get(tier)
+    if shape is not None and shape.fill_bytes != fill_bytes:
+        history.shapes[tier] = replace(shape, fill_bytes=fill_bytes)
+        history.epoch = -1
+
+
 def note_restore(
     learned: Learned,
     history: History,
@@ -417,7 +430,8 @@ def note_restore(
     restore_ms: int,
     cached: bool | None = None,
 ) -> None:
-    """Learn from one finished restore of ``moved_bytes`` of the image. ``cached`` None: nobody looked."""
+    """Learn from one finished restore of ``moved_bytes`` of the image. ``cached`` None: nobody looked.
+    The next is expected to find its file as this one did."""
     shape = _shape_from(history, tier, moved_bytes)
     if cached is not None:
         shape = replace(shape, cached=cached)
@@ -468,19 +482,23 @@ def expect_ms(learned: Learned, history: History, tier: Tier, moved_bytes: int) 
 def _own_factor(learned: Learned, history: History, tier: Tier) -> tuple[float, float] | None:
     """How far this model's own restores were off, and the fixed part that this was seen against.
 
-    Those that found the cache as it is now count first.
+    Those that found the cache, and filled a host segment, as the next will, count first.
     """
     samples = history.samples.get(tier)
     if not samples:
         return None
     shape = history.shapes.get(tier)
-    alike = [each for each in samples if shape is None or each.shape.cached == shape.cached]
+    alike = [each for each in samples if shape is None or _is_alike(each.shape, shape)]
     fixed_ms = _fixed_ms(learned, tier)
     factors = []
     for each in alike or samples:
         moving_ms = restore_stages(learned.rates, each.shape).moving_ms * each.moved_share
         factors.append(_clamped(each.restore_ms / (fixed_ms + moving_ms)))
     return fixed_ms, _median(factors)
+
+
+def _is_alike(one: RestoreShape, other: RestoreShape) -> bool:
+    return one.cached == other.cached and bool(one.fill_bytes) == bool(other.fill_bytes)
 
 
 def _shape_from(history: History, tier: Tier, moved_bytes: int) -> RestoreShape:

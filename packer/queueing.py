@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 
-from packer import keep, quota, room
+from packer import estimate, keep, quota, room
 from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, Wake
 from packer.ledger import (
     Claim,
@@ -245,6 +245,7 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
         pack_order = model.disk.order if disk_bytes else 0
         if not disk_bytes:
             node.unpacked[model.ref] = model
+    estimate.expect_fill(model.history, source, host_bytes or disk_bytes)
     out.append(Restore(model.ref, device.name, source, 0, host_bytes, model.order, disk_bytes, pack_order))
 
 

@@ -25,6 +25,7 @@ from packer.estimate import (
     choose_host_form,
     disk_shape,
     dump_rates,
+    expect_fill,
     expect_ms,
     guess_mix,
     host_shape,
@@ -49,6 +50,7 @@ RATES = Rates(
     memcpy_1=9 * G,
     populate=18 * G,
     map_in=20 * G,
+    segment_write=3 * G,
     open=10 * G,
     sha256_1=1_500_000_000,
     bf16=DecodeRates(10 * G, 6 * G, 4_500_000_000, 1_400_000_000),
@@ -117,15 +119,14 @@ def test_a_cached_pack_is_limited_by_the_cores_whose_work_adds_up() -> None:
     assert stages.cores_ms == pytest.approx(expected_s * 1000)
 
 
-def test_with_cores_to_spare_reading_and_decoding_overlap() -> None:
+def test_a_host_segment_made_on_the_way_is_work_for_the_cores() -> None:
     shape = disk_shape(Mix(bf16_bytes=2 * G), cached=True)
-    many = restore_stages(replace(RATES, cores=16), shape).cores_ms
-    assert many == pytest.approx((2 / 18 + 2 * 0.667 / 10 + 2 / 4.5) * 1000)
-    assert many < restore_stages(RATES, shape).cores_ms
+    filling = restore_stages(RATES, replace(shape, fill_bytes=3 * G)).cores_ms
+    assert filling == pytest.approx(restore_stages(RATES, shape).cores_ms + 1000)
 
 
 def test_a_gpu_is_limited_by_the_copy_of_the_wire_form() -> None:
-    rates = replace(RATES, device_copy=10 * G, memcpy=40 * G, map_in=80 * G, cores=16)
+    rates = replace(RATES, device_copy=10 * G, memcpy=40 * G, map_in=80 * G)
     stages = restore_stages(rates, host_shape(Mix(bf16_bytes=16 * G), HostForm.WIRE, on_cuda=True))
     assert stages.limit == "device"
     assert stages.device_ms == pytest.approx(16 * 0.75 / 10 * 1000)
@@ -258,7 +259,7 @@ def test_every_rate_has_a_name() -> None:
     named = named_rates(RATES)
     assert named["bf16_stored_to_final"] == 4_500_000_000
     assert named["disk_direct"] == 1_200_000_000
-    assert len(named) == 11 + 3 * 4
+    assert len(named) == 12 + 3 * 4
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -356,6 +357,13 @@ def test_a_cached_and_a_cold_file_are_told_apart() -> None:
     note_restore(learned, history, Tier.DISK, 2 * G, round(warm_ms * 1.2), cached=True)
     assert expect_ms(learned, history, Tier.DISK, 2 * G) == pytest.approx(warm_ms * 1.2, rel=0.01)
     note_restore(learned, history, Tier.DISK, 2 * G, round(cold_ms * 1.1), cached=False)
+    assert expect_ms(learned, history, Tier.DISK, 2 * G) == pytest.approx(cold_ms * 1.1, rel=0.01)
+    # A restore that fills a host segment is another one than those that did not.
+    expect_fill(history, Tier.DISK, G)
+    filling_ms = expect_ms(learned, history, Tier.DISK, 2 * G)
+    note_restore(learned, history, Tier.DISK, 2 * G, 5 * filling_ms, cached=False)
+    assert expect_ms(learned, history, Tier.DISK, 2 * G) == pytest.approx(5 * filling_ms, rel=0.01)
+    expect_fill(history, Tier.DISK, 0)
     assert expect_ms(learned, history, Tier.DISK, 2 * G) == pytest.approx(cold_ms * 1.1, rel=0.01)
     # A new pack of the same model keeps what was last seen.
     know_shape(history, replace(SHAPE, cached=True))
