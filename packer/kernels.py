@@ -44,7 +44,8 @@ class WarmFacts:
 # --- kernels --------------------------------------------------------------------------------------
 # Plain loops that LLVM turns into vector code. Every step is brought back to its narrow type, because numba
 # widens integer arithmetic to 64 bits; both halves are sliced first, because LLVM does not vectorise an
-# index with an offset.
+# index with an offset. Both halves are of one length: an odd number of words takes the numpy way, and is no
+# chunk of a pack.
 
 
 def _split_n12(words: Any, base: Any, signs: Any, nibbles: Any) -> Any:
@@ -62,12 +63,6 @@ def _split_n12(words: Any, base: Any, signs: Any, nibbles: Any) -> Any:
         nibbles[j] = u8(code1 | u8(code2 << u8(4)))
         signs1[j] = u8(u16(a >> u16(8)) & u16(0x80)) | u8(a & u16(0x7F))
         signs2[j] = u8(u16(b >> u16(8)) & u16(0x80)) | u8(b & u16(0x7F))
-    if second.size < half:  # an odd number of weights
-        a = first[half - 1]
-        code1 = u8(u8(a >> u16(7)) - base)
-        outside += u32(code1 > u8(15))
-        nibbles[half - 1] = u8(0) if code1 > u8(15) else code1
-        signs1[half - 1] = u8(u16(a >> u16(8)) & u16(0x80)) | u8(a & u16(0x7F))
     return outside
 
 
@@ -87,13 +82,6 @@ def _split_n12_top(words: Any, base: Any, low: Any, signs: Any, nibbles: Any) ->
         nibbles[j] = u8(code1 | u8(code2 << u8(4)))
         signs1[j] = u8(u32(a >> u32(24)) & u32(0x80)) | u8(u32(a >> u32(16)) & u32(0x7F))
         signs2[j] = u8(u32(b >> u32(24)) & u32(0x80)) | u8(u32(b >> u32(16)) & u32(0x7F))
-    if second.size < half:
-        a = first[half - 1]
-        low1[half - 1] = u16(a)
-        code1 = u8(u8(a >> u32(23)) - base)
-        outside += u32(code1 > u8(15))
-        nibbles[half - 1] = u8(0) if code1 > u8(15) else code1
-        signs1[half - 1] = u8(u32(a >> u32(24)) & u32(0x80)) | u8(u32(a >> u32(16)) & u32(0x7F))
     return outside
 
 
@@ -137,10 +125,6 @@ def _join_n12(signs: Any, nibbles: Any, base: Any, out: Any) -> Any:
         exp1, exp2 = u16((base + (n & u16(15))) << u16(7)), u16((base + (n >> u16(4))) << u16(7))
         out1[j] = top1 | u16(a & u16(0x7F)) | exp1
         out2[j] = top2 | u16(b & u16(0x7F)) | exp2
-    if out2.size < half:
-        n, a = u16(nibbles[half - 1]), u16(signs1[half - 1])
-        top1, exp1 = u16((a & u16(0x80)) << u16(8)), u16((base + (n & u16(15))) << u16(7))
-        out1[half - 1] = top1 | u16(a & u16(0x7F)) | exp1
 
 
 def _join_n12_top(signs: Any, nibbles: Any, base: Any, low: Any, out: Any) -> Any:
@@ -154,10 +138,6 @@ def _join_n12_top(signs: Any, nibbles: Any, base: Any, low: Any, out: Any) -> An
         exp1, exp2 = u32((base + (n & u32(15))) << u32(23)), u32((base + (n >> u32(4))) << u32(23))
         out1[j] = top1 | exp1 | u32(low1[j])
         out2[j] = top2 | exp2 | u32(low2[j])
-    if out2.size < half:
-        n, a = u32(nibbles[half - 1]), u32(signs1[half - 1])
-        top1 = u32((a & u32(0x80)) << u32(24)) | u32((a & u32(0x7F)) << u32(16))
-        out1[half - 1] = top1 | u32((base + (n & u32(15))) << u32(23)) | u32(low1[half - 1])
 
 
 def _split_bytes(words: Any, low: Any, high: Any) -> Any:
@@ -177,9 +157,6 @@ def _split_nibbles(octets: Any, low: Any, high: Any) -> Any:
         a, b = first[j], second[j]
         low[j] = u8(a & u8(15)) | u8(b << u8(4))
         high[j] = u8(a >> u8(4)) | u8(b & u8(0xF0))
-    if second.size < half:
-        a = first[half - 1]
-        low[half - 1], high[half - 1] = u8(a & u8(15)), u8(a >> u8(4))
 
 
 def _split_turned_nibbles(octets: Any, low: Any, high: Any) -> Any:
@@ -192,10 +169,6 @@ def _split_turned_nibbles(octets: Any, low: Any, high: Any) -> Any:
         a, b = u8(u8(a << u8(1)) | u8(a >> u8(7))), u8(u8(b << u8(1)) | u8(b >> u8(7)))
         low[j] = u8(a & u8(15)) | u8(b << u8(4))
         high[j] = u8(a >> u8(4)) | u8(b & u8(0xF0))
-    if second.size < half:
-        a = first[half - 1]
-        a = u8(u8(a << u8(1)) | u8(a >> u8(7)))
-        low[half - 1], high[half - 1] = u8(a & u8(15)), u8(a >> u8(4))
 
 
 def _join_nibbles(low: Any, high: Any, out: Any) -> Any:
@@ -205,8 +178,6 @@ def _join_nibbles(low: Any, high: Any, out: Any) -> Any:
         n, m = low[j], high[j]
         first[j] = u8(m << u8(4)) | u8(n & u8(15))
         second[j] = u8(m & u8(0xF0)) | u8(n >> u8(4))
-    if second.size < half:
-        first[half - 1] = u8(high[half - 1] << u8(4)) | u8(low[half - 1] & u8(15))
 
 
 def _join_turned_nibbles(low: Any, high: Any, out: Any) -> Any:
@@ -217,9 +188,6 @@ def _join_turned_nibbles(low: Any, high: Any, out: Any) -> Any:
         a, b = u8(u8(m << u8(4)) | u8(n & u8(15))), u8(u8(m & u8(0xF0)) | u8(n >> u8(4)))
         first[j] = u8(a >> u8(1)) | u8(a << u8(7))
         second[j] = u8(b >> u8(1)) | u8(b << u8(7))
-    if second.size < half:
-        a = u8(u8(high[half - 1] << u8(4)) | u8(low[half - 1] & u8(15)))
-        first[half - 1] = u8(a >> u8(1)) | u8(a << u8(7))
 
 
 # --- compiled and at hand -------------------------------------------------------------------------
@@ -243,18 +211,18 @@ class _Compiled:
     join_turned_nibbles: Callable[..., Any]
 
 
-def _check(
-    words: NDArray[Any], as_long: Sequence[NDArray[Any]], half_as_long: Sequence[NDArray[Any]]
-) -> None:
-    """Kernels index without looking: the codec gives arrays that fit, and this is where that is seen."""
+def _fits(words: NDArray[Any], as_long: Sequence[NDArray[Any]], half_as_long: Sequence[NDArray[Any]]) -> bool:
+    """Whether kernels may have these arrays. They index without looking: the codec gives arrays of the right
+    lengths, and this is where that is seen. Raises ``ValueError``."""
     half = (len(words) + 1) // 2
     fits = all(len(array) == len(words) for array in as_long)
     if not fits or not all(len(array) == half for array in half_as_long):
         raise ValueError(f"planes do not have the lengths that {len(words)} words need")
+    return len(words) % 2 == 0 and all(array.flags.aligned for array in (words, *as_long, *half_as_long))
 
 
 class KernelTransforms(Transforms):
-    """Compiled. Arrays at odd addresses, which numba's signatures leave out, take the numpy way."""
+    """Compiled. An odd number of words, and words at odd addresses, take the numpy way."""
 
     name = "kernels"
 
@@ -263,8 +231,7 @@ class KernelTransforms(Transforms):
         self._compiled = compiled
 
     def split_n12(self, words: U16, base: int, signs: U8, nibbles: U8, outside: U32) -> int:
-        _check(words, (signs,), (nibbles,))
-        if not words.flags.aligned:
+        if not _fits(words, (signs,), (nibbles,)):
             return super().split_n12(words, base, signs, nibbles, outside)
         found = int(self._compiled.split_n12(words, u8(base), signs, nibbles))
         if 0 < found <= len(outside):
@@ -272,8 +239,7 @@ class KernelTransforms(Transforms):
         return found
 
     def split_n12_top(self, words: U32, base: int, low: U16, signs: U8, nibbles: U8, outside: U32) -> int:
-        _check(words, (low, signs), (nibbles,))
-        if not words.flags.aligned:
+        if not _fits(words, (low, signs), (nibbles,)):
             return super().split_n12_top(words, base, low, signs, nibbles, outside)
         found = int(self._compiled.split_n12_top(words, u8(base), low, signs, nibbles))
         if 0 < found <= len(outside):
@@ -281,42 +247,42 @@ class KernelTransforms(Transforms):
         return found
 
     def join_n12(self, signs: U8, nibbles: U8, base: int, out: U16) -> None:
-        _check(out, (signs,), (nibbles,))
-        if not out.flags.aligned:
+        if not _fits(out, (signs,), (nibbles,)):
             return super().join_n12(signs, nibbles, base, out)
         self._compiled.join_n12(signs, nibbles, u16(base), out)
         return None
 
     def join_n12_top(self, signs: U8, nibbles: U8, base: int, low: U16, out: U32) -> None:
-        _check(out, (signs, low), (nibbles,))
-        if not (out.flags.aligned and low.flags.aligned):
+        if not _fits(out, (signs, low), (nibbles,)):
             return super().join_n12_top(signs, nibbles, base, low, out)
         self._compiled.join_n12_top(signs, nibbles, u32(base), low, out)
         return None
 
     def split_bytes(self, words: U16, low: U8, high: U8) -> None:
-        _check(words, (low, high), ())
-        if not words.flags.aligned:
+        if not _fits(words, (low, high), ()):
             return super().split_bytes(words, low, high)
         self._compiled.split_bytes(words, low, high)
         return None
 
     def join_bytes(self, low: U8, high: U8, out: U16) -> None:
-        _check(out, (low, high), ())
-        if not out.flags.aligned:
+        if not _fits(out, (low, high), ()):
             return super().join_bytes(low, high, out)
         self._compiled.join_bytes(low, high, out)
         return None
 
     def split_nibbles(self, octets: U8, turned: bool, low: U8, high: U8) -> None:
-        _check(octets, (), (low, high))
+        if not _fits(octets, (), (low, high)):
+            return super().split_nibbles(octets, turned, low, high)
         split = self._compiled.split_turned_nibbles if turned else self._compiled.split_nibbles
         split(octets, low, high)
+        return None
 
     def join_nibbles(self, low: U8, high: U8, turned: bool, out: U8) -> None:
-        _check(out, (), (low, high))
+        if not _fits(out, (), (low, high)):
+            return super().join_nibbles(low, high, turned, out)
         join = self._compiled.join_turned_nibbles if turned else self._compiled.join_nibbles
         join(low, high, out)
+        return None
 
 
 _lock = threading.Lock()
@@ -350,8 +316,9 @@ class WrongKernel(RuntimeError):
 
 
 def _compare(compiled: _Compiled) -> None:
-    """Run every kernel over every 16-bit pattern, an odd number of words. Raises ``WrongKernel``."""
-    words = np.append(np.arange(65536, dtype=np.uint16), u16(0x3F80))
+    """Run every kernel over every 16-bit pattern and a few more words, so that a vector is not full at the
+    end. Raises ``WrongKernel``."""
+    words = np.append(np.arange(65536, dtype=np.uint16), np.full(14, 0x3F80, dtype=np.uint16))
     wides = words.astype(np.uint32) * u32(0x1_0001)
     count, half = len(words), (len(words) + 1) // 2
     results: list[list[bytes]] = []

@@ -26,7 +26,33 @@ from packer.kernels import KernelTransforms
 from packer.transforms import BLOCK_WEIGHTS, Transforms
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNTS = [0, 1, 2, 3, 7, 8, 63, 64, 65, 255, 257, 1000, 4097, 2 * BLOCK_WEIGHTS - 1, 2 * BLOCK_WEIGHTS + 3]
+COUNTS = [
+    0,
+    1,
+    2,
+    3,
+    4,
+    6,
+    7,
+    8,
+    62,
+    63,
+    64,
+    65,
+    66,
+    126,
+    130,
+    255,
+    256,
+    257,
+    258,
+    510,
+    514,
+    1000,
+    4097,
+    4098,
+]
+COUNTS += [2 * BLOCK_WEIGHTS - 2, 2 * BLOCK_WEIGHTS - 1, 2 * BLOCK_WEIGHTS, 2 * BLOCK_WEIGHTS + 6]
 BASE = 110
 
 
