@@ -330,18 +330,14 @@ class _Restore:
         except PackError as error:
             self._note_bad(job, error)
 
-    def _place_planes(self, job: _Job, codec_id: int, planes: list[memoryview], scratch: Scratch) -> None:
-        from packer.codec import has_wire_form, to_wire
+    def _place_planes(self, job: _Job, codec_id: int, planes: Sequence[memoryview], scratch: Scratch) -> None:
+        from packer.codec import has_wire_form, wire_planes
 
         host, spans = self.host, self.reader.index.layout.chunks
         if host is not None and host.form is HostForm.WIRE and has_wire_form(codec_id):
             # Placed from the wire form, so that what zstd packed is unpacked once.
             raw_bytes = spans[job.owner].nbytes
-            sizes = to_wire(codec_id, planes, raw_bytes, scratch.wire, scratch.workspace)
-            planes, at = [], 0
-            for size in sizes:
-                planes.append(scratch.wire[at : at + size])
-                at += size
+            planes = wire_planes(codec_id, planes, raw_bytes, scratch.wire, scratch.workspace)
         for number in job.targets:
             self.image.place(spans[number], codec_id, planes, scratch.workspace)
         with self._lock:
