@@ -120,6 +120,7 @@ def _model(node: ReportSource, spec: ModelSpec) -> ModelReport:
         answers=count.answers,
         restores=count.restore_reports(),
         last_used_ms=count.last_used_ms,
+        restore_ms_estimate=residency.restore_ms_estimate(node.loop.core, spec.ref) if view else 0,
         packed=view.packed if view else False,
     )
 
