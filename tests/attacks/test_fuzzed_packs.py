@@ -63,7 +63,7 @@ def changed(data: bytes, edits: list[tuple[int, int]]) -> bytes:
 # --- header ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.binary(max_size=HEADER_BYTES + 1), st.integers(0, 2**40))
 def test_noise_is_no_header(page: bytes, size_bytes: int) -> None:
     for candidate in (page, page.ljust(HEADER_BYTES, b"\0")[:HEADER_BYTES], b"BUNKPACK" + page):
@@ -72,7 +72,7 @@ def test_noise_is_no_header(page: bytes, size_bytes: int) -> None:
         assert caught.value.corrupt
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(changes, st.integers(0, 2**40))
 def test_changed_headers_with_a_right_digest_are_refused_or_in_bounds(
     edits: list[tuple[int, int]], size_bytes: int
@@ -114,19 +114,19 @@ def check_index(data: bytes) -> None:
     assert min(sizes.stored_bytes, sizes.wire_bytes, sizes.raw_bytes) > HEADER_BYTES
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.binary(max_size=2000))
 def test_noise_is_no_index(data: bytes) -> None:
     check_index(data)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(msgpack_values)
 def test_messagepack_of_another_shape_is_no_index(value: object) -> None:
     check_index(msgspec.msgpack.encode(value))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.integers(0, 7), msgpack_values, st.data())
 def test_an_index_with_any_field_replaced_is_refused_or_holds_together(
     field: int, value: object, data: st.DataObject
@@ -141,13 +141,13 @@ def test_an_index_with_any_field_replaced_is_refused_or_holds_together(
     check_index(msgspec.msgpack.encode(index))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(changes)
 def test_an_index_with_bytes_changed_is_refused_or_holds_together(edits: list[tuple[int, int]]) -> None:
     check_index(changed(INDEX, edits))
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(changes)
 def test_segments_with_changed_indexes_restore_or_are_refused(edits: list[tuple[int, int]]) -> None:
     """The whole way: whatever passes the checks is restored within the bounds of its image."""
@@ -195,7 +195,7 @@ def decode_guarded(codec_id: int, planes: list[bytes], raw_bytes: int) -> None:
         assert memory[:64] == memory[64 + raw_bytes :] == b"\x5a" * 64
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.integers(0, 12),
     st.lists(st.binary(max_size=300) | st.sampled_from([b"", bytes(8), bytes(32), bytes(64)]), max_size=5),
@@ -205,7 +205,7 @@ def test_noise_for_planes_decodes_nowhere_else(codec_id: int, planes: list[bytes
     decode_guarded(codec_id, planes, raw_bytes)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.sampled_from(sorted(ENCODED)),
     st.integers(0, 3),
@@ -224,7 +224,7 @@ def test_changed_planes_decode_nowhere_else(
     decode_guarded(encoded.codec_id, planes, raw_bytes)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.data())
 def test_changed_frames_and_escape_headers_decode_nowhere_else(data: st.DataObject) -> None:
     """The first bytes of a frame or of an escape plane hold its sizes: changing them is where lies are."""

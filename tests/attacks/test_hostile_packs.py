@@ -18,7 +18,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack_samples import MemoryImage, host_bytes, memory_file, pack_bytes, three_twins, twin_pack
 
@@ -368,6 +368,7 @@ def test_decoding_writes_only_into_its_destination() -> None:
             assert memory[:SIZE] == memory[2 * SIZE :] == b"\x5a" * SIZE
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_mutated_indexes_are_refused_or_read_within_their_bounds(data: st.DataObject) -> None:
     body, header, index = opened()
