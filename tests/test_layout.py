@@ -17,6 +17,7 @@ from pack_samples import image_of, safetensors_bytes, small_model, split_safeten
 from packer.layout import (
     CHUNK_BYTES,
     DTYPE_BITS,
+    OWN_CHUNK_BYTES,
     PAGE_BYTES,
     TENSOR_ALIGN_BYTES,
     BadLayout,
@@ -89,6 +90,43 @@ def test_tensors_lie_in_execution_order() -> None:
         "lm_head.weight",
         "model.norm.weight",
     ]
+
+
+def test_large_tensors_share_their_chunks_with_nobody() -> None:
+    """Equal tensors are equal chunks then, wherever they lie."""
+    small, large = OWN_CHUNK_BYTES - 1, OWN_CHUNK_BYTES
+    layout = lay_out(
+        [
+            info("h.0.a", "U8", large),
+            info("h.0.b", "U8", 100),
+            info("h.0.c", "U8", 3 * CHUNK_BYTES + 5),
+            info("h.0.d", "U8", small),
+            info("h.1.a", "U8", 3 * CHUNK_BYTES + 5),
+            info("h.1.b", "U8", 0),
+            info("h.1.c", "U8", large),
+        ]
+    )
+    # The small ones of a layer come first and are one chunk.
+    assert [placed.info.name for placed in layout.tensors][:4] == ["h.0.b", "h.0.d", "h.0.a", "h.0.c"]
+    long = layout.chunk_bytes[2:6]
+    assert layout.chunk_bytes == (
+        OWN_CHUNK_BYTES + PAGE_BYTES,
+        OWN_CHUNK_BYTES,
+        *long,
+        *long,
+        OWN_CHUNK_BYTES,
+    )
+    assert max(long) - min(long) <= len(long) * PAGE_BYTES
+    starts = {chunk.image_offset for chunk in layout.chunks}
+    assert all(
+        placed.image_offset in starts for placed in layout.tensors if placed.info.nbytes >= OWN_CHUNK_BYTES
+    )
+
+
+@given(tensor_lists)
+def test_chunks_stay_below_the_limit_of_the_index(rows: list[tuple[str, str, int]]) -> None:
+    layout = lay_out([info(*row) for row in rows])
+    assert len(layout.chunks) <= layout.image_bytes // CHUNK_BYTES + len(layout.tensors)
 
 
 def test_layout_without_tensors_is_empty() -> None:
