@@ -50,7 +50,8 @@ def weights(dtype: str, count: int, seed: int) -> bytes:
     size = DTYPE_BITS[dtype] // 8
     tops = {"BF16": (0x3C, 0x3B, 0x3D, 0xBC), "F16": (0x2C, 0x28, 0xAC), "F32": (0x3C, 0x3B, 0xBC)}
     if dtype in ("F8_E4M3", "F8_E5M2"):
-        return bytes(draw.choice((0x30, 0x40, 0xB0)) | draw.getrandbits(4) for _ in range(count))
+        bits = draw.getrandbits
+        return bytes(bits(1) << 7 | draw.choice((6, 6, 7, 8)) << 3 | bits(3) for _ in range(count))
     if dtype not in tops:
         return draw.randbytes(count * size)
     data = bytearray(draw.randbytes(count * size))
@@ -67,7 +68,7 @@ def model_of(tensors: Sequence[tuple[str, str, list[int], bytes]]) -> tuple[byte
 
 def every_codec_model() -> tuple[bytes, ImageLayout]:
     """One small chunk for each codec, and more."""
-    coarse = random.Random(9)
+    coarse, top = random.Random(9), weights("BF16", 2048, 7)
     tensors = [
         ("embed.weight", "F32", [64, 32], weights("F32", 2048, 1)),
         ("embed.ids", "I64", [512], b"".join(n.to_bytes(8, "little") for n in range(512))),
@@ -77,6 +78,15 @@ def every_codec_model() -> tuple[bytes, ImageLayout]:
         ("h.1.noise", "U8", [8192], weights("U8", 8192, 6)),
         # Exponents all over the place: no window of 16 holds them, but the low bytes are few.
         ("h.1.wild", "BF16", [4096], bytes(coarse.choice((0, 1, 2, 77, 200)) for _ in range(8192))),
+        (
+            "h.1.int",
+            "I8",
+            [8192],
+            bytes(coarse.choice((0, 0, 0, 0xF0)) + coarse.getrandbits(4) for _ in range(8192)),
+        ),
+        # Once bf16: the plane of low halves is zeros, which take no bytes.
+        ("h.2.up", "F32", [64, 32], b"".join(b"\0\0" + top[at : at + 2] for at in range(0, 4096, 2))),
+        ("h.3.noise", "U8", [4096], weights("U8", 4096, 8)),
         ("head.zeros", "F32", [1024], bytes(4096)),
     ]
     return model_of(tensors)
