@@ -21,21 +21,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import bench_suite
+import make_models
 import peers_venv
 import restore_data
+import restore_flips
+import restore_gpu
 import restore_sections
 import restore_swaps
 from bench_suite import Section
 from fresh_child import FreshChildren, LoadFailed
-from restore_sections import Setup
+from restore_setup import Setup
 
 from packer.estimate import Rates, choose_host_form, load_rates
-from packer.types import GIB, MIB, HostForm, ModelRef, Task
+from packer.types import GIB, MIB, HostForm, ModelRef, ModelSpec, Task
 
 ROUNDS, ROUNDS_QUICK = 5, 3
 ROUNDS_MAX = 100
@@ -46,6 +50,7 @@ MEMORY_BYTES_MIN, MEMORY_BYTES_MIN_QUICK = 16 * GIB, 4 * GIB
 DISK_BYTES_MIN, DISK_BYTES_MIN_QUICK = 12 * GIB, 4 * GIB
 COPY_BYTES = 16 * MIB
 CALIBRATE_TIMEOUT_S = 120
+NO_ENVIRONMENT: Mapping[str, str] = {}
 REF = ModelRef("bench", "llama", "0" * 16)
 HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bunkhouse-bench"
@@ -56,6 +61,9 @@ SECTIONS: Mapping[str, Callable[[Setup], Section]] = {
     "paths": restore_sections.paths,
     "ingest": restore_sections.ingest,
     "parts": restore_sections.parts,
+    "minilm": restore_sections.minilm,
+    "flips": restore_flips.flips,
+    "gpu": restore_gpu.gpu,
     "leaks": restore_swaps.leaks,
     # Needs the memory that the host segments of the sections before took.
     "swap": restore_swaps.swap,
@@ -154,7 +162,7 @@ def _fill(descriptor: int, path: Path) -> None:
 
 
 def _peers(
-    options: argparse.Namespace, reference: int, stack: ExitStack
+    options: argparse.Namespace, references: Sequence[int], stack: ExitStack
 ) -> tuple[FreshChildren | None, tuple[str, ...], dict[str, str]]:
     """The server of the peers, those that are there, and why the others are not."""
     if options.no_peers:
@@ -162,7 +170,7 @@ def _peers(
     try:
         venv = peers_venv.ensure(options.peers_dir or options.cache_dir / "peers")
         peers = stack.enter_context(
-            FreshChildren(venv.python, HERE / "peer_loaders.py", [str(reference)], [reference], {})
+            FreshChildren(venv.python, HERE / "peer_loaders.py", references, NO_ENVIRONMENT)
         )
     except (peers_venv.CanNotInstall, LoadFailed) as error:
         return None, (), {name: str(error) for name in peers_venv.PEERS}
@@ -171,39 +179,52 @@ def _peers(
     return peers, tuple(found), missing
 
 
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model's directory, its bytes in memory to compare with, and empty files for its host segments."""
+
+    directory: Path
+    spec: ModelSpec
+    reference: int
+    segments: Mapping[HostForm, int]
+
+
+def _hold(directory: Path, task: Task, stack: ExitStack) -> _Model:
+    reference = stack.enter_context(_memory_file("bench-reference"))
+    _fill(reference, directory / "model.safetensors")
+    segments = {form: stack.enter_context(_memory_file(f"bench-{form.value}")) for form in HostForm}
+    return _Model(directory, restore_data.describe(directory, REF, task), reference, segments)
+
+
 @contextmanager
 def prepared(
     options: argparse.Namespace, rounds: int, swaps: int, log: Callable[[str], None]
 ) -> Iterator[Setup]:
-    """Model, pack, host segments in all forms, and the servers of both sides."""
+    """Models, packs, host segments in all forms, and the servers of both sides."""
     shape = restore_data.QUICK if options.quick else restore_data.FULL
-    log("preparing the model")
-    directory = restore_data.model_directory(options.cache_dir, shape)
-    spec = restore_data.describe(directory, REF, Task.GENERATION)
     with ExitStack() as stack:
-        reference = stack.enter_context(_memory_file("bench-reference"))
-        _fill(reference, directory / "model.safetensors")
-        segments = {form: stack.enter_context(_memory_file(f"bench-{form.value}")) for form in HostForm}
+        log("preparing the model")
+        model = _hold(restore_data.model_directory(options.cache_dir, shape), Task.GENERATION, stack)
+        held = [model]
+        with suppress(FileNotFoundError):
+            held.append(_hold(make_models.find_minilm(), Task.EMBEDDING, stack))
         log("preparing the peers")
-        peers, present, missing = _peers(options, reference, stack)
+        references = [each.reference for each in held]
+        peers, present, missing = _peers(options, references, stack)
+        fds = [*references, *(fd for each in held for fd in each.segments.values())]
         ours = stack.enter_context(
-            FreshChildren(
-                Path(sys.executable),
-                HERE / "restore_jobs.py",
-                [str(reference)],
-                [reference, *segments.values()],
-                {},
-            )
+            FreshChildren(Path(sys.executable), HERE / "restore_jobs.py", fds, NO_ENVIRONMENT)
         )
         log("calibrating")
         rates = calibrate(options.cache_dir)
         setup = Setup(
-            shape=shape,
-            spec=spec,
-            directory=directory,
+            name=shape.name,
+            spec=model.spec,
+            reference=model.reference,
+            directory=model.directory,
             cache=options.cache_dir,
             key=secrets.token_hex(32),
-            segments=segments,
+            segments=model.segments,
             ours=ours,
             peers=peers,
             present=present,
@@ -216,15 +237,13 @@ def prepared(
             touch=not options.no_touch,
             log=log,
         )
-        stack.callback(setup.pack.unlink, missing_ok=True)
+        for each in held[1:]:
+            setup.minilm = setup.of_model(each.directory, each.spec, each.reference, each.segments)
         log("packing")
-        restore_sections.ingest_once(setup)
-        for form, descriptor in segments.items():
-            filled = ours.run(
-                "segment",
-                {"path": str(setup.pack), "key": setup.key, "form": form, "segment_fd": descriptor},
-            )
-            setup.segment_bytes[form] = filled.facts["segment_bytes"]
+        for one in (setup, setup.minilm):
+            if one is not None:
+                stack.callback(one.pack.unlink, missing_ok=True)
+                one.pack_it()
         if peers is not None and "tensorizer" in present and not setup.tensors.exists():
             settings = {"path": str(setup.weights), "tensorizer_path": str(setup.tensors)}
             peers.run("write_tensorizer", settings)
@@ -241,7 +260,7 @@ def _facts(setup: Setup) -> dict[str, str | int | float]:
     chunks = len(setup.spec.chunk_bytes)
     packages = ("torch", "numpy", "cryptography", "numba")
     return {
-        "model": f"{setup.shape.name}, {setup.nbytes / 1e9:.3f} GB of bf16, {chunks} chunks",
+        "model": f"{setup.name}, {setup.nbytes / 1e9:.3f} GB of bf16, {chunks} chunks",
         "pack": f"{setup.pack.stat().st_size / raw:.4f} of the raw size, AES-256-GCM",
         "host segment": ", ".join(sizes) + " of the raw size",
         "host form chosen by calibration": setup.form.value,

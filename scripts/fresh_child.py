@@ -271,11 +271,12 @@ class FreshChildren:
     """The bench's side: a server process in some virtualenv, and jobs in fresh children of it."""
 
     def __init__(
-        self, python: Path, script: Path, arguments: Iterable[str], fds: Iterable[int], environment: Settings
+        self, python: Path, script: Path, fds: Iterable[int], environment: Mapping[str, str]
     ) -> None:
+        """``fds`` stay the caller's; jobs know them by the same numbers."""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [str(python), str(script), *arguments],
+            [str(python), str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -4,7 +4,7 @@ Covers: safetensors (with a clone, so that the tensors are the caller's own), fa
 model streamer and tensorizer, on cpu and, where there is one, on a GPU. Does not cover: installing them
 (``peers_venv``), choosing their settings, or judging them (``bench_restore``).
 
-Runs in the peers' virtualenv: ``python peer_loaders.py REFERENCE_FD``. A loader that is not installed is
+Runs in the peers' virtualenv, started by ``fresh_child``. A loader that is not installed is
 reported when it is asked for. Every load is compared with the file, byte for byte, after the clock.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
@@ -114,7 +113,7 @@ def run_loader(settings: Settings, clock: Stopwatch) -> Mapping[str, Any]:
     tensors = _LOADERS[settings["loader"]](settings, clock)
     held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     spans = [(name, tensor.data_ptr(), tensor.nbytes) for name, tensor in held.items()]
-    return {"compared_bytes": _reference().check(spans)}
+    return {"compared_bytes": Reference(settings["reference"]).check(spans)}
 
 
 def write_tensorizer(settings: Settings, clock: Stopwatch) -> Mapping[str, Any]:
@@ -131,10 +130,6 @@ def write_tensorizer(settings: Settings, clock: Stopwatch) -> Mapping[str, Any]:
 def list_loaders(settings: Settings, clock: Stopwatch) -> Mapping[str, Any]:
     """Which loaders are here, with their versions."""
     return {name: version(name.replace("_", "-")) for name in _LOADERS if find_spec(name) is not None}
-
-
-def _reference() -> Reference:
-    return Reference(int(sys.argv[1]))
 
 
 def _import_all() -> None:

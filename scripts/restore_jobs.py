@@ -5,14 +5,14 @@ forced), filling host segments, an ingest with its pack, single stages of a rest
 what the machine can do at best (copies, reads into memory that is there). Does not cover: other people's
 loaders (``peer_loaders``), which of these to run and what they must reach (``bench_restore``).
 
-``python restore_jobs.py REFERENCE_FD``. Every image is compared with the origin's file, after the clock.
+Run by ``fresh_child``. Every image is compared with the origin's file, after the clock.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +22,13 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
+import torch
 from fresh_child import Reference, Settings, Stopwatch, serve
 
 from agent.arena import CpuImage, allocate_image
 from packer import kernels, tiers
-from packer.codec import decode_into
+from packer.codec import decode_into, has_wire_form, to_wire
+from packer.device_decode import decode_on_device
 from packer.extents import ExtentReader
 from packer.host_segment import HostWriter
 from packer.ingest import Ingest, PackTarget
@@ -109,7 +111,7 @@ def read_into_arena(settings: Settings, clock: Stopwatch) -> Facts:
 
     with clock:
         _in_threads(threads, read)
-    reference = Reference(int(sys.argv[1]))
+    reference = Reference(settings["reference"])
     with image.reading(0, room) as view:
         address = ctypes.addressof(ctypes.c_char.from_buffer(view))
         return {"compared_bytes": reference.check_file(address)}
@@ -152,7 +154,10 @@ def _source(settings: Settings) -> Iterator[PackReader]:
 def restore(settings: Settings, clock: Stopwatch) -> Facts:
     """One restore as a worker makes it, until every tensor is there. ``populated``: into an image whose
     pages are there before the clock starts."""
-    first_chunk = settings.get("first_chunk", 0)
+    first_chunk, kind = settings.get("first_chunk", 0), settings.get("kind", "cpu")
+    if kind == "cuda":
+        torch.zeros(1, device=kind)  # the first context is nobody's restore
+        torch.cuda.synchronize()
     forced = _FORCED.get(settings.get("force", ""))
     with ExitStack() as stack:
         if forced is not None:
@@ -164,17 +169,18 @@ def restore(settings: Settings, clock: Stopwatch) -> Facts:
         with clock:
             reader = stack.enter_context(_source(settings))
             layout = reader.index.layout
-            image = there if there is not None else allocate_image("cpu", layout)
+            image = there if there is not None else allocate_image(kind, layout)
             facts = tiers.restore(reader, image, first_chunk=first_chunk)
             image.settle()
             tensors = [(placed, image.tensor(placed)) for placed in layout.tensors]
         start = layout.chunks[first_chunk].image_offset
         loaded = [
-            (placed.info.name, tensor.data_ptr(), tensor.nbytes)
+            (placed.info.name, tensor.cpu() if kind == "cuda" else tensor)
             for placed, tensor in tensors
             if placed.image_offset >= start
         ]
-        compared = Reference(int(sys.argv[1])).check(loaded, whole=not first_chunk)
+        spans = [(name, tensor.data_ptr(), tensor.nbytes) for name, tensor in loaded]
+        compared = Reference(settings["reference"]).check(spans, whole=not first_chunk)
         extents = {reader.index.chunks[number].offset for number in range(first_chunk, len(layout.chunks))}
         sizes = {chunk.offset: chunk.extent_bytes for chunk in reader.index.chunks}
         return {
@@ -246,6 +252,78 @@ def _written_bytes() -> int:
     return int(fields["write_bytes"])
 
 
+# --- GPU ------------------------------------------------------------------------------------------
+
+
+def copy_pinned(settings: Settings, clock: Stopwatch) -> Facts:
+    """As many bytes as the model has, from pinned memory to the GPU, in pieces of a chunk."""
+    nbytes = settings["nbytes"]
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    with clock:
+        for start in range(0, nbytes, CHUNK_BYTES):
+            count = min(CHUNK_BYTES, nbytes - start)
+            at = start % COPY_BYTES
+            target[start : start + count].copy_(source[at : at + count], non_blocking=True)
+        torch.cuda.synchronize()
+    if int(target.min()) != 1:
+        raise RuntimeError("the copy did not arrive")
+    return {}
+
+
+def copy_device(settings: Settings, clock: Stopwatch) -> Facts:
+    """As many bytes as the model has, from one place on the GPU to another."""
+    source = torch.ones(settings["nbytes"], dtype=torch.uint8, device="cuda")
+    target = torch.zeros_like(source)
+    torch.cuda.synchronize()
+    with clock:
+        target.copy_(source)
+        torch.cuda.synchronize()
+    return {}
+
+
+def decode_device(settings: Settings, clock: Stopwatch) -> Facts:
+    """Decode the whole pack on the GPU, from wire planes that are there already."""
+    with _source(settings) as reader:
+        scratch, parts = Scratch(), []
+        for number, (span, chunk) in enumerate(
+            zip(reader.index.layout.chunks, reader.index.chunks, strict=True)
+        ):
+            os.preadv(reader.fd, [scratch.stored[: chunk.extent_bytes]], chunk.offset)
+            planes = reader.open_chunk(number, scratch.stored)
+            if has_wire_form(chunk.codec_id):
+                sizes = to_wire(chunk.codec_id, planes, span.nbytes, scratch.wire, scratch.workspace)
+                ends = list(itertools.accumulate(sizes, initial=0))
+                planes = [scratch.wire[start:end] for start, end in itertools.pairwise(ends)]
+            # The last plane stays on the host: the decoder looks into the escapes (see device_decode).
+            # An empty plane stands for zeros, and torch makes no tensor of an empty buffer.
+            copies = [bytearray(plane) or bytearray(1) for plane in planes]
+            tensors = [torch.frombuffer(copy, dtype=torch.uint8) for copy in copies]
+            tensors = [tensor[: len(plane)] for tensor, plane in zip(tensors, planes, strict=True)]
+            parts.append((span, chunk.codec_id, [*(tensor.cuda() for tensor in tensors[:-1]), tensors[-1]]))
+        image = torch.zeros(reader.index.layout.image_bytes, dtype=torch.uint8, device="cuda")
+        decodable = [part for part in parts if has_wire_form(part[1])]
+        torch.cuda.synchronize()
+        with clock:
+            for span, codec_id, wire in decodable:
+                out = image[span.image_offset : span.image_offset + span.nbytes]
+                decode_on_device(codec_id, wire, out)
+            torch.cuda.synchronize()
+        compared = 0
+        if len(decodable) == len(parts):
+            held = image.cpu()
+            spans = [
+                (placed.info.name, held.data_ptr() + placed.image_offset, placed.info.nbytes)
+                for placed in reader.index.layout.tensors
+            ]
+            compared = Reference(settings["reference"]).check(spans)
+        return {
+            "decoded_bytes": sum(span.nbytes for span, _, _ in decodable),
+            "compared_bytes": compared,
+        }
+
+
 # --- ingest ----------------------------------------------------------------------------------------
 
 
@@ -273,7 +351,7 @@ def ingest(settings: Settings, clock: Stopwatch) -> Facts:
         for placed in load.layout.tensors
     ]
     return {
-        "compared_bytes": Reference(int(sys.argv[1])).check(loaded),
+        "compared_bytes": Reference(settings["reference"]).check(loaded) if settings["compare"] else 0,
         "image_bytes": load.layout.image_bytes,
         "pack_bytes": summary.disk_bytes,
         "serving_ms": serving_ms,
@@ -295,5 +373,8 @@ if __name__ == "__main__":
             "stages": time_stages,
             "evict": evict,
             "ingest": ingest,
+            "pinned_copy": copy_pinned,
+            "device_copy": copy_device,
+            "device_decode": decode_device,
         }
     )

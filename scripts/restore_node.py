@@ -25,7 +25,7 @@ from agent.journal import open_journal
 from agent.node import RunningNode
 from packer import residency
 from packer.estimate import Rates, dump_rates
-from packer.events import Action, Event, Evict, Evicted
+from packer.events import Action, Event, Evict, Evicted, Restored
 from packer.ledger import State
 from packer.residency import ModelView
 from packer.types import ModelSpec, TenantSpec, Tier
@@ -47,8 +47,10 @@ class Taken:
 
 @dataclass(slots=True)
 class StepTimes:
-    """How long the core took to decide evictions, and how long they took from the order to the end."""
+    """How long the core took to decide evictions, how long they took from the order to the end, and what
+    workers say that restores took."""
 
+    restore_ms: dict[Tier, list[float]] = field(default_factory=dict)
     decide_ms: list[float] = field(default_factory=list)
     evict_ms: list[float] = field(default_factory=list)
     _ordered_s: dict[int, float] = field(default_factory=dict)
@@ -65,6 +67,8 @@ class StepTimes:
             if orders:
                 self.decide_ms.append((ended_s - started_s) * 1000)
             self._ordered_s |= {order.order: ended_s for order in orders}
+            if isinstance(event, Restored):
+                self.restore_ms.setdefault(event.from_tier, []).append(event.restore_ms)
             if isinstance(event, Evicted) and event.order in self._ordered_s:
                 self.evict_ms.append((started_s - self._ordered_s.pop(event.order)) * 1000)
             return actions
@@ -114,10 +118,10 @@ class BenchNode:
         async with self.taken(spec) as taken:
             return taken
 
-    async def answer(self, spec: ModelSpec) -> str:
-        """The model's first two tokens: they depend on all of its weights. Raises ``Refused``."""
+    async def answer(self, spec: ModelSpec, tokens: int = 2) -> str:
+        """The model's first tokens: they depend on all of its weights. Raises ``Refused``."""
         number = f"bench-{next(self._numbers)}"
-        fields: dict[str, JSON] = {"prompt": "Hello", "max_tokens": 2, "temperature": 0}
+        fields: dict[str, JSON] = {"prompt": "Hello", "max_tokens": tokens, "temperature": 0}
         async with self.node.lease(spec, number, REQUEST_TIMEOUT_MS) as lease:
             frames = [frame async for frame in lease.run(EngineRequest("generate", fields))]
         return "".join(str(frame.header.get("delta", "")) for frame in frames)
@@ -207,12 +211,12 @@ async def running_node(
     folder: Path,
     rates: Rates,
     specs: tuple[ModelSpec, ...],
-    device_bytes: int,
+    device: str,
     host_bytes: int,
     disk_bytes: int,
 ) -> AsyncIterator[BenchNode]:
-    """A node on one cpu device that knows ``rates`` and serves ``specs``; closed on leaving."""
-    words = ["run", "--data-dir", str(folder), "--name", NAME, "--device", f"cpu:{device_bytes}"]
+    """A node on one device (``cpu:SIZE``, ``cuda:0``) that knows ``rates`` and serves ``specs``."""
+    words = ["run", "--data-dir", str(folder), "--name", NAME, "--device", device]
     words += ["--host-bytes", str(host_bytes), "--disk-bytes", str(disk_bytes)]
     # Nobody measures beside the bench; it has done so already, the same way.
     loaded = replace(config.load(words), calibrate=False)

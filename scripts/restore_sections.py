@@ -1,4 +1,4 @@
-"""The sections of the restore bench that run in fresh children: warm, cold, read paths, ingest, parts.
+"""Sections of the restore bench that run in fresh children: warm, cold, read paths, ingest, parts, MiniLM.
 
 Covers: the cases of each section, their interleaved rounds, tables and goals. Does not cover: worker
 processes (``restore_swaps``), damaged packs (``restore_flips``), GPUs (``restore_gpu``), or the command line
@@ -10,216 +10,45 @@ raises when one differs: then there is no figure at all.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import bench_harness
-import msgspec
 import restore_data
 import restore_peers
-from bench_harness import Bench, Case
+from bench_harness import Case
 from bench_suite import Judgement, Section, Table
-from fresh_child import FreshChildren, Outcome
+from fresh_child import Outcome
 from restore_peers import PLAIN, Peer
+from restore_setup import (
+    FORM_NAMES,
+    INGEST,
+    PACK,
+    Rivals,
+    Setup,
+    best_of,
+    cpu_words,
+    ingest_once,
+    measure,
+    missing_words,
+    rate,
+    rivals_of,
+    runs_of,
+    timed_table,
+    times_as_fast,
+)
 
-from packer.estimate import Rates
-from packer.types import MIB, HostForm, ModelSpec
+from packer.types import MIB, HostForm
 
 MEMCPY = "copying memory to memory, 2 threads"
 INTO_ARENA = "reading the raw file into the arena, 2 threads"
 INTO_FRESH = "reading the raw file into fresh memory, 2 threads"
 DIRECT_READ = "reading the raw file past the cache, 4 threads"
-PACK = "sealed pack"
-STREAMERS = ("fastsafetensors", "runai_model_streamer", "tensorizer")
 THERE = "host tier, form chosen, into pages that are there"
-FORM_NAMES = {form: f"host tier, {form.value} form" for form in HostForm}
 # Every second stretch of this length is cached in the half-cached state.
 STRETCH_BYTES = 16 * MIB
 PEAK_BYTES_MAX = 256 * MIB
 INGEST_ROUNDS = 3
-
-
-@dataclass(slots=True)
-class Setup:
-    """What every section works on."""
-
-    shape: restore_data.Shape
-    spec: ModelSpec
-    directory: Path
-    cache: Path
-    key: str
-    segments: Mapping[HostForm, int]
-    ours: FreshChildren
-    peers: FreshChildren | None
-    present: Sequence[str]
-    missing: Mapping[str, str]
-    rates: Rates
-    form: HostForm
-    rounds: int
-    swaps: int
-    quick: bool
-    touch: bool
-    log: Callable[[str], None]
-    # By case: the processor time of every run.
-    cpu_ms: dict[str, list[float]] = field(default_factory=dict)
-    stage_words: dict[str, str] = field(default_factory=dict)
-    segment_bytes: dict[HostForm, int] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> Path:
-        return self.directory / "model.safetensors"
-
-    @property
-    def pack(self) -> Path:
-        return self.cache / "bench.pack"
-
-    @property
-    def tensors(self) -> Path:
-        return self.cache / f"{self.shape.name}.tensors"
-
-    @property
-    def nbytes(self) -> int:
-        return self.weights.stat().st_size
-
-    @property
-    def touch_bytes(self) -> int:
-        """Memory that is made this machine's own before every run: an image and its loader's buffers."""
-        return self.nbytes * 3 // 2 + 256 * MIB if self.touch else 0
-
-    # --- one run each ---
-
-    def ours_once(self, name: str, job: str, watch: bool = False, **settings: Any) -> Outcome:
-        outcome = self.ours.run(job, settings, watch=watch, touch_bytes=self.touch_bytes)
-        self.cpu_ms.setdefault(name, []).append(outcome.cpu_ms)
-        return outcome
-
-    def restore_pack(self, name: str = PACK, watch: bool = False, **settings: Any) -> Outcome:
-        return self.ours_once(name, "restore", watch, path=str(self.pack), key=self.key, **settings)
-
-    def restore_segment(
-        self, form: HostForm, name: str = "", watch: bool = False, **settings: Any
-    ) -> Outcome:
-        name = name or FORM_NAMES[form]
-        return self.ours_once(name, "restore", watch, fd=self.segments[form], **settings)
-
-    def peer_once(self, peer: Peer, device: str = "cpu") -> float:
-        assert self.peers is not None
-        settings = {
-            "loader": peer.loader,
-            "path": str(self.weights),
-            "tensorizer_path": str(self.tensors),
-            "device": device,
-            **peer.settings,
-        }
-        outcome = self.peers.run("load", settings, peer.environment, touch_bytes=self.touch_bytes)
-        self.cpu_ms.setdefault(peer.name, []).append(outcome.cpu_ms)
-        return outcome.taken_ms
-
-    def drop_origin(self) -> None:
-        restore_data.drop(self.weights)
-        if self.tensors.exists():
-            restore_data.drop(self.tensors)
-
-    def free_segments(self) -> None:
-        """Give the memory of the host segments back; sections that need them come before."""
-        for descriptor in self.segments.values():
-            os.ftruncate(descriptor, 0)
-
-    def stages(self) -> str:
-        """What each stage of a restore from the pack takes on one thread, in words."""
-        if PACK not in self.stage_words:
-            settings = {"path": str(self.pack), "key": self.key}
-            facts = self.ours.run("stages", settings, touch_bytes=self.touch_bytes).facts
-            words = ", ".join(f"{name[:-3]} {value:.0f} ms" for name, value in facts.items())
-            self.stage_words[PACK] = f"stages of the whole pack on one thread: {words}"
-        return self.stage_words[PACK]
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def rate(nbytes: int, taken_ms: float) -> str:
-    return f"{nbytes / taken_ms / 1e6:.2f}"
-
-
-def timed_table(
-    setup: Setup, title: str, report: bench_harness.Report, notes: Sequence[str] = (), nbytes: int = 0
-) -> Table:
-    """Rows of an interleaved report, the fastest first; rates are of the model's raw weights."""
-    nbytes = nbytes or setup.nbytes
-    rows = []
-    for row in sorted(report.rows, key=lambda row: row.median_ms):
-        cpu = setup.cpu_ms.get(row.case)
-        rows.append(
-            (
-                row.case,
-                f"{row.median_ms:.0f} ms",
-                f"{row.least_ms:.0f}",
-                f"{row.greatest_ms:.0f}",
-                rate(nbytes, row.median_ms),
-                f"{statistics.median(cpu):.0f} ms" if cpu else "",
-            )
-        )
-    columns = ("case", "median", "least", "greatest", "GB/s of weights", "processor")
-    rounds = f"{report.rounds} interleaved rounds, every run compared byte for byte"
-    return Table(title, columns, tuple(rows), (rounds, *notes))
-
-
-def _measure(
-    setup: Setup, name: str, cases: Sequence[Case], peer: str, limit: str
-) -> tuple[bench_harness.Report, Mapping[str, float]]:
-    bench = Bench(name, tuple(cases), peer=peer, limit=limit)
-    report = bench_harness.measure(bench, setup.rounds, setup.log)
-    return report, {row.case: row.median_ms for row in report.rows}
-
-
-def _runs(report: bench_harness.Report) -> dict[str, Sequence[float]]:
-    return {row.case: row.runs_ms for row in report.rows}
-
-
-def _times(
-    goal: str, bound: float, ours: float, theirs: float | None, why: str, missing: str = ""
-) -> Judgement:
-    """How many times as fast ours is; ``theirs`` None: nobody to compare with."""
-    if theirs is None:
-        return Judgement(goal, None, bound, unit="x", why=missing)
-    return Judgement(goal, theirs / ours, bound, unit="x", why=why)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rivals:
-    """The peers of one section at their best settings."""
-
-    peers: tuple[Peer, ...]
-    note: str
-
-    def best_streamer(self, medians: Mapping[str, float]) -> tuple[float | None, str]:
-        """The least median of the streaming loaders, and whose it is."""
-        found = [(medians[peer.name], peer.name) for peer in self.peers if peer.loader in STREAMERS]
-        return min(found) if found else (None, "no streaming loader could be run")
-
-
-def _rivals(setup: Setup, candidates: Mapping[str, Sequence[Peer]], cold: bool) -> _Rivals:
-    if setup.peers is None:
-        return _Rivals((), "")
-
-    def run(peer: Peer) -> float:
-        if cold:
-            setup.drop_origin()
-        taken_ms = setup.peer_once(peer)
-        setup.log(f"trying settings: {peer.name}: {taken_ms:.0f} ms")
-        return taken_ms
-
-    found = restore_peers.search(candidates, setup.present, run, runs=1 if cold else 2)
-    tried = "; ".join(f"{name} {taken_ms:.0f} ms" for name, taken_ms in found.tried.items())
-    failed = "; ".join(f"{name}: {why}" for name, why in found.failed.items())
-    note = f"settings tried: {tried}" + (f"; failed: {failed}" if failed else "")
-    plain = (PLAIN,) if PLAIN.loader in setup.present else ()
-    return _Rivals((*plain, *found.best), note)
 
 
 # --- warm -----------------------------------------------------------------------------------------
@@ -228,7 +57,7 @@ def _rivals(setup: Setup, candidates: Mapping[str, Sequence[Peer]], cold: bool) 
 def warm(setup: Setup) -> Section:
     """Everything in memory: the host tier and the pack against loaders that read the plain file."""
     restore_data.warm(setup.weights)
-    rivals = _rivals(setup, restore_peers.WARM, cold=False)
+    rivals = rivals_of(setup, restore_peers.WARM, cold=False)
     path = str(setup.weights)
     reading: dict[str, Any] = {"path": path, "threads": 2, "piece_bytes": 4 * MIB}
     cases = [
@@ -240,37 +69,40 @@ def warm(setup: Setup) -> Section:
         Case(THERE, lambda: setup.restore_segment(setup.form, THERE, populated=True).taken_ms),
         Case(PACK, lambda: setup.restore_pack().taken_ms),
     ]
-    report, medians = _measure(setup, "warm", cases, peer=INTO_ARENA, limit=MEMCPY)
+    report, medians = measure(setup, "warm", cases, peer=INTO_ARENA, limit=MEMCPY)
+    judgements = _judge_warm(setup, medians, rivals)
+    table = timed_table(setup, "Warm: to tensors on a cpu device", report, [rivals.note])
+    return Section("warm", (table,), judgements, runs=runs_of(report))
+
+
+def _judge_warm(setup: Setup, medians: Mapping[str, float], rivals: Rivals) -> tuple[Judgement, ...]:
     ours = medians[FORM_NAMES[setup.form]]
     best, best_name = rivals.best_streamer(medians)
-    missing = _missing(setup)
+    missing = missing_words(setup)
     size = f"{setup.nbytes / 1e9:.1f} GB bf16"
     host = f"{size}, host tier ({setup.form.value} form, chosen by calibration) to the arena"
     streamer = f"times as fast as the best streaming loader ({best_name})"
-    why = f"{_cpu_words(setup, FORM_NAMES[setup.form])}; {setup.stages()}"
-    judgements = (
-        _times(f"{host}, times as fast as {PLAIN.name}", 3, ours, medians.get(PLAIN.name), why, missing),
-        _times(
-            f"{host}, times as fast as the best streaming loader ({best_name})", 3, ours, best, why, missing
-        ),
-        _times(
+    plain = medians.get(PLAIN.name)
+    why = f"{cpu_words(setup, FORM_NAMES[setup.form])}; {setup.stages()}"
+    return (
+        times_as_fast(f"{host}, times as fast as {PLAIN.name}", 3, ours, plain, why, missing),
+        times_as_fast(f"{host}, {streamer}", 3, ours, best, why, missing),
+        times_as_fast(
             f"{host}, times as fast as raw two-thread reads into the same pages, which are there",
             0.9,
             medians[THERE],
             medians[INTO_ARENA],
-            f"{_cpu_words(setup, THERE)}; {setup.stages()}",
+            f"{cpu_words(setup, THERE)}; {setup.stages()}",
         ),
-        _times(
+        times_as_fast(
             f"{size}, sealed pack, warm, {streamer}",
             1.3,
             medians[PACK],
             best,
-            f"{_cpu_words(setup, PACK)}; {setup.stages()}",
+            f"{cpu_words(setup, PACK)}; {setup.stages()}",
             missing,
         ),
     )
-    table = timed_table(setup, "Warm: to tensors on a cpu device", report, [rivals.note])
-    return Section("warm", (table,), judgements, runs=_runs(report))
 
 
 def _running_peer(setup: Setup, peer: Peer, before: Callable[[], None] | None = None) -> Callable[[], float]:
@@ -286,13 +118,25 @@ def _running_segment(setup: Setup, form: HostForm) -> Callable[[], float]:
     return lambda: setup.restore_segment(form).taken_ms
 
 
-def _missing(setup: Setup) -> str:
-    return "; ".join(f"{name} is not here: {why}" for name, why in setup.missing.items()) or "no peers"
-
-
-def _cpu_words(setup: Setup, name: str) -> str:
-    cpu = statistics.median(setup.cpu_ms[name])
-    return f"{cpu:.0f} ms of processor time over {len(os.sched_getaffinity(0))} cores"
+def minilm(setup: Setup) -> Section:
+    """A real model in fp32, warm, against the plain way: no goal, but the synthetic ones must not mislead."""
+    small = setup.minilm
+    if small is None:
+        return Section("minilm", skipped=("the package with all-MiniLM-L6-v2 is not installed",))
+    plain = [PLAIN] if setup.peers is not None and PLAIN.loader in setup.present else []
+    cases = [
+        *(Case(peer.name, _running_peer(small, peer)) for peer in plain),
+        *(Case(FORM_NAMES[form], _running_segment(small, form)) for form in HostForm),
+        Case(PACK, lambda: small.restore_pack().taken_ms),
+    ]
+    report, _ = measure(small, "minilm", cases, peer=PACK, limit=PACK)
+    sizes = ", ".join(
+        f"{form.value} {nbytes / small.spec.image_bytes:.4f}" for form, nbytes in small.segment_bytes.items()
+    )
+    note = f"{small.nbytes / 1e6:.0f} MB of fp32; host segments of the raw size: {sizes}"
+    return Section(
+        "minilm", (timed_table(small, "all-MiniLM-L6-v2, warm", report, [note]),), runs=runs_of(report)
+    )
 
 
 # --- cold -----------------------------------------------------------------------------------------
@@ -300,7 +144,7 @@ def _cpu_words(setup: Setup, name: str) -> str:
 
 def cold(setup: Setup) -> Section:
     """Nothing in the page cache, which is made sure of before every run."""
-    rivals = _rivals(setup, restore_peers.COLD, cold=True)
+    rivals = rivals_of(setup, restore_peers.COLD, cold=True)
     reading: dict[str, Any] = {"path": str(setup.weights), "threads": 4, "piece_bytes": 2 * MIB}
 
     def read_raw() -> float:
@@ -319,36 +163,31 @@ def cold(setup: Setup) -> Section:
         *(Case(peer.name, _running_peer(setup, peer, setup.drop_origin)) for peer in rivals.peers),
         Case(COLD_PACK, restore),
     ]
-    report, medians = _measure(setup, "cold", cases, peer=DIRECT_READ, limit=DIRECT_READ)
-    best, best_name = _best_of(rivals, medians)
-    why = f"{_cpu_words(setup, COLD_PACK)}; {setup.stages()}"
+    report, medians = measure(setup, "cold", cases, peer=DIRECT_READ, limit=DIRECT_READ)
+    best, best_name = best_of(rivals, medians)
+    why = f"{cpu_words(setup, COLD_PACK)}; {setup.stages()}"
     judgements = (
-        _times(
+        times_as_fast(
             "sealed pack, cold, times the disk's own O_DIRECT rate for the raw bytes",
             1.2,
             medians[COLD_PACK],
             medians[DIRECT_READ],
             why,
         ),
-        _times(
+        times_as_fast(
             f"sealed pack, cold, times as fast as the best loader ({best_name})",
             1.8,
             medians[COLD_PACK],
             best,
             why,
-            _missing(setup),
+            missing_words(setup),
         ),
     )
     table = timed_table(setup, "Cold: page cache dropped before every run", report, [rivals.note])
-    return Section("cold", (table,), judgements, runs=_runs(report))
+    return Section("cold", (table,), judgements, runs=runs_of(report))
 
 
 COLD_PACK = "sealed pack, cold"
-
-
-def _best_of(rivals: _Rivals, medians: Mapping[str, float]) -> tuple[float | None, str]:
-    found = [(medians[peer.name], peer.name) for peer in rivals.peers]
-    return min(found) if found else (None, "none could be run")
 
 
 # --- read paths -----------------------------------------------------------------------------------
@@ -365,7 +204,7 @@ def paths(setup: Setup) -> Section:
         for force in PATHS
     ]
     first = cases[0].name
-    report, medians = _measure(setup, "paths", cases, peer=first, limit=first)
+    report, medians = measure(setup, "paths", cases, peer=first, limit=first)
     judgements = []
     for state in STATES:
         chosen = medians[_path_name(state, "")]
@@ -373,10 +212,10 @@ def paths(setup: Setup) -> Section:
             (medians[_path_name(state, force)], PATHS[force]) for force in PATHS if force
         )
         goal = f"read path chosen, {state}, times as fast as the better of both ways ({better_name})"
-        why = _cpu_words(setup, _path_name(state, ""))
-        judgements.append(_times(goal, 0.9, chosen, better, why))
+        why = cpu_words(setup, _path_name(state, ""))
+        judgements.append(times_as_fast(goal, 0.9, chosen, better, why))
     table = timed_table(setup, "Read paths: a sealed pack in three states of the page cache", report)
-    return Section("paths", (table,), tuple(judgements), runs=_runs(report))
+    return Section("paths", (table,), tuple(judgements), runs=runs_of(report))
 
 
 def _path_name(state: str, force: str) -> str:
@@ -401,19 +240,6 @@ def _running_path(setup: Setup, state: str, force: str) -> Callable[[], float]:
 
 
 # --- ingest ---------------------------------------------------------------------------------------
-
-INGEST = "ingest: image and sealed pack"
-
-
-def ingest_once(setup: Setup, pack: Path | None = None) -> Outcome:
-    """Bring the model in from its directory and write its pack."""
-    settings = {
-        "directory": str(setup.directory),
-        "spec": msgspec.json.encode(setup.spec).decode(),
-        "pack_path": str(pack or setup.pack),
-        "key": setup.key,
-    }
-    return setup.ours_once(INGEST, "ingest", watch=True, **settings)
 
 
 def ingest(setup: Setup) -> Section:
@@ -444,7 +270,7 @@ def ingest(setup: Setup) -> Section:
         f"at most {max(extra) / MIB:.0f} MiB beside the image",
     )
     goal = "ingest on two cores, streaming, GB/s of weights"
-    judgement = Judgement(goal, setup.nbytes / median / 1e6, 0.8, why=_cpu_words(setup, INGEST))
+    judgement = Judgement(goal, setup.nbytes / median / 1e6, 0.8, why=cpu_words(setup, INGEST))
     table = Table(
         "Ingest: origin to image and sealed pack", ("until", "median", "GB/s of weights"), rows, notes
     )

@@ -22,8 +22,9 @@ from pathlib import Path
 import restore_data
 from bench_suite import Judgement, Section, Table
 from restore_node import BenchNode, Census, StepTimes, Taken, running_node
-from restore_sections import Setup, rate
+from restore_setup import Setup, rate
 
+from agent.devices import DEVICE_BYTES_MIN
 from agent.facade import EngineFault, Refused
 from packer.events import TierBudgetSeen
 from packer.types import GIB, MIB, ModelRef, ModelSpec, Task, Tier
@@ -81,7 +82,7 @@ async def _swap(setup: Setup, folder: Path) -> Section:
     times = StepTimes()
     host, disk = Swaps(), Swaps()
     async with running_node(
-        folder, setup.rates, specs, device_bytes, TENANTS * (image + 64 * MIB), DISK_BYTES
+        folder, setup.rates, specs, f"cpu:{device_bytes}", TENANTS * (image + 64 * MIB), DISK_BYTES
     ) as node:
         expected = await _settle(setup, node)
         before_bytes = node.written_bytes()
@@ -91,7 +92,8 @@ async def _swap(setup: Setup, folder: Path) -> Section:
         written = node.written_bytes() - before_bytes
         node.node.loop.post(TierBudgetSeen(Tier.HOST, 0))
         count = DISK_SWAPS_QUICK if setup.quick else DISK_SWAPS
-        await _swap_many(setup, node, count, Tier.DISK, disk, expected)
+        with times.watching():
+            await _swap_many(setup, node, count, Tier.DISK, disk, expected)
     return _judge_swaps(setup, host, disk, times, written)
 
 
@@ -135,7 +137,7 @@ async def _swap_many(
 
 def _judge_swaps(setup: Setup, host: Swaps, disk: Swaps, times: StepTimes, written: int) -> Section:
     rows = []
-    for name, swaps in (("host tier", host), ("disk tier, sealed pack", disk)):
+    for tier, name, swaps in ((Tier.HOST, "host tier", host), (Tier.DISK, "disk tier, sealed pack", disk)):
         median = statistics.median(swaps.waits_ms)
         rows.append(
             (
@@ -143,6 +145,7 @@ def _judge_swaps(setup: Setup, host: Swaps, disk: Swaps, times: StepTimes, writt
                 str(len(swaps.waits_ms)),
                 f"{median:.0f} ms",
                 f"{percentile(swaps.waits_ms, 0.99):.0f} ms",
+                f"{statistics.median(times.restore_ms[tier]):.0f} ms",
                 rate(setup.nbytes, median),
                 f"{statistics.median(swaps.errors):.1%}",
                 f"{percentile(swaps.errors, 0.95):.1%}",
@@ -159,7 +162,9 @@ def _judge_swaps(setup: Setup, host: Swaps, disk: Swaps, times: StepTimes, writt
             0.5,
             at_least=False,
             unit=" s",
-            why="" if from_host > 0.99 else f"{from_host:.0%} of the models were in the host tier",
+            why=f"the worker's own part is {statistics.median(times.restore_ms[Tier.HOST]):.0f} ms"
+            if from_host > 0.99
+            else f"{from_host:.0%} of the models were in the host tier",
         ),
         Judgement(
             "predicted restore time off the real one, p95 of host and disk",
@@ -171,7 +176,10 @@ def _judge_swaps(setup: Setup, host: Swaps, disk: Swaps, times: StepTimes, writt
         Judgement("decision of an evict, p99", decide, 1, at_least=False, unit=" ms"),
         Judgement("bytes that workers wrote to a disk during all swaps", written, 0, at_least=False),
     )
-    columns = ("from", "swaps", "median wait", "p99", "GB/s of weights", "prediction off", "p95")
+    columns = (
+        *("from", "swaps", "median wait", "p99", "of it restore", "GB/s of weights"),
+        *("prediction off", "p95"),
+    )
     notes = (
         "a swap is an evict and a restore, from the request to the grant",
         f"evict: decided in {statistics.median(times.decide_ms):.2f} ms (p99 {decide:.2f}), "
@@ -301,7 +309,7 @@ async def _leaks(setup: Setup, folder: Path) -> Section:
         folder,
         setup.rates,
         specs,
-        max(DEVICE_MODELS * room + MIB, 16 * MIB),
+        f"cpu:{max(DEVICE_MODELS * room + MIB, DEVICE_BYTES_MIN)}",
         HOST_MODELS * (spec.image_bytes + MIB),
         DISK_BYTES,
     ) as node:
