@@ -24,12 +24,15 @@ I64: TypeAlias = NDArray[np.int64]
 
 # Weights per step: the temporaries of a step, about 8 bytes a weight, stay close to the second level cache,
 # and a call is long beside what numpy takes to begin it.
-BLOCK_WEIGHTS = 256 * 1024
+BLOCK_WEIGHTS = 192 * 1024
 WINDOW = 16  # exponents in one 4-bit window
 
 _SIGN_MANTISSA = np.int16(-32641)  # 0x807F: what is left of a sign-extended sign-and-mantissa byte
 _LOW4, _HIGH4 = np.uint8(0x0F), np.uint8(0xF0)
 _SIGN8, _MANTISSA8 = np.uint8(0x80), np.uint8(0x7F)
+_ONE, _FOUR, _SIXTEEN = np.uint8(1), np.uint8(4), np.uint8(16)
+# Factors that move a value to the left by 7, 8 and 16 bits.
+_EXPONENT, _BYTE, _WORD = np.uint16(1 << 7), np.uint16(1 << 8), np.uint32(1 << 16)
 
 
 class Transforms:
@@ -122,34 +125,26 @@ class Transforms:
     def join_n12(self, signs: U8, nibbles: U8, base: int, out: U16) -> None:
         """The words of these planes; those of escaped weights are still to be put right."""
         half = len(nibbles)
+        codes, wide = self._bytes("codes", BLOCK_WEIGHTS), self._words("wide", BLOCK_WEIGHTS)
         for first, last in _blocks(half, len(out)):
-            self._join_block(signs[first:last], nibbles, first, base, out[first:last])
+            size = last - first
+            _codes_of(nibbles, first, half, codes[:size])
+            _join_block(signs[first:last], codes[:size], base, wide[:size], out[first:last])
 
     def join_n12_top(self, signs: U8, nibbles: U8, base: int, low: U16, out: U32) -> None:
         """32-bit words, their top halves from the N12 planes and their low halves from ``low``."""
         half = len(nibbles)
+        codes, wide = self._bytes("codes", BLOCK_WEIGHTS), self._words("wide", BLOCK_WEIGHTS)
+        top, wider = self._words("top", BLOCK_WEIGHTS), self._wides("wide32", BLOCK_WEIGHTS)
         for first, last in _blocks(half, len(out)):
-            top, wide = self._words("top", last - first), self._wides("wide32", last - first)
-            self._join_block(signs[first:last], nibbles, first, base, top)
-            block = out[first:last]
-            np.copyto(block, top)
-            np.multiply(block, np.uint32(1 << 16), out=block)
-            np.copyto(wide, low[first:last])
-            np.bitwise_or(block, wide, out=block)
-
-    def _join_block(self, signs: U8, nibbles: U8, first: int, base: int, out: U16) -> None:
-        size, half = len(out), len(nibbles)
-        codes, wide = self._bytes("codes", size), self._words("wide", size)
-        if first < half:
-            np.bitwise_and(nibbles[first : first + size], _LOW4, out=codes)
-        else:
-            np.right_shift(nibbles[first - half : first - half + size], np.uint8(4), out=codes)
-        np.add(codes, np.uint8(base), out=codes)
-        np.copyto(wide, codes)
-        np.multiply(wide, np.uint16(1 << 7), out=wide)
-        np.copyto(out.view(np.int16), signs.view(np.int8))
-        np.bitwise_and(out.view(np.int16), _SIGN_MANTISSA, out=out.view(np.int16))
-        np.bitwise_or(out, wide, out=out)
+            size = last - first
+            _codes_of(nibbles, first, half, codes[:size])
+            _join_block(signs[first:last], codes[:size], base, wide[:size], top[:size])
+            block, other = out[first:last], wider[:size]
+            np.copyto(block, top[:size])
+            np.multiply(block, _WORD, block)
+            np.copyto(other, low[first:last])
+            np.bitwise_or(block, other, block)
 
     # --- low and high bytes ---
 
@@ -162,13 +157,15 @@ class Transforms:
             np.copyto(high[start : start + len(block)], wide, casting="unsafe")
 
     def join_bytes(self, low: U8, high: U8, out: U16) -> None:
+        whole = self._words("wide", BLOCK_WEIGHTS)
         for start in range(0, len(out), BLOCK_WEIGHTS):
             block = out[start : start + BLOCK_WEIGHTS]
-            wide = self._words("wide", len(block))
-            np.copyto(block, high[start : start + len(block)])
-            np.multiply(block, np.uint16(1 << 8), out=block)
-            np.copyto(wide, low[start : start + len(block)])
-            np.bitwise_or(block, wide, out=block)
+            stop = start + len(block)
+            wide = whole[: len(block)]
+            np.copyto(block, high[start:stop])
+            np.multiply(block, _BYTE, block)
+            np.copyto(wide, low[start:stop])
+            np.bitwise_or(block, wide, block)
 
     # --- nibbles ---
 
@@ -201,21 +198,40 @@ class Transforms:
 
     def join_nibbles(self, low: U8, high: U8, turned: bool, out: U8) -> None:
         half = len(high)
+        whole = self._bytes("other", BLOCK_WEIGHTS)
         for first, last in _blocks(half, len(out)):
-            block, other = out[first:last], self._bytes("other", last - first)
+            block, other = out[first:last], whole[: last - first]
             start = first if first < half else first - half
             part_low, part_high = low[start : start + len(block)], high[start : start + len(block)]
             if first < half:
-                np.multiply(part_high, np.uint8(16), out=block)
-                np.bitwise_and(part_low, _LOW4, out=other)
+                np.multiply(part_high, _SIXTEEN, block)
+                np.bitwise_and(part_low, _LOW4, other)
             else:
-                np.bitwise_and(part_high, _HIGH4, out=block)
-                np.right_shift(part_low, np.uint8(4), out=other)
-            np.bitwise_or(block, other, out=block)
+                np.bitwise_and(part_high, _HIGH4, block)
+                np.right_shift(part_low, _FOUR, other)
+            np.bitwise_or(block, other, block)
             if turned:
-                np.multiply(block, np.uint8(128), out=other)
-                np.right_shift(block, np.uint8(1), out=block)
-                np.bitwise_or(block, other, out=block)
+                np.multiply(block, _SIGN8, other)  # the lowest bit to the highest place
+                np.right_shift(block, _ONE, block)
+                np.bitwise_or(block, other, block)
+
+
+def _codes_of(nibbles: U8, first: int, half: int, codes: U8) -> None:
+    """The codes of a run of weights that starts at ``first``."""
+    if first < half:
+        np.bitwise_and(nibbles[first : first + len(codes)], _LOW4, codes)
+    else:
+        np.right_shift(nibbles[first - half : first - half + len(codes)], _FOUR, codes)
+
+
+def _join_block(signs: U8, codes: U8, base: int, wide: U16, out: U16) -> None:
+    np.add(codes, np.uint8(base), codes)
+    np.copyto(wide, codes)
+    np.multiply(wide, _EXPONENT, wide)
+    signed = out.view(np.int16)
+    np.copyto(signed, signs.view(np.int8))
+    np.bitwise_and(signed, _SIGN_MANTISSA, signed)
+    np.bitwise_or(out, wide, out)
 
 
 def _blocks(half: int, count: int) -> list[tuple[int, int]]:
