@@ -124,7 +124,11 @@ class Restored:
 @dataclass(frozen=True, slots=True)
 class RestoreFailed:
     """``corrupt``: the copy in ``from_tier`` is bad and must be dropped. ``broken``: the model itself
-    can not be built whatever tier it comes from. Neither: a passing fault, another try may help."""
+    can not be built whatever tier it comes from. Neither: a passing fault, another try may help.
+
+    ``kept_chunks``: how many of its first chunks the worker still holds, at most the order's
+    ``first_chunk``; whatever else it held of the model is free when this is said.
+    """
 
     ref: ModelRef
     device: str
@@ -133,6 +137,7 @@ class RestoreFailed:
     corrupt: bool = False
     broken: bool = False
     order: int = 0
+    kept_chunks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +230,8 @@ Event = (
 class Restore:
     """Bring the chunks from ``first_chunk`` to the end onto the device from ``from_tier``.
 
+    ``first_chunk`` > 0 (never from the origin): the chunks before it are there, left by an ``Evict`` that
+    kept them. 0: all chunks are brought; if some are there, they are given up first.
     ``host_bytes`` > 0: also fill a host segment of at most that size on the way (disk only).
     ``disk_bytes`` > 0: also write a pack of at most that size beside the load (origin only).
     Answered by ``Restored``, ``RestoreFailed`` or ``WorkerDied``; with ``disk_bytes`` also, before or
@@ -244,7 +251,9 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Free the device bytes of the chunks from ``keep_chunks`` to the end. Answered by ``Evicted``."""
+    """Free the device bytes of the chunks from ``keep_chunks`` to the end, and the workspace. Answered by
+    ``Evicted`` once they are free. ``keep_chunks`` > 0: the chunks before it stay where they are, for a
+    ``Restore`` from there on; the model can not run meanwhile."""
 
     ref: ModelRef
     device: str

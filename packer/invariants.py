@@ -14,7 +14,7 @@ requests; facts that may touch everything (a plan, a device, a budget) cause it 
 from __future__ import annotations
 
 from packer import queueing
-from packer.ledger import Copy, CopyState, Lease, Model, Node, State
+from packer.ledger import Copy, CopyState, Lease, Model, Node, State, prefix_bytes
 from packer.proof import Proof, Shares, Sums
 from packer.quota import Account, InvariantBroken, Tenant
 from packer.types import ModelRef, Tier
@@ -78,7 +78,8 @@ def _shares(node: Node, model: Model) -> Shares:
     """What the model adds to every sum; raises if it contradicts itself."""
     state, device = model.state, model.device
     if device is None:
-        if state is not State.ABSENT or model.device_bytes or model.leases or model.packing:
+        held = model.device_bytes or model.leaving_bytes or model.resident_chunks or model.kept_chunks
+        if state is not State.ABSENT or held or model.leases or model.packing:
             raise InvariantBroken(f"{model.ref} is {state} on no device")
     else:
         _check_on_device(node, model)
@@ -92,7 +93,7 @@ def _shares(node: Node, model: Model) -> Shares:
     return Shares(
         device=device.name if device is not None else "",
         device_bytes=model.device_bytes,
-        device_leaving=model.device_bytes if state is State.EVICTING else 0,
+        device_leaving=model.leaving_bytes,
         host_bytes=model.host.held_bytes,
         host_leaving=model.host.held_bytes if model.host.state is leaving else 0,
         disk_bytes=model.disk.held_bytes,
@@ -114,12 +115,43 @@ def _check_on_device(node: Node, model: Model) -> None:
     loading = state is State.RESTORING and model.source is Tier.ORIGIN
     if state is not State.RESIDENT and (model.leases or (model.packing and not loading)):
         raise InvariantBroken(f"{ref} is {state} with {model.leases} leases, packing: {model.packing}")
+    _check_chunks(model)
     if model.packing and model.disk.state is not CopyState.FILLING:
         raise InvariantBroken(f"{ref} is being packed and has no room reserved for it")
     if state is State.RESTORING and model.source is not Tier.ORIGIN:
         copy = model.copy(model.source)
         if copy.state is not CopyState.HELD or copy.readers != 1:
             raise InvariantBroken(f"{ref} is restored from a {model.source} copy that is {copy.state}")
+
+
+def _check_chunks(model: Model) -> None:
+    """What is held, leaving and kept are whole chunks from the first on."""
+    state, chunks = model.state, model.spec.chunk_bytes
+    kept_bytes = prefix_bytes(model.spec, model.kept_chunks)
+    if state is State.PARTIAL:
+        right = (
+            0 < model.resident_chunks < len(chunks)
+            and model.device_bytes == prefix_bytes(model.spec, model.resident_chunks)
+            and not model.leaving_bytes
+            and not model.kept_chunks
+        )
+    elif state is State.EVICTING:
+        right = (
+            model.kept_chunks < max(model.resident_chunks, 1)
+            and model.leaving_bytes == model.device_bytes - kept_bytes > 0
+        )
+    else:
+        right = (
+            model.resident_chunks == len(chunks)
+            and model.device_bytes >= model.spec.image_bytes
+            and not model.leaving_bytes
+            and (not model.kept_chunks or state is State.RESTORING)
+        )
+    if not right:
+        raise InvariantBroken(
+            f"{model.ref} is {state} with {model.resident_chunks} of {len(chunks)} chunks, "
+            f"{model.kept_chunks} to be kept, {model.device_bytes} bytes, {model.leaving_bytes} leaving"
+        )
 
 
 def _check_copy(node: Node, model: Model, tier: Tier, copy: Copy) -> None:

@@ -19,7 +19,7 @@ from packer.estimate import History, Learned
 from packer.events import RefusalReason
 from packer.keep import Reuse
 from packer.proof import Proof
-from packer.quota import Account, Tenant
+from packer.quota import Account, InvariantBroken, Tenant
 from packer.types import MIB, ModelRef, ModelSpec, Tier
 
 
@@ -30,6 +30,7 @@ class State(StrEnum):
     RESTORING = "restoring"
     RESIDENT = "resident"
     EVICTING = "evicting"
+    PARTIAL = "partial"  # its first chunks are there, and nothing else of it: it can not run
 
 
 class CopyState(StrEnum):
@@ -49,6 +50,21 @@ class Copy:
     held_bytes: int = 0
     readers: int = 0
     order: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """What one use of a model would cost more, in milliseconds, without its copy in a tier.
+
+    ``fixed_ms`` of ``device_ms`` do not depend on how many bytes are missing there. ``epoch``: what the
+    node knew of itself when this was worked out.
+    """
+
+    epoch: int
+    device_ms: float
+    fixed_ms: float
+    host_ms: float
+    disk_ms: float
 
 
 @dataclass(slots=True, eq=False)
@@ -84,10 +100,10 @@ class Model:
     """One version on this node.
 
     ``resident_chunks`` of its chunks, counted from the first, are on the device (or coming, or going):
-    eviction takes chunks from the tail, so a prefix describes every state. This version of the core
-    moves all of them at once.
+    eviction takes chunks from the tail, so a prefix describes every state. ``kept_chunks`` of them stay
+    when the running restore fails or the running eviction ends; ``leaving_bytes`` are what that frees.
     ``residency`` numbers the stays on a device: a lease of an earlier one pins nothing.
-    ``source`` is the tier that the running restore reads.
+    ``source`` is the tier that the running restore reads, ``moving_bytes`` how much of the image it brings.
     """
 
     spec: ModelSpec
@@ -97,7 +113,10 @@ class Model:
     device: Device | None = None
     device_bytes: int = 0
     resident_chunks: int = 0
+    kept_chunks: int = 0
+    leaving_bytes: int = 0
     source: Tier = Tier.ORIGIN
+    moving_bytes: int = 0
     order: int = 0
     started_ms: int = 0
     residency: int = 0
@@ -114,6 +133,11 @@ class Model:
     reuse: Reuse = field(default_factory=Reuse)
     history: History = field(default_factory=History)
     charged_ms: int = 0
+    gains: Gains | None = None  # as last worked out; None: something that it depends on changed
+    name: str = ""  # the ref as text, which breaks ties
+
+    def __post_init__(self) -> None:
+        self.name = str(self.spec.ref)
 
     @property
     def ref(self) -> ModelRef:
@@ -125,9 +149,20 @@ class Model:
         return self.spec.image_bytes + self.spec.workspace_bytes
 
     @property
+    def missing_bytes(self) -> int:
+        """Bytes it must be given besides those that it holds, to be there as a whole."""
+        return self.need_bytes - self.device_bytes
+
+    @property
     def idle(self) -> bool:
         """On a device and in nobody's use: it may be evicted now."""
-        return self.state is State.RESIDENT and not self.leases and not self.packing
+        state = self.state
+        return (state is State.RESIDENT and not self.leases and not self.packing) or state is State.PARTIAL
+
+    @property
+    def startable(self) -> bool:
+        """Nothing is under way, and not all of it is there: a restore may start."""
+        return self.state is State.ABSENT or self.state is State.PARTIAL
 
     @property
     def empty(self) -> bool:
@@ -190,6 +225,11 @@ class Node:
     in_host: dict[ModelRef, Model] = field(default_factory=dict)
     in_disk: dict[ModelRef, Model] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
+    # Counts up when estimates of models that were never restored themselves have moved; see ``room.gains``.
+    gains_epoch: int = 0
+    probes_ms: dict[Tier, int] = field(default_factory=dict)
+    # Evict by chunks, as few as are needed; False: whole models only.
+    partial: bool = True
     virtual_us: int = 0
     order: int = 0
     # (at_ms, sequence, request or "" for a plain wake-up); entries of answered requests go stale.
@@ -230,35 +270,58 @@ def pack_reservation_bytes(spec: ModelSpec) -> int:
 # --- device bytes ---------------------------------------------------------------------------------
 
 
+def prefix_bytes(spec: ModelSpec, chunks: int) -> int:
+    """Bytes of the first chunks of a version."""
+    return sum(spec.chunk_bytes[:chunks])
+
+
 def hold_device(node: Node, model: Model, device: Device) -> None:
-    """Take all bytes of a model on a device, before the order that brings them."""
-    nbytes = model.need_bytes
+    """Take all bytes of a model on a device, besides those that it holds there, before the order that
+    brings them."""
+    if model.device not in (None, device):
+        raise InvariantBroken(f"{model.ref} has chunks on another device than {device.name}")
+    nbytes = model.missing_bytes
     device.account.hold(nbytes)
     model.tenant.device.hold(nbytes)
-    model.device, model.device_bytes = device, nbytes
+    model.device = device
+    model.device_bytes += nbytes
     model.resident_chunks = len(model.spec.chunk_bytes)
     device.models[model.ref] = model
-    node.touched[model.ref] = None
+    _changed(node, model)
 
 
-def leave_device(node: Node, model: Model) -> None:
-    """Note that the bytes were ordered away; they are held until ``release_device``."""
+def leave_device(node: Node, model: Model, keep_chunks: int) -> None:
+    """Note that the bytes behind the first chunks were ordered away; held until ``release_device``."""
     assert model.device is not None
-    model.device.account.leaving_bytes += model.device_bytes
-    model.tenant.device.leaving_bytes += model.device_bytes
-    node.touched[model.ref] = None
+    nbytes = model.device_bytes - prefix_bytes(model.spec, keep_chunks)
+    model.device.account.leaving_bytes += nbytes
+    model.tenant.device.leaving_bytes += nbytes
+    model.kept_chunks, model.leaving_bytes = keep_chunks, nbytes
+    _changed(node, model)
 
 
-def release_device(node: Node, model: Model) -> None:
-    """The bytes are gone, ordered away before or not; the model is absent."""
-    assert model.device is not None
-    leaving = model.state is State.EVICTING
-    model.device.account.release(model.device_bytes, leaving)
-    model.tenant.device.release(model.device_bytes, leaving)
-    del model.device.models[model.ref]
-    model.device, model.device_bytes, model.resident_chunks = None, 0, 0
-    model.state = State.ABSENT
-    model.order = 0
+def release_device(node: Node, model: Model, kept_chunks: int) -> None:
+    """The bytes behind the first chunks are gone, ordered away before or not: the model is partial, or,
+    with none kept, absent."""
+    device = model.device
+    assert device is not None
+    kept_bytes = prefix_bytes(model.spec, kept_chunks)
+    surprising_bytes = model.device_bytes - kept_bytes - model.leaving_bytes
+    for account in (device.account, model.tenant.device):
+        account.release(model.leaving_bytes, leaving=True)
+        account.release(surprising_bytes, leaving=False)
+    model.device_bytes, model.resident_chunks = kept_bytes, kept_chunks
+    model.kept_chunks = model.leaving_bytes = model.order = 0
+    model.state = State.PARTIAL if kept_chunks else State.ABSENT
+    if not kept_chunks:
+        del device.models[model.ref]
+        model.device = None
+    _changed(node, model)
+
+
+def _changed(node: Node, model: Model) -> None:
+    """Whatever was worked out from the model's bytes and copies is out of date."""
+    model.gains = None
     node.touched[model.ref] = None
 
 
@@ -272,7 +335,7 @@ def hold_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
     copy = model.copy(tier)
     copy.state, copy.held_bytes = CopyState.FILLING, nbytes
     node.copies(tier)[model.ref] = model
-    node.touched[model.ref] = None
+    _changed(node, model)
 
 
 def settle_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
@@ -283,7 +346,7 @@ def settle_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
         account.hold_found(nbytes)
     copy.state, copy.held_bytes, copy.order = CopyState.HELD, nbytes, 0
     node.copies(tier)[model.ref] = model
-    node.touched[model.ref] = None
+    _changed(node, model)
 
 
 def leave_copy(node: Node, model: Model, tier: Tier) -> None:
@@ -292,7 +355,7 @@ def leave_copy(node: Node, model: Model, tier: Tier) -> None:
     node.account(tier).leaving_bytes += copy.held_bytes
     model.tenant.account(tier).leaving_bytes += copy.held_bytes
     copy.state = CopyState.DROPPING
-    node.touched[model.ref] = None
+    _changed(node, model)
 
 
 def release_copy(node: Node, model: Model, tier: Tier) -> None:
@@ -303,7 +366,7 @@ def release_copy(node: Node, model: Model, tier: Tier) -> None:
     model.tenant.account(tier).release(copy.held_bytes, leaving)
     copy.state, copy.held_bytes, copy.order = CopyState.ABSENT, 0, 0
     node.copies(tier).pop(model.ref, None)
-    node.touched[model.ref] = None
+    _changed(node, model)
 
 
 def know_copies(node: Node, model: Model, cached: bool | None = None) -> None:
@@ -318,3 +381,4 @@ def know_copies(node: Node, model: Model, cached: bool | None = None) -> None:
         remote=not model.spec.origin.startswith("file:"),
         cached=cached,
     )
+    model.gains = None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 
-from packer import estimate, keep, quota, room
+from packer import estimate, keep, quota, room, victims
 from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, Wake
 from packer.ledger import (
     Claim,
@@ -86,7 +86,7 @@ def expire(node: Node, now_ms: int, out: list[Action]) -> None:
 def _standing(model: Model) -> str:
     if model.state is State.RESTORING:
         return f"being restored from the {model.source} tier"
-    return "waiting for room" if model.state is State.ABSENT else f"{model.state} and not free"
+    return "waiting for room" if model.startable else f"{model.state} and not free"
 
 
 def schedule_wake(node: Node, now_ms: int, out: list[Action]) -> None:
@@ -189,9 +189,9 @@ def clamp_retry_ms(ms: int) -> int:
 
 def retry_ms(node: Node, model: Model, now_ms: int) -> int:
     """When to come back for a model: what its restore still takes, and those before it in the queue."""
-    expected_ms = room.restore_ms(node, model)
     if model.state is State.RESTORING:
-        return clamp_retry_ms(expected_ms - (now_ms - model.started_ms))
+        return clamp_retry_ms(model.charged_ms - (now_ms - model.started_ms))
+    expected_ms = room.restore_ms(node, model)
     if model.state is State.RESIDENT:
         return clamp_retry_ms(0)
     for before in node.queue.values():
@@ -206,14 +206,14 @@ def retry_ms(node: Node, model: Model, now_ms: int) -> int:
 # --- orders on devices ----------------------------------------------------------------------------
 
 
-def order_evict(node: Node, model: Model, out: list[Action]) -> None:
+def order_evict(node: Node, model: Model, out: list[Action], keep_chunks: int = 0) -> None:
     assert model.device is not None
     model.state = State.EVICTING
     model.order = next_order(node)
-    leave_device(node, model)
+    leave_device(node, model, keep_chunks)
     node.unpacked.pop(model.ref, None)
     node.condemned.pop(model.ref, None)
-    out.append(Evict(model.ref, model.device.name, 0, model.order))
+    out.append(Evict(model.ref, model.device.name, keep_chunks, model.order))
 
 
 def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: list[Action]) -> None:
@@ -222,9 +222,13 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
         # The last tier that had tries left lost its copy meanwhile: a new round over all tiers.
         model.tries.clear()
         source = room.source_tier(model) or Tier.ORIGIN
-    cost_ms = room.restore_ms_from(node, model, source)
+    # The origin gives whole models only; what is there already is brought again with the rest.
+    first_chunk = 0 if source is Tier.ORIGIN else model.resident_chunks
+    model.moving_bytes = room.moved_bytes(model, source)
+    cost_ms = room.restore_ms_from(node, model, source, model.moving_bytes)
     hold_device(node, model, device)
     model.state = State.RESTORING
+    model.kept_chunks = first_chunk
     model.source = source
     model.order = next_order(node)
     model.started_ms = now_ms
@@ -235,7 +239,8 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
     host_bytes = 0
     if source is not Tier.ORIGIN:
         model.copy(source).readers += 1
-    if source is Tier.DISK:
+    if source is Tier.DISK and not first_chunk:
+        # Only a restore that reads all chunks can leave all of them in the host tier.
         make_host_room(node, model, now_ms, out)
         host_bytes = _reserve_host(node, model)
     disk_bytes = pack_order = 0
@@ -246,7 +251,9 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
         if not disk_bytes:
             node.unpacked[model.ref] = model
     estimate.expect_fill(model.history, source, host_bytes or disk_bytes)
-    out.append(Restore(model.ref, device.name, source, 0, host_bytes, model.order, disk_bytes, pack_order))
+    out.append(
+        Restore(model.ref, device.name, source, first_chunk, host_bytes, model.order, disk_bytes, pack_order)
+    )
 
 
 def make_host_room(node: Node, model: Model, now_ms: int, out: list[Action]) -> None:
@@ -368,7 +375,7 @@ def _cost_us(node: Node, model: Model) -> int:
 
 
 def _startable(model: Model, now_ms: int) -> bool:
-    return model.state is State.ABSENT and model.not_before_ms <= now_ms
+    return model.startable and model.not_before_ms <= now_ms
 
 
 def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
@@ -381,12 +388,14 @@ def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
         claimant = node.queue.get(device.claim.ref) if device.claim is not None else None
         if device.claim is not None and claimant is not None and _startable(claimant, now_ms):
             claims[device.name] = device.claim
-            earlier.add(device.name, claimant.tenant.spec.tenant, claimant.need_bytes)
+            earlier.add(device.name, claimant.tenant.spec.tenant, claimant.missing_bytes)
     condemned: dict[Model, Model] = {}
     blocked = 0
     for model in turns(node, now_ms) if not node.draining else ():
         if blocked >= BLOCKED_PER_STEP_MAX:
             break
+        if not model.startable:
+            continue  # a model whose turn came first has taken its first chunks meanwhile
         if not _try_start(node, model, earlier, claims, condemned, now_ms, out):
             blocked += 1
     for device in node.devices.values():
@@ -418,20 +427,23 @@ def _try_start(
     for name, standing in list(claims.items()):
         if standing.ref == model.ref:
             del claims[name]
-            earlier.add(name, model.tenant.spec.tenant, -model.need_bytes)
-    fitting = [device for device in healthy if room.fits_now(model, device, earlier)]
+            earlier.add(name, model.tenant.spec.tenant, -model.missing_bytes)
+    fitting = [device for device in healthy if victims.fits_now(model, device, earlier)]
     if fitting:
         # Best fit: the device with the least room left over, so that large holes stay whole.
         start_restore(node, model, min(fitting, key=_left_over), now_ms, out)
         return True
     claim = _choose_claim(node, model, healthy, earlier, claims, now_ms)
     if claim is None:
-        hope = room.hopeless(node, model, now_ms)
+        if model.state is State.PARTIAL and _serves_elsewhere(node, model, healthy, earlier, claims, now_ms):
+            order_evict(node, model, out)
+            return False
+        hope = victims.hopeless(node, model, now_ms)
         if hope is not None:
             refuse_all(node, model, hope.reason, hope.detail, hope.retry_ms, out)
             return True
         return False
-    device, victims = claim
+    device, takings = claim
     held = device.claim
     if held is not None and held.ref == model.ref:
         since_ms = held.since_ms
@@ -439,17 +451,36 @@ def _try_start(
         since_ms = now_ms
         wake_at(node, now_ms + CLAIM_PATIENCE_MS)
     claims[device.name] = Claim(model.ref, since_ms)
-    if all(victim.idle for victim in victims):
-        for victim in victims:
-            order_evict(node, victim, out)
+    if all(taking.model.idle for taking in takings):
+        for taking in takings:
+            order_evict(node, taking.model, out, taking.keep_chunks)
         if room.source_tier(model) is Tier.ORIGIN:
             make_pack_room(node, model, now_ms, out)
         else:
             make_host_room(node, model, now_ms, out)
     elif now_ms - since_ms >= CLAIM_PATIENCE_MS:
-        condemned.update((victim, model) for victim in victims if victim.state is State.RESIDENT)
-    earlier.add(device.name, model.tenant.spec.tenant, model.need_bytes)
+        busy = [taking.model for taking in takings if taking.model.state is State.RESIDENT]
+        condemned.update((victim, model) for victim in busy)
+    earlier.add(device.name, model.tenant.spec.tenant, model.missing_bytes)
     return False
+
+
+def _serves_elsewhere(
+    node: Node,
+    model: Model,
+    healthy: list[Device],
+    earlier: room.Earlier,
+    claims: dict[str, Claim],
+    now_ms: int,
+) -> bool:
+    """Could another device take the whole model at once, while the one with its first chunks can not take
+    the rest? Then these chunks lie in the wrong place."""
+    return any(
+        (device.account.limit_bytes or 0) >= model.need_bytes
+        and victims.device_victims(node, model, device, earlier, False, now_ms) is not None
+        for device in healthy
+        if device is not model.device and device.name not in claims
+    )
 
 
 def _left_over(device: Device) -> tuple[int, str]:
@@ -463,46 +494,55 @@ def _choose_claim(
     earlier: room.Earlier,
     claims: dict[str, Claim],
     now_ms: int,
-) -> tuple[Device, list[Model]] | None:
+) -> tuple[Device, list[victims.Taking]] | None:
     """The device to make room on and whom to evict there: fewest bytes of idle models now; else, of
-    models in use, for later. A claim that stands keeps its device unless another can serve at once."""
+    models in use, for later. A claim that stands keeps its device unless another can serve at once, and
+    a model of which some chunks are there claims no other."""
     free = [device for device in healthy if device.name not in claims]
+    if model.device is not None:
+        free = [device for device in free if device is model.device]
     for busy in (False, True):
-        best: tuple[tuple[bool, int, int, str], Device, list[Model]] | None = None
+        if (
+            busy
+            and model.device is not None
+            and _serves_elsewhere(node, model, healthy, earlier, claims, now_ms)
+        ):
+            return None
+        best: tuple[tuple[bool, int, int, str], Device, list[victims.Taking]] | None = None
         for device in free:
             if (device.account.limit_bytes or 0) < model.need_bytes:
                 continue
-            victims = room.device_victims(node, model, device, earlier, busy, now_ms)
-            if victims is None:
+            takings = victims.device_victims(node, model, device, earlier, busy, now_ms)
+            if takings is None:
                 continue
             stands = device.claim is not None and device.claim.ref == model.ref
-            evicted = sum(victim.device_bytes for victim in victims)
+            evicted = sum(taking.freed_bytes for taking in takings)
             rank = (not stands, evicted, *_left_over(device))
             if best is None or rank < best[0]:
-                best = (rank, device, victims)
+                best = (rank, device, takings)
         if best is not None:
             return best[1], best[2]
     return None
 
 
-def waiting_refusal(node: Node, model: Model, now_ms: int) -> room.Hopeless | None:
+def waiting_refusal(node: Node, model: Model, now_ms: int) -> victims.Hopeless | None:
     """Why one more request for this model may not wait, or None."""
     failure = model.failure
     if failure is not None and now_ms < failure.until_ms:
         lasting = failure.reason is RefusalReason.MODEL_BROKEN
         retry = None if lasting else clamp_retry_ms(failure.until_ms - now_ms)
-        return room.Hopeless(failure.reason, failure.message, retry)
+        return victims.Hopeless(failure.reason, failure.message, retry)
     if model.tenant.waiting >= WAITING_PER_TENANT_MAX or node.waiting >= WAITING_MAX:
         mine = model.tenant.waiting >= WAITING_PER_TENANT_MAX
         whose = f"tenant {model.ref.tenant}" if mine else "this node"
         limit = WAITING_PER_TENANT_MAX if mine else WAITING_MAX
-        return room.Hopeless(
+        return victims.Hopeless(
             RefusalReason.QUEUE_FULL,
             f"{limit} requests of {whose} are waiting already, the limit",
             retry_ms(node, model, now_ms),
         )
-    if model.state is State.ABSENT and not model.waiters:
-        return room.hopeless(node, model, now_ms)
+    if model.startable and not model.waiters:
+        return victims.hopeless(node, model, now_ms)
     return None
 
 

@@ -251,12 +251,14 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     model.state = State.RESIDENT
     _end_restore(node, model, event.host_filled)
     model.residency += 1
-    model.leases = 0
+    model.leases = model.kept_chunks = 0
     model.tries.clear()
+    model.gains = None
     model.failure = None
     taken_ms = max(event.restore_ms, 0)
-    moved_bytes = event.restored_bytes if event.restored_bytes > 0 else model.spec.image_bytes
+    moved_bytes = event.restored_bytes if event.restored_bytes > 0 else model.moving_bytes
     estimate.note_restore(node.learned, model.history, model.source, moved_bytes, taken_ms, event.cached)
+    room.watch_estimates(node, model.source)
     # What was charged was an estimate; the tenant pays what it took.
     quota.charge(model.tenant, taken_ms - model.charged_ms)
     if model.disk.state is CopyState.ABSENT:
@@ -271,7 +273,7 @@ def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Act
     if model is None or not _answers(model, State.RESTORING, event.device, event.order):
         return
     source = model.source
-    _give_up_restore(node, model)
+    _give_up_restore(node, model, min(max(event.kept_chunks, 0), model.kept_chunks))
     # A pack that was written beside this load failed with it: the next load may try one again at once
     # and go on where this one stopped.
     model.pack_not_before_ms = min(model.pack_not_before_ms, now_ms)
@@ -285,12 +287,12 @@ def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Act
         _try_again_later(node, model, source, RefusalReason.RESTORE_FAILED, event.message, now_ms, out)
 
 
-def _give_up_restore(node: Node, model: Model) -> None:
+def _give_up_restore(node: Node, model: Model, kept_chunks: int) -> None:
     """A pack that was being written beside it keeps its reservation until its own answer says what is
     left of the file, but pins nothing any more."""
     _end_restore(node, model, host_filled=False)
     model.packing = False
-    release_device(node, model)
+    release_device(node, model, kept_chunks)
 
 
 def _try_again_later(
@@ -320,7 +322,7 @@ def _evicted(node: Node, event: Evicted) -> None:
     model = node.models.get(event.ref)
     if model is None or not _answers(model, State.EVICTING, event.device, event.order):
         return
-    release_device(node, model)
+    release_device(node, model, model.kept_chunks)
     node.dirty = True
 
 
@@ -377,13 +379,13 @@ def _worker_died(node: Node, event: WorkerDied, now_ms: int, out: list[Action]) 
             model.pack_not_before_ms = now_ms + upkeep.PACK_RETRY_MS
         if model.state is State.RESTORING:
             source = model.source
-            _give_up_restore(node, model)
+            _give_up_restore(node, model, kept_chunks=0)
             message = f"the worker on {event.device} died"
             _try_again_later(node, model, source, RefusalReason.WORKER_DIED, message, now_ms, out)
         else:
             # Its leases end with their own Finished, but pin nothing any more. A pack that was being
             # written keeps its reservation until its answer says what is left of the file.
-            release_device(node, model)
+            release_device(node, model, kept_chunks=0)
             model.leases = 0
             model.residency += 1
             model.packing = False
@@ -444,7 +446,9 @@ def _planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None
         if planned_tenant is None or not planned_tenant.planned:
             continue  # a model of a tenant that the plan does not name is not served
         model_known = node.models.get(ref) or _add_model(node, model_spec, planned=True)
-        model_known.spec = model_spec
+        if model_known.device is None or model_known.spec.chunk_bytes == model_spec.chunk_bytes:
+            # What is on a device is counted by the chunks that it came in.
+            model_known.spec = model_spec
         model_known.planned = True
         know_copies(node, model_known)
         node.removed.pop(ref, None)
@@ -477,6 +481,7 @@ def _tier_budget_seen(node: Node, event: TierBudgetSeen) -> None:
 
 
 def _rates_seen(node: Node, event: RatesSeen) -> None:
+    node.gains_epoch += 1
     estimate.recalibrate(node.learned, event.rates)
     node.learned.host_form, node.learned.on_cuda = event.host_form, event.on_cuda
     for model in node.models.values():
@@ -517,6 +522,7 @@ class ModelView:
     host_bytes: int
     disk_bytes: int
     packed: bool = False  # the pack on disk is complete
+    resident_chunks: int = 0  # of those in its spec, from the first on; coming and going ones included
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,6 +565,7 @@ def model_view(node: Node, ref: ModelRef) -> ModelView | None:
         host_bytes=model.host.held_bytes,
         disk_bytes=model.disk.held_bytes,
         packed=model.disk.state is CopyState.HELD,
+        resident_chunks=model.resident_chunks,
     )
 
 

@@ -7,7 +7,7 @@ written beside a load (``queueing``).
 
 from __future__ import annotations
 
-from packer import room
+from packer import room, victims
 from packer.events import Action, Pack
 from packer.ledger import (
     CopyState,
@@ -61,16 +61,16 @@ def shed(node: Node, now_ms: int, out: list[Action]) -> None:
     """Evict and drop what is idle until every budget and every max is kept again."""
     for device in node.devices.values():
         if not device.healthy or device.account.excess_bytes:
-            for model in room.device_surplus(node, device, now_ms):
-                order_evict(node, model, out)
+            for taking in victims.device_surplus(node, device, now_ms):
+                order_evict(node, taking.model, out, taking.keep_chunks)
     for tier in (Tier.HOST, Tier.DISK):
         if node.account(tier).excess_bytes:
             for model in room.copies_surplus(node, tier, None, now_ms):
                 order_drop(node, model, tier, out)
     for tenant in node.tenants.values():
         if tenant.device.excess_bytes:
-            for model in room.tenant_surplus(node, tenant, now_ms):
-                order_evict(node, model, out)
+            for taking in victims.tenant_surplus(node, tenant, now_ms):
+                order_evict(node, taking.model, out, taking.keep_chunks)
         for tier in (Tier.HOST, Tier.DISK):
             if tenant.account(tier).excess_bytes:
                 for model in room.copies_surplus(node, tier, tenant, now_ms):
@@ -92,11 +92,11 @@ def order_packs(node: Node, now_ms: int, out: list[Action]) -> None:
             continue
         nbytes = pack_reservation_bytes(model.spec)
         own = pending_by_tenant.get(ref.tenant, 0)
-        victims = room.copy_victims(node, model, Tier.DISK, nbytes, pending, own, now_ms)
-        if victims is None:
+        going = room.copy_victims(node, model, Tier.DISK, nbytes, pending, own, now_ms)
+        if going is None:
             model.pack_not_before_ms = now_ms + PACK_RETRY_MS
             continue
-        for victim in victims:
+        for victim in going:
             order_drop(node, victim, Tier.DISK, out)
         # A model that is still coming keeps the room that was made for it, until it can be packed.
         fits = node.disk.fits(nbytes + pending) and model.tenant.disk.fits(nbytes + own)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from packer.events import Action, DeviceSeen, Event, Evict, Grant, Planned, Restore, WorkerDied
 from packer.ledger import Claim
-from packer.types import Tier
+from packer.types import ModelRef, Tier
 
 if TYPE_CHECKING:
     from simulation import World
@@ -51,7 +51,7 @@ def _within(world: World, nbytes: int, limit: int | None, key: str) -> None:
 def judge_evictions(
     world: World, event: Event, actions: list[Action], kept: dict[str, int], tenants: dict[str, int]
 ) -> None:
-    """Evictions for a claim: none too many, and none from a tenant at or below its reserve."""
+    """Evictions for a claim: no chunk too many, and none from a tenant at or below its reserve."""
     if isinstance(event, Planned | DeviceSeen | WorkerDied):
         return
     claimants = {d.claim.ref.tenant for d in world.node.devices.values() if d.claim is not None}
@@ -62,17 +62,25 @@ def judge_evictions(
             evicted.setdefault(action.device, []).append(action)
     for name, orders in evicted.items():
         claim = world.node.devices[name].claim
-        if claim is None or world.node.devices[name].account.excess_bytes:
-            continue
+        if claim is None or kept[name] > world.seen_budgets[name]:
+            continue  # what a device holds above its budget goes whoever's it is
         world.reached["evicted for a claim"] += 1
-        wanted = world.models[claim.ref]
-        need = wanted.image_bytes + wanted.workspace_bytes
-        sizes = [world.stays[o.ref].nbytes for o in orders]
+        # Another waiting model of a tenant at its max may take them, to stay under it.
+        own = any(order.ref == claim.ref for order in orders)
+        capped = world.tenants[claim.ref.tenant].quota.device.max is not None
+        world.require(not own or capped, f"{claim.ref} evicts its own chunks")
+        if any(order.ref in world.node.queue for order in orders):
+            # Chunks of a model that waits too: taken for the claim, or given up to go to another device.
+            world.reached["evicted chunks of a waiting model"] += 1
+            continue
+        need = _missing(world, claim.ref, name)
+        freed = sum(_freed(world, order) for order in orders)
         # Who is held to a max may have to give up models of its own that take no room here.
         capped = any(world.tenants[name].quota.device.max is not None for name in claimants)
         if not capped and not starting:
-            spare = world.seen_budgets[name] - (kept[name] - sum(sizes)) - need
-            world.require(spare < min(sizes), f"evicted {orders}: one too many by {spare} bytes")
+            spare = world.seen_budgets[name] - (kept[name] - freed) - need
+            least = min(_could_stay(world, order) for order in orders)
+            world.require(spare < least, f"evicted {orders}: a chunk too many by {spare} bytes")
         for order in orders:
             victim = order.ref.tenant
             reserved = world.node.tenants[victim].device.reserved_bytes
@@ -85,6 +93,51 @@ def judge_evictions(
             world.reached["took what another tenant borrowed"] += bool(reserved)
 
 
+def _missing(world: World, ref: ModelRef, device: str) -> int:
+    """Bytes that a model must still get to be on a device as a whole."""
+    spec, stay = world.models[ref], world.stays.get(ref)
+    there = stay.nbytes if stay is not None and stay.device == device else 0
+    return spec.image_bytes + spec.workspace_bytes - there
+
+
+def _freed(world: World, order: Evict) -> int:
+    return world.stays[order.ref].nbytes - world.prefix_bytes(order.ref, order.keep_chunks)
+
+
+def _could_stay(world: World, order: Evict) -> int:
+    """The least that this eviction could have spared: its next chunk, or all of it."""
+    stay = world.stays[order.ref]
+    copied = any(world.readable(order.ref, tier) for tier in (Tier.HOST, Tier.DISK))
+    if order.keep_chunks + 1 >= stay.chunks or not copied:
+        return _freed(world, order)
+    return world.models[order.ref].chunk_bytes[order.keep_chunks]
+
+
+def judge_shedding(world: World, event: Event, actions: list[Action], kept: dict[str, int]) -> None:
+    """When a budget sinks, no chunk too many goes."""
+    if not isinstance(event, DeviceSeen) or not event.healthy:
+        return
+    orders = [action for action in actions if isinstance(action, Evict) and action.device == event.device]
+    if len(orders) == 0 or world.node.devices[event.device].claim is not None:
+        return
+    if any(order.ref not in world.planned for order in orders):
+        return
+    spare = event.budget_bytes - (kept[event.device] - sum(_freed(world, order) for order in orders))
+    least = min(_could_stay(world, order) for order in orders)
+    world.require(spare < least, f"{event.device} shed {orders}: a chunk too many by {spare} bytes")
+    world.reached["shed for a smaller budget"] += 1
+
+
+def judge_chunks(world: World) -> None:
+    """The core knows of every model how many of its chunks are there."""
+    for ref, stay in world.stays.items():
+        view = world.core.model_view(world.node, ref)
+        world.require(
+            view is not None and view.resident_chunks == stay.chunks, f"{ref} has {stay.chunks} chunks"
+        )
+        world.require(view.device_bytes == stay.nbytes, f"{ref} holds {stay.nbytes} bytes")
+
+
 def judge_passing(world: World, event: Event, kept: dict[str, int], claims: dict[str, Claim | None]) -> None:
     """Room that was made for a claim is not taken by a model that comes later."""
     if isinstance(event, Planned | DeviceSeen):
@@ -94,8 +147,7 @@ def judge_passing(world: World, event: Event, kept: dict[str, int], claims: dict
         before = claims.get(device.name)
         if claim is None or before is None or claim.ref != before.ref:
             continue
-        spec = world.models[claim.ref]
-        need = spec.image_bytes + spec.workspace_bytes
+        need = _missing(world, claim.ref, device.name)
         if kept[device.name] + need <= budget:
             world.require(device.account.kept_bytes + need <= budget, f"the room of {claim} was taken")
 
@@ -116,5 +168,6 @@ def judge_end(world: World) -> None:
     world.require(not world.node.requests and not world.node.queue, "the core remembers requests")
     world.require(not world.node.condemned, "models stay condemned for nobody")
     world.require(all(d.claim is None for d in world.node.devices.values()), "a claim of nobody stands")
-    world.require(all(s.state == "resident" for s in world.stays.values()), "orders are never answered")
+    rest = ("resident", "partial")
+    world.require(all(s.state in rest for s in world.stays.values()), "orders are never answered")
     world.require(not world.node.removed, "removed models are remembered for ever")

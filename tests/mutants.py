@@ -15,7 +15,18 @@ from types import ModuleType
 import packer
 
 # In the order of their imports. Types and events are shared with the real core: the world speaks them.
-MODULES = ("keep", "quota", "proof", "ledger", "room", "queueing", "upkeep", "invariants", "residency")
+MODULES = (
+    "keep",
+    "quota",
+    "proof",
+    "ledger",
+    "room",
+    "victims",
+    "queueing",
+    "upkeep",
+    "invariants",
+    "residency",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +43,14 @@ MUTANTS = (
     Mutant(
         "leased models are evicted",
         "queueing",
-        "if all(victim.idle for victim in victims):",
-        "if all(victim.state is State.RESIDENT for victim in victims):",
+        "if all(taking.model.idle for taking in takings):",
+        "if all(taking.model.device is device for taking in takings):",
     ),
     Mutant(
         "a model is evicted while its pack is written",
         "ledger",
-        "self.state is State.RESIDENT and not self.leases and not self.packing",
-        "self.state is State.RESIDENT and not self.leases",
+        "state is State.RESIDENT and not self.leases and not self.packing",
+        "state is State.RESIDENT and not self.leases",
     ),
     Mutant(
         "bytes count as free when their eviction is ordered",
@@ -110,7 +121,7 @@ MUTANTS = (
     ),
     Mutant(
         "a max is not looked at when a model starts",
-        "room",
+        "victims",
         "        and own.fits(need)\n",
         "",
     ),
@@ -128,7 +139,7 @@ MUTANTS = (
     ),
     Mutant(
         "a later model takes the room that a claim made",
-        "room",
+        "victims",
         "promised = earlier.devices.get(device.name, 0)",
         "promised = 0",
     ),
@@ -172,9 +183,9 @@ MUTANTS = (
     Mutant(
         "a load that failed frees the room of its pack while the file is written",
         "residency",
-        "    model.packing = False\n    release_device(node, model)",
+        "    model.packing = False\n    release_device(node, model, kept_chunks)",
         "    if model.packing:\n        release_copy(node, model, Tier.DISK)\n"
-        "    model.packing = False\n    release_device(node, model)",
+        "    model.packing = False\n    release_device(node, model, kept_chunks)",
     ),
     Mutant(
         "a pack that is complete before its load is forgotten",
@@ -200,6 +211,109 @@ MUTANTS = (
         "residency",
         "        queueing.wake_at(node, model.not_before_ms)\n        return",
         "        model.not_before_ms = 1 << 60\n        return",
+    ),
+    Mutant(
+        "a model of which only the first chunks are there is granted",
+        "queueing",
+        "        model.state is State.RESIDENT\n        and model.planned",
+        "        model.state in (State.RESIDENT, State.PARTIAL)\n        and model.planned",
+    ),
+    Mutant(
+        "the chunks that stay are not counted",
+        "ledger",
+        "    kept_bytes = prefix_bytes(model.spec, kept_chunks)\n    surprising",
+        "    kept_bytes = 0\n    surprising",
+    ),
+    Mutant(
+        "what is there already is taken once more for the rest",
+        "ledger",
+        "    nbytes = model.missing_bytes\n",
+        "    nbytes = model.need_bytes\n",
+    ),
+    Mutant(
+        "chunks that are there are brought again",
+        "queueing",
+        "first_chunk = 0 if source is Tier.ORIGIN else model.resident_chunks",
+        "first_chunk = 0",
+    ),
+    Mutant(
+        "the origin is asked for missing chunks only",
+        "queueing",
+        "first_chunk = 0 if source is Tier.ORIGIN else model.resident_chunks",
+        "first_chunk = model.resident_chunks",
+    ),
+    Mutant(
+        "part of a model stays that no copy can complete",
+        "victims",
+        " or not _has_copy(model):",
+        ":",
+    ),
+    Mutant(
+        "a chunk more goes than is needed",
+        "victims",
+        "    kept = bisect_right(ends, spare_bytes)\n",
+        "    kept = max(bisect_right(ends, spare_bytes) - 1, 0)\n",
+    ),
+    Mutant(
+        "nobody spares chunks when a budget sinks",
+        "victims",
+        "max(-excess_bytes, 0), 0)",
+        "0, 0)",
+    ),
+    Mutant(
+        "what a failed restore left there is forgotten",
+        "residency",
+        "min(max(event.kept_chunks, 0), model.kept_chunks)",
+        "0",
+    ),
+    Mutant(
+        "what a failed restore lost is still counted",
+        "residency",
+        "min(max(event.kept_chunks, 0), model.kept_chunks)",
+        "model.kept_chunks",
+    ),
+    Mutant(
+        "a dead worker's first chunks stay",
+        "residency",
+        "            release_device(node, model, kept_chunks=0)",
+        "            release_device(node, model, model.kept_chunks)",
+    ),
+    Mutant(
+        "an eviction frees what was ordered to stay",
+        "residency",
+        "    release_device(node, model, model.kept_chunks)\n",
+        "    release_device(node, model, 0)\n",
+    ),
+    Mutant(
+        "the rest of a model goes to whatever device has room",
+        "victims",
+        "    if model.device is not None and model.device is not device:\n        return False",
+        "    if model.device is not None and model.device is not device and need_on(model, device) < 0:\n"
+        "        return False",
+    ),
+    Mutant(
+        "a part is copied to the host tier as if it were whole",
+        "queueing",
+        "if source is Tier.DISK and not first_chunk:",
+        "if source is Tier.DISK:",
+    ),
+    Mutant(
+        "a waiting model's own chunks are evicted for it",
+        "victims",
+        "                if model is wanted:\n                    continue\n",
+        "",
+    ),
+    Mutant(
+        "nobody waits for the rest of a model",
+        "ledger",
+        "return self.state is State.ABSENT or self.state is State.PARTIAL",
+        "return self.state is State.ABSENT",
+    ),
+    Mutant(
+        "chunks of a model that left the plan stay",
+        "ledger",
+        " or state is State.PARTIAL\n\n    @property\n    def startable",
+        "\n\n    @property\n    def startable",
     ),
     Mutant(
         "a queue holds one more than its bound",

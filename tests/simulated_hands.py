@@ -59,9 +59,11 @@ class Stay:
     ref: ModelRef
     device: str
     nbytes: int
-    state: str  # "restoring", "resident", "evicting"
+    chunks: int  # held, from the first on
+    state: str  # "restoring", "resident", "evicting", "partial"
     order: int
     source: Tier
+    kept_chunks: int = 0  # what was there before the restore, or stays after the eviction
     tee_bytes: int = 0
     leases: int = 0
     packing: bool = False
@@ -113,25 +115,46 @@ class Hands:
 
     def _restore(self, order: Restore) -> None:
         ref = order.ref
-        self.require(ref not in self.stays, f"restore of {ref}, which is on a device")
+        before = self.stays.get(ref)
+        if before is None:
+            self.require(not order.first_chunk, f"restore of the rest of {ref}, of which nothing is there")
+        else:
+            self.require(before.state == "partial", f"restore of {ref}, which is on a device")
+            self.require(before.device == order.device, f"the rest of {ref} goes to another device")
+            # The origin gives whole models only.
+            first_chunk = 0 if order.from_tier is Tier.ORIGIN else before.chunks
+            self.require(order.first_chunk == first_chunk, f"restore of other chunks than {ref} lacks")
+            self.reached["restored what was missing"] += bool(first_chunk)
+            self.reached["gave up its chunks for the origin's"] += not first_chunk
         self.require(ref in self.planned, f"restore of {ref}, which left the plan")
         self.require(self.healthy[order.device], f"restore onto {order.device}, which is unhealthy")
-        self.require(self._readable(ref, order.from_tier), f"restore from {order.from_tier}, nothing there")
+        self.require(self.readable(ref, order.from_tier), f"restore from {order.from_tier}, nothing there")
         claim = self.node.devices[order.device].claim
         self.reached["passed a claim"] += claim is not None and claim.ref != ref
         spec = self.models[ref]
         nbytes = spec.image_bytes + spec.workspace_bytes
-        stay = Stay(ref, order.device, nbytes, "restoring", order.order, order.from_tier, order.host_bytes)
+        stay = Stay(
+            ref,
+            order.device,
+            nbytes,
+            len(spec.chunk_bytes),
+            "restoring",
+            order.order,
+            order.from_tier,
+            order.first_chunk,
+            order.host_bytes,
+        )
         self.stays[ref] = stay
         if order.host_bytes:
             self.require(order.from_tier is Tier.DISK and ref not in self.host, "host copy twice")
+            self.require(not order.first_chunk, "a host copy of a part")
             self.host[ref] = order.host_bytes
         self.later(lambda: self._end_restore(stay))
         if order.disk_bytes:
             self.require(order.from_tier is Tier.ORIGIN, f"a pack beside a restore from {order.from_tier}")
             self._start_pack(stay, order.disk_bytes, order.pack_order)
 
-    def _readable(self, ref: ModelRef, tier: Tier) -> bool:
+    def readable(self, ref: ModelRef, tier: Tier) -> bool:
         if tier is Tier.ORIGIN:
             return True
         there = self.disk if tier is Tier.DISK else self.host
@@ -146,11 +169,14 @@ class Hands:
         corrupt = fail and self.rng.random() < self.faults.corrupt
         broken = fail and not corrupt and self.rng.random() < self.faults.broken
         if fail:
-            del self.stays[ref]
+            kept = stay.kept_chunks if self.rng.random() < 0.7 else self.rng.randrange(stay.kept_chunks + 1)
+            self.keep_part(stay, kept)
             if stay.tee_bytes:
                 del self.host[ref]
             self.reached["a load failed beside its pack"] += stay.packing
-            return RestoreFailed(ref, device, source, "a fault", corrupt, broken, order)
+            self.reached["a failed restore left chunks"] += bool(kept)
+            self.reached["a failed restore lost chunks"] += kept < stay.kept_chunks
+            return RestoreFailed(ref, device, source, "a fault", corrupt, broken, order, kept)
         stay.state = "resident"
         filled = bool(stay.tee_bytes) and self.rng.random() < 0.8
         if stay.tee_bytes and not filled:
@@ -158,6 +184,16 @@ class Hands:
         stay.tee_bytes = 0
         self.reached["host copy filled"] += filled
         return Restored(ref, device, source, self.rng.randrange(1, 500), filled, order)
+
+    def prefix_bytes(self, ref: ModelRef, chunks: int) -> int:
+        return sum(self.models[ref].chunk_bytes[:chunks])
+
+    def keep_part(self, stay: Stay, kept_chunks: int) -> None:
+        """What the device holds of a model after a failed restore or an eviction."""
+        del self.stays[stay.ref]
+        if kept_chunks:
+            nbytes = self.prefix_bytes(stay.ref, kept_chunks)
+            self.stays[stay.ref] = Stay(stay.ref, stay.device, nbytes, kept_chunks, "partial", 0, stay.source)
 
     def _late(self, event: Event) -> Event | None:
         """An answer of a worker that is dead by now: usually lost, sometimes still in the pipe."""
@@ -168,18 +204,24 @@ class Hands:
 
     def _evict(self, order: Evict) -> None:
         stay = self.stays.get(order.ref)
-        self.require(stay is not None and stay.state == "resident", f"evict of {order.ref}, not resident")
+        there = stay is not None and stay.state in ("resident", "partial")
+        self.require(there, f"evict of {order.ref}, not resident")
         assert stay is not None
+        self.require(order.keep_chunks < stay.chunks, f"an eviction of {order.ref} that frees nothing")
+        whole = any(self.readable(order.ref, tier) for tier in (Tier.HOST, Tier.DISK))
+        self.require(whole or not order.keep_chunks, f"part of {order.ref} is kept and no copy has the rest")
+        part = "in part" if order.keep_chunks else "wholly"
+        self.reached[f"evicted {part}, {stay.state} before"] += 1
         self.require(not stay.leases, f"evict of {order.ref}, which is leased")
         self.require(not stay.packing, f"evict of {order.ref}, which is being packed")
-        stay.state, stay.order = "evicting", order.order
+        stay.state, stay.order, stay.kept_chunks = "evicting", order.order, order.keep_chunks
         self.later(lambda: self._end_evict(stay), 3)
 
     def _end_evict(self, stay: Stay) -> Event | None:
         event = Evicted(stay.ref, stay.device, stay.order)
         if self.stays.get(stay.ref) is not stay:
             return self._late(event)
-        del self.stays[stay.ref]
+        self.keep_part(stay, stay.kept_chunks)
         return event
 
     def _pack(self, order: Pack) -> None:
@@ -221,7 +263,7 @@ class Hands:
         reading = stay is not None and stay.state == "restoring" and stay.source is order.tier
         self.require(order.tier is not Tier.ORIGIN, f"drop of {order.ref} at its origin")
         self.require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being read")
-        self.require(self._readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
+        self.require(self.readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
         self.require(
             not (stay and stay.tee_bytes and order.tier is Tier.HOST), "drop of a segment being filled"
         )

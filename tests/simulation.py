@@ -126,8 +126,11 @@ class World(Hands):
     def _add_spec(self, tenant: str, i: int) -> None:
         nbytes = self.rng.choice((4, 10, 16, 24, 30, 40, 60, 150)) * MIB
         ref = ModelRef(tenant, f"m{i}", f"{i:016x}")
+        count = self.rng.choice((1, 2, 5, 20))
+        ends = [*sorted(self.rng.randrange(1, nbytes) for _ in range(count - 1)), nbytes]
+        chunks = tuple(end - start for start, end in zip([0, *ends], ends, strict=False) if end > start)
         self.models[ref] = ModelSpec(
-            ref, "file:///m", (), "transformers", Task.EMBEDDING, nbytes, (nbytes,), WORKSPACE_BYTES, 0
+            ref, "file:///m", (), "transformers", Task.EMBEDDING, nbytes, chunks, WORKSPACE_BYTES, 0
         )
 
     # --- running ----------------------------------------------------------------------------------
@@ -174,7 +177,9 @@ class World(Hands):
         self.reached["condemned"] += bool(self.node.condemned)
         judges.judge_passing(self, event, kept_before, claims_before)
         judges.judge_evictions(self, event, actions, kept_before, tenants_before)
+        judges.judge_shedding(self, event, actions, kept_before)
         judges.judge_bytes(self)
+        judges.judge_chunks(self)
         judges.judge_patience(self)
 
     # --- phases -----------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_concurrency_counts_waiting_and_granted_and_its_hint_is_the_measured_use
 
 
 def test_a_full_queue_refuses_with_the_measured_restore_time() -> None:
-    spec, other = model("acme/a"), model("bolt/b")
+    spec, other = model("acme/a", 80), model("bolt/b")
     scene = Scene(spec, other)
     scene.ask(spec)
     for _ in range(queueing.WAITING_PER_TENANT_MAX - 1):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from scene import Scene, model, of, the
 
-from packer import queueing, residency, room, upkeep
+from packer import queueing, residency, room, upkeep, victims
 from packer.events import (
     Cancelled,
     DeviceSeen,
@@ -120,7 +120,7 @@ def test_a_model_that_exactly_fills_the_device_fits_and_one_byte_more_never_does
 
 def test_without_any_device_callers_are_told_to_come_back() -> None:
     refusal = the(Scene(A, devices_mib=()).ask(A), Refuse)
-    assert (refusal.reason, refusal.retry_ms) == (RefusalReason.RESTORE_FAILED, room.NO_DEVICE_RETRY_MS)
+    assert (refusal.reason, refusal.retry_ms) == (RefusalReason.RESTORE_FAILED, victims.NO_DEVICE_RETRY_MS)
 
 
 # --- evicting -------------------------------------------------------------------------------------

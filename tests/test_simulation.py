@@ -26,7 +26,7 @@ TENANT_BOUND, NODE_BOUND = 6, 12
 SEEDS = range(60)
 # Fresh histories on every commit without a clock or randomness: another range can be named.
 SEED_FIRST = int(os.environ.get("BUNK_SEED_FIRST", "0"))
-MUTANT_SEEDS = range(60)
+MUTANT_SEEDS = range(150)
 
 RARE = (
     "a load failed beside its pack",
@@ -34,11 +34,19 @@ RARE = (
     "budget sank while restoring",
     "cancelled after grant",
     "cancelled while waiting",
+    "a failed restore left chunks",
+    "a failed restore lost chunks",
     "condemned",
     "device became unhealthy",
     "dropped from disk",
     "dropped from host",
+    "evicted chunks of a waiting model",
     "evicted for a claim",
+    "evicted in part, partial before",
+    "evicted in part, resident before",
+    "evicted wholly, partial before",
+    "evicted wholly, resident before",
+    "gave up its chunks for the origin's",
     "host copy filled",
     "joined a restore",
     "late answer",
@@ -60,15 +68,19 @@ RARE = (
     "refused: worker_died",
     "removed while leased",
     "removed while packing",
+    "removed while partial",
     "removed while restoring",
     "restored from disk",
     "restored from host",
     "restored from origin",
+    "restored what was missing",
+    "shed for a smaller budget",
     "took what another tenant borrowed",
     "worker died while evicting",
     "worker died while leased",
     "worker died while loading and packing",
     "worker died while packing",
+    "worker died while partial",
     "worker died while restoring",
 )
 

@@ -1,0 +1,401 @@
+"""Room on devices: which models give how many of their chunks, and whether it can ever be enough.
+
+Covers: the choice of victims under the tenants' reserves and limits, down to the chunk; what must go
+because a budget sank; and the arithmetic of a request that no waiting can help. Pure questions: nothing
+here changes the state. Does not cover: copies below the device (``room``), or acting on the answers
+(``queueing``, ``upkeep``).
+
+Candidates go in the order of their keep-index, per byte, least valuable first. Only the last one is cut:
+it keeps as many of its first chunks as the room allows, so that exactly the bytes needed go. Where one
+model alone could give them at a smaller loss than several together, it gives them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop
+from itertools import accumulate
+from typing import NamedTuple
+
+from packer import keep, room
+from packer.events import RefusalReason
+from packer.ledger import CopyState, Device, Model, Node, State
+from packer.quota import Tenant, may_take
+from packer.room import Earlier
+from packer.types import MIB
+
+# When no device is there, one may come back at the next look of the agent, which is within seconds.
+NO_DEVICE_RETRY_MS = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Taking:
+    """A victim and what it may keep: its first ``keep_chunks`` chunks; 0: nothing."""
+
+    model: Model
+    freed_bytes: int
+    keep_chunks: int = 0
+
+
+# A model that may have to go: the class of its standing (least protected first), its keep-index, its name,
+# the model, and its bytes that are not leaving already. A plain tuple, because there may be a thousand.
+_Candidate = tuple[int, float, str, Model, int]
+
+
+class _Ranked:
+    """Candidates, least valuable first; put in order only as far as somebody looks."""
+
+    def __init__(self, found: list[_Candidate]) -> None:
+        heapify(found)
+        self._rest = found
+        self._ordered: list[_Candidate] = []
+
+    def __iter__(self) -> Iterator[_Candidate]:
+        ordered, rest = self._ordered, self._rest
+        place = 0
+        while place < len(ordered) or rest:
+            if place == len(ordered):
+                ordered.append(heappop(rest))
+            yield ordered[place]
+            place += 1
+
+
+def need_on(model: Model, device: Device) -> int:
+    """Bytes that the model must still be given to be on this device as a whole."""
+    return model.missing_bytes if model.device is device else model.need_bytes
+
+
+def fits_now(model: Model, device: Device, earlier: Earlier) -> bool:
+    """Can it start on the device at once, evicting nothing and taking nothing that was promised?"""
+    if model.device is not None and model.device is not device:
+        return False  # the first chunks lie elsewhere
+    need = model.missing_bytes
+    account, own = device.account, model.tenant.device
+    promised = earlier.devices.get(device.name, 0)
+    promised_own = earlier.tenants.get(model.tenant.spec.tenant, 0)
+    return (
+        account.fits(need)
+        and own.fits(need)
+        and account.short_bytes(need + promised) <= 0
+        and own.short_bytes(need + promised_own) <= 0
+    )
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+def _candidates(
+    node: Node, wanted: Model, device: Device, own_elsewhere: bool, busy: bool, now_ms: int
+) -> _Ranked:
+    """All that may be taken. ``busy``: also what is in use now and must end some day.
+
+    What left the plan goes before all, then what was condemned for the same claim before, so that the
+    choice does not wander while its leases end. What is in use comes last, and before it the chunks of
+    models that somebody waits for.
+    """
+    uses_per_s = keep.Ranking(now_ms).uses_per_s
+    condemned, epoch = node.condemned, node.gains_epoch
+    found: list[_Candidate] = []
+    for other in node.devices.values() if own_elsewhere else (device,):
+        for model in other.models.values():
+            state = model.state
+            rank = 0
+            if state is State.RESIDENT:
+                if model.leases or model.packing:
+                    if not busy:
+                        continue
+                    rank = 2
+            elif state is State.PARTIAL:
+                if model is wanted:
+                    continue
+                rank = 1 if model.waiters else 0
+            elif busy and (state is State.RESTORING or model.kept_chunks):
+                rank = 2
+            else:
+                continue
+            if other is not device and model.tenant is not wanted.tenant:
+                continue
+            if model.planned:
+                rank += 8
+            if condemned and condemned.get(model.ref) != wanted.ref:
+                rank += 4
+            gains = model.gains
+            if gains is None or gains.epoch != epoch:
+                gains = room.gains(node, model)
+            held = model.device_bytes - model.leaving_bytes
+            index = uses_per_s(model.reuse) * gains.device_ms / (held or 1)
+            found.append((rank, index, model.name, model, held))
+    return _Ranked(found)
+
+
+# --- victims --------------------------------------------------------------------------------------
+
+
+def device_victims(
+    node: Node, wanted: Model, device: Device, earlier: Earlier, busy: bool, now_ms: int
+) -> list[Taking] | None:
+    """What must go so that ``wanted`` gets onto ``device``, as little and worthless as possible.
+
+    Counts what is leaving already. None: even all that may be taken is not enough. ``busy`` asks
+    whether it could ever be: models in use count as takable, since leases, packs and restores end.
+    """
+    tenant = wanted.tenant
+    promised_own = earlier.tenants.get(tenant.spec.tenant, 0)
+    # What it holds elsewhere it gives up before it comes here, so its tenant needs the missing bytes only.
+    need_own = wanted.missing_bytes + promised_own
+    short = device.account.short_bytes(need_on(wanted, device) + earlier.devices.get(device.name, 0))
+    short_own = tenant.device.short_bytes(need_own)
+    if short <= 0 and short_own <= 0:
+        return []
+    entitled = tenant.device.kept_bytes + need_own <= tenant.device.reserved_bytes
+    ranked = _candidates(node, wanted, device, short_own > 0, busy, now_ms)
+    chosen = _greedy(ranked, wanted, device, short, short_own, entitled)
+    if chosen is None:
+        return None
+    if len(chosen) > 1 and short_own <= 0 and not busy:
+        alone = _alone(node, ranked, chosen, wanted, short)
+        if alone is not None:
+            return [alone]
+    capped = tenant.device.limit_bytes is not None
+    helps = [_Helps(c, c[3].device is device, capped and c[3].tenant is tenant) for c in chosen]
+    short -= sum(each.candidate[4] for each in helps if each.here)
+    short_own -= sum(each.candidate[4] for each in helps if each.own)
+    return _spare(node, helps, -short, -short_own)
+
+
+def _greedy(
+    ranked: _Ranked, wanted: Model, device: Device, short: int, short_own: int, entitled: bool
+) -> list[_Candidate] | None:
+    """Whole models in the order of their rank until it is enough; None when it never is."""
+    chosen: dict[Model, _Candidate] = {}
+    if short_own > 0:
+        # Above its own max only the tenant's own models can help; those here help twice.
+        own = [candidate for candidate in ranked if candidate[3].tenant is wanted.tenant]
+        for candidate in sorted(own, key=lambda candidate: candidate[3].device is not device):
+            if short_own <= 0:
+                break
+            model = candidate[3]
+            chosen[model] = candidate
+            short_own -= candidate[4]
+            if model.device is device:
+                short -= candidate[4]
+    kept: dict[str, int] = {}
+    for reach in (False, True) if entitled else (False,):
+        for candidate in ranked if short > 0 else ():
+            model = candidate[3]
+            if model.device is not device or model in chosen:
+                continue
+            if not _may_take(wanted, candidate, kept, reach):
+                continue
+            chosen[model] = candidate
+            short -= candidate[4]
+            if short <= 0:
+                break
+    return None if short > 0 or short_own > 0 else list(chosen.values())
+
+
+def _may_take(wanted: Model, candidate: _Candidate, kept: dict[str, int], entitled: bool) -> bool:
+    """Apply ``quota.may_take`` and keep count of what the choice so far leaves each tenant."""
+    _, _, _, model, held = candidate
+    if model.tenant is wanted.tenant or not model.planned:
+        return True
+    account = model.tenant.device
+    name = model.tenant.spec.tenant
+    left = kept.get(name, account.kept_bytes)
+    if not may_take(left, account.reserved_bytes, held, entitled):
+        return False
+    kept[name] = left - held
+    return True
+
+
+class _Helps(NamedTuple):
+    """A chosen candidate, and what its bytes count for: the device's shortage, the tenant's own."""
+
+    candidate: _Candidate
+    here: bool
+    own: bool
+
+
+def _spare(node: Node, chosen: list[_Helps], surplus: int, surplus_own: int) -> list[Taking]:
+    """Spare what is not needed, of the most valuable first: its first chunks, or all of it where a later,
+    larger victim made it needless. Afterwards no chunk more could stay."""
+    takings: list[Taking] = []
+    for (_, _, _, model, held), here, own in reversed(chosen):
+        spare = min(surplus if here else surplus_own, surplus_own if own else surplus)
+        kept = held
+        if held > spare:
+            taking = _cut(node, model, held, spare)
+            takings.append(taking)
+            kept -= taking.freed_bytes
+        surplus -= kept if here else 0
+        surplus_own -= kept if own else 0
+    takings.reverse()
+    return takings
+
+
+def _cut(node: Node, model: Model, held_bytes: int, spare_bytes: int) -> Taking:
+    """Evict all of a model but as many of its first chunks as fit into ``spare_bytes``."""
+    chunks = model.spec.chunk_bytes
+    if not chunks or spare_bytes < chunks[0] or not node.partial or not model.idle or not _has_copy(model):
+        return Taking(model, held_bytes)
+    # One chunk at least goes, or it would not be a victim.
+    ends = list(accumulate(chunks[: model.resident_chunks - 1]))
+    kept = bisect_right(ends, spare_bytes)
+    return Taking(model, held_bytes - ends[kept - 1], kept) if kept else Taking(model, held_bytes)
+
+
+def _has_copy(model: Model) -> bool:
+    """Can missing chunks be brought back at all? The origin gives whole models only."""
+    return model.host.state is CopyState.HELD or model.disk.state is CopyState.HELD
+
+
+def _alone(node: Node, ranked: _Ranked, chosen: list[_Candidate], wanted: Model, short: int) -> Taking | None:
+    """The one model that could give ``short`` bytes at a smaller loss than several together.
+
+    Every victim's next restore costs something whatever its size, so many small ones may be dearer than
+    a piece of one that is worth more per byte.
+    """
+    if not node.partial:
+        return None
+    # The last of the chosen gives only what is needed of it.
+    last = chosen[-1]
+    needed = short - sum(candidate[4] for candidate in chosen[:-1])
+    limit = sum(_loss(node, candidate, candidate[4]) for candidate in chosen[:-1])
+    limit += _loss(node, last, min(needed, last[4]))
+    best: Taking | None = None
+    for candidate in ranked:
+        rank, index, _, model, held = candidate
+        if rank != last[0] or index * short >= limit:
+            break  # from here on each is worth more than all that it would save
+        if held < short or _loss(node, candidate, short) >= limit:
+            continue
+        if not _may_take(wanted, candidate, {}, entitled=False):
+            continue
+        taking = _cut(node, model, held, held - short)
+        loss = _loss(node, candidate, taking.freed_bytes)
+        if loss < limit:
+            best, limit = taking, loss
+    return best
+
+
+def _loss(node: Node, candidate: _Candidate, freed_bytes: int) -> float:
+    """Expected milliseconds of restoring per second that evicting so many bytes brings about."""
+    _, index, _, model, held = candidate
+    gains = room.gains(node, model)
+    fixed_share = gains.fixed_ms / gains.device_ms if model.state is State.RESIDENT else 0.0
+    return index * held * (fixed_share + (1.0 - fixed_share) * freed_bytes / max(held, 1))
+
+
+# --- shedding -------------------------------------------------------------------------------------
+
+
+def device_surplus(node: Node, device: Device, now_ms: int) -> list[Taking]:
+    """What to evict because the device's budget sank below what it holds (or it is unhealthy).
+
+    Tenants above their reserve give first; a budget is a fact, so the others give next.
+    """
+    if device.healthy and not device.account.excess_bytes:
+        return []
+
+    def rank(candidate: _Candidate) -> tuple[bool, float, str]:
+        _, index, name, model, _ = candidate
+        account = model.tenant.device
+        return account.kept_bytes <= account.reserved_bytes, index, name
+
+    idle = sorted(_idle(node, (device,), None, now_ms), key=rank)
+    if not device.healthy:
+        return [Taking(model, held) for _, _, _, model, held in idle]
+    return _until(node, idle, device.account.excess_bytes)
+
+
+def tenant_surplus(node: Node, tenant: Tenant, now_ms: int) -> list[Taking]:
+    """What to evict because the tenant's max sank below what it holds."""
+    idle = sorted(_idle(node, node.devices.values(), tenant, now_ms))
+    return _until(node, idle, tenant.device.excess_bytes)
+
+
+def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: int) -> list[_Candidate]:
+    ranking = keep.Ranking(now_ms)
+    found: list[_Candidate] = []
+    for device in devices:
+        for model in device.models.values():
+            if model.idle and (tenant is None or model.tenant is tenant):
+                held = model.device_bytes
+                index = ranking.index(model.reuse, room.gains(node, model).device_ms, held)
+                found.append((0, index, model.name, model, held))
+    return found
+
+
+def _until(node: Node, candidates: list[_Candidate], excess_bytes: int) -> list[Taking]:
+    going: list[_Helps] = []
+    for candidate in candidates:
+        if excess_bytes <= 0:
+            break
+        going.append(_Helps(candidate, here=True, own=False))
+        excess_bytes -= candidate[4]
+    return _spare(node, going, max(-excess_bytes, 0), 0)
+
+
+# --- what can never be ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hopeless:
+    """Why a request is refused at once."""
+
+    reason: RefusalReason
+    detail: str
+    retry_ms: int | None = None
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes} bytes ({nbytes / MIB:.1f} MiB)"
+
+
+def hopeless(node: Node, model: Model, now_ms: int) -> Hopeless | None:
+    """The arithmetic of a model that could not fit even if everything evictable were evicted, or None."""
+    need = model.need_bytes
+    spec = model.spec
+    sum_text = (
+        f"{spec.ref} needs {_size(need)} on one device: {spec.image_bytes} of weights and "
+        f"{spec.workspace_bytes} of workspace"
+    )
+    most = model.tenant.device.limit_bytes
+    if most is not None and need > most:
+        return Hopeless(
+            RefusalReason.QUOTA_BYTES,
+            f"{sum_text}; tenant {spec.ref.tenant} may hold at most {_size(most)} on "
+            "devices (device max); use a smaller model, or ask the operator to raise the quota",
+        )
+    healthy = [d for d in node.devices.values() if d.healthy]
+    if not healthy:
+        return Hopeless(
+            RefusalReason.RESTORE_FAILED, "this node has no healthy device now", NO_DEVICE_RETRY_MS
+        )
+    largest = max(healthy, key=lambda d: d.account.limit_bytes or 0)
+    budget = largest.account.limit_bytes or 0
+    if need > budget:
+        return Hopeless(
+            RefusalReason.NEVER_FITS,
+            f"{sum_text}; the largest device here, {largest.name}, has a budget of "
+            f"{_size(budget)}; use a smaller model (or bfloat16 weights), or a node with a larger device",
+        )
+    if not any(tenant.device.reserved_bytes for tenant in node.tenants.values()):
+        return None  # everything is takable once it is idle
+    alone = Earlier({}, {})
+    if any(device_victims(node, model, device, alone, True, now_ms) is not None for device in healthy):
+        return None
+    held: dict[str, int] = {}
+    for other in largest.models.values():
+        if other.tenant is not model.tenant:
+            name = other.ref.tenant
+            held[name] = held.get(name, 0) + other.device_bytes
+    others = sum(min(nbytes, node.tenants[name].device.reserved_bytes) for name, nbytes in held.items())
+    return Hopeless(
+        RefusalReason.NEVER_FITS,
+        f"{sum_text}; of the {_size(budget)} of the largest device here, {largest.name}, {_size(others)} "
+        f"are held under other tenants' reserves, and {spec.ref.tenant} has "
+        f"{_size(model.tenant.device.reserved_bytes)} reserved; ask the operator for a larger reserve",
+    )
