@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from packer import residency
+from packer import residency, room
 from packer.events import Action, Event, Restore, Restored, RestoreFailed, WorkerDied
 from packer.types import ModelRef, Tier
 
@@ -65,7 +65,9 @@ class Accuracy:
                 pass
         for action in actions:
             if isinstance(action, Restore):
-                expected_ms = residency.restore_ms_estimate(core, action.ref)
+                model = core.models[action.ref]
+                moved_bytes = sum(model.spec.chunk_bytes[action.first_chunk :])
+                expected_ms = room.restore_ms_from(core, model, action.from_tier, moved_bytes)
                 self.ordered(action.ref, action.from_tier, expected_ms)
 
     def ordered(self, ref: ModelRef, tier: Tier, expected_ms: int) -> None:
@@ -82,6 +84,11 @@ class Accuracy:
     def failed(self, ref: ModelRef) -> None:
         """The restore did not happen; what it would have taken is not known."""
         self._expected_ms.pop(ref, None)
+
+    def start_anew(self) -> None:
+        """New rates make new estimates: percentiles are of these from now on. Counters only grow."""
+        for seen in self.tiers.values():
+            seen.last.clear()
 
     def forget(self, kept: frozenset[ModelRef]) -> None:
         self._expected_ms = {ref: each for ref, each in self._expected_ms.items() if ref in kept}

@@ -197,6 +197,7 @@ class RunningNode:
         if form is not self.host_form:
             log.info("the host tier keeps weights in %s form from now on", form.value)
         self.host_form = self.orders.host_form = form
+        self.accuracy.start_anew()
         self.loop.post(RatesSeen(rates, form, self._on_cuda))
         with self._journal_may_fail():
             await self._journal.call(self._journal.journal.save_calibration, dump_rates(rates))

@@ -30,10 +30,10 @@ from agent.check_box import (
 from agent.counters import Counters
 from agent.journal import open_journal
 from agent.metrics import render
-from packer import residency
+from packer import residency, room
 from packer.estimate import FIRST_RATES, dump_rates
-from packer.events import Restore, Restored, RestoreFailed, WorkerDied
-from packer.types import GIB, MIB, HostForm, ModelRef, Tier
+from packer.events import Planned, Restore, Restored, RestoreFailed, Ticked, WorkerDied
+from packer.types import GIB, MIB, HostForm, ModelRef, ModelSpec, Task, TenantSpec, Tier
 from packer.wire import Report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,11 +190,20 @@ def test_only_a_restore_that_was_expected_and_happened_counts() -> None:
     assert accuracy.tiers[Tier.DISK].count == 1
 
 
-def test_an_order_is_expected_to_take_what_the_core_says() -> None:
+def test_an_order_is_expected_to_take_what_the_core_says_of_the_chunks_it_names() -> None:
     accuracy, core = Accuracy(), residency.Node()
-    accuracy.observe(core, WorkerDied("x", "cpu:0"), [Restore(REF, "cpu:0", Tier.DISK)])
-    accuracy.observe(core, Restored(REF, "cpu:0", Tier.DISK, 100), [])
-    assert list(accuracy.tiers[Tier.DISK].last) == [1.0], "the core knows no such model and says 0"
+    spec = ModelSpec(
+        REF, "file:///m", (), "transformers", Task.EMBEDDING, 1_200_000_000, (400_000_000,) * 3, 0, 0
+    )
+    residency.step(core, Planned((TenantSpec("acme"),), (spec,)), 0)
+    model = core.models[REF]
+    for first_chunk in (0, 2):
+        accuracy.observe(core, Ticked(), [Restore(REF, "cpu:0", Tier.DISK, first_chunk)])
+        moved_bytes = (3 - first_chunk) * 400_000_000
+        expected_ms = room.restore_ms_from(core, model, Tier.DISK, moved_bytes)
+        assert expected_ms > 100
+        accuracy.observe(core, Restored(REF, "cpu:0", Tier.DISK, expected_ms), [])
+    assert list(accuracy.tiers[Tier.DISK].last) == [0.0, 0.0]
 
 
 def test_what_is_remembered_of_errors_is_bounded() -> None:
@@ -204,6 +213,8 @@ def test_what_is_remembered_of_errors_is_bounded() -> None:
         accuracy.restored(REF, Tier.HOST, 100)
     assert accuracy.tiers[Tier.HOST].count == ERRORS_MAX + 10
     assert len(accuracy.tiers[Tier.HOST].last) == ERRORS_MAX
+    accuracy.start_anew()
+    assert (accuracy.tiers[Tier.HOST].count, accuracy.tiers[Tier.HOST].quantile(0.95)) == (ERRORS_MAX + 10, 0)
     accuracy.ordered(OTHER, Tier.HOST, 1)
     accuracy.forget(frozenset())
     accuracy.restored(OTHER, Tier.HOST, 100)
