@@ -207,6 +207,8 @@ class Orders:
         self, order: Restore, move: Callable[[WorkerHandle], Awaitable[Event]]
     ) -> Event | None:
         failed = partial(RestoreFailed, order.ref, order.device, order.from_tier, order=order.order)
+        # A worker that fails and lives still holds what was there before, and nothing else.
+        kept = partial(failed, kept_chunks=order.first_chunk)
         # Held from here on, so that a worker that is just being forked for it is not taken for a parked one.
         self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
         try:
@@ -221,13 +223,13 @@ class Orders:
             return None
         except WorkerFailure as failure:
             self._forget_unless_kept(order)
-            return failed(failure.message, corrupt=failure.corrupt, broken=failure.broken)
+            return kept(failure.message, corrupt=failure.corrupt, broken=failure.broken)
         except (OriginUnavailable, OSError) as error:
             self._forget_unless_kept(order)
             missing = isinstance(error, FileNotFoundError) and order.from_tier is Tier.DISK
             private = error.private if isinstance(error, OriginUnavailable) else str(error)
             log.warning("restore of %s from %s: %s", order.ref, order.from_tier.value, private)
-            return failed(_public(error), corrupt=missing)
+            return kept(_public(error), corrupt=missing)
 
     async def _load(self, order: Restore, making: Making | None, worker: WorkerHandle) -> Event:
         spec = self._spec_of(order.ref)
