@@ -75,6 +75,12 @@ def fingerprint(directory: Path) -> str:
         device = os.stat(directory).st_dev
         facts.append(f"{os.major(device)}:{os.minor(device)}")
     with suppress(OSError):
+        # GPUs by their place on the bus, and the driver; nothing is there without one.
+        facts += [
+            Path("/proc/driver/nvidia/version").read_text(),
+            *sorted(os.listdir("/proc/driver/nvidia/gpus")),
+        ]
+    with suppress(OSError):
         facts.append(Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
