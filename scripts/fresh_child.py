@@ -102,12 +102,11 @@ Job = Callable[[Settings, Stopwatch], Mapping[str, Any]]
 
 def serve(jobs: Mapping[str, Job]) -> None:
     """Answer one JSON line per job until standard input ends. Call it after every import."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print as they like
-    print("{}", file=answers, flush=True)
-    for line in sys.stdin:
-        order = json.loads(line)
-        print(json.dumps(_fork(jobs, order)), file=answers, flush=True)
+    # Not standard output: libraries print there as they like.
+    with os.fdopen(int(sys.argv[1]), "w") as answers:
+        print("{}", file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(_fork(jobs, json.loads(line))), file=answers, flush=True)
 
 
 def own_memory(nbytes: int) -> None:
@@ -274,16 +273,26 @@ class FreshChildren:
         self, python: Path, script: Path, fds: Iterable[int], environment: Mapping[str, str]
     ) -> None:
         """``fds`` stay the caller's; jobs know them by the same numbers."""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self._process = subprocess.Popen(
-            [str(python), str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            pass_fds=tuple(fds),
-            env={**os.environ, **environment},
-        )
-        self._answer(READY_TIMEOUT_S)
+        # Appended to by all, so that reading it moves nobody's place.
+        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed by close()
+        reading, writing = os.pipe()
+        self._answers = os.fdopen(reading, "rb")
+        try:
+            self._process = subprocess.Popen(
+                [str(python), str(script), str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(*fds, writing),
+                env={**os.environ, **environment},
+            )
+        finally:
+            os.close(writing)
+        try:
+            self._answer(READY_TIMEOUT_S)
+        except LoadFailed:
+            self.close()
+            raise
 
     def run(
         self,
@@ -311,16 +320,13 @@ class FreshChildren:
         return Outcome(answer["taken_ms"], answer["cpu_ms"], answer["facts"], memory)
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
-        line = self._process.stdout.readline() if ready else b""
+        ready, _, _ = select.select([self._answers], [], [], timeout_s)
+        line = self._answers.readline() if ready else b""
         if not line:
             self._process.kill()
-            raise LoadFailed(
-                f"no answer from {self._process.args!r} in {timeout_s:.0f} s\n{self.log()}"
-                if not ready
-                else f"{self._process.args!r} ended\n{self.log()}"
-            )
+            self._process.wait()
+            why = "ended" if ready else f"did not answer in {timeout_s:.0f} s"
+            raise LoadFailed(f"{self._process.args!r} {why}\n{self.log()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -332,8 +338,7 @@ class FreshChildren:
     def close(self) -> None:
         """End the server; its children are gone already."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._log, self._process.stdout:
+        with self._log, self._answers:
             self._process.stdin.close()
             try:
                 self._process.wait(10)

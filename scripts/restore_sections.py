@@ -38,6 +38,7 @@ from restore_setup import (
     times_as_fast,
 )
 
+from packer.index import up_to_page
 from packer.types import MIB, HostForm
 
 MEMCPY = "copying memory to memory, 2 threads"
@@ -47,6 +48,7 @@ DIRECT_READ = "reading the raw file past the cache, 4 threads"
 THERE = "host tier, form chosen, into pages that are there"
 # Every second stretch of this length is cached in the half-cached state.
 STRETCH_BYTES = 16 * MIB
+STRETCHES_MIN = 16
 PEAK_BYTES_MAX = 256 * MIB
 INGEST_ROUNDS = 3
 
@@ -230,7 +232,8 @@ def _running_path(setup: Setup, state: str, force: str) -> Callable[[], float]:
         else:
             restore_data.drop(setup.pack)
         if state == "half cached":
-            restore_data.warm(setup.pack, STRETCH_BYTES)
+            size = setup.pack.stat().st_size
+            restore_data.warm(setup.pack, min(STRETCH_BYTES, up_to_page(size // STRETCHES_MIN)))
         share = restore_data.cached_share(setup.pack)
         if abs(share - wanted) > 0.1:
             raise RuntimeError(f"{share:.0%} of the pack are cached, this case wants {wanted:.0%}")

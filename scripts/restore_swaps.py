@@ -116,16 +116,14 @@ async def _swap_many(
     setup: Setup, node: BenchNode, count: int, tier: Tier, swaps: Swaps, expected: str
 ) -> None:
     chance = random.Random(SEED)
-    last: ModelSpec | None = None
     known = node.node.accuracy.tiers.get(tier)
     before = known.count if known is not None else 0
     for number in range(count):
-        spec = chance.choice([spec for spec in node.specs if spec is not last])
+        spec = chance.choice([spec for spec in node.specs if not node.is_resident(spec)])
         taken = await node.take(spec)
         swaps.tiers[taken.tier] += 1
         if taken.tier is tier:
             swaps.waits_ms.append(taken.wait_ms)
-        last = spec
         if number % ANSWER_EVERY == 0:
             answer = await node.answer(spec)
             if answer != expected:
@@ -202,6 +200,9 @@ WARM_SWAPS_SHARE = 0.3
 TRIES_MAX = 20
 # What a heap may grow by without anything being kept: fragments, caches of code that ran later.
 GROWTH_BYTES_MAX = 16 * MIB
+# Pools start threads as orders overlap, up to a dozen in each process; a thread that is left behind by each
+# failure would be a hundred times as many.
+THREADS_MAX = 16
 
 
 class LeakRun:
@@ -302,14 +303,15 @@ def leaks(setup: Setup) -> Section:
 async def _leaks(setup: Setup, folder: Path) -> Section:
     directory = restore_data.model_directory(setup.cache, restore_data.SMALL)
     spec = restore_data.describe(directory, ModelRef("bench", "llama", "0" * 16), Task.GENERATION)
-    spec = replace(spec, workspace_bytes=MIB)
-    room = spec.image_bytes + spec.workspace_bytes
+    # So that no more than these models fit, however small they are.
+    room = max(spec.image_bytes + MIB, DEVICE_BYTES_MIN // DEVICE_MODELS)
+    spec = replace(spec, workspace_bytes=room - spec.image_bytes)
     specs = tenants_of(spec, LEAK_TENANTS)
     async with running_node(
         folder,
         setup.rates,
         specs,
-        f"cpu:{max(DEVICE_MODELS * room + MIB, DEVICE_BYTES_MIN)}",
+        f"cpu:{DEVICE_MODELS * room}",
         HOST_MODELS * (spec.image_bytes + MIB),
         DISK_BYTES,
     ) as node:
@@ -343,10 +345,10 @@ def _judge_leaks(setup: Setup, run: LeakRun, first: Census, last: Census) -> Sec
         (name.replace("_", " "), _words(name, getattr(first, name)), _words(name, getattr(last, name)))
         for name in Census.__dataclass_fields__
     )
-    left = [
-        max(0, getattr(last, name) - getattr(first, name))
-        for name in ("processes", "threads", "descriptors", "files", "host_bytes", "arena_bytes")
-    ]
+    left = {
+        name.replace("_", " "): max(0, getattr(last, name) - getattr(first, name))
+        for name in ("processes", "descriptors", "files", "host_bytes", "arena_bytes")
+    }
     growth = max(
         last.agent_private_bytes - first.agent_private_bytes,
         last.worker_private_bytes - first.worker_private_bytes,
@@ -354,11 +356,13 @@ def _judge_leaks(setup: Setup, run: LeakRun, first: Census, last: Census) -> Sec
     swaps = f"{setup.swaps} swaps, {run.injected.total()} injected failures"
     judgements = (
         Judgement(
-            f"{swaps}: processes, threads, descriptors, files, host and arena bytes left behind",
-            sum(left),
+            f"{swaps}: processes, descriptors, files, host and arena bytes left behind",
+            sum(left.values()),
             0,
             at_least=False,
+            why=", ".join(f"{count} {name}" for name, count in left.items() if count),
         ),
+        Judgement(f"{swaps}: threads gained", last.threads - first.threads, THREADS_MAX, at_least=False),
         Judgement(
             f"{swaps}: private memory that agent or a worker gained",
             growth / MIB,
