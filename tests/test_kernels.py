@@ -320,6 +320,19 @@ def test_a_numba_that_fails_keeps_numpy_and_says_so(monkeypatch: pytest.MonkeyPa
     assert Workspace().transforms.name == "numpy"
 
 
+def test_where_memory_may_not_become_code_numpy_stays() -> None:
+    """A service manager can forbid that (systemd: MemoryDenyWriteExecute); the node must still start."""
+    code = (
+        "import ctypes; from packer import kernels; from packer.codec import Workspace\n"
+        "refused = ctypes.CDLL(None).prctl(65, 1, 0, 0, 0)  # PR_SET_MDWE, Linux 6.3\n"
+        "print('old kernel' if refused else (kernels.warm().ready, Workspace().transforms.name))"
+    )
+    said = in_fresh_python(code)
+    if said == "old kernel":
+        pytest.skip("this kernel can not forbid it")
+    assert said == "(False, 'numpy')"
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(kernels._Compiled)])
 def test_a_kernel_that_gives_other_bytes_is_not_used(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A compiler's fault must not become a fault of the weights."""
