@@ -191,7 +191,9 @@ def ledger_books(box: Box) -> Books:
     rows = operator.ps().items
     for row in rows:
         if row.device is not None:
-            arena[row.device] += image_bytes.get(row.ref, 0)
+            # A part that stayed needs no workspace, so what it holds is weights alone.
+            part = row.state == "partial"
+            arena[row.device] += row.device_bytes if part else image_bytes.get(row.ref, 0)
     return Books(
         arena,
         sum(row.host_bytes for row in rows),
