@@ -3,7 +3,7 @@
 The bytes are those of all-MiniLM-L6-v2, fp32 as published, cast to the other dtypes. Peers are zipnn, plain
 zstd and blosc2, installed by this bench into a virtualenv of their own; the limit is moving the raw bytes
 once. Runs of all of them are interleaved, every result is compared with the original, and every goal is a
-ratio of medians of one run.
+ratio within one run: of medians or of the fastest runs, whichever is smaller.
 
 Covers: cores and memory. Does not cover: disks, packs and whole restores (``bench_restore``), or GPUs.
 """
@@ -189,47 +189,68 @@ def median(runs: Sequence[float]) -> float:
     return sorted(runs)[len(runs) // 2]
 
 
-def fastest_zipnn(rows: Mapping[str, Sequence[float]]) -> float | None:
-    """zipnn in the best of the ways to call it, milliseconds."""
-    found = [median(rows[name]) for name in ZIPNN if name in rows]
-    return min(found) if found else None
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """How many times as fast as zipnn in the best way to call it, by medians and by the fastest runs."""
+
+    by_medians: float
+    by_fastest: float
+
+    @property
+    def certain(self) -> float:
+        """The smaller one. zipnn takes new memory all the time, so a busy machine slows it more than it
+        slows us; a goal must not be reached by that."""
+        return min(self.by_medians, self.by_fastest)
+
+
+def ratio_to_zipnn(rows: Mapping[str, Sequence[float]], case: str) -> Ratio | None:
+    peers = [rows[name] for name in ZIPNN if name in rows]
+    if not peers:
+        return None
+    return Ratio(
+        min(map(median, peers)) / median(rows[case]),
+        min(map(min, peers)) / min(rows[case]),
+    )
 
 
 def ratio_goal(
     setup: Setup, goal: str, bound: float, rows: Mapping[str, Sequence[float]], case: str
 ) -> Judgement:
     """How many times as fast as zipnn at its best."""
-    peer = fastest_zipnn(rows)
-    if peer is None:
+    if not any(name in rows for name in ZIPNN):
         why = setup.why_not or "; ".join(setup.failures.get(name, "") for name in ZIPNN)
         return Judgement(goal, None, bound, unit="x", why=f"no figure of zipnn: {why}"[:300])
     if case not in rows:
         return Judgement(goal, None, bound, unit="x", why=setup.kernels.text)
-    ours = median(rows[case])
-    why = f"{median(rows[ZIPNN_WHOLE]) / ours:.2f}x of one call of zipnn" if ZIPNN_WHOLE in rows else ""
+    ratio, ours = ratio_to_zipnn(rows, case), median(rows[case])
+    assert ratio is not None
+    why = f"by medians {ratio.by_medians:.2f}x, by the fastest runs {ratio.by_fastest:.2f}x"
+    if ZIPNN_WHOLE in rows:
+        why += f", of zipnn called once {median(rows[ZIPNN_WHOLE]) / ours:.2f}x"
     if WIRE in rows:
-        why += f"; zstd's own decoding is {median(rows[WIRE]) / ours:.0%} of our time"
-    return Judgement(goal, peer / ours, bound, unit="x", why=why)
+        why += f"; libzstd alone takes {median(rows[WIRE]) / ours:.0%} of our time"
+    return Judgement(goal, ratio.certain, bound, unit="x", why=why)
 
 
 def rate_table(
     title: str, rows: Mapping[str, Sequence[float]], nbytes: int, notes: Sequence[str] = ()
 ) -> Table:
     """Rates of raw bytes, and ratios to zipnn and to the limit of the same run."""
-    peer, limit = fastest_zipnn(rows), median(rows[LIMIT])
+    limit = median(rows[LIMIT])
     lines = []
     for case, runs in sorted(rows.items(), key=lambda row: median(row[1])):
-        middle = median(runs)
+        middle, ratio = median(runs), ratio_to_zipnn(rows, case)
         lines.append(
             (
                 case,
                 f"{nbytes / middle / 1e6:.2f}",
                 f"{nbytes / max(runs) / 1e6:.2f}-{nbytes / min(runs) / 1e6:.2f}",
-                "-" if peer is None else f"{peer / middle:.2f}x",
+                "-" if ratio is None else f"{ratio.by_medians:.2f}x",
+                "-" if ratio is None else f"{ratio.by_fastest:.2f}x",
                 f"{limit / middle:.2f}",
             )
         )
-    columns = ("case", "GB/s", "least-most", "to zipnn", "to the limit")
+    columns = ("case", "GB/s", "least-most", "to zipnn", "fastest runs", "to the limit")
     return Table(title, columns, tuple(lines), tuple(notes))
 
 

@@ -91,6 +91,18 @@ def test_entropy_is_that_of_the_exponents() -> None:
     assert codec_cases.entropy_bytes(np.zeros(256, dtype=np.uint8), "fp8") == 0
 
 
+def test_a_goal_is_not_reached_because_noise_hit_the_peer() -> None:
+    rows = {"ours": (10.0, 10.0, 12.0), "zipnn": (90.0, 20.0, 80.0), "zipnn, copied": (95.0, 30.0, 99.0)}
+    ratio = bench_codec.ratio_to_zipnn(rows, "ours")
+    assert ratio is not None
+    assert (ratio.by_medians, ratio.by_fastest, ratio.certain) == (8.0, 2.0, 2.0)
+    rows = {"ours": (10.0, 40.0, 40.0), "zipnn, one call": (80.0, 80.0, 80.0)}
+    ratio = bench_codec.ratio_to_zipnn(rows, "ours")
+    assert ratio is not None
+    assert (ratio.by_medians, ratio.by_fastest, ratio.certain) == (2.0, 8.0, 2.0)
+    assert bench_codec.ratio_to_zipnn({"ours": (1.0,), "blosc2": (1.0,)}, "ours") is None
+
+
 # --- peers ----------------------------------------------------------------------------------------
 
 
