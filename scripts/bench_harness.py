@@ -109,11 +109,14 @@ class Report:
     facts: Mapping[str, str | int | float]
 
 
-def measure(bench: Bench, rounds: int, progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Run every case once unmeasured and then ``rounds`` times, interleaved; a case's error is not caught."""
+def measure(
+    bench: Bench, rounds: int, progress: Callable[[str], None] = lambda line: None, warm_up: bool = True
+) -> Report:
+    """Run every case once unmeasured (unless not to ``warm_up``: each run starts in a fresh process, say)
+    and then ``rounds`` times, interleaved; a case's error is not caught."""
     runs: dict[str, list[float]] = {case.name: [] for case in bench.cases}
     order = random.Random(ORDER_SEED)
-    for case in bench.cases:
+    for case in bench.cases if warm_up else ():
         progress(f"warming up: {case.name}")
         case.run()
     for number in range(rounds):

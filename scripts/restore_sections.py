@@ -196,6 +196,8 @@ COLD_PACK = "sealed pack, cold"
 
 PATHS = {"": "chosen per extent", "buffered": "all through the cache", "direct": "all past the cache"}
 STATES = ("cached", "cold", "half cached")
+# Nine cases, each with a cache to be made ready.
+PATH_ROUNDS_MAX = 3
 
 
 def paths(setup: Setup) -> Section:
@@ -206,7 +208,7 @@ def paths(setup: Setup) -> Section:
         for force in PATHS
     ]
     first = cases[0].name
-    report, medians = measure(setup, "paths", cases, peer=first, limit=first)
+    report, medians = measure(setup, "paths", cases, first, first, PATH_ROUNDS_MAX)
     judgements = []
     for state in STATES:
         chosen = medians[_path_name(state, "")]

@@ -18,7 +18,7 @@ import bench_harness
 import msgspec
 import restore_data
 import restore_peers
-from bench_harness import Bench, Case
+from bench_harness import ROUNDS_MAX, Bench, Case
 from bench_suite import Judgement, Table
 from fresh_child import FreshChildren, Outcome
 from restore_peers import PLAIN, Peer
@@ -186,10 +186,12 @@ def timed_table(
 
 
 def measure(
-    setup: Setup, name: str, cases: Sequence[Case], peer: str, limit: str
+    setup: Setup, name: str, cases: Sequence[Case], peer: str, limit: str, rounds_max: int = ROUNDS_MAX
 ) -> tuple[bench_harness.Report, Mapping[str, float]]:
+    """An interleaved report of these cases, and their medians."""
     bench = Bench(name, tuple(cases), peer=peer, limit=limit)
-    report = bench_harness.measure(bench, setup.rounds, setup.log)
+    # Every run is a fresh process: there is nothing to warm up.
+    report = bench_harness.measure(bench, min(setup.rounds, rounds_max), setup.log, warm_up=False)
     return report, {row.case: row.median_ms for row in report.rows}
 
 

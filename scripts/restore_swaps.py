@@ -191,9 +191,9 @@ def _judge_swaps(setup: Setup, host: Swaps, disk: Swaps, times: StepTimes, writt
 # --- thousands of swaps ---------------------------------------------------------------------------
 
 LEAK_TENANTS = 6
-DEVICE_MODELS, HOST_MODELS = 2, 3
+DEVICE_MODELS, HOST_MODELS = 2, 4
 # One swap in so many meets an injected failure.
-FAILURE_EVERY = 10
+FAILURE_EVERY = 20
 # Swaps before the first count, so that everything that is bounded is full: the core's ring of steps,
 # parked skeletons, the allocator's free lists.
 WARM_SWAPS_SHARE = 0.3
