@@ -485,3 +485,13 @@ def test_the_command_that_can_not_measure_says_why_and_stores_nothing(tmp_path: 
 def test_bounds_name_the_limit() -> None:
     with pytest.raises(BadValue, match=str(GIB)):
         Bounds(span_bytes=2 * GIB)
+
+
+def test_fresh_memory_is_judged_by_its_fastest_round_and_all_else_by_the_middle_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pages that the machine has never used are slow once."""
+    rounds = iter([9.0, 9.0, 4.0, 4.0, 1.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(calibrate, "_together", lambda work, threads: next(rounds))
+    probes = [Probe("usual", 8, lambda _: None), Probe("fresh", 8, lambda _: None, fresh=True)]
+    assert measure_probes(probes, passes=3) == {"usual": 4, "fresh": 8}
