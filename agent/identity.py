@@ -13,6 +13,7 @@ import base64
 import hashlib
 import hmac
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Identity:
         self.answer: JoinAnswer | None = None
         # Told of every new certificate: whoever serves with it must take it up.
         self.on_saved: Callable[[], None] = lambda: None
+        self._file_lock = threading.Lock()
         self._saved_now = False  # a certificate came since this process started
         if self._answer_path.exists():
             self.answer = decode(self._answer_path.read_bytes(), JoinAnswer)
@@ -168,8 +170,12 @@ class Identity:
     def _certified(self, context: ssl.SSLContext) -> ssl.SSLContext:
         assert self.answer is not None
         chain = self._directory / "node.crt"
-        write_private(chain, self.answer.certificate_pem.encode())
-        context.load_cert_chain(chain, self._key_path)
+        pem = self.answer.certificate_pem.encode()
+        # The ssl module reads certificates from files only; threads that fetch packs ask for contexts too.
+        with self._file_lock:
+            if not chain.exists() or chain.read_bytes() != pem:
+                write_private(chain, pem)
+            context.load_cert_chain(chain, self._key_path)
         return context
 
 

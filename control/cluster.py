@@ -93,7 +93,7 @@ class Answered:
 @dataclass(frozen=True, slots=True)
 class SourceAsked:
     """A node needs a pack of ``ref``; ``failed`` are peers that could not give it. ``ended``: it is done
-    with the origin and has no pack."""
+    with the origin and has no pack, or only asks for peers."""
 
     node: str
     ref: ModelRef
@@ -296,13 +296,11 @@ def _answer_source(cluster: Cluster, event: SourceAsked, now_ms: int) -> list[Ac
     """A peer that has the pack, before the asker's turn at the origin, before waiting for another's."""
     ref, node = event.ref, event.node
     holder, until_ms = cluster.turns.get(ref, ("", 0))
-    if event.ended:
-        if holder == node:
-            del cluster.turns[ref]
-            return [AnswerSource(node), WakeSources(ref)]
-        return [AnswerSource(node)]
     peers = _peers_with(cluster, event)
-    if peers:
+    if event.ended and holder == node:
+        del cluster.turns[ref]
+        return [AnswerSource(node, peers), WakeSources(ref)]
+    if event.ended or peers:
         return [AnswerSource(node, peers)]
     if holder not in ("", node) and until_ms > now_ms:
         return [AnswerSource(node, wait_ms=until_ms - now_ms)]

@@ -231,7 +231,7 @@ class SourcesAsk:
     ref: str
     wait_ms: int = 0
     failed: tuple[str, ...] = ()  # nodes that could not give it
-    ended: bool = False  # the asker is done with the origin and has no pack: the next one may read
+    ended: bool = False  # the asker reads no origin (any more) and only wants to know of peers
 
 
 class OriginTurn(StrEnum):

@@ -1,0 +1,539 @@
+"""Fetching packs from other nodes of the cluster, verbatim and sealed.
+
+Covers: several connections that each bring ranges of one pack into a file, going on elsewhere when a node
+breaks off, being told the data key, and looking into what came before anybody trusts it. Does not cover:
+who has it (control says so), publishing it or keeping its key (``agent/sources.py``).
+
+No peer is believed. That it is the node it should be is proven by its certificate before it is asked
+anything; that the pack is the one it should be, by the tags in it, which bind tenant, name and version. A
+node that sends garbage costs time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+from agent.identity import Identity
+from agent.peer_http import PIECE_BYTES, BadHead, Connection, Gone, Head, parse_content_range, parse_status
+from agent.peer_identity import Cluster, NotAPeer, read_peer
+from packer.index import HEADER_BYTES, PackError
+from packer.pack import PackReader
+from packer.seal import KEY_BYTES, SALT_BYTES
+from packer.types import MIB, HostSizes, ModelRef
+from packer.wire import JoinAnswer, PeerSpec
+
+log = logging.getLogger("bunk.peers")
+
+T = TypeVar("T")
+
+# What one ask brings, and connections of one fetch: enough that encryption runs on several cores and that a
+# round trip is small beside a range; a node gives one other node twelve connections.
+RANGE_BYTES = 8 * MIB
+STREAMS = 4
+# Packs fetched at one time; more would only share the same link and disk.
+FETCHES_MAX = 2
+# Single extents fetched at one time, for repairs.
+EXTENTS_MAX = 2
+CONNECT_S = 5.0
+# A range that takes longer, or an answer's head: the node is as good as dead.
+ANSWER_S = 10.0
+READ_BYTES_S_LEAST = 1 * MIB
+# A node that could not be talked to is not asked again for this long; so many are remembered.
+DEAD_S = 60.0
+DEAD_MAX = 1_000
+# A fetch that nobody has sent a byte to for this long has failed, however politely all say "later".
+STALL_S = 20.0
+RETRY_S_MAX = 1.0
+# Connections to one peer that may break off during one fetch before it is given up.
+BREAKS_MAX = 3
+# A copy that turned out corrupt is not fetched again for this long; so many are remembered.
+REFUSED_S = 600.0
+REFUSED_MAX = 256
+
+
+class PeerFailed(Exception):
+    """This peer can not give it. ``dead``: it can not be talked to at all. ``broke``: a connection did,
+    which happens to the best."""
+
+    def __init__(self, message: str, *, dead: bool = False, broke: bool = False) -> None:
+        super().__init__(message)
+        self.dead = dead
+        self.broke = broke
+
+
+class Later(Exception):
+    """This peer is busy. ``closed``: it takes no more connections either."""
+
+    def __init__(self, wait_s: float, closed: bool) -> None:
+        super().__init__(f"busy, asks to wait {wait_s:g} s")
+        self.wait_s = wait_s
+        self.closed = closed
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedPack:
+    """A pack that lies complete in the caller's file; its header and index are authentic."""
+
+    data_key: bytes = field(repr=False)
+    disk_bytes: int
+    salt: bytes
+    host: HostSizes
+    peer: str  # the node that named the key
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    peer: PeerSpec
+    key: bytes = field(repr=False)
+    tag: str
+    size: int
+
+
+class _Job:
+    """What the threads of one fetch share."""
+
+    def __init__(self, described: _Described, path: str, fd: int, peers: Sequence[PeerSpec]) -> None:
+        self.described = described
+        self.path = path
+        self.fd = fd
+        self.lock = threading.Lock()
+        self.usable = list(peers)
+        self.breaks: dict[str, int] = {}
+        starts = range(0, described.size, RANGE_BYTES)
+        self.ranges = deque((at, min(at + RANGE_BYTES, described.size)) for at in starts)
+        self.left_bytes = described.size
+        self.moved_s = time.monotonic()
+        self.failed = False
+
+    def next_range(self) -> tuple[int, int] | None:
+        with self.lock:
+            return self.ranges.popleft() if self.ranges and not self.failed else None
+
+    def put_back(self, start: int, end: int) -> None:
+        if start < end:
+            with self.lock:
+                self.ranges.appendleft((start, end))
+
+    def moved(self, nbytes: int) -> None:
+        with self.lock:
+            self.left_bytes -= nbytes
+            self.moved_s = time.monotonic()
+
+    def stalled(self) -> bool:
+        return time.monotonic() - self.moved_s > STALL_S
+
+    def lose(self, peer: PeerSpec, failed: PeerFailed) -> bool:
+        """A connection is lost, and with it perhaps the peer: true then."""
+        with self.lock:
+            self.breaks[peer.node] = self.breaks.get(peer.node, 0) + 1
+            if failed.broke and self.breaks[peer.node] < BREAKS_MAX:
+                return False
+            self.usable = [other for other in self.usable if other.node != peer.node]
+            return True
+
+    def peer_for(self, stream: int) -> PeerSpec | None:
+        with self.lock:
+            return self.usable[stream % len(self.usable)] if self.usable else None
+
+
+class PeerFetch:
+    """Fetches on threads of its own. ``close`` ends what runs."""
+
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
+        self._threads = ThreadPoolExecutor(
+            FETCHES_MAX * (STREAMS + 1) + EXTENTS_MAX, thread_name_prefix="peer-fetch"
+        )
+        self._fetches = asyncio.Semaphore(FETCHES_MAX)
+        self._extents = asyncio.Semaphore(EXTENTS_MAX)
+        self._context: tuple[JoinAnswer, ssl.SSLContext] | None = None
+        self._dead: dict[str, float] = {}  # node: until (monotonic)
+        self._refused: dict[tuple[ModelRef, bytes], float] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self.fetched_bytes = 0
+
+    def close(self) -> None:
+        self._closing.set()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    # --- what callers use -------------------------------------------------------------------------
+
+    async def fetch_pack(
+        self, ref: ModelRef, peers: Sequence[PeerSpec], fd: int, limit_bytes: int
+    ) -> FetchedPack | None:
+        """Bring the whole pack into ``fd`` (open to read and write, empty); None when no peer could give a
+        good one. Cancelling ends the transfer before it returns. Raises ``OSError`` when the file can not
+        be written."""
+        async with self._fetches:
+            return await self._on_thread(lambda cancel: self._fetch(ref, peers, fd, limit_bytes, cancel))
+
+    async def fetch_extent(
+        self, ref: ModelRef, peers: Sequence[PeerSpec], salt: bytes, offset: int, nbytes: int
+    ) -> bytes | None:
+        """A piece of the very pack with this salt, as it lies on a peer's disk; None when nobody gives it.
+        Whoever asked checks its tags."""
+        wanted = (offset, offset + nbytes)
+        async with self._extents:
+            return await self._on_thread(lambda cancel: self._fetch_extent(ref, peers, salt, wanted, cancel))
+
+    def refuse(self, ref: ModelRef, salt: bytes) -> None:
+        """This copy turned out corrupt: do not fetch it again for a while, from nobody."""
+        with self._lock:
+            while len(self._refused) >= REFUSED_MAX:
+                del self._refused[next(iter(self._refused))]
+            self._refused[(ref, salt)] = time.monotonic() + REFUSED_S
+
+    async def _on_thread(self, work: Callable[[Callable[[], bool]], T]) -> T:
+        """Run blocking work that looks at ``cancel`` often; returns only when it has ended."""
+        cancelled = threading.Event()
+        future = self._threads.submit(work, lambda: cancelled.is_set() or self._closing.is_set())
+        waits = asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(waits)
+        except asyncio.CancelledError:
+            cancelled.set()
+            # The caller closes its file next: nobody may write to that number any more.
+            while not waits.done():
+                with suppress(asyncio.CancelledError, Exception):
+                    await asyncio.shield(waits)
+            raise
+
+    # --- peers ------------------------------------------------------------------------------------
+
+    def _alive(self, peers: Sequence[PeerSpec]) -> list[PeerSpec]:
+        now_s = time.monotonic()
+        with self._lock:
+            return [peer for peer in peers if self._dead.get(peer.node, 0.0) <= now_s]
+
+    def _bury(self, peer: PeerSpec, why: Exception) -> None:
+        log.warning("node %s gives no packs now: %s", peer.node, why)
+        with self._lock:
+            self._dead.pop(peer.node, None)
+            while len(self._dead) >= DEAD_MAX:
+                del self._dead[next(iter(self._dead))]
+            self._dead[peer.node] = time.monotonic() + DEAD_S
+
+    def _tls(self, answer: JoinAnswer) -> ssl.SSLContext:
+        with self._lock:
+            if self._context is None or self._context[0] is not answer:
+                self._context = (answer, self._identity.peer_context(server=False))
+            return self._context[1]
+
+    def _connect(self, peer: PeerSpec, cancel: Callable[[], bool]) -> Connection:
+        """A connection to exactly this node. Raises ``PeerFailed``."""
+        answer = self._identity.answer
+        parts = urlsplit(peer.peer_url)
+        if answer is None or parts.scheme != "https" or parts.hostname is None or parts.port is None:
+            raise PeerFailed("its address is none", dead=True)
+        try:
+            context = self._tls(answer)
+            raw = socket.create_connection((parts.hostname, parts.port), CONNECT_S)
+            try:
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                tls = context.wrap_socket(raw)
+            except BaseException:
+                raw.close()
+                raise
+            try:
+                shown = read_peer(tls.getpeercert(binary_form=True), Cluster(answer.cluster, answer.ca_pem))
+                if (shown.node, shown.key_sha256) != (peer.node, peer.key_sha256):
+                    raise NotAPeer(f"node {shown.node!r} answers there, or one with another key")
+            except BaseException:
+                tls.close()
+                raise
+            return Connection(tls, cancel)
+        except (OSError, ValueError, NotAPeer) as error:
+            raise PeerFailed(str(error), dead=True) from None
+
+    def _ask(self, connection: Connection, path: str, headers: dict[str, str]) -> tuple[Head, int]:
+        """Send a request; the head of a good answer, and the length of its body. Raises ``PeerFailed`` and
+        ``Later``."""
+        until_s = time.monotonic() + ANSWER_S
+        try:
+            connection.send_head(f"GET {path} HTTP/1.1", {"Host": "peer", **headers}, until_s)
+            head = connection.read_head(until_s)
+            status, length = parse_status(head)
+        except (OSError, BadHead, Gone) as error:
+            raise PeerFailed(f"{type(error).__name__}: {error}", broke=True) from None
+        if status == 429:
+            wait = head.headers.get("retry-after-ms", "")
+            wait_ms = int(wait) if wait.isdecimal() and len(wait) < 7 else 100
+            raise Later(min(RETRY_S_MAX, wait_ms / 1000), head.headers.get("connection") == "close")
+        if status not in (200, 206):
+            raise PeerFailed(f"answered {status}")
+        return head, length
+
+    # --- a whole pack -----------------------------------------------------------------------------
+
+    def _fetch(
+        self,
+        ref: ModelRef,
+        peers: Sequence[PeerSpec],
+        fd: int,
+        limit_bytes: int,
+        cancel: Callable[[], bool],
+    ) -> FetchedPack | None:
+        left = self._alive(peers)
+        while left:
+            described = self._describe(ref, left, limit_bytes, cancel)
+            if described is None:
+                return None
+            others = [peer for peer in left if peer.node != described.peer.node]
+            job = _Job(described, _path(ref), fd, [described.peer, *others])
+            os.ftruncate(fd, 0)
+            # Also the way to learn of a full disk before the first byte has come.
+            os.posix_fallocate(fd, 0, described.size)
+            if self._transfer(job, cancel):
+                fetched = self._examine(ref, job)
+                if fetched is not None:
+                    os.fsync(fd)
+                    return fetched
+                self.refuse(ref, _salt(described.tag))
+            left = [peer for peer in self._alive(others) if not cancel()]
+        return None
+
+    def _describe(
+        self, ref: ModelRef, peers: Sequence[PeerSpec], limit_bytes: int, cancel: Callable[[], bool]
+    ) -> _Described | None:
+        """The first peer that has an acceptable pack, with the pack's key, size and entity tag."""
+        waiting = deque(peers)
+        until_s = time.monotonic() + STALL_S
+        while waiting and time.monotonic() < until_s and not cancel():
+            peer = waiting.popleft()
+            try:
+                connection = self._connect(peer, cancel)
+                with connection.tls:
+                    described = self._read_key(connection, peer, _path(ref))
+            except PeerFailed as error:
+                if not cancel() and (error.dead or error.broke):
+                    self._bury(peer, error)
+                log.info("pack of %s: node %s: %s", ref, peer.node, error)
+                continue
+            except Later as later:
+                time.sleep(later.wait_s)
+                waiting.append(peer)
+                continue
+            if not HEADER_BYTES < described.size <= limit_bytes:
+                log.warning(
+                    "pack of %s on %s has %d bytes, the limit is %d",
+                    ref,
+                    peer.node,
+                    described.size,
+                    limit_bytes,
+                )
+                continue
+            if self._refused.get((ref, _salt(described.tag)), 0.0) > time.monotonic():
+                continue
+            return described
+        return None
+
+    def _read_key(self, connection: Connection, peer: PeerSpec, path: str) -> _Described:
+        head, length = self._ask(connection, f"{path}/key", {})
+        size, tag = head.headers.get("x-pack-bytes", ""), head.headers.get("etag", "")
+        if length != KEY_BYTES or not size.isdecimal() or len(size) > 18 or not _salt(tag):
+            raise PeerFailed("an answer that is none", dead=True)
+        key = bytearray(KEY_BYTES)
+        self._read_body(connection, memoryview(key), time.monotonic() + ANSWER_S)
+        return _Described(peer, bytes(key), tag, int(size))
+
+    def _read_body(self, connection: Connection, out: memoryview, until_s: float) -> None:
+        try:
+            while out:
+                out = out[connection.read_into(out, until_s) :]
+        except (OSError, BadHead) as error:
+            raise PeerFailed(f"{type(error).__name__}: {error}", broke=True) from None
+
+    def _transfer(self, job: _Job, cancel: Callable[[], bool]) -> bool:
+        """Bring all ranges in over several connections; True when none is missing."""
+        streams = min(STREAMS, len(job.ranges))
+        done = [self._threads.submit(self._stream, job, number, cancel) for number in range(streams)]
+        # An error of the disk leaves by here, once no thread writes any more.
+        errors = [future.exception() for future in done]
+        for error in errors:
+            if error is not None:
+                raise error
+        return job.left_bytes == 0
+
+    def _stream(self, job: _Job, number: int, cancel: Callable[[], bool]) -> None:
+        """One connection after the other, each for as many ranges as it gives."""
+        piece = memoryview(bytearray(PIECE_BYTES))
+        try:
+            while job.left_bytes and not job.failed and not cancel():
+                peer = job.peer_for(number)
+                if peer is None or job.stalled():
+                    job.failed = True
+                    return
+                try:
+                    connection = self._connect(peer, cancel)
+                    with connection.tls:
+                        if self._ranges(job, connection, piece, cancel):
+                            return
+                except PeerFailed as error:
+                    if not cancel() and job.lose(peer, error) and (error.dead or error.broke):
+                        self._bury(peer, error)
+                except Later as later:
+                    time.sleep(later.wait_s)
+                    number += 1  # perhaps another one has time
+        except BaseException:
+            job.failed = True
+            raise
+
+    def _ranges(
+        self, job: _Job, connection: Connection, piece: memoryview, cancel: Callable[[], bool]
+    ) -> bool:
+        """Ranges over one connection until there are none; False when cancelled."""
+        while not cancel():
+            taken = job.next_range()
+            if taken is None:
+                return True
+            start, end = taken
+            try:
+                start = self._one_range(job, connection, piece, start, end, cancel)
+            except _Broken as broken:
+                start = broken.at
+                if not isinstance(broken.why, Later) or broken.why.closed or job.stalled():
+                    raise broken.why from None
+                time.sleep(broken.why.wait_s)
+            finally:
+                job.put_back(start, end)
+        return False
+
+    def _one_range(
+        self,
+        job: _Job,
+        connection: Connection,
+        piece: memoryview,
+        start: int,
+        end: int,
+        cancel: Callable[[], bool],
+    ) -> int:
+        """Bring one range in; returns where it ended. Raises ``_Broken`` with what came before it broke."""
+        at = start
+        try:
+            asked = {"Range": f"bytes={start}-{end - 1}", "If-Match": job.described.tag}
+            head, length = self._ask(connection, job.path, asked)
+            given = parse_content_range(head.headers.get("content-range"))
+            right = (start, end, job.described.size)
+            if given != right or length != end - start or head.headers.get("etag") != job.described.tag:
+                raise PeerFailed("sends something else than was asked for", dead=True)
+            until_s = time.monotonic() + ANSWER_S + length / READ_BYTES_S_LEAST
+            while at < end and not cancel():
+                part = piece[: end - at]
+                filled = 0
+                # Small records are gathered, so that the file is written in large pieces.
+                while filled < len(part):
+                    filled += connection.read_into(part[filled:], until_s)
+                _write(job.fd, part, at)
+                at += filled
+                job.moved(filled)
+        except (PeerFailed, Later) as error:
+            raise _Broken(at, error) from None
+        except _DiskFailed as error:
+            raise error.why from None
+        except (OSError, BadHead) as error:
+            raise _Broken(at, PeerFailed(f"{type(error).__name__}: {error}", broke=True)) from None
+        finally:
+            with self._lock:
+                self.fetched_bytes += at - start
+        return at
+
+    def _examine(self, ref: ModelRef, job: _Job) -> FetchedPack | None:
+        """Header and index are checked completely here; every chunk is when it is restored."""
+        described = job.described
+        try:
+            reader = PackReader(job.fd, described.key, ref)
+            if reader.salt != _salt(described.tag):
+                raise PackError("is not the pack that was announced")
+            host = reader.host_sizes
+        except PackError as error:
+            log.error("refused the pack of %s from node %s: %s", ref, described.peer.node, error)
+            return None
+        return FetchedPack(described.key, described.size, reader.salt, host, described.peer.node)
+
+    # --- one extent -------------------------------------------------------------------------------
+
+    def _fetch_extent(
+        self,
+        ref: ModelRef,
+        peers: Sequence[PeerSpec],
+        salt: bytes,
+        wanted: tuple[int, int],
+        cancel: Callable[[], bool],
+    ) -> bytes | None:
+        start, end = wanted
+        if not 0 <= start < end or end - start > RANGE_BYTES:
+            raise ValueError(f"an extent of {end - start} bytes; 1 to {RANGE_BYTES} can be fetched")
+        tag = f'"{salt.hex()}"'
+        for peer in self._alive(peers):
+            if cancel():
+                break
+            try:
+                connection = self._connect(peer, cancel)
+                with connection.tls:
+                    asked = {"Range": f"bytes={start}-{end - 1}", "If-Match": tag}
+                    head, length = self._ask(connection, _path(ref), asked)
+                    given = parse_content_range(head.headers.get("content-range"))
+                    if given is None or given[:2] != wanted or length != end - start:
+                        raise PeerFailed("sends something else than was asked for", dead=True)
+                    data = bytearray(length)
+                    self._read_body(connection, memoryview(data), time.monotonic() + ANSWER_S)
+                    return bytes(data)
+            except PeerFailed as error:
+                if not cancel() and (error.dead or error.broke):
+                    self._bury(peer, error)
+            except Later:
+                continue
+        return None
+
+
+class _Broken(Exception):
+    """A range broke off; what lies before ``at`` is in the file."""
+
+    def __init__(self, at: int, why: PeerFailed | Later) -> None:
+        super().__init__(str(why))
+        self.at = at
+        self.why = why
+
+
+class _DiskFailed(Exception):
+    """Our own file can not be written: no peer's fault."""
+
+    def __init__(self, why: OSError) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    try:
+        while data:
+            count = os.pwrite(fd, data, offset)
+            data, offset = data[count:], offset + count
+    except OSError as error:
+        raise _DiskFailed(error) from None
+
+
+def _path(ref: ModelRef) -> str:
+    return f"/peer/v1/packs/{ref.tenant}/{ref.name}/{ref.version}"
+
+
+def _salt(tag: str) -> bytes:
+    """The salt in an entity tag; empty when it is none."""
+    with suppress(ValueError):
+        salt = bytes.fromhex(tag.strip('"'))
+        if f'"{salt.hex()}"' == tag and len(salt) == SALT_BYTES:
+            return salt
+    return b""
