@@ -31,10 +31,11 @@ from packer.codec import decode_into, has_wire_form, to_wire
 from packer.device_decode import decode_on_device
 from packer.extents import ExtentReader
 from packer.host_segment import HostWriter
-from packer.ingest import Ingest, PackTarget
+from packer.ingest import Ingest
 from packer.layout import CHUNK_BYTES
 from packer.pack import PackReader
 from packer.pack_file import Scratch
+from packer.packing import PackTarget
 from packer.sources import FileSource
 from packer.types import MIB, HostForm, ModelSpec
 
