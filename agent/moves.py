@@ -40,10 +40,11 @@ from agent.frames import (
 from agent.shelf import Held, NotResident, Shelf
 from packer.host_segment import HostWriter
 from packer.index import PackError
-from packer.ingest import Ingest, PackTarget, write_pack
+from packer.ingest import Ingest
 from packer.layout import ImageLayout
 from packer.pack import PackReader
 from packer.pack_writer import PackSummary, PackWriter
+from packer.packing import PackTarget, write_pack
 from packer.sources import open_source
 from packer.tiers import RestoreFacts, TierError, restore
 from packer.types import ModelRef

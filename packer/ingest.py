@@ -31,11 +31,9 @@ from packer.layout import (
     parse_header,
 )
 from packer.pack_writer import PackSummary
-from packer.packing import Pack
-from packer.packing import PackTarget as PackTarget
-from packer.packing import write_pack as write_pack
+from packer.packing import Pack, PackTarget
 from packer.pieces import PIECE_BYTES, Part, Piece, cut, pieces, runs
-from packer.sources import Source, SourceFailed, open_source
+from packer.sources import Source, SourceFailed
 from packer.tiers import Image, TierError
 from packer.types import KIB, ModelRef, OriginFile, Task
 
@@ -411,27 +409,3 @@ def _zero(image: Image, start: int, end: int) -> None:
     if start < end:
         with image.filling(start, end - start) as view:
             view[:] = bytes(end - start)
-
-
-class OriginLoad:
-    """A load without a pack, from descriptors of files or feeds; see ``Ingest``."""
-
-    def __init__(self, files: Sequence[tuple[OriginFile, int]]) -> None:
-        sources = [(file, open_source(descriptor)) for file, descriptor in files]
-        self._ingest = Ingest(sources, ModelRef("", "", ""), "", Task.EMBEDDING, None)
-
-    @property
-    def layout(self) -> ImageLayout:
-        return self._ingest.layout
-
-    @property
-    def side_files(self) -> dict[str, bytes]:
-        return self._ingest.side_files
-
-    def open(self) -> None:
-        """Raises ``TierError``."""
-        self._ingest.open()
-
-    def fill(self, image: Image) -> None:
-        """Raises ``TierError``."""
-        self._ingest.fill(image)

@@ -1,7 +1,7 @@
 """Origins for the tests of ingest and repair: files, feeds, and sources that misbehave.
 
-Covers: a model directory in memory files, a thread that answers a feed, and counting what is asked for.
-Holds no test.
+Covers: a model directory in memory files, a thread that answers a feed, counting what is asked for, and
+whole ingests in memory. Holds no test.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
-from pack_samples import SIDE, memory_file, safetensors_bytes
+import numpy as np
+from pack_samples import KEY, REF, SIDE, MemoryImage, memory_file, read_image, safetensors_bytes
 
-from packer.sources import ASK, FileSource, Source, open_source
-from packer.types import OriginFile
+from packer.ingest import Ingest
+from packer.layout import ImageLayout
+from packer.pack import PackReader, verify
+from packer.pack_writer import PackSummary
+from packer.packing import PackTarget
+from packer.sources import ASK, FileSource, Source, SourceFailed, open_source
+from packer.types import OriginFile, Task
 
 Tensor = tuple[str, str, list[int], bytes]
 Opener = Callable[[str, bytes], Source]
@@ -40,8 +47,6 @@ class CountedSource:
         pass
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        from packer.sources import SourceFailed
-
         with self._lock:
             self.asked.append((offset, len(view)))
         if self.fail_at is not None and offset + len(view) > self.fail_at:
@@ -115,3 +120,52 @@ def feed(data: bytes) -> Iterator[int]:
 
 def contents(descriptor: int) -> bytes:
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def big(nbytes: int, seed: int) -> bytes:
+    """Bytes like weights of bf16: few exponents, no run of them twice."""
+    draw = np.random.default_rng(seed)
+    words = draw.standard_normal(nbytes // 2 + 1, dtype=np.float32) * np.float32(0.02)
+    return (words.view(np.uint32) >> 16).astype(np.uint16).tobytes()[:nbytes]
+
+
+def expected_image(files: Mapping[str, bytes], layout: ImageLayout) -> bytes:
+    image = bytearray(layout.image_bytes)
+    for placed in layout.tensors:
+        info = placed.info
+        data = files[info.file][info.file_offset : info.file_offset + info.nbytes]
+        image[placed.image_offset : placed.image_offset + info.nbytes] = data
+    return bytes(image)
+
+
+@dataclass
+class Done:
+    """What an ingest left."""
+
+    ingest: Ingest
+    image: MemoryImage
+    summary: PackSummary | None = None
+
+
+def ingest(sources: Sequence[tuple[OriginFile, Source]], target: PackTarget | None = None) -> Done:
+    """Load, and finish the pack if one is wanted."""
+    run = Ingest(sources, REF, "transformers", Task.EMBEDDING, target)
+    image = load(run)
+    return Done(run, image, run.finish_pack() if target is not None else None)
+
+
+def load(run: Ingest) -> MemoryImage:
+    run.open()
+    image = MemoryImage(run.layout.image_bytes)
+    run.fill(image)
+    return image
+
+
+def check_pack(fd: int, files: Mapping[str, bytes]) -> PackReader:
+    reader = PackReader(fd, KEY, REF)
+    assert bytes(read_image(reader)) == expected_image(files, reader.index.layout)
+    for path, data in files.items():
+        if not path.endswith(".safetensors"):
+            assert reader.file(path) == data
+    assert verify(reader) == reader.index.layout.image_bytes
+    return reader

@@ -26,7 +26,8 @@ from agent.engines.pooling import BadPooling, Pooling, read_pooling
 from agent.engines.text import TextStream
 from agent.engines.transformers import BrokenModel, Model, build
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
-from packer.ingest import OriginLoad
+from packer.ingest import Ingest
+from packer.sources import FileSource
 from packer.types import ModelRef, Task
 
 REF = ModelRef("acme", "tiny", "0" * 16)
@@ -54,7 +55,8 @@ class Loaded:
 def load(directory: Path, task: Task, private: Path) -> Loaded:
     spec = describe(directory, REF, task)
     with opened(directory, spec) as fds:
-        source = OriginLoad([(file, fds[file.path]) for file in spec.files])
+        sources = [(file, FileSource(fds[file.path])) for file in spec.files]
+        source = Ingest(sources, REF, spec.engine, task, None)
         source.open()
         model = build(task, source.side_files, source.layout, private, "cpu")
         image = allocate_image("cpu", source.layout)
