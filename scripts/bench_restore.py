@@ -283,6 +283,20 @@ def _version(name: str) -> str:
         return "absent"
 
 
+def _command(options: argparse.Namespace) -> str:
+    """The command that measures the same again, without where files lie."""
+    words = ["scripts/bench_restore.py"]
+    words += [flag for flag in ("--quick", "--no-peers", "--no-touch") if getattr(options, _name(flag))]
+    for flag in ("--only", "--rounds", "--swaps"):
+        if (value := getattr(options, _name(flag))) is not None:
+            words += [flag, str(value)]
+    return " ".join(words)
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
 # --- the run --------------------------------------------------------------------------------------
 
 
@@ -314,8 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         bench_suite.write_suite_json(report, options.json)
     if options.markdown is not None:
-        words = " ".join(["scripts/bench_restore.py", *(argv if argv is not None else sys.argv[1:])])
-        bench_suite.write_markdown(report, options.markdown, time.strftime("%Y-%m-%d"), words)
+        bench_suite.write_markdown(report, options.markdown, time.strftime("%Y-%m-%d"), _command(options))
     return bench_suite.name_missed(report, sys.stderr) if options.check else 0
 
 

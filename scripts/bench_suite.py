@@ -86,7 +86,9 @@ class SuiteReport:
 
 
 def report_of(bench: str, facts: Mapping[str, str | int | float], sections: Iterable[Section]) -> SuiteReport:
-    machine = f"{platform.system()} {platform.release()} {platform.machine()}, {_processor()}"
+    # Without what a distributor or a host appends to the version.
+    release = platform.release().partition("-")[0]
+    machine = f"{platform.system()} {release} {platform.machine()}, {_processor()}"
     return SuiteReport(bench, machine, len(os.sched_getaffinity(0)), dict(facts), tuple(sections))
 
 
@@ -138,7 +140,10 @@ def write_suite_json(report: SuiteReport, path: Path) -> None:
 
 
 def write_markdown(report: SuiteReport, path: Path, date: str, command: str) -> None:
-    """The same tables for the documentation, so that nobody types a figure."""
+    """The same tables for the documentation, so that nobody types a figure.
+
+    A file that has the two marks of this bench keeps everything around them; any other is replaced.
+    """
     lines = [f"{date}, {report.machine}, {report.cores} cores. `{command}`.", ""]
     lines += [f"* {name}: {value}" for name, value in report.facts.items()]
     for section in report.sections:
@@ -151,7 +156,14 @@ def write_markdown(report: SuiteReport, path: Path, date: str, command: str) -> 
         lines += [f"\nNot run ({section.name}): {line}" for line in section.skipped]
     lines += ["", "### Goals", "", "| | goal | wanted | this run |", "|---|---|---|---|"]
     lines += [_goal_row(judgement) for judgement in report.judgements]
-    _replace(path, "\n".join(lines) + "\n")
+    text = "\n".join(lines) + "\n"
+    begin, end = (f"<!-- {word} of bench {report.bench} -->\n" for word in ("begin", "end"))
+    around = path.read_text() if path.exists() else ""
+    if around.count(begin) == around.count(end) == 1:
+        before, _, rest = around.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{text}\n{end}{after}"
+    _replace(path, text)
 
 
 def _goal_row(judgement: Judgement) -> str:

@@ -222,6 +222,18 @@ def test_report_says_the_same_to_people_documentation_and_programs(tmp_path: Pat
     assert loaded["sections"][0]["runs"] == {"ours": [10.0, 11.0]}
 
 
+def test_documentation_keeps_what_is_around_the_tables(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.md"
+    path.write_text("# Ours\n<!-- begin of bench restore -->\nold\n<!-- end of bench restore -->\nMore.\n")
+    bench_suite.write_markdown(make_report(), path, "2026-11-21", "bench")
+    text = path.read_text()
+    assert text.startswith("# Ours\n<!-- begin of bench restore -->\n\n2026-11-21, ")
+    assert text.endswith("<!-- end of bench restore -->\nMore.\n")
+    assert "old" not in text
+    bench_suite.write_markdown(make_report(), path, "2026-11-21", "bench")
+    assert path.read_text() == text
+
+
 def test_check_names_what_was_missed() -> None:
     log = io.StringIO()
     assert bench_suite.name_missed(make_report(), log) == 1
@@ -247,6 +259,12 @@ def test_bad_options_say_what_to_use(
 ) -> None:
     assert bench_restore.main([*words, "--cache-dir", str(tmp_path)]) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_command_is_told_without_where_files_lie() -> None:
+    words = ["--quick", "--only", "warm", "--json", "/somewhere/x.json", "--no-touch"]
+    options = bench_restore._parser().parse_args(words)
+    assert bench_restore._command(options) == "scripts/bench_restore.py --quick --no-touch --only warm"
 
 
 def test_full_run_is_refused_where_it_would_swap(
