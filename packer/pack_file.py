@@ -27,7 +27,8 @@ SLOT_BYTES = CHUNK_BYTES + PAGE_BYTES
 
 
 def page_memory(nbytes: int) -> mmap.mmap:
-    """Private memory that starts on a page, in large pages where the kernel has them."""
+    """Private memory that starts on a page, in large pages where the kernel has them: a direct read into
+    thousands of small pages reached less than half of a disk's rate on the machines measured."""
     memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
