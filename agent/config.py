@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.devices import DeviceConfig, inventory
-from packer.types import GIB, BadValue, HostForm, parse_bytes
+from packer.types import GIB, MIB, BadValue, HostForm, parse_bytes
 
 # The restore of a large model from a slow origin takes minutes; a caller that waits longer than this
 # is better served by an error that says when to come back.
@@ -42,6 +42,9 @@ class AgentConfig:
     log_level: str
     calibrate: bool = True  # measure this box in the background when its rates are not known
     host_form: HostForm | None = None  # None: what the rates say
+    peer_listen: tuple[str, int] | None = None  # None: packs are given to nobody
+    peer_url: str | None = None  # where other nodes reach that, when it differs
+    peer_rate_bytes_s: int = GIB
 
 
 def node_name(text: str) -> str:
@@ -85,6 +88,22 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--name", default=None, help="this node's name (default: the host name)")
     run.add_argument("--listen", default="127.0.0.1:8100", help="tenants' HTTP surface (default %(default)s)")
     run.add_argument("--advertise-url", help="where routers reach --listen, when that differs")
+    run.add_argument(
+        "--peer-listen",
+        default="auto",
+        metavar="HOST:PORT",
+        help="where this node gives packs to the other nodes of its cluster, over mutual TLS; auto: a free "
+        "port at the host of --listen; off: it gives none (default %(default)s)",
+    )
+    run.add_argument(
+        "--peer-url", metavar="URL", help="where other nodes reach --peer-listen, when that differs"
+    )
+    run.add_argument(
+        "--peer-rate",
+        default="1GiB",
+        metavar="SIZE",
+        help="bytes per second that other nodes may fetch here, all together (default %(default)s)",
+    )
     run.add_argument(
         "--device",
         action="append",
@@ -154,4 +173,29 @@ def load(argv: Sequence[str]) -> AgentConfig:
         log_level=options.log_level,
         calibrate=options.calibrate == "auto",
         host_form=None if options.host_form == "auto" else HostForm(options.host_form),
+        peer_listen=_peer_listen(options.peer_listen, host),
+        peer_url=_peer_url(options.peer_url),
+        peer_rate_bytes_s=_peer_rate(options.peer_rate),
     )
+
+
+def _peer_listen(text: str, host: str) -> tuple[str, int] | None:
+    if text == "off":
+        return None
+    return (host, 0) if text == "auto" else parse_listen(text, "--peer-listen")
+
+
+def _peer_url(url: str | None) -> str | None:
+    if url is not None and not re.fullmatch(r"https://[!-~]{1,240}:[0-9]{1,5}", url):
+        raise BadValue("--peer-url", f"{url[:120]!r}: nodes speak TLS only, write https://HOST:PORT")
+    return url
+
+
+def _peer_rate(text: str) -> int:
+    """Slower than this, readers would take themselves for cut off."""
+    rate_bytes_s = parse_bytes(text, "--peer-rate")
+    if rate_bytes_s < 8 * MIB:
+        raise BadValue(
+            "--peer-rate", "must be at least 8MiB (a second); to give no packs use --peer-listen off"
+        )
+    return rate_bytes_s

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,8 @@ import aiohttp
 
 from agent.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
 from agent.origin import PIECE_BYTES, OriginUnavailable
-from packer.types import ModelSpec
+from agent.sources import ControlAway
+from packer.types import ModelRef, ModelSpec
 from packer.wire import (
     MESSAGE_BYTES_MAX,
     SPOOL_RECORDS_MAX,
@@ -35,6 +36,8 @@ from packer.wire import (
     Record,
     RenewAsk,
     Report,
+    SourcesAnswer,
+    SourcesAsk,
     decode,
     encode,
 )
@@ -51,6 +54,8 @@ RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 10.0
 # An answer that takes longer than this beyond the poll's own wait is a dead connection.
 ANSWER_TIMEOUT_S = 15.0
+# A model waits for this answer, and can be loaded without it.
+SOURCES_TIMEOUT_S = 3.0
 
 
 class UplinkOwner(Protocol):
@@ -266,6 +271,28 @@ class Uplink:
                 raise aiohttp.ClientError(f"renew: control answered {answer.status}: {_text(body)}")
         self._identity.save(decode(body, JoinAnswer))
         raise _Renewed
+
+    # --- sources of packs -------------------------------------------------------------------------
+
+    async def sources(
+        self, ref: ModelRef, wait_ms: int, failed: Sequence[str] = (), *, ended: bool = False
+    ) -> SourcesAnswer:
+        """Who has a pack, or whose turn it is to read its origin. Raises ``ControlAway``."""
+        if self._session is None or not self.connected:
+            raise ControlAway("control is away")
+        ask = SourcesAsk(WIRE_VERSION, str(ref), wait_ms, tuple(failed), ended)
+        timeout = aiohttp.ClientTimeout(total=wait_ms / 1000 + SOURCES_TIMEOUT_S, sock_connect=2)
+        try:
+            async with self._session.post(
+                f"{self._url}/node/v1/sources", data=encode(ask), headers=_JSON, timeout=timeout
+            ) as answer:
+                body = await answer.read()
+                if answer.status != 200:
+                    raise ControlAway(f"control answered {answer.status}")
+            return decode(body, SourcesAnswer)
+        except (aiohttp.ClientError, TimeoutError, OSError, BadMessage, RuntimeError) as error:
+            # RuntimeError: the session is just being made anew.
+            raise ControlAway(f"control does not say where packs are: {error}") from None
 
     # --- origins ----------------------------------------------------------------------------------
 

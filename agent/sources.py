@@ -1,0 +1,221 @@
+"""Where a pack that is not on this node comes from: another node of the cluster, or the origin.
+
+Covers: asking control, waiting while another node reads the origin for all, fetching from who has it and
+making that pack this node's own, keeping the turn at the origin while it is read. Does not cover: the
+transfer (``agent/peer_fetch.py``), reading the origin (``agent/orders.py``), deciding whose turn it is
+(control).
+
+Availability comes before economy: when control is away, when nobody gives the pack, or when waiting takes
+too long, the origin is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from agent.journal import JournalFailed, PackRow
+from agent.journal_thread import JournalThread
+from agent.packs import PackDirectory
+from agent.peer_fetch import FetchedPack, PeerFetch
+from packer.durable import sync_folder
+from packer.types import MIB, ModelRef
+from packer.wire import PEERS_TRIED_MAX, OriginTurn, PeerSpec, SourcesAnswer
+
+log = logging.getLogger("bunk.peers")
+
+# How long to wait for another node that reads the origin: half a minute, and what its load may well take.
+WAIT_S = 30.0
+WAIT_BYTES_S = 500 * MIB
+WAIT_S_MAX = 120.0
+# One question to control is held open for at most this long.
+ASK_WAIT_MS = 20_000
+# Control may answer at once that there is nothing yet, when it stops for example.
+ASK_AGAIN_S = 0.2
+# A turn at the origin is not asked for again after this: as long as any load may take.
+TURN_S_MAX = 1_800.0
+RENEW_S_LEAST = 1.0
+
+
+class ControlAway(Exception):
+    """Control does not answer, or not this."""
+
+
+class AskControl(Protocol):
+    """``agent.uplink.Uplink.sources``. Raises ``ControlAway``."""
+
+    async def __call__(
+        self, ref: ModelRef, wait_ms: int, failed: Sequence[str] = (), *, ended: bool = False
+    ) -> SourcesAnswer: ...
+
+
+@dataclass(slots=True)
+class Obtained:
+    """``pack``: it is on disk, published, and its key in the journal. None: the origin is to be read, and
+    ``end`` to be called when that is over, whatever came of it."""
+
+    pack: FetchedPack | None
+    _end: Callable[[bool], None] = lambda packed: None
+
+    def end(self, packed: bool) -> None:
+        """``packed``: this node has the pack now, or soon says so itself. May be called again."""
+        end, self._end = self._end, lambda packed: None
+        end(packed)
+
+
+class Sources:
+    """``ask`` None: a node without control, which reads origins only."""
+
+    def __init__(
+        self,
+        ask: AskControl | None,
+        fetch: PeerFetch,
+        packs: PackDirectory,
+        journal: JournalThread,
+        clock_ms: Callable[[], int],
+        wanted: Callable[[ModelRef], bool],
+    ) -> None:
+        self._ask = ask
+        self._fetch = fetch
+        self._packs = packs
+        self._journal = journal
+        self._clock_ms = clock_ms
+        self._wanted = wanted
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._fetch.close)
+
+    def refuse(self, ref: ModelRef, salt: bytes) -> None:
+        """A pack that came from a peer turned out corrupt: this copy is not fetched again for a while."""
+        self._fetch.refuse(ref, salt)
+
+    async def obtain(self, ref: ModelRef, limit_bytes: int) -> Obtained:
+        """The pack of ``ref``, of at most ``limit_bytes``, from a peer; or leave to read the origin."""
+        if self._ask is None:
+            return Obtained(None)
+        wait_s = min(WAIT_S_MAX, WAIT_S + limit_bytes / WAIT_BYTES_S)
+        until_s = asyncio.get_running_loop().time() + wait_s
+        failed: list[str] = []
+        while True:
+            left_s = until_s - asyncio.get_running_loop().time()
+            if left_s <= 0 or len(failed) > PEERS_TRIED_MAX:
+                log.info("pack of %s: nobody gave it in %.0f s; reading the origin", ref, wait_s)
+                return Obtained(None)
+            try:
+                answer = await self._ask(ref, min(ASK_WAIT_MS, int(left_s * 1000)), failed[:PEERS_TRIED_MAX])
+            except ControlAway as error:
+                log.info("pack of %s: %s; reading the origin", ref, error)
+                return Obtained(None)
+            if answer.origin is OriginTurn.GRANTED:
+                return Obtained(None, self._hold_turn(ref, answer.wait_ms))
+            if not answer.peers:
+                await asyncio.sleep(ASK_AGAIN_S)
+                continue
+            try:
+                pack = await self._fetch_from(ref, answer.peers, limit_bytes)
+            except OSError as error:
+                log.warning("pack of %s: %s; reading the origin", ref, error)
+                return Obtained(None)
+            if pack is not None:
+                return Obtained(pack)
+            failed += [peer.node for peer in answer.peers]
+
+    async def fetch_extent(self, ref: ModelRef, salt: bytes, offset: int, nbytes: int) -> bytes | None:
+        """A piece of the pack with this salt from whoever has it, for a repair; the caller checks it."""
+        if self._ask is None:
+            return None
+        try:
+            answer = await self._ask(ref, 0, ended=True)
+        except ControlAway:
+            return None
+        return await self._fetch.fetch_extent(ref, answer.peers, salt, offset, nbytes)
+
+    # --- from a peer ------------------------------------------------------------------------------
+
+    async def _fetch_from(
+        self, ref: ModelRef, peers: Sequence[PeerSpec], limit_bytes: int
+    ) -> FetchedPack | None:
+        """Fetch, publish, and keep the key under this node's own. Raises ``OSError``."""
+        limit_bytes = min(limit_bytes, self._packs.free_bytes())
+        path = self._packs.path(ref)
+        # Not the name of a pack in the making: an interrupted load may go on from that one.
+        arriving = path.with_name(path.name + ".peer")
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        descriptor = os.open(arriving, flags, 0o600)
+        try:
+            try:
+                pack = await self._fetch.fetch_pack(ref, peers, descriptor, limit_bytes)
+            finally:
+                os.close(descriptor)
+            if pack is None or not self._wanted(ref):
+                return None
+            await self._adopt(ref, pack, arriving, path)
+        finally:
+            with suppress(FileNotFoundError):
+                arriving.unlink()
+        log.info("pack of %s: %d bytes from node %s", ref, pack.disk_bytes, pack.peer)
+        return pack
+
+    async def _adopt(self, ref: ModelRef, pack: FetchedPack, arriving: Path, path: Path) -> None:
+        journal = self._journal.journal
+        _, wrapped = await self._journal.call(journal.wrap_data_key, ref, pack.data_key)
+
+        def publish() -> None:
+            os.replace(arriving, path)
+            sync_folder(path.parent)
+
+        # The file first: a crash in between leaves one that the next start sweeps.
+        await asyncio.to_thread(publish)
+        row = PackRow(ref, pack.disk_bytes, pack.host.stored_bytes, pack.host)
+        try:
+            await self._journal.call(journal.add_pack, row, wrapped, self._clock_ms())
+        except JournalFailed:
+            self._packs.drop(ref)
+            raise
+        # What an interrupted load left is of no use any more; the row above took its key away.
+        self._packs.abandon(ref)
+
+    # --- a turn at the origin ---------------------------------------------------------------------
+
+    def _hold_turn(self, ref: ModelRef, wait_ms: int) -> Callable[[bool], None]:
+        """Keep the turn until the function returned here is called."""
+        holding = self._keep(self._renew(ref, wait_ms))
+
+        def end(packed: bool) -> None:
+            holding.cancel()
+            # With a pack, this node's next report ends the turn; ended before it, another would read.
+            if not packed:
+                self._keep(self._give_back(ref))
+
+        return end
+
+    async def _renew(self, ref: ModelRef, wait_ms: int) -> None:
+        assert self._ask is not None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TURN_S_MAX):
+                while True:
+                    await asyncio.sleep(max(RENEW_S_LEAST, wait_ms / 1000))
+                    with suppress(ControlAway):
+                        wait_ms = (await self._ask(ref, 0)).wait_ms
+
+    async def _give_back(self, ref: ModelRef) -> None:
+        assert self._ask is not None
+        with suppress(ControlAway):  # then it ends by itself
+            await self._ask(ref, 0, ended=True)
+
+    def _keep(self, work: Coroutine[object, None, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
