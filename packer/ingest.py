@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from packer.directory import SIDE_BYTES_MAX
 from packer.index import PackError
 from packer.layout import (
+    TENSORS_MAX,
     BadHeader,
     BadLayout,
     ImageLayout,
@@ -80,6 +81,9 @@ class Ingest:
         for reader in self._files:
             if reader.is_weights:
                 tensors.extend(reader.read_header())
+                if len(tensors) > TENSORS_MAX:
+                    # Each file may have that many; all of 256 files together must not take the memory.
+                    raise TierError(f"the weights have more than {TENSORS_MAX} tensors", broken=True)
             else:
                 self.side_files[reader.file.path] = reader.read_whole()
         try:
