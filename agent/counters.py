@@ -87,6 +87,8 @@ class Counters:
         self.evictions = 0
         self.workers_died = 0
         self.records_lost = 0
+        self.chunks_corrupt = 0
+        self.chunks_repaired = 0
         self._pending: list[PendingRecord] = []
         # Refusals come in storms; one record per flush, tenant, model and reason says how many.
         self._refused: dict[tuple[str, str, str], tuple[int, str]] = {}
@@ -134,6 +136,14 @@ class Counters:
                 waited = self._request_ref.pop(action.request, None)
                 if waited is not None:
                     self._refuse(waited, action)
+
+    def note(self, wall_ms: int, kind: str, ref: ModelRef, detail: str, count: int) -> None:
+        """What the core is not told: ``chunk_corrupt`` and ``chunk_repaired``, ``count`` at once."""
+        if kind == "chunk_corrupt":
+            self.chunks_corrupt += count
+        elif kind == "chunk_repaired":
+            self.chunks_repaired += count
+        self._record(wall_ms, kind, ref, detail)
 
     def done(self, request: str) -> None:
         """The request left the loop, whatever became of it."""

@@ -86,6 +86,12 @@ class _Families:
         yield CounterMetricFamily("bunkhouse_evictions", "Models evicted from devices.", counters.evictions)
         yield CounterMetricFamily("bunkhouse_workers_died", "Worker processes gone.", counters.workers_died)
         yield CounterMetricFamily(
+            "bunkhouse_chunks_corrupt", "Chunks of packs found bad and never used.", counters.chunks_corrupt
+        )
+        yield CounterMetricFamily(
+            "bunkhouse_chunks_repaired", "Bad chunks that were fetched again.", counters.chunks_repaired
+        )
+        yield CounterMetricFamily(
             "bunkhouse_records_lost", "Records the journal did not get.", counters.records_lost
         )
 

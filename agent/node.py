@@ -108,6 +108,8 @@ class RunningNode:
         )
         self.loop = Loop(residency.Node(), self.orders, monotonic_ms, self._observe, config.data_dir)
         self.orders.post = self.loop.post
+        self.orders.note = self._note
+        self.orders.disk_budget_bytes = config.disk_budget_bytes
         self._plan: Plan | None = None
         self._plan_lock = asyncio.Lock()
         self._plan_kept = True
@@ -124,7 +126,8 @@ class RunningNode:
         """Find the packs, start the nursery, take up the last plan. Serves without control from here."""
         journal = self._journal.journal
         self._packs_found = await self._journal.call(journal.packs)
-        for ref in self._packs.sweep([row.ref for row in self._packs_found]):
+        unfinished = await self.orders.start()  # states the disk tier's budget
+        for ref in self._packs.sweep([row.ref for row in self._packs_found], unfinished):
             log.warning("the pack of %s is missing on disk; it will be made again from its origin", ref)
             with suppress(JournalFailed):  # the next start tries again
                 await self._journal.call(journal.remove_pack, ref)
@@ -132,7 +135,6 @@ class RunningNode:
         await self._nursery.start()
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
-        self.loop.post(TierBudgetSeen(Tier.DISK, self.config.disk_budget_bytes))
         self._look_at_devices()
         plan = await self._journal.call(journal.plan)
         if plan is not None:
@@ -247,6 +249,7 @@ class RunningNode:
             with self._journal_may_fail():
                 await self._shred(plan)
                 self._plan_kept = saved
+            await self.orders.keep_only(frozenset(spec.ref for spec in plan.models))
             await self.orders.close_tenants(frozenset(tenant.tenant for tenant in plan.tenants))
 
     async def _shred(self, plan: Plan) -> None:
@@ -396,6 +399,9 @@ class RunningNode:
         self.accuracy.observe(self.loop.core, event, actions)
         if self.uplink is not None:
             self.uplink.changed()
+
+    def _note(self, kind: str, ref: ModelRef, detail: str, count: int) -> None:
+        self.counters.note(wall_ms(), kind, ref, detail, count)
 
     async def _flush_records(self) -> None:
         while True:

@@ -57,8 +57,13 @@ EVICT_TIMEOUT_S = 30.0
 DROP_RETRY_S = 60.0
 
 
+# The kind of a record, whose model, what happened, how often.
+Note = Callable[[str, ModelRef, str, int], None]
+
+
 class Orders:
-    """The node's hands. ``post`` takes the events that are nobody's answer: a worker's death."""
+    """The node's hands. ``post`` takes the events that are nobody's answer, such as a worker's death;
+    ``note`` what is worth a record and a count though nobody decides by it."""
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class Orders:
         self._spec_of = spec_of
         self._clock_ms = clock_ms
         self.post: Callable[[Event], None] = lambda event: None
+        self.note: Note = lambda kind, ref, detail, count: None
         self._workers: dict[tuple[str, str], WorkerHandle] = {}
         self._spawning: dict[tuple[str, str], asyncio.Task[WorkerHandle]] = {}
         # What each worker holds, oldest-emptied first: only for choosing which parked worker to close.
@@ -163,10 +169,9 @@ class Orders:
         self._planned = planned
         for (tenant, device), held in list(self._held.items()):
             worker = self._workers.get((tenant, device))
-            for ref in [ref for ref in held if ref not in planned]:
-                with suppress(WorkerDead):
-                    if worker is not None:
-                        await worker.cancel(ref)
+            for ref in held:
+                if worker is not None and ref not in planned:
+                    self._keep(_cancel(worker, ref))
         await self._making.forget(self._is_planned)
 
     def _is_planned(self, ref: ModelRef) -> bool:
@@ -428,6 +433,11 @@ class Orders:
         task = asyncio.ensure_future(work)
         self._watches.add(task)
         task.add_done_callback(self._watches.discard)
+
+
+async def _cancel(worker: WorkerHandle, ref: ModelRef) -> None:
+    with suppress(WorkerDead, WorkerFailure):
+        await worker.cancel(ref)
 
 
 def _public(error: Exception) -> str:
