@@ -59,7 +59,8 @@ STALL_S = 20.0
 RETRY_S_MAX = 1.0
 # Connections to one peer that may break off during one fetch before it is given up.
 BREAKS_MAX = 3
-# A copy that turned out corrupt is not fetched again for this long; so many are remembered.
+# A node whose copy turned out corrupt is not asked for that version again for this long; so many are
+# remembered.
 REFUSED_S = 600.0
 REFUSED_MAX = 256
 
@@ -91,7 +92,7 @@ class FetchedPack:
     disk_bytes: int
     salt: bytes
     host: HostSizes
-    peer: str  # the node that named the key
+    peers: tuple[str, ...]  # nodes that gave a part of it, first the one that named the key
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class _Job:
         self.lock = threading.Lock()
         self.usable = list(peers)
         self.breaks: dict[str, int] = {}
+        self.gave: dict[str, None] = {described.peer.node: None}
         starts = range(0, described.size, RANGE_BYTES)
         self.ranges = deque((at, min(at + RANGE_BYTES, described.size)) for at in starts)
         self.left_bytes = described.size
@@ -144,9 +146,10 @@ class _Job:
             self.usable = [other for other in self.usable if other.node != peer.node]
             return True
 
-    def peer_for(self, stream: int) -> PeerSpec | None:
+    def peer_for(self, turn: int) -> PeerSpec | None:
+        """The first one for all connections, as long as it can: then it is clear whose copy was bad."""
         with self.lock:
-            return self.usable[stream % len(self.usable)] if self.usable else None
+            return self.usable[turn % len(self.usable)] if self.usable else None
 
 
 class PeerFetch:
@@ -161,7 +164,7 @@ class PeerFetch:
         self._extents = asyncio.Semaphore(EXTENTS_MAX)
         self._context: tuple[JoinAnswer, ssl.SSLContext] | None = None
         self._dead: dict[str, float] = {}  # node: until (monotonic)
-        self._refused: dict[tuple[ModelRef, bytes], float] = {}
+        self._refused: dict[tuple[ModelRef, str], float] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self.fetched_bytes = 0
@@ -190,12 +193,13 @@ class PeerFetch:
         async with self._extents:
             return await self._on_thread(lambda cancel: self._fetch_extent(ref, peers, salt, wanted, cancel))
 
-    def refuse(self, ref: ModelRef, salt: bytes) -> None:
-        """This copy turned out corrupt: do not fetch it again for a while, from nobody."""
+    def refuse(self, ref: ModelRef, peers: Sequence[str]) -> None:
+        """What these nodes gave turned out corrupt: do not fetch this version from them for a while."""
         with self._lock:
-            while len(self._refused) >= REFUSED_MAX:
-                del self._refused[next(iter(self._refused))]
-            self._refused[(ref, salt)] = time.monotonic() + REFUSED_S
+            for node in peers:
+                while len(self._refused) >= REFUSED_MAX:
+                    del self._refused[next(iter(self._refused))]
+                self._refused[(ref, node)] = time.monotonic() + REFUSED_S
 
     async def _on_thread(self, work: Callable[[Callable[[], bool]], T]) -> T:
         """Run blocking work that looks at ``cancel`` often; returns only when it has ended."""
@@ -214,10 +218,16 @@ class PeerFetch:
 
     # --- peers ------------------------------------------------------------------------------------
 
-    def _alive(self, peers: Sequence[PeerSpec]) -> list[PeerSpec]:
+    def _usable(self, ref: ModelRef, peers: Sequence[PeerSpec]) -> list[PeerSpec]:
+        """Without those that could not be talked to or gave a bad copy a while ago."""
         now_s = time.monotonic()
         with self._lock:
-            return [peer for peer in peers if self._dead.get(peer.node, 0.0) <= now_s]
+            return [
+                peer
+                for peer in peers
+                if self._dead.get(peer.node, 0.0) <= now_s
+                and self._refused.get((ref, peer.node), 0.0) <= now_s
+            ]
 
     def _bury(self, peer: PeerSpec, why: Exception) -> None:
         log.warning("node %s gives no packs now: %s", peer.node, why)
@@ -287,7 +297,7 @@ class PeerFetch:
         limit_bytes: int,
         cancel: Callable[[], bool],
     ) -> FetchedPack | None:
-        left = self._alive(peers)
+        left = self._usable(ref, peers)
         while left:
             described = self._describe(ref, left, limit_bytes, cancel)
             if described is None:
@@ -302,8 +312,8 @@ class PeerFetch:
                 if fetched is not None:
                     os.fsync(fd)
                     return fetched
-                self.refuse(ref, _salt(described.tag))
-            left = [peer for peer in self._alive(others) if not cancel()]
+                self.refuse(ref, tuple(job.gave))
+            left = [peer for peer in self._usable(ref, others) if not cancel()]
         return None
 
     def _describe(
@@ -336,8 +346,6 @@ class PeerFetch:
                     limit_bytes,
                 )
                 continue
-            if self._refused.get((ref, _salt(described.tag)), 0.0) > time.monotonic():
-                continue
             return described
         return None
 
@@ -360,7 +368,7 @@ class PeerFetch:
     def _transfer(self, job: _Job, cancel: Callable[[], bool]) -> bool:
         """Bring all ranges in over several connections; True when none is missing."""
         streams = min(STREAMS, len(job.ranges))
-        done = [self._threads.submit(self._stream, job, number, cancel) for number in range(streams)]
+        done = [self._threads.submit(self._stream, job, cancel) for _ in range(streams)]
         # An error of the disk leaves by here, once no thread writes any more.
         errors = [future.exception() for future in done]
         for error in errors:
@@ -368,18 +376,20 @@ class PeerFetch:
                 raise error
         return job.left_bytes == 0
 
-    def _stream(self, job: _Job, number: int, cancel: Callable[[], bool]) -> None:
+    def _stream(self, job: _Job, cancel: Callable[[], bool]) -> None:
         """One connection after the other, each for as many ranges as it gives."""
+        turn = 0
         piece = memoryview(bytearray(PIECE_BYTES))
         try:
             while job.left_bytes and not job.failed and not cancel():
-                peer = job.peer_for(number)
+                peer = job.peer_for(turn)
                 if peer is None or job.stalled():
                     job.failed = True
                     return
                 try:
                     connection = self._connect(peer, cancel)
                     with connection.tls:
+                        job.gave[peer.node] = None
                         if self._ranges(job, connection, piece, cancel):
                             return
                 except PeerFailed as error:
@@ -387,7 +397,7 @@ class PeerFetch:
                         self._bury(peer, error)
                 except Later as later:
                     time.sleep(later.wait_s)
-                    number += 1  # perhaps another one has time
+                    turn += 1  # perhaps another one has time
         except BaseException:
             job.failed = True
             raise
@@ -460,9 +470,9 @@ class PeerFetch:
                 raise PackError("is not the pack that was announced")
             host = reader.host_sizes
         except PackError as error:
-            log.error("refused the pack of %s from node %s: %s", ref, described.peer.node, error)
+            log.error("refused the pack of %s from %s: %s", ref, ", ".join(job.gave), error)
             return None
-        return FetchedPack(described.key, described.size, reader.salt, host, described.peer.node)
+        return FetchedPack(described.key, described.size, reader.salt, host, tuple(job.gave))
 
     # --- one extent -------------------------------------------------------------------------------
 
@@ -478,7 +488,7 @@ class PeerFetch:
         if not 0 <= start < end or end - start > RANGE_BYTES:
             raise ValueError(f"an extent of {end - start} bytes; 1 to {RANGE_BYTES} can be fetched")
         tag = f'"{salt.hex()}"'
-        for peer in self._alive(peers):
+        for peer in self._usable(ref, peers):
             if cancel():
                 break
             try:

@@ -169,8 +169,9 @@ class PeerServer:
         with self._lock:
             sockets, threads = list(self._sockets.values()), list(self._threads.values())
         for open_socket in sockets:
+            # Of the socket below TLS: an ``SSLSocket`` that is shut down goes on in the clear.
             with suppress(OSError):
-                open_socket.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
         for thread in threads:
             thread.join(HANDSHAKE_S)
 
@@ -247,6 +248,8 @@ class PeerServer:
             if waits:
                 self.refused += 1
             log.debug("peer at %s: %s", host, error)
+        except Exception:
+            log.exception("a peer's connection failed in an unforeseen way")
         finally:
             if waits:
                 self._uncount(self._handshakes, host)

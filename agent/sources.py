@@ -95,9 +95,9 @@ class Sources:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._fetch.close)
 
-    def refuse(self, ref: ModelRef, salt: bytes) -> None:
-        """A pack that came from a peer turned out corrupt: this copy is not fetched again for a while."""
-        self._fetch.refuse(ref, salt)
+    def refuse(self, ref: ModelRef, pack: FetchedPack) -> None:
+        """A pack that came from peers turned out corrupt: it is not fetched from them for a while."""
+        self._fetch.refuse(ref, pack.peers)
 
     async def obtain(self, ref: ModelRef, limit_bytes: int) -> Obtained:
         """The pack of ``ref``, of at most ``limit_bytes``, from a peer; or leave to read the origin."""
@@ -164,7 +164,7 @@ class Sources:
         finally:
             with suppress(FileNotFoundError):
                 arriving.unlink()
-        log.info("pack of %s: %d bytes from node %s", ref, pack.disk_bytes, pack.peer)
+        log.info("pack of %s: %d bytes from %s", ref, pack.disk_bytes, ", ".join(pack.peers))
         return pack
 
     async def _adopt(self, ref: ModelRef, pack: FetchedPack, arriving: Path, path: Path) -> None:
