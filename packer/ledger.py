@@ -228,6 +228,7 @@ class Node:
     # Counts up when estimates of models that were never restored themselves have moved; see ``room.gains``.
     gains_epoch: int = 0
     probes_ms: dict[Tier, int] = field(default_factory=dict)
+    probe_not_before_ms: int = 0
     # Evict by chunks, as few as are needed; False: whole models only.
     partial: bool = True
     virtual_us: int = 0
@@ -381,4 +382,3 @@ def know_copies(node: Node, model: Model, cached: bool | None = None) -> None:
         remote=not model.spec.origin.startswith("file:"),
         cached=cached,
     )
-    model.gains = None

@@ -258,7 +258,8 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     taken_ms = max(event.restore_ms, 0)
     moved_bytes = event.restored_bytes if event.restored_bytes > 0 else model.moving_bytes
     estimate.note_restore(node.learned, model.history, model.source, moved_bytes, taken_ms, event.cached)
-    room.watch_estimates(node, model.source)
+    room.watch_estimates(node, model.source, now_ms)
+    room.gains(node, model)
     # What was charged was an estimate; the tenant pays what it took.
     quota.charge(model.tenant, taken_ms - model.charged_ms)
     if model.disk.state is CopyState.ABSENT:
@@ -446,6 +447,8 @@ def _planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None
         if planned_tenant is None or not planned_tenant.planned:
             continue  # a model of a tenant that the plan does not name is not served
         model_known = node.models.get(ref) or _add_model(node, model_spec, planned=True)
+        if model_known.spec.image_bytes != model_spec.image_bytes:
+            model_known.gains = None
         if model_known.device is None or model_known.spec.chunk_bytes == model_spec.chunk_bytes:
             # What is on a device is counted by the chunks that it came in.
             model_known.spec = model_spec

@@ -7,8 +7,9 @@ before. Does not cover: room on devices (``victims``), or acting on the answers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from heapq import heapify, heappop
 
 from packer import estimate, keep
 from packer.ledger import Copy, CopyState, Gains, Model, Node, State
@@ -18,10 +19,14 @@ from packer.types import MIB, Tier
 # A passing fault (a full pipe, a dropped connection) is usually over after one retry; a tier that fails
 # three times in a row is left alone and the next one is asked.
 TRIES_PER_TIER_MAX = 3
-# The restore by which the node's own estimates are watched: when this one moves by more than a tenth,
-# what was worked out from them before is out of date.
+# The restore by which the node's own estimates are watched: when this one has moved by more than a
+# quarter, what was worked out from them before is out of date. Not sooner than after ten seconds: among
+# models of one node such a change moves all gains alike, so the ranking can wait for it.
 PROBE_BYTES = 256 * MIB
-PROBE_MOVED_PARTS = 10
+PROBE_MOVED_PARTS = 4
+PROBE_PAUSE_MS = 10_000
+# Gains worked out anew in one ranking, at some 7 microseconds each; the others serve as they are.
+STALE_GAINS_MAX = 32
 
 
 # --- what a restore costs -------------------------------------------------------------------------
@@ -84,18 +89,40 @@ def gains(node: Node, model: Model) -> Gains:
     return known
 
 
-def watch_estimates(node: Node, tier: Tier) -> None:
+class Renewal:
+    """Gains for one ranking of many models: the missing ones are worked out, of the outdated ones a few."""
+
+    __slots__ = ("_epoch", "_left", "_node")
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._epoch = node.gains_epoch
+        self._left = STALE_GAINS_MAX
+
+    def gains(self, model: Model) -> Gains:
+        known = model.gains
+        if known is None:
+            return gains(self._node, model)
+        if known.epoch != self._epoch and self._left:
+            self._left -= 1
+            return gains(self._node, model)
+        return known
+
+
+def watch_estimates(node: Node, tier: Tier, now_ms: int) -> None:
     """Notice when what the node expects of a tier has moved, so that every gain is worked out anew."""
+    if now_ms < node.probe_not_before_ms:
+        return
     probe_ms = estimate.expect_ms(node.learned, estimate.History(), tier, PROBE_BYTES)
     before_ms = node.probes_ms.get(tier, 0)
     if abs(probe_ms - before_ms) * PROBE_MOVED_PARTS > before_ms:
         node.probes_ms[tier] = probe_ms
+        node.probe_not_before_ms = now_ms + PROBE_PAUSE_MS
         node.gains_epoch += 1
 
 
-def copy_index(node: Node, model: Model, tier: Tier, nbytes: int, ranking: keep.Ranking) -> float:
+def copy_index(known: Gains, model: Model, tier: Tier, nbytes: int, ranking: keep.Ranking) -> float:
     """What a copy of ``nbytes`` in the host or disk tier is, or would be, worth."""
-    known = gains(node, model)
     return ranking.index(model.reuse, known.host_ms if tier is Tier.HOST else known.disk_ms, nbytes)
 
 
@@ -133,7 +160,7 @@ def copy_victims(
     if short <= 0 and short_own <= 0:
         return []
     entitled = own.kept_bytes + nbytes + pending_own <= own.reserved_bytes
-    worth = copy_index(node, wanted, tier, nbytes, keep.Ranking(now_ms))
+    worth = copy_index(gains(node, wanted), wanted, tier, nbytes, keep.Ranking(now_ms))
     ranked = _ranked_copies(node, (m for m in node.copies(tier).values() if m is not wanted), tier, now_ms)
     chosen: list[Model] = []
     kept: dict[str, int] = {}
@@ -162,15 +189,18 @@ def copy_victims(
 
 def _ranked_copies(
     node: Node, models: Iterable[Model], tier: Tier, now_ms: int
-) -> list[tuple[float, str, Model]]:
-    ranking = keep.Ranking(now_ms)
-    ranked = [
-        (copy_index(node, m, tier, m.copy(tier).held_bytes, ranking), m.name, m)
-        for m in models
-        if droppable(m.copy(tier))
-    ]
-    ranked.sort(key=lambda entry: entry[:2])
-    return ranked
+) -> Iterator[tuple[float, str, Model]]:
+    """Copies that may be dropped, least valuable first; put in order only as far as somebody looks."""
+    ranking, gains_of = keep.Ranking(now_ms), Renewal(node).gains
+    found: list[tuple[float, str, Model]] = []
+    for model in models:
+        copy = model.copy(tier)
+        if droppable(copy):
+            index = copy_index(gains_of(model), model, tier, copy.held_bytes, ranking)
+            found.append((index, model.name, model))
+    heapify(found)
+    while found:
+        yield heappop(found)
 
 
 def copies_surplus(node: Node, tier: Tier, tenant: Tenant | None, now_ms: int) -> list[Model]:

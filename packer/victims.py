@@ -96,7 +96,7 @@ def _candidates(
     models that somebody waits for.
     """
     uses_per_s = keep.Ranking(now_ms).uses_per_s
-    condemned, epoch = node.condemned, node.gains_epoch
+    condemned, gains_of = node.condemned, room.Renewal(node).gains
     found: list[_Candidate] = []
     for other in node.devices.values() if own_elsewhere else (device,):
         for model in other.models.values():
@@ -121,11 +121,8 @@ def _candidates(
                 rank += 8
             if condemned and condemned.get(model.ref) != wanted.ref:
                 rank += 4
-            gains = model.gains
-            if gains is None or gains.epoch != epoch:
-                gains = room.gains(node, model)
             held = model.device_bytes - model.leaving_bytes
-            index = uses_per_s(model.reuse) * gains.device_ms / (held or 1)
+            index = uses_per_s(model.reuse) * gains_of(model).device_ms / (held or 1)
             found.append((rank, index, model.name, model, held))
     return _Ranked(found)
 
@@ -283,7 +280,7 @@ def _alone(node: Node, ranked: _Ranked, chosen: list[_Candidate], wanted: Model,
 def _loss(node: Node, candidate: _Candidate, freed_bytes: int) -> float:
     """Expected milliseconds of restoring per second that evicting so many bytes brings about."""
     _, index, _, model, held = candidate
-    gains = room.gains(node, model)
+    gains = model.gains or room.gains(node, model)
     fixed_share = gains.fixed_ms / gains.device_ms if model.state is State.RESIDENT else 0.0
     return index * held * (fixed_share + (1.0 - fixed_share) * freed_bytes / max(held, 1))
 
