@@ -17,12 +17,10 @@ import mmap
 import os
 import secrets
 import signal
-import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.calibration import FILE_BYTES, fingerprint
+from agent.codec_probes import FAMILIES, STEPS, decode_probes
 from agent.packs import DISK_FREE_FLOOR_BYTES
+from agent.probes import PIECE_BYTES, CanNotMeasure, Probe, measure_probes, pieces
 from packer import codec, kernels
 from packer.estimate import DecodeRates, Rates, dump_rates
 from packer.layout import CHUNK_BYTES
@@ -41,8 +41,6 @@ from packer.seal import TAG_BYTES, ChunkSeal, Part, PartKind, new_key
 from packer.tiers import DECODE_THREADS_MAX, IO_THREADS, TIER_THREADS
 from packer.types import GIB, MIB, BadValue, parse_bytes
 
-# The disk is asked in the pieces that the restore asks in.
-PIECE_BYTES = CHUNK_BYTES
 # Memory to copy from and to, each: far larger than any cache of one core, small enough for a small box.
 SPAN_BYTES = 64 * MIB
 # Every rate is the median of this many rounds.
@@ -53,11 +51,6 @@ WRITE_S_MAX = 0.6
 # One round of reading should take about this long, as far as writing tells.
 READ_S = 0.1
 READ_BYTES_MIN = 2 * IO_THREADS * PIECE_BYTES
-# Distinct chunks per family, so that a thread does not find the last one in its cache.
-CHUNKS = 2
-# The families of the estimate and the dtype that stands for each.
-FAMILIES = (("bf16", "BF16"), ("fp32", "F32"), ("other", "F16"))
-STEPS = ("stored_to_wire", "wire_to_final", "stored_to_final", "encode")
 # Planes are sealed and opened in parts of about this size.
 PART_BYTES = 2 * MIB
 # A process that everybody else goes before; used while the node serves.
@@ -69,11 +62,6 @@ _PAGE_BYTES = 4096
 _PR_SET_PDEATHSIG = 1
 
 U8: TypeAlias = NDArray[np.uint8]
-Work: TypeAlias = Callable[[int], None]
-
-
-class CanNotMeasure(Exception):
-    """The box does not let itself be measured; the text says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,79 +80,6 @@ class Bounds:
         least = CHUNK_BYTES * self.threads
         if not least <= self.span_bytes <= GIB or not PIECE_BYTES <= self.file_bytes <= GIB:
             raise BadValue("--span-bytes, --file-bytes", f"must be {least} to {GIB} bytes")
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One rate: ``work(0)`` … ``work(threads - 1)`` together move ``nbytes``. ``before`` runs untimed.
-
-    ``fresh``: it takes new pages from the kernel. Those that the machine has never used are far slower
-    once, in a virtual machine above all, and then as fast as the fastest round: that one counts.
-    """
-
-    name: str
-    nbytes: int
-    work: Work
-    threads: int = 1
-    before: Callable[[], None] | None = None
-    fresh: bool = False
-
-
-def measure_probes(probes: Sequence[Probe], passes: int) -> dict[str, int]:
-    """Bytes per second of each. All of them take turns, pass after pass, so that a burst of other work
-    falls on one round of many probes and not on all rounds of one; the median forgets it.
-
-    The first pass warms caches and buffers and does not count.
-    """
-    taken_s: dict[str, list[float]] = {probe.name: [] for probe in probes}
-    for number in range(passes + 1):
-        for probe in probes:
-            if probe.before is not None:
-                probe.before()
-            seconds = _together(probe.work, probe.threads)
-            if number:
-                taken_s[probe.name].append(seconds)
-    found = {}
-    for probe in probes:
-        rounds_s = taken_s[probe.name]
-        seconds = min(rounds_s) if probe.fresh else statistics.median(rounds_s)
-        found[probe.name] = max(1, round(probe.nbytes / max(seconds, 1e-9)))
-    return found
-
-
-def _together(work: Work, threads: int) -> float:
-    """Seconds from the common start to the last one's end; the first error is raised here."""
-    if threads == 1:
-        started = time.perf_counter()
-        work(0)
-        return time.perf_counter() - started
-    gate = threading.Barrier(threads + 1)
-    errors: list[BaseException] = []
-
-    def run(number: int) -> None:
-        gate.wait()
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    running = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
-    for thread in running:
-        thread.start()
-    gate.wait()
-    started = time.perf_counter()
-    for thread in running:
-        thread.join()
-    seconds = time.perf_counter() - started
-    if errors:
-        raise errors[0]
-    return seconds
-
-
-def _pieces(nbytes: int, number: int, threads: int) -> Iterator[tuple[int, int]]:
-    """This thread's pieces: (offset, length), dealt out one after another."""
-    for start in range(number * PIECE_BYTES, nbytes, threads * PIECE_BYTES):
-        yield start, min(PIECE_BYTES, nbytes - start)
 
 
 # --- disk -----------------------------------------------------------------------------------------
@@ -232,7 +147,7 @@ def _read_probe(name: str, descriptor: int, nbytes: int, threads: int) -> Probe:
         buffer.write(bytes(PIECE_BYTES))
 
     def read(number: int) -> None:
-        for start, length in _pieces(nbytes, number, threads):
+        for start, length in pieces(nbytes, number, threads):
             with memoryview(buffers[number]) as view, view[:length] as part:
                 if os.preadv(descriptor, [part], start) != length:
                     raise CanNotMeasure("the temporary file was cut short while it was read")
@@ -294,7 +209,7 @@ def _populate_probe(memory: FreshMemory, threads: int) -> Probe:
     """Fresh zeroed pages for an arena."""
 
     def populate(number: int) -> None:
-        for start, length in _pieces(memory.nbytes, number, threads):
+        for start, length in pieces(memory.nbytes, number, threads):
             if _libc.madvise(memory.address + start, length, _MADV_POPULATE_WRITE):
                 # Before Linux 5.14: fault the pages in one by one, as the arena then does.
                 ctypes.memset(memory.address + start, 1, length)
@@ -306,7 +221,7 @@ def _copy_probe(name: str, source: U8, target: U8, threads: int) -> Probe:
     """Between two warm ranges, in pieces of a chunk."""
 
     def copy(number: int) -> None:
-        for start, length in _pieces(len(source), number, threads):
+        for start, length in pieces(len(source), number, threads):
             np.copyto(target[start : start + length], source[start : start + length])
 
     return Probe(name, len(source), copy, threads)
@@ -321,7 +236,7 @@ def _map_in_probe(descriptor: int, nbytes: int, threads: int) -> Probe:
 
     def touch(number: int) -> None:
         octets = np.frombuffer(maps[0], dtype=np.uint8)
-        for start, length in _pieces(nbytes, number, threads):
+        for start, length in pieces(nbytes, number, threads):
             octets[start : start + length : _PAGE_BYTES].max()
 
     return Probe("map_in", nbytes, touch, threads, renew)
@@ -335,7 +250,7 @@ def _segment_write_probe(descriptor: int, nbytes: int, threads: int) -> Probe:
         os.ftruncate(descriptor, 0)
 
     def write(number: int) -> None:
-        for start, length in _pieces(nbytes, number, threads):
+        for start, length in pieces(nbytes, number, threads):
             os.pwrite(descriptor, piece[:length], start)
 
     return Probe("segment_write", nbytes, write, threads, renew, fresh=True)
@@ -368,89 +283,6 @@ def _sha256_probe(nbytes: int) -> Probe:
         hashlib.sha256(data).digest()
 
     return Probe("sha256_1", nbytes, digest)
-
-
-def sample_chunks(dtype: str) -> list[bytes]:
-    """Chunks that look like weights: normal, with a scale of their own."""
-    chance = np.random.default_rng(3)
-    chunks = []
-    for number in range(CHUNKS):
-        count = CHUNK_BYTES // (4 if dtype == "F32" else 2)
-        wide = chance.standard_normal(count, dtype=np.float32) * np.float32(0.01 * (number + 1))
-        if dtype == "BF16":
-            chunks.append((wide.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-        elif dtype == "F16":
-            chunks.append(wide.astype(np.float16).tobytes())
-        else:
-            chunks.append(wide.tobytes())
-    return chunks
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A chunk in one form: what ``codec.decode_into`` takes."""
-
-    codec_id: int
-    planes: tuple[bytes, ...]
-
-
-def _wire(stored: Form, raw: bytes, space: codec.Workspace) -> Form:
-    """A chunk as a host segment in wire form holds it."""
-    if not codec.has_wire_form(stored.codec_id):
-        return Form(codec.CodecId.RAW, (raw,))
-    sizes = codec.wire_sizes(stored.codec_id, [len(plane) for plane in stored.planes], len(raw))
-    out = bytearray(sum(sizes))
-    sizes = codec.to_wire(stored.codec_id, stored.planes, len(raw), memoryview(out), space)
-    planes, start = [], 0
-    for size in sizes:
-        planes.append(bytes(out[start : start + size]))
-        start += size
-    return Form(stored.codec_id, tuple(planes))
-
-
-def _decode_probes(family: str, dtype: str, target: U8, spaces: Sequence[codec.Workspace]) -> list[Probe]:
-    """One family's codec in all directions. What each form decodes to is compared first, byte for byte."""
-    raws, threads = sample_chunks(dtype), len(spaces)
-    stored = []
-    for raw in raws:
-        encoded = codec.encode(dtype, memoryview(raw), spaces[0])
-        stored.append(Form(encoded.codec_id, tuple(bytes(plane) for plane in encoded.planes)))
-    wires = [_wire(form, raw, spaces[0]) for form, raw in zip(stored, raws, strict=True)]
-    slots = [
-        memoryview(target)[start : start + CHUNK_BYTES]  # type: ignore[arg-type]  # arrays are buffers
-        for start in range(0, len(target) - CHUNK_BYTES + 1, CHUNK_BYTES)
-    ]
-    for name, forms in (("stored", stored), ("wire", wires)):
-        for form, raw in zip(forms, raws, strict=True):
-            codec.decode_into(form.codec_id, form.planes, slots[0], spaces[0])
-            if slots[0] != raw:
-                raise CanNotMeasure(f"{dtype} does not come back from its {name} form: the codec is broken")
-
-    def decode(form: Form, out: memoryview, space: codec.Workspace) -> None:
-        codec.decode_into(form.codec_id, form.planes, out, space)
-
-    def to_wire(form: Form, out: memoryview, space: codec.Workspace) -> None:
-        if codec.has_wire_form(form.codec_id):
-            codec.to_wire(form.codec_id, form.planes, CHUNK_BYTES, out, space)
-        else:
-            decode(form, out, space)
-
-    def probe(step: str, forms: list[Form], do: Callable[[Form, memoryview, codec.Workspace], None]) -> Probe:
-        def work(number: int) -> None:
-            for at in range(number, len(slots), threads):
-                do(forms[at % CHUNKS], slots[at], spaces[number])
-
-        return Probe(f"{family}_{step}", len(slots) * CHUNK_BYTES, work, threads)
-
-    def encode(number: int) -> None:
-        codec.encode(dtype, memoryview(raws[number % CHUNKS]), spaces[number])
-
-    return [
-        probe("stored_to_wire", stored, to_wire),
-        probe("wire_to_final", wires, decode),
-        probe("stored_to_final", stored, decode),
-        Probe(f"{family}_encode", CHUNK_BYTES * threads, encode, threads),
-    ]
 
 
 # --- gpu ------------------------------------------------------------------------------------------
@@ -509,7 +341,7 @@ def _probes(directory: Path, bounds: Bounds, gpu: bool) -> Iterator[tuple[list[P
             _sha256_probe(nbytes // 4),
         ]
         for family, dtype in FAMILIES:
-            probes += _decode_probes(family, dtype, target, spaces)
+            probes += decode_probes(family, dtype, target, spaces)
         copy = _device_copy_probe(nbytes) if gpu else None
         yield [*probes, *([copy] if copy else [])], write_rate, memory
 

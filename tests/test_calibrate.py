@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from agent import calibrate, calibration
-from agent.calibrate import Bounds, BusyShare, CanNotMeasure, Probe, measure_probes, sample_chunks
+from agent import calibrate, calibration, codec_probes, probes
+from agent.calibrate import Bounds, BusyShare
 from agent.calibration import (
     HANDED_OVER,
     LINK_BYTES_MIN,
@@ -31,8 +31,10 @@ from agent.calibration import (
     fingerprint,
     is_fresh,
 )
+from agent.codec_probes import sample_chunks
 from agent.data_dir import hold_data_dir
 from agent.journal import open_journal
+from agent.probes import CanNotMeasure, Probe, measure_probes
 from packer.estimate import FIRST_RATES, Rates, dump_rates, load_rates, named_rates
 from packer.layout import CHUNK_BYTES
 from packer.types import GIB, MIB, BadValue
@@ -156,7 +158,7 @@ def test_samples_are_whole_chunks_that_compress_like_weights(dtype: str) -> None
 def test_a_codec_that_is_broken_here_is_found_and_not_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate.codec, "decode_into", lambda *_: None)
+    monkeypatch.setattr(codec_probes.codec, "decode_into", lambda *_: None)
     with pytest.raises(CanNotMeasure, match="the codec is broken"):
         calibrate.measure(tmp_path, Bounds(8 * MIB, 8 * MIB, 1), gpu=False)
 
@@ -492,6 +494,6 @@ def test_fresh_memory_is_judged_by_its_fastest_round_and_all_else_by_the_middle_
 ) -> None:
     """Pages that the machine has never used are slow once."""
     rounds = iter([9.0, 9.0, 4.0, 4.0, 1.0, 1.0, 2.0, 2.0])
-    monkeypatch.setattr(calibrate, "_together", lambda work, threads: next(rounds))
-    probes = [Probe("usual", 8, lambda _: None), Probe("fresh", 8, lambda _: None, fresh=True)]
-    assert measure_probes(probes, passes=3) == {"usual": 4, "fresh": 8}
+    monkeypatch.setattr(probes, "_together", lambda work, threads: next(rounds))
+    both = [Probe("usual", 8, lambda _: None), Probe("fresh", 8, lambda _: None, fresh=True)]
+    assert measure_probes(both, passes=3) == {"usual": 4, "fresh": 8}
