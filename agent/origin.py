@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from obstore.store import from_url
 
-from packer.sources import ASK
+from packer.sources import ASK, SMALL_ASK_BYTES
 from packer.types import KIB, MIB, ModelSpec, OriginFile
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ RANGES_AHEAD = 8
 # Files of one load that may hold that much at the same time; a worker reads two. A small ask (header, side
 # file) is beside this, one per file, so that no file's start waits for another one's end.
 LARGE_ASKS_MAX = 4
-SMALL_ASK_BYTES = MIB
 # So the agent holds at most 128 MiB of one load's weights, and 1 MiB per file besides.
 CONTROL_ORIGIN = "control:"
 # No link may lead out of the directory, and a fifo in it must not block the node for ever.

@@ -34,7 +34,7 @@ from packer.layout import (
 from packer.pack_writer import PackSummary
 from packer.packing import Pack, PackTarget
 from packer.pieces import PIECE_BYTES, Part, Piece, cut, pieces, runs
-from packer.sources import Source, SourceFailed
+from packer.sources import SMALL_ASK_BYTES, Source, SourceFailed
 from packer.tiers import Image, TierError
 from packer.types import KIB, ModelRef, OriginFile, Task
 
@@ -104,12 +104,13 @@ class Ingest:
     def fill(self, image: Image, cancelled: threading.Event | None = None) -> None:
         """Stream the weights into the image. Returns when every hash is right. Raises ``TierError``."""
         weights = [reader for reader in self._files if reader.is_weights]
+        cancelled = cancelled or threading.Event()
         resumed: frozenset[int] = frozenset()
         chunk_done: Callable[[int], None] = lambda number: None  # noqa: E731
         if self._target is not None:
             pack = Pack(self._target, self._ref, self._engine, self._task, self.layout, image)
             self._pack = pack
-            resumed = pack.start(self.side_files)
+            resumed = pack.start(self.side_files, cancelled)
             chunk_done = pack.put
         _zero_gaps(image, self.layout)
         arrivals = _Arrivals(self.layout, resumed, chunk_done)
@@ -119,7 +120,7 @@ class Ingest:
             placed[tensor.info.file].append(tensor)
         streams = [_Stream(reader, placed[reader.file.path], self.layout, run) for reader in weights]
         try:
-            run.carry_out(streams, cancelled or threading.Event())
+            run.carry_out(streams, cancelled)
             for stream in streams:
                 stream.reader.check()
         except TierError as error:
@@ -177,8 +178,9 @@ class _OriginReader:
         """Announce what will be read first, so that the files of a distant origin come all at once."""
         self._check_size()
         head = min(HEAD_BYTES, self.file.size_bytes) if self.is_weights else self.file.size_bytes
-        with self._named():
-            self.source.expect([(0, head)])
+        if head <= SMALL_ASK_BYTES:
+            with self._named():
+                self.source.expect([(0, head)])
 
     def _check_size(self) -> None:
         size = self.source.size_bytes()

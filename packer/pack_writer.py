@@ -223,9 +223,7 @@ class PackWriter:
         stored[chunk.stored_bytes : chunk.extent_bytes] = ZEROS[: chunk.extent_bytes - chunk.stored_bytes]
         write_all(self._fd, stored[: chunk.extent_bytes], offset)
         # The disk starts on it now, or the sync at the end would wait for the whole pack.
-        _libc.sync_file_range(
-            self._fd, ctypes.c_int64(offset), ctypes.c_int64(chunk.extent_bytes), _SYNC_FILE_RANGE_WRITE
-        )
+        _start_writing(self._fd, offset, chunk.extent_bytes)
         with self._changed:
             self._put(i, chunk)
 
@@ -334,6 +332,13 @@ class PackWriter:
             if chunk.same_as is not None
         )
         return PackSummary(header.file_bytes, host_sizes(index), saved)
+
+
+def _start_writing(fd: int, offset: int, nbytes: int) -> None:
+    """A hint: where it is not known or refused, the sync at the end does all the work."""
+    start = getattr(_libc, "sync_file_range", None)
+    if start is not None:
+        start(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
 class _Fingerprints:

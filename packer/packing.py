@@ -66,7 +66,7 @@ class Pack:
         self._lock = threading.Lock()
         self.resumed_bytes = 0
 
-    def start(self, side_files: Mapping[str, bytes]) -> frozenset[int]:
+    def start(self, side_files: Mapping[str, bytes], cancelled: threading.Event) -> frozenset[int]:
         """Begin the file. Returns the chunks that an earlier attempt had stored; they are in the image."""
         resumed: set[int] = set()
         try:
@@ -74,7 +74,7 @@ class Pack:
             self._writer = self._make(self._log)
             for path in sorted(side_files):
                 self._writer.add_file(path, side_files[path])
-            self._take_over(self._writer, partial, resumed)
+            self._take_over(self._writer, partial, resumed, cancelled)
         except (PackError, OSError) as error:
             # Chunks that were taken over are in the image all the same.
             self._give_up(error)
@@ -91,10 +91,16 @@ class Pack:
         os.ftruncate(self._target.fd, 0)
         return []
 
-    def _take_over(self, writer: PackWriter, partial: Sequence[PartialChunk], resumed: set[int]) -> None:
+    def _take_over(
+        self,
+        writer: PackWriter,
+        partial: Sequence[PartialChunk],
+        resumed: set[int],
+        cancelled: threading.Event,
+    ) -> None:
         spans = self._layout.chunks
         for found in partial:
-            if self._stopped.is_set():
+            if cancelled.is_set():
                 return
             span = spans[found.number]
             if found.chunk.same_as is None:

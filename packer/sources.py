@@ -19,10 +19,15 @@ from contextlib import suppress
 from itertools import chain
 from typing import Protocol
 
+from packer.types import MIB
+
 ASK = struct.Struct("<QQ")
 # Asks on their way: enough that the other side always knows what comes next, and far below what the kernel
 # buffers, so that asking never waits for an answer to be read.
 ASKS_AHEAD = 16
+# Asks up to this size are answered beside the larger ones of other feeds, which wait for one another. So
+# only these may be made of many feeds at once, before any of them is read.
+SMALL_ASK_BYTES = MIB
 
 
 class SourceFailed(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,7 +22,8 @@ from agent.origin import (
     open_origin,
 )
 from agent.packs import HostSegments, PackDirectory
-from packer.sources import ASK, FeedSource, SourceFailed
+from packer.ingest import Ingest
+from packer.sources import ASK, FeedSource, SourceFailed, open_source
 from packer.types import MIB, ModelRef, ModelSpec, OriginFile, Task
 
 REF = ModelRef("acme", "minilm", "0" * 16)
@@ -223,6 +225,23 @@ async def test_controls_store_on_this_machine_is_read_directly(tmp_path: Path) -
     async with open_origin(wanted, patterned, tmp_path / "other") as origin:
         got = await asyncio.to_thread(ask, origin.descriptors["config.json"], 0, 100)
         assert got == pattern("config.json", 0, 100)
+
+
+async def test_many_large_side_files_are_read_in_any_order() -> None:
+    """More than may be on their way at once, the last one first: none waits for one that nobody reads."""
+    files = {f"side-{number}.json": pattern("s", number, 3 * MIB) for number in range(LARGE_ASKS_MAX + 3)}
+
+    async def fetch(_: ModelSpec, path: str, start: int, nbytes: int) -> AsyncIterator[bytes]:
+        yield files[path][start : start + nbytes]
+
+    registered = tuple(
+        OriginFile(path, len(data), hashlib.sha256(data).hexdigest()) for path, data in files.items()
+    )
+    async with open_origin(replace(spec(CONTROL_ORIGIN), files=registered), fetch) as origin:
+        sources = [(file, open_source(origin.descriptors[file.path])) for file in reversed(registered)]
+        load = Ingest(sources, REF, "transformers", Task.EMBEDDING, None)
+        await asyncio.wait_for(asyncio.to_thread(load.open), 60)
+    assert load.side_files == files
 
 
 @pytest.mark.parametrize("fault", ["raises", "short", "long"])
