@@ -117,6 +117,17 @@ class WritePack(msgspec.Struct, frozen=True, tag=True):
     floor_bytes: int = 0
 
 
+class RepairPack(msgspec.Struct, frozen=True, tag=True):
+    """Make bad chunks of a pack again from the origin. Descriptors: the pack to read and write, then one
+    per file. Answered by ``Done`` with the chunks that are still bad."""
+
+    id: int
+    ref: str
+    data_key: bytes
+    chunks: tuple[int, ...]
+    files: tuple[OriginFile, ...]
+
+
 class EvictModel(msgspec.Struct, frozen=True, tag=True):
     """Give the bytes of a model's chunks from ``keep_chunks`` on back. Answered by ``Done`` when they are
     free."""
@@ -150,10 +161,14 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     disk_bytes: int = 0
     host: HostSizes | None = None
     deduplicated_bytes: int = 0
+    bad_chunks: tuple[int, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """An order failed and left things as they were. See ``packer.tiers.TierError`` for the rest."""
+    """An order failed and left things as they were. See ``packer.tiers.TierError`` for the flags.
+
+    With ``chunks`` also the salt of their pack and where their extents (offset, length) lie in it.
+    """
 
     id: int
     message: str
@@ -161,6 +176,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     broken: bool = False
     chunks: tuple[int, ...] = ()
     cancelled: bool = False
+    salt: bytes = b""
+    extents: tuple[tuple[int, int], ...] = ()
 
 
 # --- agent <-> nursery ----------------------------------------------------------------------------
@@ -204,7 +221,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-Order = MoreFds | LoadOrigin | RestorePack | WritePack | EvictModel | CancelMove | Ping
+Order = MoreFds | LoadOrigin | RestorePack | WritePack | RepairPack | EvictModel | CancelMove | Ping
 Reply = Done | Failed
 NurseryOrder = MoreFds | Spawn
 NurseryReply = Ready | Spawned | SpawnFailed | Exited

@@ -27,6 +27,7 @@ from agent.frames import (
     EvictModel,
     Failed,
     LoadOrigin,
+    RepairPack,
     Reply,
     RestorePack,
     Spawn,
@@ -45,13 +46,14 @@ from packer.layout import ImageLayout
 from packer.pack import PackReader
 from packer.pack_writer import PackSummary, PackWriter
 from packer.packing import PackTarget, write_pack
+from packer.repair import repair_chunks
 from packer.sources import open_source
 from packer.tiers import RestoreFacts, TierError, restore
 from packer.types import ModelRef
 
 log = logging.getLogger("bunk.worker")
 
-Move = LoadOrigin | RestorePack | WritePack | EvictModel
+Move = LoadOrigin | RestorePack | WritePack | RepairPack | EvictModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ class Moves:
                 reply(self._restore(order, fds))
             case WritePack():
                 reply(self._pack(order, fds))
+            case RepairPack():
+                reply(self._repair(order, fds))
             case EvictModel():
                 self._evict(parse_wire_ref(order.ref), order.keep_chunks)
                 reply(Done(order.id))
@@ -153,7 +157,7 @@ class Moves:
             finally:
                 self._shelf.let_go(held)
 
-    def _restore(self, order: RestorePack, fds: list[int]) -> Done:
+    def _restore(self, order: RestorePack, fds: list[int]) -> Done | Failed:
         started = time.monotonic()
         ref, first = parse_wire_ref(order.spec.ref), order.first_chunk
         if len(fds) != 1 + order.direct + (order.host_form is not None):
@@ -173,7 +177,15 @@ class Moves:
             # A parked skeleton has the same files already: a version never changes.
             side_files = parked.side_files if parked else {path: reader.file(path) for path, _ in index.files}
             host = HostWriter(fds[-1], index, side_files, order.host_form) if order.host_form else None
-            self._bring_in(Incoming(ref, order.spec, index.layout, side_files, fill), parked, first)
+            try:
+                self._bring_in(Incoming(ref, order.spec, index.layout, side_files, fill), parked, first)
+            except TierError as error:
+                if not error.chunks:
+                    raise
+                bad = [index.chunks[number] for number in error.chunks]
+                extents = tuple((chunk.offset, chunk.extent_bytes) for chunk in bad)
+                message = cut(error.message)
+                return Failed(order.id, message, True, False, error.chunks, False, reader.salt, extents)
         moved_bytes = sum(index.layout.chunk_bytes[first:])
         cached = 2 * facts.direct_bytes < facts.read_bytes if facts.read_bytes else None
         return Done(order.id, _since_ms(started), facts.host_filled, moved_bytes, cached)
@@ -262,6 +274,14 @@ class Moves:
             )
             write_pack(writer, image, held.layout, held.side_files)
         return _packed(order.id, writer.finish())
+
+    def _repair(self, order: RepairPack, fds: list[int]) -> Done:
+        if len(fds) != 1 + len(order.files):
+            raise BadFrame(f"a repair from {len(order.files)} files with {len(fds)} descriptors")
+        sources = {file.path: open_source(fd) for file, fd in zip(order.files, fds[1:], strict=True)}
+        ref = parse_wire_ref(order.ref)
+        left = repair_chunks(fds[0], order.data_key, ref, order.chunks, sources)
+        return Done(order.id, bad_chunks=left)
 
     def _evict(self, ref: ModelRef, keep_chunks: int) -> None:
         with self._shelf.leaving(ref, keep_chunks) as held:

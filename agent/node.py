@@ -26,6 +26,7 @@ from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
 from agent.packs import HostSegments, PackDirectory
 from agent.reports import build_report
+from agent.sharing import Sharing
 from agent.spawning import Nursery
 from agent.uplink import Uplink
 from packer import residency
@@ -108,8 +109,18 @@ class RunningNode:
         )
         self.loop = Loop(residency.Node(), self.orders, monotonic_ms, self._observe, config.data_dir)
         self.orders.post = self.loop.post
-        self.orders.note = self._note
+        self.orders.repairs.note = self._note
         self.orders.disk_budget_bytes = config.disk_budget_bytes
+        self.sharing = Sharing(
+            config,
+            self._identity,
+            self.uplink.sources if self.uplink is not None else None,
+            self._packs,
+            self._journal,
+            wall_ms,
+            lambda kind, ref, detail: self.counters.note(wall_ms(), kind, ref, detail, 1),
+        )
+        self.orders.sources = self.sharing.sources
         self._plan: Plan | None = None
         self._plan_lock = asyncio.Lock()
         self._plan_kept = True
@@ -133,6 +144,7 @@ class RunningNode:
                 await self._journal.call(journal.remove_pack, ref)
             self._packs_found = [row for row in self._packs_found if row.ref != ref]
         await self._nursery.start()
+        self.sharing.start()
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
         self._look_at_devices()
@@ -163,6 +175,7 @@ class RunningNode:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.loop.close()
+        await self.sharing.close()
         await self.orders.close()
         await self._nursery.close()
         await self._flush_once()
@@ -282,6 +295,7 @@ class RunningNode:
     def _apply(self, plan: Plan) -> None:
         was_draining = self.draining
         self._plan = plan
+        self.sharing.planned(plan)
         self._keys = {key.key_id: key for key in plan.keys}
         # Versions that left the plan stay known until the core has let go of them.
         self._specs |= {spec.ref: spec for spec in plan.models}
@@ -357,6 +371,10 @@ class RunningNode:
 
     def report(self) -> Report:
         return build_report(self)
+
+    @property
+    def peer_url(self) -> str:
+        return self.sharing.peer_url
 
     @property
     def device_configs(self) -> tuple[devices.DeviceConfig, ...]:

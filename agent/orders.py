@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from agent.journal_thread import JournalThread as JournalThread
 from agent.origin import ControlFetch, OriginUnavailable, open_origin
 from agent.pack_making import Making, PackMaking
 from agent.packs import HostSegments, PackDirectory
+from agent.peer_fetch import FetchedPack
+from agent.repairs import Repairs
+from agent.sources import Obtained, Sources
 from agent.spawning import Nursery
 from agent.workers import LoadDone, PackCopy, Segment, WorkerDead, WorkerFailure, WorkerHandle
 from packer.events import (
@@ -57,13 +61,9 @@ EVICT_TIMEOUT_S = 30.0
 DROP_RETRY_S = 60.0
 
 
-# The kind of a record, whose model, what happened, how often.
-Note = Callable[[str, ModelRef, str, int], None]
-
-
 class Orders:
     """The node's hands. ``post`` takes the events that are nobody's answer, such as a worker's death;
-    ``note`` what is worth a record and a count though nobody decides by it."""
+    ``repairs`` has a ``note`` for what is worth a record and a count though nobody decides by it."""
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class Orders:
         self.host_form = host_form
         # What the disk tier may hold; partial packs, which the core does not know of, are taken off it.
         self.disk_budget_bytes: int | None = None
+        self.repairs = Repairs(packs, lambda spec: open_origin(spec, fetch, control_store))
         self._making = PackMaking(packs, journal, clock_ms, self._lower_disk_budget)
         self._nursery = nursery
         self._devices = devices
@@ -93,7 +94,8 @@ class Orders:
         self._spec_of = spec_of
         self._clock_ms = clock_ms
         self.post: Callable[[Event], None] = lambda event: None
-        self.note: Note = lambda kind, ref, detail, count: None
+        # Where packs come from; None: origins only.
+        self.sources: Sources | None = None
         self._workers: dict[tuple[str, str], WorkerHandle] = {}
         self._spawning: dict[tuple[str, str], asyncio.Task[WorkerHandle]] = {}
         # What each worker holds, oldest-emptied first: only for choosing which parked worker to close.
@@ -199,8 +201,19 @@ class Orders:
         """A load may have a pack beside it, whose own answer is posted, whatever became of the load."""
         if order.from_tier is not Tier.ORIGIN:
             return await self._restore(order, partial(self._restore_cached, order))
+        obtained = Obtained(None)
+        if order.disk_bytes and self.sources is not None:
+            obtained = await self.sources.obtain(order.ref, order.disk_bytes)
+        if obtained.pack is not None and self.sources is not None:
+            answer = await self._restore_obtained(order, obtained.pack)
+            if not (isinstance(answer, RestoreFailed) and answer.corrupt):
+                return answer
+            self.sources.refuse(order.ref, obtained.pack)
+            await self._drop_pack(order.ref)
         making = await self._begin_pack(order) if order.disk_bytes else None
-        answer = await self._restore(order, partial(self._load, order, making))
+        answer = await self._restore(order, partial(self._load, order, making, obtained))
+        if making is None or not making.loaded:
+            obtained.end(packed=False)
         if making is not None and not making.loaded:
             # What is stored already is worth keeping if another try may help.
             hopeless = isinstance(answer, RestoreFailed) and (answer.broken or answer.corrupt)
@@ -236,7 +249,19 @@ class Orders:
             log.warning("restore of %s from %s: %s", order.ref, order.from_tier.value, private)
             return kept(_public(error), corrupt=missing)
 
-    async def _load(self, order: Restore, making: Making | None, worker: WorkerHandle) -> Event:
+    async def _restore_obtained(self, order: Restore, pack: FetchedPack) -> Event | None:
+        """From the pack that another node gave: it lies in its place already."""
+        answer = await self._restore(order, partial(self._restore_cached, order))
+        if isinstance(answer, Restored):
+            answer = replace(answer, restore_ms=answer.restore_ms + pack.fetch_ms)
+        if not (isinstance(answer, RestoreFailed) and answer.corrupt):
+            host_bytes = pack.host.of(self.host_form)
+            self.post(Packed(order.ref, order.device, pack.disk_bytes, host_bytes, order.pack_order))
+        return answer
+
+    async def _load(
+        self, order: Restore, making: Making | None, obtained: Obtained, worker: WorkerHandle
+    ) -> Event:
         spec = self._spec_of(order.ref)
         async with open_origin(spec, self._fetch, self._control_store) as origin:
             files = making.files(order.disk_bytes) if making is not None else None
@@ -248,7 +273,7 @@ class Orders:
                 raise
         if making is not None:
             making.loaded = True
-            self._keep(self._finish_pack(order, making, worker, done))
+            self._keep(self._finish_pack(order, making, obtained, worker, done))
         return Restored(
             order.ref,
             order.device,
@@ -282,11 +307,25 @@ class Orders:
                 files.callback(os.close, direct)
             copy = PackCopy(pack, key, direct)
             async with self._filling(order) as host:
-                done = await worker.restore(spec, copy, order.first_chunk, host)
+                done = await self._restore_pack(worker, spec, copy, order.first_chunk, host)
                 filled = host is not None and done.host_filled and self._segments.seal(order.ref)
                 if host is not None and not filled:
                     await self._drop_segment(order.ref)
         return restored(done.restore_ms, filled, restored_bytes=done.restored_bytes, cached=done.cached)
+
+    async def _restore_pack(
+        self, worker: WorkerHandle, spec: ModelSpec, copy: PackCopy, first_chunk: int, host: Segment | None
+    ) -> LoadDone:
+        """Chunks that are bad are mended before the pack is given up: other nodes' bytes are tried once."""
+        for from_peers in (True, False):
+            try:
+                return await worker.restore(spec, copy, first_chunk, host)
+            except WorkerFailure as failure:
+                if not failure.chunks:
+                    raise
+                if not await self.repairs.mend(worker, spec, copy.data_key, failure, from_peers):
+                    raise
+        return await worker.restore(spec, copy, first_chunk, host)
 
     @asynccontextmanager
     async def _filling(self, order: Restore) -> AsyncIterator[Segment | None]:
@@ -354,7 +393,7 @@ class Orders:
             return None
 
     async def _finish_pack(
-        self, order: Restore, making: Making, worker: WorkerHandle, load: LoadDone
+        self, order: Restore, making: Making, obtained: Obtained, worker: WorkerHandle, load: LoadDone
     ) -> None:
         try:
             async with self._in_time(worker, MOVE_TIMEOUT_S):
@@ -364,8 +403,10 @@ class Orders:
             # A worker that died in the middle leaves what the next load can go on from.
             await self._making.give_up(making, keep=isinstance(error, WorkerDead))
             log.warning("no pack of %s: %s", order.ref, error)
+            obtained.end(packed=False)
             self._post_pack_failed(order, _public(error))
         else:
+            obtained.end(packed=True)
             self.post(Packed(order.ref, order.device, done.disk_bytes, host_bytes, order.pack_order))
 
     def _post_pack_failed(self, order: Restore, message: str) -> None:

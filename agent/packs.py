@@ -86,6 +86,10 @@ class PackDirectory:
             return os.open(self.path(ref), os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         return None
 
+    def open_to_mend(self, ref: ModelRef) -> int:
+        """A descriptor to read and write; raises ``OSError``."""
+        return os.open(self.path(ref), os.O_RDWR | os.O_CLOEXEC)
+
     def drop(self, ref: ModelRef) -> None:
         with suppress(FileNotFoundError):
             self.path(ref).unlink()

@@ -45,6 +45,7 @@ from agent.frames import (
     Piece,
     Ping,
     Receiver,
+    RepairPack,
     Reply,
     RestorePack,
     Run,
@@ -73,6 +74,7 @@ log = logging.getLogger("bunk.worker")
 ORIGIN_LOADS_MAX = 8
 RESTORES_MAX = 2
 PACKS_MAX = 1
+REPAIRS_MAX = 1
 EVICTIONS_MAX = 8
 # The core bounds what waits on a node (4,096); more than that here is a broken agent.
 RUNS_WAITING_MAX = 8192
@@ -106,6 +108,7 @@ class Worker:
                 (LoadOrigin, ORIGIN_LOADS_MAX),
                 (RestorePack, RESTORES_MAX),
                 (WritePack, PACKS_MAX),
+                (RepairPack, REPAIRS_MAX),
                 (EvictModel, EVICTIONS_MAX),
             )
         }

@@ -44,6 +44,7 @@ from agent.frames import (
     Piece,
     Ping,
     Receiver,
+    RepairPack,
     RestorePack,
     Run,
     ToWorker,
@@ -94,6 +95,9 @@ class WorkerFailure(Exception):
         self.broken = broken
         self.chunks = chunks
         self.cancelled = cancelled
+        # With ``chunks``: of which pack, and where in it.
+        self.salt = b""
+        self.extents: tuple[tuple[int, int], ...] = ()
 
 
 class WorkerDead(Exception):
@@ -281,6 +285,24 @@ class WorkerHandle:
         done = await self._order(number, order, [files.fd])
         return _pack_done(done)
 
+    async def repair(
+        self,
+        spec: ModelSpec,
+        pack_fd: int,
+        data_key: bytes,
+        chunks: Sequence[int],
+        fds: Mapping[str, int],
+    ) -> tuple[int, ...]:
+        """Make chunks of a pack again from its origin; returns those that are still bad.
+
+        Raises ``WorkerFailure`` and ``WorkerDead``.
+        """
+        number = next(self._ids)
+        files = tuple(file for file in spec.files if file.path.endswith(".safetensors"))
+        order = RepairPack(number, str(spec.ref), data_key, tuple(chunks), files)
+        done = await self._order(number, order, [pack_fd, *(fds[file.path] for file in files)])
+        return done.bad_chunks
+
     async def evict(self, ref: ModelRef, keep_chunks: int = 0) -> None:
         """Free the device bytes of the chunks from ``keep_chunks`` on; returns when they are free. Harmless
         when they are not there."""
@@ -348,6 +370,7 @@ class WorkerHandle:
                 if isinstance(reply, Failed):
                     failure = WorkerFailure(reply.message, reply.corrupt, reply.broken)
                     failure.chunks, failure.cancelled = reply.chunks, reply.cancelled
+                    failure.salt, failure.extents = reply.salt, reply.extents
                     future.set_exception(failure)
                 else:
                     future.set_result(reply)

@@ -258,6 +258,26 @@ async def test_a_failed_partial_restore_leaves_what_was_there(worker: WorkerHand
         assert await embed(worker, minilm) == wanted
 
 
+async def test_bad_chunks_are_made_again_from_the_origin(worker: WorkerHandle, minilm: Known) -> None:
+    """Only they, in place; nothing of the pack is used before its tags are right."""
+    async with packed(worker, minilm) as pack:
+        wanted = await embed(worker, minilm)
+        await worker.evict(minilm.ref)
+        whole = os.pread(pack, os.fstat(pack).st_size, 0)
+        for at in (len(whole) // 3, len(whole) // 2):
+            os.pwrite(pack, bytes([whole[at] ^ 0x10]), at)
+        with pytest.raises(WorkerFailure) as failure:
+            await worker.restore(minilm.spec, PackCopy(pack, KEY))
+        bad = failure.value
+        assert len(bad.chunks) == len(bad.extents) == 2
+        assert all(offset % 4096 == 0 and nbytes > 0 for offset, nbytes in bad.extents)
+        with opened(minilm.directory, minilm.spec) as fds:
+            assert await worker.repair(minilm.spec, pack, KEY, bad.chunks, fds) == ()
+        assert os.pread(pack, len(whole) + 1, 0) == whole
+        await worker.restore(minilm.spec, PackCopy(pack, KEY))
+        assert await embed(worker, minilm) == wanted
+
+
 async def test_a_restore_that_nobody_wants_any_more_is_stopped(worker: WorkerHandle, minilm: Known) -> None:
     """A cancel that comes in time ends it and leaves nothing; one for nothing is harmless."""
     await worker.cancel(minilm.ref)
