@@ -93,6 +93,7 @@ class FetchedPack:
     salt: bytes
     host: HostSizes
     peers: tuple[str, ...]  # nodes that gave a part of it, first the one that named the key
+    fetch_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class _Job:
         starts = range(0, described.size, RANGE_BYTES)
         self.ranges = deque((at, min(at + RANGE_BYTES, described.size)) for at in starts)
         self.left_bytes = described.size
-        self.moved_s = time.monotonic()
+        self.began_s = self.moved_s = time.monotonic()
         self.failed = False
 
     def next_range(self) -> tuple[int, int] | None:
@@ -308,9 +309,9 @@ class PeerFetch:
             # Also the way to learn of a full disk before the first byte has come.
             os.posix_fallocate(fd, 0, described.size)
             if self._transfer(job, cancel):
+                os.fsync(fd)
                 fetched = self._examine(ref, job)
                 if fetched is not None:
-                    os.fsync(fd)
                     return fetched
                 self.refuse(ref, tuple(job.gave))
             left = [peer for peer in self._usable(ref, others) if not cancel()]
@@ -472,7 +473,8 @@ class PeerFetch:
         except PackError as error:
             log.error("refused the pack of %s from %s: %s", ref, ", ".join(job.gave), error)
             return None
-        return FetchedPack(described.key, described.size, reader.salt, host, tuple(job.gave))
+        fetch_ms = round((time.monotonic() - job.began_s) * 1000)
+        return FetchedPack(described.key, described.size, reader.salt, host, tuple(job.gave), fetch_ms)
 
     # --- one extent -------------------------------------------------------------------------------
 

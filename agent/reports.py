@@ -39,6 +39,8 @@ class ReportSource(Protocol):
     @property
     def rates(self) -> Rates | None: ...
     @property
+    def peer_url(self) -> str: ...
+    @property
     def device_configs(self) -> tuple[DeviceConfig, ...]: ...
     @property
     def draining(self) -> bool: ...
@@ -64,6 +66,7 @@ def build_report(node: ReportSource) -> Report:
         disk_used_bytes=residency.tier_bytes_used(core, Tier.DISK),
         models=tuple(_model(node, spec) for spec in node.specs),
         tenants=tuple(_tenant(node, tenant) for tenant in node.tenants),
+        peer_url=node.peer_url,
         calibration=_calibration(node),
     )
 
