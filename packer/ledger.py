@@ -17,7 +17,7 @@ from enum import StrEnum
 from packer import estimate
 from packer.estimate import History, Learned
 from packer.events import RefusalReason
-from packer.keep import Reuse
+from packer.intensity import Intensity, Shared
 from packer.proof import Proof
 from packer.quota import Account, InvariantBroken, Tenant
 from packer.types import MIB, ModelRef, ModelSpec, Tier
@@ -130,7 +130,7 @@ class Model:
     not_before_ms: int = 0
     failure: Failure | None = None
     pack_not_before_ms: int = 0
-    reuse: Reuse = field(default_factory=Reuse)
+    reuse: Intensity = field(default_factory=Intensity)
     history: History = field(default_factory=History)
     charged_ms: int = 0
     gains: Gains | None = None  # as last worked out; None: something that it depends on changed
@@ -225,6 +225,8 @@ class Node:
     in_host: dict[ModelRef, Model] = field(default_factory=dict)
     in_disk: dict[ModelRef, Model] = field(default_factory=dict)
     learned: Learned = field(default_factory=Learned)
+    # What uses of all models have in common; see ``intensity``.
+    shared: Shared = field(default_factory=Shared)
     # Counts up when estimates of models that were never restored themselves have moved; see ``room.gains``.
     gains_epoch: int = 0
     probes_ms: dict[Tier, int] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from packer import estimate, keep, queueing, quota, room, upkeep
+from packer import estimate, queueing, quota, room, upkeep
 from packer.events import (
     Action,
     Cancelled,
@@ -37,6 +37,7 @@ from packer.events import (
     TierBudgetSeen,
     WorkerDied,
 )
+from packer.intensity import note_use
 from packer.invariants import check
 from packer.ledger import (
     CopyState,
@@ -182,7 +183,7 @@ def _requested(node: Node, event: Requested, now_ms: int, out: list[Action]) -> 
             return refuse(refusal.reason, refusal.detail, refusal.retry_ms)
     # Only a request that is let in counts against the rate: a refusal costs the node next to nothing.
     tenant.rate.take(now_ms)
-    keep.note_use(model.reuse, now_ms)
+    note_use(model.reuse, node.shared, now_ms)
     if ready:
         queueing.grant(node, event.request, model, Tier.DEVICE, 0, now_ms, out)
     else:

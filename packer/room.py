@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop
 
-from packer import estimate, keep
+from packer import estimate
+from packer.intensity import Ranking
+from packer.keep import keep_index
 from packer.ledger import Copy, CopyState, Gains, Model, Node, State
 from packer.quota import Tenant, may_take
 from packer.types import MIB, Tier
@@ -121,9 +123,10 @@ def watch_estimates(node: Node, tier: Tier, now_ms: int) -> None:
         node.gains_epoch += 1
 
 
-def copy_index(known: Gains, model: Model, tier: Tier, nbytes: int, ranking: keep.Ranking) -> float:
+def copy_index(known: Gains, model: Model, tier: Tier, nbytes: int, ranking: Ranking) -> float:
     """What a copy of ``nbytes`` in the host or disk tier is, or would be, worth."""
-    return ranking.index(model.reuse, known.host_ms if tier is Tier.HOST else known.disk_ms, nbytes)
+    gain_ms = known.host_ms if tier is Tier.HOST else known.disk_ms
+    return keep_index(ranking, model.reuse, gain_ms, nbytes)
 
 
 @dataclass(slots=True)
@@ -160,7 +163,7 @@ def copy_victims(
     if short <= 0 and short_own <= 0:
         return []
     entitled = own.kept_bytes + nbytes + pending_own <= own.reserved_bytes
-    worth = copy_index(gains(node, wanted), wanted, tier, nbytes, keep.Ranking(now_ms))
+    worth = copy_index(gains(node, wanted), wanted, tier, nbytes, Ranking(node.shared, now_ms))
     ranked = _ranked_copies(node, (m for m in node.copies(tier).values() if m is not wanted), tier, now_ms)
     chosen: list[Model] = []
     kept: dict[str, int] = {}
@@ -191,7 +194,7 @@ def _ranked_copies(
     node: Node, models: Iterable[Model], tier: Tier, now_ms: int
 ) -> Iterator[tuple[float, str, Model]]:
     """Copies that may be dropped, least valuable first; put in order only as far as somebody looks."""
-    ranking, gains_of = keep.Ranking(now_ms), Renewal(node).gains
+    ranking, gains_of = Ranking(node.shared, now_ms), Renewal(node).gains
     found: list[tuple[float, str, Model]] = []
     for model in models:
         copy = model.copy(tier)

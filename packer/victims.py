@@ -19,8 +19,10 @@ from heapq import heapify, heappop
 from itertools import accumulate
 from typing import NamedTuple
 
-from packer import keep, room
+from packer import room
 from packer.events import RefusalReason
+from packer.intensity import Ranking
+from packer.keep import keep_index
 from packer.ledger import CopyState, Device, Model, Node, State
 from packer.quota import Tenant, may_take
 from packer.room import Earlier
@@ -95,7 +97,7 @@ def _candidates(
     choice does not wander while its leases end. What is in use comes last, and before it the chunks of
     models that somebody waits for.
     """
-    uses_per_s = keep.Ranking(now_ms).uses_per_s
+    uses_per_ms = Ranking(node.shared, now_ms).uses_per_ms
     condemned, gains_of = node.condemned, room.Renewal(node).gains
     found: list[_Candidate] = []
     for other in node.devices.values() if own_elsewhere else (device,):
@@ -122,7 +124,7 @@ def _candidates(
             if condemned and condemned.get(model.ref) != wanted.ref:
                 rank += 4
             held = model.device_bytes - model.leaving_bytes
-            index = uses_per_s(model.reuse) * gains_of(model).device_ms / (held or 1)
+            index = uses_per_ms(model.reuse) * gains_of(model).device_ms / (held or 1)
             found.append((rank, index, model.name, model, held))
     return _Ranked(found)
 
@@ -314,13 +316,13 @@ def tenant_surplus(node: Node, tenant: Tenant, now_ms: int) -> list[Taking]:
 
 
 def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: int) -> list[_Candidate]:
-    ranking = keep.Ranking(now_ms)
+    ranking = Ranking(node.shared, now_ms)
     found: list[_Candidate] = []
     for device in devices:
         for model in device.models.values():
             if model.idle and (tenant is None or model.tenant is tenant):
                 held = model.device_bytes
-                index = ranking.index(model.reuse, room.gains(node, model).device_ms, held)
+                index = keep_index(ranking, model.reuse, room.gains(node, model).device_ms, held)
                 found.append((0, index, model.name, model, held))
     return found
 

@@ -42,6 +42,8 @@ A, B, C = model("acme/a", 40), model("bolt/b", 40), model("core/c", 40)
 
 # --- restoring ------------------------------------------------------------------------------------
 
+DAY_MS = 86_400_000
+
 
 def test_a_cold_request_is_restored_from_the_origin_and_packed_beside_it() -> None:
     scene = Scene(A)
@@ -423,7 +425,7 @@ def test_after_a_worker_died_packing_beside_a_load_the_next_load_goes_without() 
 def test_a_load_without_room_for_its_pack_makes_some_and_packs_afterwards() -> None:
     scene = Scene(A, B, disk_mib=45)
     scene.warm(A)
-    actions = scene.later(3_600_000).ask(B)
+    actions = scene.later(DAY_MS).ask(B)
     drop, restore = the(actions, Drop), the(actions, Restore)
     assert (drop.ref, restore.disk_bytes) == (A.ref, 0)
     scene.feed(Dropped(A.ref, Tier.DISK, drop.order))
@@ -436,7 +438,7 @@ def test_a_load_without_room_for_its_pack_makes_some_and_packs_afterwards() -> N
 def test_a_less_valuable_pack_makes_room_for_a_new_one() -> None:
     scene = Scene(A, B, disk_mib=45)
     scene.warm(A)
-    actions = scene.later(3_600_000).ask(B)
+    actions = scene.later(DAY_MS).ask(B)
     drop = the(actions, Drop)
     assert drop.ref == A.ref
     assert not of(scene.restored(the(actions, Restore)), Pack), "the old one is not gone yet"
