@@ -121,6 +121,7 @@ class RunningNode:
             lambda kind, ref, detail: self.counters.note(wall_ms(), kind, ref, detail, 1),
         )
         self.orders.sources = self.sharing.sources
+        self.orders.repairs.fetch_extent = self.sharing.sources.fetch_extent
         self._plan: Plan | None = None
         self._plan_lock = asyncio.Lock()
         self._plan_kept = True
