@@ -1,0 +1,379 @@
+"""Orders on real workers, real files and a real journal: through every tier, and through every accident.
+
+Covers: a load with its pack beside, interrupted loads that go on, chunks that go bad, parts that leave and
+come back, and what stays behind. Does not cover: which orders are given (``test_residency``) or a worker by
+itself (``test_worker_moves``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from make_models import make_llama
+from running_workers import DEVICE, PATIENCE_S, Known, known
+from tiny_models import copy_minilm
+
+from agent.facade import EngineRequest
+from agent.journal import open_journal
+from agent.journal_thread import JournalThread
+from agent.orders import Orders
+from agent.packs import HostSegments, PackDirectory
+from agent.spawning import Nursery
+from packer.events import (
+    Drop,
+    Event,
+    Evict,
+    Evicted,
+    Packed,
+    PackFailed,
+    Restore,
+    Restored,
+    RestoreFailed,
+    TierBudgetSeen,
+    WorkerDied,
+)
+from packer.types import GIB, MIB, HostForm, ModelRef, ModelSpec, Task, Tier
+
+pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
+
+BUDGET_BYTES = GIB
+
+
+@dataclass
+class Hands:
+    """Orders, what they posted and what they noted."""
+
+    orders: Orders
+    packs: PackDirectory
+    segments: HostSegments
+    specs: dict[ModelRef, ModelSpec]
+    posted: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    notes: list[tuple[str, int]] = field(default_factory=list)
+
+    async def next(self, kind: type[Event]) -> Event:  # type: ignore[valid-type]
+        """The next posted event of this kind."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not isinstance(event := await self.posted.get(), kind):
+                pass
+        return event
+
+    async def restore(self, model: Known, tier: Tier, **more: int) -> Event | None:
+        return await self.orders.restore(Restore(model.ref, DEVICE.device, tier, order=1, **more))
+
+    async def load(self, model: Known) -> Packed:
+        """From the origin, with a pack beside it."""
+        restored = await self.restore(model, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
+        assert isinstance(restored, Restored), restored
+        packed = await self.next(Packed | PackFailed)  # type: ignore[arg-type]
+        assert isinstance(packed, Packed), packed
+        assert packed.order == 7
+        return packed
+
+    async def evict(self, model: Known, keep_chunks: int = 0) -> None:
+        assert await self.orders.evict(Evict(model.ref, DEVICE.device, keep_chunks, 2)) == Evicted(
+            model.ref, DEVICE.device, 2
+        )
+
+    async def answer(self, model: Known) -> bytes:
+        op = "embed" if model.spec.task is Task.EMBEDDING else "generate"
+        fields = {"inputs": ["hello"]} if op == "embed" else {"prompt": "hello", "temperature": 0}
+        request = EngineRequest(op, fields)  # type: ignore[arg-type]
+        frames = [frame async for frame in self.orders.run(model.ref, DEVICE.device, request)]
+        return frames[0].body + "".join(str(frame.header.get("delta", "")) for frame in frames).encode()
+
+    def pids(self) -> list[int]:
+        return self.orders.worker_pids()[DEVICE.device]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def nursery() -> AsyncIterator[Nursery]:
+    nursery = Nursery(threads=1)
+    await nursery.start()
+    try:
+        yield nursery
+    finally:
+        await nursery.close()
+
+
+async def open_hands(nursery: Nursery, folder: Path) -> Hands:
+    async def fetch(spec: ModelSpec, path: str, start: int, nbytes: int) -> AsyncIterator[bytes]:
+        raise AssertionError("control must not be asked")
+        yield b""
+
+    specs: dict[ModelRef, ModelSpec] = {}
+    packs, segments = PackDirectory(folder / "packs"), HostSegments()
+    journal = JournalThread(open_journal(folder))
+    orders = Orders(
+        nursery,
+        {DEVICE.device: DEVICE},
+        packs,
+        segments,
+        journal,
+        fetch,
+        lambda ref: specs[ref],
+        lambda: 0,
+        host_form=HostForm.WIRE,
+    )
+    hands = Hands(orders, packs, segments, specs)
+    orders.post = hands.posted.put_nowait
+    orders.repairs.note = lambda kind, ref, detail, count: hands.notes.append((kind, count))
+    orders.disk_budget_bytes = BUDGET_BYTES
+    return hands
+
+
+async def close_hands(hands: Hands) -> None:
+    await hands.orders.close()
+    hands.segments.close()
+    hands.orders._journal.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def hands(nursery: Nursery, tmp_path: Path) -> AsyncIterator[Hands]:
+    hands = await open_hands(nursery, tmp_path)
+    yield hands
+    await close_hands(hands)
+
+
+@pytest.fixture
+def minilm(tmp_path: Path) -> Known:
+    return known(copy_minilm(tmp_path / "minilm"), "minilm", Task.EMBEDDING)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Known:
+    """Several chunks in a few megabytes."""
+    directory = make_llama(tmp_path / "llama", 2, hidden=256, layers=2, heads=4)
+    return known(directory, "llama", Task.GENERATION)
+
+
+def plan(hands: Hands, *models: Known) -> None:
+    for model in models:
+        hands.specs[model.ref] = model.spec
+
+
+def flip(hands: Hands, model: Known, *shares: float) -> bytes:
+    """Turn a bit at each share of the pack's length; returns the pack as it was."""
+    path = hands.packs.path(model.ref)
+    whole = path.read_bytes()
+    with path.open("r+b") as file:
+        for share in shares:
+            at = int(len(whole) * share)
+            file.seek(at)
+            file.write(bytes([whole[at] ^ 1]))
+    return whole
+
+
+async def test_a_model_lives_through_every_tier(hands: Hands, minilm: Known) -> None:
+    plan(hands, minilm)
+    packed = await hands.load(minilm)
+    wanted = await hands.answer(minilm)
+    assert hands.packs.path(minilm.ref).stat().st_size == packed.disk_bytes
+    await hands.evict(minilm)
+    restored = await hands.restore(minilm, Tier.DISK, host_bytes=packed.host_bytes)
+    assert isinstance(restored, Restored)
+    assert restored.host_filled, "the form's size is exact, so the segment could be filled"
+    assert hands.segments.allocated_bytes() == packed.host_bytes
+    assert await hands.answer(minilm) == wanted
+    await hands.evict(minilm, 3)
+    restored = await hands.restore(minilm, Tier.HOST, first_chunk=3)
+    assert isinstance(restored, Restored)
+    assert restored.restored_bytes == sum(minilm.spec.chunk_bytes[3:])
+    assert await hands.answer(minilm) == wanted
+    await hands.orders.drop(Drop(minilm.ref, Tier.HOST, 3))
+    assert hands.segments.allocated_bytes() == 0
+    await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4))
+    assert not list(hands.packs.path(minilm.ref).parent.iterdir())
+
+
+@pytest.mark.parametrize("source", ["origin", "peer", "lying peer"])
+async def test_bad_chunks_are_mended_and_never_served(hands: Hands, minilm: Known, source: str) -> None:
+    """From the origin, or from a peer when there is no origin; a peer's lie costs another try."""
+    plan(hands, minilm)
+    await hands.load(minilm)
+    wanted = await hands.answer(minilm)
+    await hands.evict(minilm)
+    whole = flip(hands, minilm, 0.4, 0.6)
+    asked: list[int] = []
+
+    async def fetch_extent(ref: ModelRef, salt: bytes, offset: int, nbytes: int) -> bytes | None:
+        assert (ref, len(salt) > 0) == (minilm.ref, True)
+        asked.append(offset)
+        return bytes(nbytes) if source == "lying peer" else whole[offset : offset + nbytes]
+
+    if source != "origin":
+        hands.orders.repairs.fetch_extent = fetch_extent
+    if source == "peer":
+        shutil.rmtree(minilm.directory)
+    assert isinstance(await hands.restore(minilm, Tier.DISK), Restored)
+    assert await hands.answer(minilm) == wanted
+    assert hands.packs.path(minilm.ref).read_bytes() == whole
+    once = [("chunk_corrupt", 2), ("chunk_repaired", 2)]
+    assert hands.notes == (once * 2 if source == "lying peer" else once)
+    assert len(asked) == (0 if source == "origin" else 2)
+
+
+async def test_what_can_not_be_mended_is_corrupt(hands: Hands, minilm: Known) -> None:
+    """The origin is gone and nobody else has it: the copy must go, and nothing of it is served."""
+    plan(hands, minilm)
+    await hands.load(minilm)
+    await hands.evict(minilm)
+    flip(hands, minilm, 0.5)
+    shutil.rmtree(minilm.directory)
+    failed = await hands.restore(minilm, Tier.DISK)
+    assert isinstance(failed, RestoreFailed)
+    assert failed.corrupt
+    assert hands.notes == [("chunk_corrupt", 1)]
+
+
+async def test_a_mended_part_comes_back_to_the_part_that_stayed(hands: Hands, minilm: Known) -> None:
+    plan(hands, minilm)
+    await hands.load(minilm)
+    wanted = await hands.answer(minilm)
+    await hands.evict(minilm, 4)
+    flip(hands, minilm, 0.7)
+    restored = await hands.restore(minilm, Tier.DISK, first_chunk=4)
+    assert isinstance(restored, Restored)
+    assert restored.restored_bytes == sum(minilm.spec.chunk_bytes[4:])
+    assert await hands.answer(minilm) == wanted
+
+
+async def test_an_interrupted_load_goes_on_after_a_restart(
+    nursery: Nursery, tmp_path: Path, minilm: Known
+) -> None:
+    """The origin lost half of a file: what was packed stays, counted against the tier, for the next load."""
+    weights = minilm.directory / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    hands = await open_hands(nursery, tmp_path)
+    plan(hands, minilm)
+    failed = await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
+    assert isinstance(failed, RestoreFailed)
+    assert not failed.corrupt
+    lowered = await hands.next(TierBudgetSeen)
+    while isinstance(lowered, TierBudgetSeen) and lowered.budget_bytes == BUDGET_BYTES:
+        lowered = await hands.next(TierBudgetSeen)
+    assert isinstance(lowered, TierBudgetSeen)
+    kept_bytes = hands.packs.partial_bytes(minilm.ref)
+    assert kept_bytes
+    assert lowered.budget_bytes == BUDGET_BYTES - kept_bytes
+    assert isinstance(await hands.next(PackFailed), PackFailed)
+    await close_hands(hands)
+
+    weights.write_bytes(whole)
+    hands = await open_hands(nursery, tmp_path)
+    plan(hands, minilm)
+    unfinished = await hands.orders.start()
+    assert unfinished == {minilm.ref}
+    assert hands.packs.sweep([], unfinished) == []
+    assert await hands.next(TierBudgetSeen) == lowered
+    await hands.load(minilm)
+    wanted = await hands.answer(minilm)
+    assert hands.packs.partial_bytes(minilm.ref) is None
+    await hands.evict(minilm)
+    assert isinstance(await hands.restore(minilm, Tier.DISK), Restored)
+    assert await hands.answer(minilm) == wanted
+    await close_hands(hands)
+
+
+async def test_a_version_that_left_the_plan_leaves_no_partial_pack(hands: Hands, minilm: Known) -> None:
+    weights = minilm.directory / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    plan(hands, minilm)
+    await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
+    assert hands.packs.partial_bytes(minilm.ref)
+    await hands.orders.keep_only(frozenset())
+    assert not list(hands.packs.path(minilm.ref).parent.iterdir())
+    assert hands.orders._journal.journal.partial_packs() == []
+
+
+async def test_a_disk_without_room_costs_the_pack_and_not_the_load(hands: Hands, minilm: Known) -> None:
+    """Said with a reason, in an event that is recorded; the model serves."""
+    plan(hands, minilm)
+    restored = await hands.restore(minilm, Tier.ORIGIN, disk_bytes=16 * MIB, pack_order=7)
+    assert isinstance(restored, Restored)
+    failed = await hands.next(PackFailed)
+    assert isinstance(failed, PackFailed)
+    assert "16777216 bytes" in failed.message
+    assert await hands.answer(minilm)
+    assert not list(hands.packs.path(minilm.ref).parent.iterdir())
+    free_bytes = hands.packs.free_bytes()
+    restored = await hands.restore(
+        replace_ref(hands, minilm), Tier.ORIGIN, disk_bytes=2 * free_bytes, pack_order=8
+    )
+    assert isinstance(restored, Restored)
+    failed = await hands.next(PackFailed)
+    assert isinstance(failed, PackFailed)
+    assert "free above its floor" in failed.message
+
+
+def replace_ref(hands: Hands, model: Known) -> Known:
+    other = Known(model.directory, replace(model.spec, ref=replace(model.ref, name="other")))
+    plan(hands, other)
+    return other
+
+
+async def test_many_swaps_with_failures_leave_everything_as_it_was(hands: Hands, llama: Known) -> None:
+    """Swaps through host and disk, bad chunks and killed workers among them: memory, descriptors and threads
+    are back to where they were, here and in the worker."""
+    other = replace_ref(hands, llama)
+    plan(hands, llama)
+    packed = {model.ref: await hands.load(model) for model in (llama, other)}
+    wanted = await hands.answer(llama)
+    before = await rounds(hands, (llama, other), packed, wanted, 20)
+    after = await rounds(hands, (llama, other), packed, wanted, 80)
+    assert after.agent_fds == before.agent_fds
+    assert after.worker_fds == before.worker_fds
+    assert after.worker_threads <= before.worker_threads
+    assert after.worker_rss_bytes <= before.worker_rss_bytes + 8 * MIB
+    assert after.segment_bytes == before.segment_bytes == 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    agent_fds: int
+    worker_fds: int
+    worker_threads: int
+    worker_rss_bytes: int
+    segment_bytes: int
+
+
+async def rounds(
+    hands: Hands, models: tuple[Known, ...], packed: dict[ModelRef, Packed], wanted: bytes, count: int
+) -> Sizes:
+    for turn in range(count):
+        model = models[turn % len(models)]
+        await hands.evict(model)
+        if turn % 40 == 30:
+            for other in models:
+                await hands.evict(other)
+            os.kill(hands.pids()[0], 9)
+            await hands.next(WorkerDied)
+            for other in models:
+                if other is not model:
+                    assert isinstance(await hands.restore(other, Tier.DISK), Restored)
+        if turn % 10 == 5:
+            flip(hands, model, 0.5)
+        host_bytes = packed[model.ref].host_bytes
+        assert isinstance(await hands.restore(model, Tier.DISK, host_bytes=host_bytes), Restored)
+        await hands.evict(model, 1)
+        assert isinstance(await hands.restore(model, Tier.HOST, first_chunk=1), Restored)
+        assert await hands.answer(model) == wanted
+        await hands.orders.drop(Drop(model.ref, Tier.HOST, 3))
+    (pid,) = hands.pids()
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
+    )
+    return Sizes(
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir(f"/proc/{pid}/fd")),
+        int(status["Threads"]),
+        int(status["VmRSS"].split()[0]) * 1024,
+        hands.segments.allocated_bytes(),
+    )
