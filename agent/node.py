@@ -235,7 +235,9 @@ class RunningNode:
             if self._foreign.get(name) != state:
                 self._foreign[name] = state
                 budget_bytes = max(0, device.budget_bytes - state.foreign_bytes)
-                self.loop.post(DeviceSeen(name, budget_bytes, state.healthy))
+                # An image on a GPU is one buffer, so there memory comes back for whole models only.
+                partial = device.kind == "cpu"
+                self.loop.post(DeviceSeen(name, budget_bytes, state.healthy, partial))
 
     async def _watch_devices(self) -> None:
         while True:

@@ -52,6 +52,8 @@ class DeviceSeen:
     device: str
     budget_bytes: int
     healthy: bool = True
+    # Can memory be given back chunk by chunk? False: a model leaves it whole.
+    partial: bool = True
 
 
 @dataclass(frozen=True, slots=True)

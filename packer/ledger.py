@@ -76,6 +76,7 @@ class Device:
     account: Account = field(default_factory=Account)
     models: dict[ModelRef, Model] = field(default_factory=dict)
     claim: Claim | None = None
+    partial: bool = True  # can give memory back chunk by chunk
 
 
 @dataclass(slots=True, eq=False)

@@ -473,7 +473,7 @@ def _device_seen(node: Node, event: DeviceSeen) -> None:
     device = node.devices.get(event.device)
     if device is None:
         device = node.devices[event.device] = Device(event.device, event.healthy)
-    device.healthy = event.healthy
+    device.healthy, device.partial = event.healthy, event.partial
     device.account.set_limit(max(event.budget_bytes, 0))
     _capacity_changed(node)
 

@@ -237,7 +237,10 @@ def _spare(node: Node, chosen: list[_Helps], surplus: int, surplus_own: int) -> 
 def _cut(node: Node, model: Model, held_bytes: int, spare_bytes: int) -> Taking:
     """Evict all of a model but as many of its first chunks as fit into ``spare_bytes``."""
     chunks = model.spec.chunk_bytes
+    device = model.device
     if not chunks or spare_bytes < chunks[0] or not node.partial or not model.idle or not _has_copy(model):
+        return Taking(model, held_bytes)
+    if device is None or not device.partial:
         return Taking(model, held_bytes)
     # One chunk at least goes, or it would not be a victim.
     ends = list(accumulate(chunks[: model.resident_chunks - 1]))

@@ -269,6 +269,15 @@ def test_a_smaller_budget_takes_only_what_is_too_much() -> None:
     assert (evict.ref, evict.keep_chunks) == (A.ref, 0)
 
 
+def test_a_device_that_gives_back_whole_models_only_is_asked_for_nothing_else() -> None:
+    scene = Scene(A, B)
+    scene.feed(DeviceSeen("cpu:0", 100 * MIB, partial=False))
+    scene.warm(A)
+    scene.later(1_000).warm(B)
+    evict = the(scene.feed(DeviceSeen("cpu:0", 71 * MIB, partial=False)), Evict)
+    assert (evict.ref, evict.keep_chunks) == (A.ref, 0)
+
+
 def test_a_sick_device_keeps_no_chunk() -> None:
     scene, actions = cut(25)
     scene.evicted(the(actions, Evict))
