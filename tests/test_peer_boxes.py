@@ -1,0 +1,178 @@
+"""Two real agents and control: packs go from node to node, the origin is read once.
+
+Covers: a second node served without the origin, bad copies of peers, control away, a deleted node's
+certificate. Does not cover: the protocol (``test_peers``, ``attacks/test_peers``) or who waits for whom
+(``test_sources``, ``test_cluster``).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import pytest
+from make_models import make_gpt2
+from real_box import PATIENCE_S, Box, Process, free_port, running_box
+from running_peers import dial, exchange, get
+
+from agent.identity import Identity
+from packer.pack import read_header
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+
+MODELS = ("plain", "index", "chunk", "away")
+
+
+@dataclass(slots=True)
+class Pair:
+    """A box with control and its node ``box``, and a second node beside it."""
+
+    box: Box
+    second: Process
+    port: int
+    peer_url: str  # where ``box`` gives packs
+
+    @property
+    def folder(self) -> Path:
+        return self.box.folder
+
+    def pack(self, node: str, model: str) -> Path:
+        found = list((self.folder / node / "packs" / "acme").glob(f"{model}@*.pack"))
+        assert len(found) == 1, f"{node} has {found} of {model}"
+        return found[0]
+
+    def answer(self, model: str, *, second: bool = False) -> tuple[str, str]:
+        """(text, tier) of a completion at one of the nodes, which must succeed."""
+        url = f"http://127.0.0.1:{self.port}" if second else self.box.gateway_url
+        got = httpx2.post(
+            f"{url}/v1/completions",
+            headers={"Authorization": f"Bearer {self.box.keys['acme']}"},
+            json={"model": f"acme/{model}", "prompt": "the bunk", "max_tokens": 8, "temperature": 0},
+            timeout=PATIENCE_S,
+        )
+        assert got.status_code == 200, got.text
+        return got.json()["choices"][0]["text"], got.headers["x-bunkhouse-tier"]
+
+    def load_first(self, model: str) -> str:
+        """Have ``box`` load a model; returns its answer once control knows of the complete pack."""
+        text, tier = self.answer(model)
+        assert tier == "origin"
+        operator = self.box.operator()
+        while True:
+            packs = list((self.folder / "agent" / "packs" / "acme").glob(f"{model}@*.pack"))
+            # While it is being made, what is reported is the room kept for it.
+            sizes = [
+                item.disk_bytes
+                for item in operator.ps().items
+                if item.node == "box" and f"/{model}@" in item.ref
+            ]
+            if packs and sizes == [packs[0].stat().st_size]:
+                return text
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("pair")
+    with running_box(folder, more=("--control-store", str(folder / "control" / "models"))) as box:
+        box.add_tenant("acme")
+        for seed, name in enumerate(MODELS):
+            model = make_gpt2(folder / f"model-{name}", seed, hidden=256, layers=4, heads=4)
+            box.tenant("acme").push(f"acme/{name}", model)
+        box.wait_planned(len(MODELS))
+        assert box.agent is not None
+        found = next(line for line in box.agent.whole_log().splitlines() if "packs for other nodes" in line)
+        token_file = folder / "second.token"
+        token_file.write_text(box.operator().create_node_token(name="second").token)
+        port = free_port()
+        words = ["run", "--data-dir", str(folder / "second"), "--control", box.node_url, "--name", "second"]
+        words += ["--join-token-file", str(token_file), "--host-bytes", "64MiB", "--disk-bytes", "1GiB"]
+        words += ["--control-store", str(folder / "control" / "models")]
+        words += ["--listen", f"127.0.0.1:{port}", "--device", "cpu:96MiB", "--calibrate", "off"]
+        second = Process("agent", *words)
+        try:
+            second.wait_for(rf"plan \d+\.\d+: \d+ tenants, {len(MODELS)} versions")
+            yield Pair(box, second, port, found.rpartition(" ")[2])
+        finally:
+            second.stop()
+
+
+def test_a_second_node_is_served_from_the_first_without_the_origin(pair: Pair) -> None:
+    """The origin's files are away while the second node loads: not one byte of them can have been read."""
+    text = pair.load_first("plain")
+    origin = pair.folder / "control" / "models" / "acme" / "plain"
+    origin.rename(pair.folder / "kept-away")
+    try:
+        assert pair.answer("plain", second=True) == (text, "origin")
+    finally:
+        (pair.folder / "kept-away").rename(origin)
+    taken = pair.second.wait_for(r"pack of acme/plain@\S+: (\d+) bytes from box")
+    copy = pair.pack("second", "plain").read_bytes()
+    assert len(copy) == int(taken[1])
+    assert copy == pair.pack("agent", "plain").read_bytes()
+    details = [item.detail for item in pair.box.operator().events(limit=1000).items]
+    while not any("its key to node second" in detail for detail in details):
+        details = [item.detail for item in pair.box.operator().events(limit=1000).items]
+
+
+def test_a_copy_with_a_bad_index_is_refused_and_the_origin_read(pair: Pair) -> None:
+    text = pair.load_first("index")
+    pack = pair.pack("agent", "index")
+    with pack.open("r+b") as file:
+        at = read_header(file.fileno()).index_offset + 20
+        byte = os.pread(file.fileno(), 1, at)[0]
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
+    assert pair.answer("index", second=True) == (text, "origin")
+    pair.second.wait_for(r"refused the pack of acme/index@\S+ from box")
+
+
+def test_a_bad_chunk_of_a_peers_copy_never_serves(pair: Pair) -> None:
+    """It is found in the restore; what is served in the end is the same, made good from the origin."""
+    text = pair.load_first("chunk")
+    pack = pair.pack("agent", "chunk")
+    good = pack.read_bytes()
+    with pack.open("r+b") as file:
+        at = len(good) // 2
+        os.pwrite(file.fileno(), bytes([good[at] ^ 1]), at)
+    assert pair.answer("chunk", second=True) == (text, "origin")
+    pair.second.wait_for(r"pack of acme/chunk@\S+: \d+ bytes from box")
+    assert pair.pack("second", "chunk").read_bytes()[at] != good[at] ^ 1
+
+
+def test_with_control_away_the_origin_is_read(pair: Pair) -> None:
+    text = pair.load_first("away")
+    assert pair.box.control is not None
+    pair.box.control.kill()
+    pair.second.wait_for("control is away")
+    assert pair.answer("away", second=True) == (text, "origin")
+    pair.second.wait_for(r"pack of acme/away@\S+: control \S.*; reading the origin")
+    pair.box.start_control()
+    pair.second.wait_for("connected to control")
+
+
+def test_a_deleted_node_is_refused_at_once(pair: Pair) -> None:
+    """Its certificate is good for hours; the other nodes' next plan, which comes at once, is without it."""
+    assert pair.box.agent is not None
+    stolen = pair.folder / "stolen-identity"
+    shutil.copytree(pair.folder / "second" / "identity", stolen)
+    name, _, version = pair.pack("agent", "plain").name.removesuffix(".pack").partition("@")
+    request = get(f"/peer/v1/packs/acme/{name}/{version}/key")
+    peer_port = int(pair.peer_url.rpartition(":")[2])
+    context = Identity(stolen).peer_context(server=False)
+    with dial(peer_port, context) as tls:
+        answer = exchange(tls, request)
+        assert answer is not None
+        assert answer.status == 200
+    pair.box.agent.wait_for("connected to control")
+    plan = rf"plan \d+\.\d+: \d+ tenants, {len(MODELS)} versions"
+    pair.box.agent.wait_for(plan)
+    pair.box.operator().delete_node("second")
+    pair.second.wait_for("control deleted this node")
+    pair.box.agent.wait_for(plan)
+    with dial(peer_port, context) as tls:
+        answer = exchange(tls, request)
+        assert answer is not None
+        assert (answer.status, answer.body) == (403, b"")
