@@ -251,6 +251,7 @@ class Orders:
 
     async def _restore_obtained(self, order: Restore, pack: FetchedPack) -> Event | None:
         """From the pack that another node gave: it lies in its place already."""
+        await self._making.forget(lambda ref: ref != order.ref)
         answer = await self._restore(order, partial(self._restore_cached, order))
         if isinstance(answer, Restored):
             answer = replace(answer, restore_ms=answer.restore_ms + pack.fetch_ms)

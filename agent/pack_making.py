@@ -118,10 +118,13 @@ class PackMaking:
                 await self._remove(oldest)
         else:
             await self._remove(ref)
+            # Also the file that was published, if only the journal failed: nobody can open it.
+            with suppress(OSError):
+                await asyncio.to_thread(self._packs.drop, ref)
         self._tell()
 
     async def forget(self, kept: Callable[[ModelRef], bool]) -> None:
-        """Remove the partial packs of versions that are not wanted any more."""
+        """Remove the partial packs that are not wanted any more."""
         gone = [ref for ref in self._partial_bytes if not kept(ref)]
         for ref in gone:
             await self._remove(ref)
@@ -130,10 +133,8 @@ class PackMaking:
 
     async def _remove(self, ref: ModelRef) -> None:
         self._partial_bytes.pop(ref, None)
-        # Also the file that was published, if only the journal failed: nobody can open it.
-        for remove in (self._packs.abandon, self._packs.drop):
-            with suppress(OSError):
-                await asyncio.to_thread(remove, ref)
+        with suppress(OSError):
+            await asyncio.to_thread(self._packs.abandon, ref)
         with suppress(JournalFailed):  # the key of nothing; the next start forgets it
             await self._journal.call(self._journal.journal.forget_partial, ref)
 
