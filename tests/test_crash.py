@@ -58,6 +58,14 @@ def answer(box: Box) -> tuple[str, str]:
     return got.json()["choices"][0]["text"], got.headers["x-bunkhouse-tier"]
 
 
+def wait_packed(box: Box) -> None:
+    """Until the first pack counts. It is written beside serving, and its file has its name a moment before
+    the journal has its key; the event, which reaches control, comes after both."""
+    while not any(item.kind == "packed" for item in box.operator().events(limit=1000).items):
+        assert box.agent is not None
+        assert box.agent.handle.poll() is None, "the agent ended before its pack"
+
+
 def wait_gone(pidfds: list[int]) -> None:
     """Until the processes behind these descriptors have ended; a pidfd becomes readable then."""
     for pidfd in pidfds:
@@ -72,10 +80,7 @@ def test_a_killed_agent_finds_its_packs_rejoins_and_serves(box: Box) -> None:
     before, tier = answer(box)
     assert tier == "origin"
     assert box.agent is not None
-    kept = Path(box.folder / "agent" / "packs" / "acme")
-    while not list(kept.glob("gen0@*.pack")):
-        # The pack is written beside serving; the events say when, and control has them.
-        box.operator().events(limit=100)
+    wait_packed(box)
     pids = box.worker_pids()
     assert pids
     pidfds = [os.pidfd_open(pid) for pid in pids]
