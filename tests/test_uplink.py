@@ -1,8 +1,8 @@
 """The node's line to control, against the real control app over real TLS sockets.
 
 Covers: joining, plans arriving, records delivered once, the token file's end, a deleted node, what a
-stranger's token leads to. Does not cover: control being away (``test_crash``) or hostile control
-servers (``attacks/test_join``).
+stranger's token leads to, a certificate of an earlier release, and asking where packs are. Does not cover:
+control being away (``test_crash``) or hostile control servers (``attacks/test_join``).
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography import x509
 from running_control import PATIENCE_S, Running, empty_report, model_files, running
 
-from agent.identity import BadIdentity, Identity
+from agent.identity import BadIdentity, Identity, may_serve
+from agent.sources import ControlAway
 from agent.uplink import NodeDeleted, Uplink
-from packer.wire import Plan, Record, Report
+from control.authority import Authority
+from packer.types import ModelRef
+from packer.wire import OriginTurn, Plan, Record, Report
 
 
 @dataclass(slots=True)
@@ -151,5 +156,61 @@ async def test_a_file_of_controls_store_is_streamed(tmp_path: Path) -> None:
         for path, data in files.items():
             got = b"".join([piece async for piece in uplink.fetch(plan.models[0], path)])
             assert got == data
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_certificate_that_is_for_clients_only_is_renewed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node of an earlier release can give packs without joining anew. Control that issues none but such
+    is asked once, not for ever."""
+    sign = Authority._sign
+
+    def for_clients(
+        self: Authority, key: object, name: str, names: Any, usages: Any, life: Any
+    ) -> x509.Certificate:
+        return sign(self, key, name, names, usages[:1], life)
+
+    async with running(tmp_path / "control") as control:
+        owner = Owner()
+        uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
+        with monkeypatch.context() as earlier:
+            earlier.setattr(Authority, "_sign", for_clients)
+            task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
+            await owner.until_versions(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            identity = Identity(tmp_path / "identity")
+            assert identity.renew_due()
+            assert identity.answer is not None
+            identity.save(identity.answer)
+            assert not identity.renew_due()
+        again = make_uplink(control, tmp_path, owner, None)
+        renewed = asyncio.Event()
+        again._identity.on_saved = renewed.set
+        task = asyncio.create_task(again.run("http://127.0.0.1:9"))
+        async with asyncio.timeout(PATIENCE_S):
+            await renewed.wait()
+        assert may_serve(again._identity._leaf())
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_control_says_where_packs_are_or_is_away(tmp_path: Path) -> None:
+    async with running(tmp_path / "control") as control:
+        owner = Owner()
+        uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
+        ref = ModelRef("acme", "tiny", "0" * 16)
+        with pytest.raises(ControlAway, match="is away"):
+            await uplink.sources(ref, 0)
+        task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
+        await control.tenant("acme")
+        await control.push("acme", "tiny", model_files())
+        plan = await owner.until_versions(1)
+        answer = await uplink.sources(plan.models[0].ref, 0)
+        assert (answer.origin, answer.peers) == (OriginTurn.GRANTED, ())
+        with pytest.raises(ControlAway, match="410"):
+            await uplink.sources(ref, 0)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
