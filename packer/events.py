@@ -234,7 +234,8 @@ class Restore:
 
     ``first_chunk`` > 0 (never from the origin): the chunks before it are there, left by an ``Evict`` that
     kept them. 0: all chunks are brought; if some are there, they are given up first.
-    ``host_bytes`` > 0: also fill a host segment of at most that size on the way (disk only).
+    ``host_bytes`` > 0: also fill a host segment of at most that size on the way (disk only). It gets all
+    chunks: those before ``first_chunk`` are read for it alone.
     ``disk_bytes`` > 0: also write a pack of at most that size beside the load (origin only).
     Answered by ``Restored``, ``RestoreFailed`` or ``WorkerDied``; with ``disk_bytes`` also, before or
     after it, by exactly one ``Packed`` or ``PackFailed`` that carries ``pack_order``, even when the load

@@ -104,7 +104,8 @@ class Model:
     eviction takes chunks from the tail, so a prefix describes every state. ``kept_chunks`` of them stay
     when the running restore fails or the running eviction ends; ``leaving_bytes`` are what that frees.
     ``residency`` numbers the stays on a device: a lease of an earlier one pins nothing.
-    ``source`` is the tier that the running restore reads, ``moving_bytes`` how much of the image it brings.
+    ``source`` is the tier that the running restore reads, ``moving_bytes`` how much of the image it reads
+    there, for the device or for a host copy.
     """
 
     spec: ModelSpec

@@ -225,24 +225,23 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
     # The origin gives whole models only; what is there already is brought again with the rest.
     first_chunk = 0 if source is Tier.ORIGIN else model.resident_chunks
     model.moving_bytes = room.moved_bytes(model, source)
-    cost_ms = room.restore_ms_from(node, model, source, model.moving_bytes)
     hold_device(node, model, device)
     model.state = State.RESTORING
     model.kept_chunks = first_chunk
     model.source = source
     model.order = next_order(node)
     model.started_ms = now_ms
-    model.charged_ms = cost_ms
     # The node's virtual time follows whoever is served, so that newcomers start level with them.
     node.virtual_us = max(node.virtual_us, model.tenant.virtual_us)
-    quota.charge(model.tenant, cost_ms)
     host_bytes = 0
     if source is not Tier.ORIGIN:
         model.copy(source).readers += 1
-    if source is Tier.DISK and not first_chunk:
-        # Only a restore that reads all chunks can leave all of them in the host tier.
+    if source is Tier.DISK:
         make_host_room(node, model, now_ms, out)
         host_bytes = _reserve_host(node, model)
+    if host_bytes:
+        # The host copy wants all chunks, so all are read, whatever is on the device already.
+        model.moving_bytes = model.spec.image_bytes
     disk_bytes = pack_order = 0
     if source is Tier.ORIGIN:
         make_pack_room(node, model, now_ms, out)
@@ -251,6 +250,8 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
         if not disk_bytes:
             node.unpacked[model.ref] = model
     estimate.expect_fill(model.history, source, host_bytes or disk_bytes)
+    model.charged_ms = room.restore_ms_from(node, model, source, model.moving_bytes)
+    quota.charge(model.tenant, model.charged_ms)
     out.append(
         Restore(model.ref, device.name, source, first_chunk, host_bytes, model.order, disk_bytes, pack_order)
     )

@@ -257,7 +257,8 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     model.gains = None
     model.failure = None
     taken_ms = max(event.restore_ms, 0)
-    moved_bytes = event.restored_bytes if event.restored_bytes > 0 else model.moving_bytes
+    # What was read for the host copy alone took its time as well.
+    moved_bytes = max(event.restored_bytes, model.moving_bytes)
     estimate.note_restore(node.learned, model.history, model.source, moved_bytes, taken_ms, event.cached)
     room.watch_estimates(node, model.source, now_ms)
     room.gains(node, model)

@@ -110,11 +110,11 @@ def restore(
     host: HostWriter | None = None,
     cancelled: threading.Event | None = None,
 ) -> RestoreFacts:
-    """Restore the chunks from ``first_chunk`` on, or ``only`` some, into the image.
+    """Restore the chunks from ``first_chunk`` on, or ``only`` some, into the image, which has the others.
 
-    ``host`` is filled and finished when this restore brings every chunk that it still misses; a host
-    segment that can not be written (no memory left) costs only itself. ``cancelled`` is looked at before
-    each chunk. Raises ``TierError``.
+    ``host`` is filled and finished: what it still misses of the others is read and opened like the rest,
+    and placed nowhere. A host segment that can not be written (no memory left) costs only itself.
+    ``cancelled`` is looked at before each chunk. Raises ``TierError``.
     """
     count = len(reader.index.chunks)
     wanted = range(first_chunk, count) if only is None else sorted(set(only))
@@ -123,8 +123,8 @@ def restore(
     jobs: dict[int, list[int]] = {}
     for number in wanted:
         jobs.setdefault(reader.index.owner(number), []).append(number)
-    if host is not None and not host.missing() <= jobs.keys():
-        host = None
+    for owner in sorted(host.missing()) if host is not None else ():
+        jobs.setdefault(owner, [])
     work = [_Job(owner, tuple(targets)) for owner, targets in jobs.items()]
     run = _Restore(reader, image, host, cancelled or threading.Event())
     try:
@@ -136,7 +136,8 @@ def restore(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One extent to read, and the chunks that have its bytes."""
+    """One extent to read, and the chunks to place that have its bytes; none: only the host segment
+    wants it."""
 
     owner: int
     targets: tuple[int, ...]
@@ -163,7 +164,7 @@ class _Restore:
     _bad: dict[int, str] = field(default_factory=dict)
     _errors: list[BaseException] = field(default_factory=list)
     _stopped: bool = False
-    _placed: int = 0  # extents whose every chunk is in the image
+    _placed: int = 0  # extents whose every wanted chunk is in the image
     _is_cold: bool = False  # whether there are extents to wait for
     _reading: int = 0  # io threads that may still bring one
     _decoders: int = 0
@@ -189,9 +190,10 @@ class _Restore:
             raise TierError("the restore was cancelled", cancelled=True)
         if self._bad:
             self._raise_bad()
-        if self._placed != len(jobs):
+        wanted = sum(bool(job.targets) for job in jobs)
+        if self._placed != wanted:
             # An image with a hole must never serve, whatever mistake here made it.
-            raise RuntimeError(f"{self._placed} of {len(jobs)} extents were placed and no error was seen")
+            raise RuntimeError(f"{self._placed} of {wanted} extents were placed and no error was seen")
 
     def _sort(self, jobs: Sequence[_Job]) -> tuple[list[_Job], list[_Job]]:
         """The extents that are in the page cache, and those that are not."""
@@ -246,7 +248,10 @@ class _Restore:
         if self.cancelled.is_set() or self._stopped:
             return None
         with self._lock:
-            return next(source, None)
+            for job in source:
+                if job.targets or self.host is not None:
+                    return job
+        return None
 
     # --- reading ---
 
@@ -341,7 +346,7 @@ class _Restore:
         for number in job.targets:
             self.image.place(spans[number], codec_id, planes, scratch.workspace)
         with self._lock:
-            self._placed += 1
+            self._placed += bool(job.targets)
         if host is not None:
             self._add_to_host(host, job, codec_id, planes)
 
@@ -351,7 +356,7 @@ class _Restore:
                 host.add_chunk(job.owner, codec_id, planes)
                 return
             # Another codec than the pack's is always the raw one.
-            span = self.reader.index.layout.chunks[job.targets[0]]
+            span = self.reader.index.layout.chunks[job.targets[0] if job.targets else job.owner]
             with self.image.reading(span.image_offset, span.nbytes) as view:
                 host.add_chunk(job.owner, host.codec_id(job.owner), [view])
         except PackError:
@@ -375,7 +380,7 @@ class _Restore:
         if not error.corrupt:
             raise error
         with self._lock:
-            self._bad.update(dict.fromkeys(job.targets, str(error)))
+            self._bad.update(dict.fromkeys(job.targets or (job.owner,), str(error)))
             too_many = len(self._bad) > BAD_CHUNKS_MAX
         if too_many:
             self._stop()

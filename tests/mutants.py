@@ -292,10 +292,10 @@ MUTANTS = (
         "        return False",
     ),
     Mutant(
-        "a part is copied to the host tier as if it were whole",
+        "a part that comes from disk leaves no host copy",
         "queueing",
-        "if source is Tier.DISK and not first_chunk:",
-        "if source is Tier.DISK:",
+        "    if source is Tier.DISK:\n        make",
+        "    if source is Tier.DISK and not first_chunk:\n        make",
     ),
     Mutant(
         "a waiting model's own chunks are evicted for it",

@@ -28,7 +28,7 @@ from packer.events import (
     WorkerDied,
 )
 from packer.residency import Node
-from packer.types import ModelRef, ModelSpec, Tier
+from packer.types import ModelRef, ModelSpec, TenantSpec, Tier
 
 GRID_MS = 100
 
@@ -73,6 +73,8 @@ class Hands:
     """What is really there, and what happens to it. The core's books must agree with these."""
 
     faults: Faults
+    tenants: dict[str, TenantSpec]
+    seen_limits: dict[Tier, int]
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -147,12 +149,23 @@ class Hands:
         self.stays[ref] = stay
         if order.host_bytes:
             self.require(order.from_tier is Tier.DISK and ref not in self.host, "host copy twice")
-            self.require(not order.first_chunk, "a host copy of a part")
             self.host[ref] = order.host_bytes
+        elif order.from_tier is Tier.DISK:
+            self.require(not self._fits_host(ref), f"{ref} comes from disk and leaves no host copy")
         self.later(lambda: self._end_restore(stay))
         if order.disk_bytes:
             self.require(order.from_tier is Tier.ORIGIN, f"a pack beside a restore from {order.from_tier}")
             self._start_pack(stay, order.disk_bytes, order.pack_order)
+
+    def _fits_host(self, ref: ModelRef) -> bool:
+        """Would a host copy of this pack fit in now, beside what is going?"""
+        nbytes, most = self.disk[ref], self.tenants[ref.tenant].quota.host.max
+        own = sum(held for other, held in self.host.items() if other.tenant == ref.tenant)
+        return (
+            ref not in self.host
+            and self.tier_bytes(Tier.HOST) + nbytes <= self.seen_limits[Tier.HOST]
+            and (most is None or own + nbytes <= most)
+        )
 
     def readable(self, ref: ModelRef, tier: Tier) -> bool:
         if tier is Tier.ORIGIN:
@@ -183,6 +196,7 @@ class Hands:
             del self.host[ref]
         stay.tee_bytes = 0
         self.reached["host copy filled"] += filled
+        self.reached["host copy filled beside a part"] += filled and bool(stay.kept_chunks)
         return Restored(ref, device, source, self.rng.randrange(1, 500), filled, order)
 
     def prefix_bytes(self, ref: ModelRef, chunks: int) -> int:

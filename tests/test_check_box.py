@@ -197,13 +197,13 @@ def test_an_order_is_expected_to_take_what_the_core_says_of_the_chunks_it_names(
     )
     residency.step(core, Planned((TenantSpec("acme"),), (spec,)), 0)
     model = core.models[REF]
-    for first_chunk in (0, 2):
-        accuracy.observe(core, Ticked(), [Restore(REF, "cpu:0", Tier.DISK, first_chunk)])
-        moved_bytes = (3 - first_chunk) * 400_000_000
+    for first_chunk, host_bytes in ((0, 0), (2, 0), (2, 9)):
+        accuracy.observe(core, Ticked(), [Restore(REF, "cpu:0", Tier.DISK, first_chunk, host_bytes)])
+        moved_bytes = (3 if host_bytes else 3 - first_chunk) * 400_000_000
         expected_ms = room.restore_ms_from(core, model, Tier.DISK, moved_bytes)
         assert expected_ms > 100
         accuracy.observe(core, Restored(REF, "cpu:0", Tier.DISK, expected_ms), [])
-    assert list(accuracy.tiers[Tier.DISK].last) == [0.0, 0.0]
+    assert list(accuracy.tiers[Tier.DISK].last) == [0.0] * 3
 
 
 def test_what_is_remembered_of_errors_is_bounded() -> None:

@@ -32,7 +32,7 @@ from packer.host_segment import HostWriter, host_index, host_sizes
 from packer.index import PackError
 from packer.layout import PAGE_BYTES, ImageLayout
 from packer.pack import PackReader
-from packer.tiers import TierError, restore
+from packer.tiers import DECODE_THREADS_MAX, TierError, restore
 from packer.types import HostForm
 
 FORMS = list(HostForm)
@@ -121,16 +121,51 @@ def test_a_duplicate_takes_no_place_in_any_form() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_partial_restore_leaves_the_segment_alone(form: HostForm) -> None:
+@pytest.mark.parametrize("wanted", [[4, 5], [0, 2], []])
+def test_a_partial_restore_fills_the_segment_with_all_of_it(form: HostForm, wanted: list[int]) -> None:
+    """What the image has already is read for the segment and not placed again."""
+    model = many_chunks_model(6)
+    with memory_file(pack_bytes(model=model)) as fd, memory_file() as host_fd:
+        reader = PackReader(fd, KEY)
+        image = MemoryImage(reader.index.layout.image_bytes)
+        restore(reader, image)
+        spans = [reader.index.layout.chunks[number] for number in wanted]
+        for span in spans:
+            image.bytes[span.image_offset : span.image_offset + span.nbytes] = bytes(span.nbytes)
+        image.placed.clear()
+        facts = restore(reader, image, only=wanted, host=HostWriter(host_fd, reader.index, SIDE, form))
+        assert facts.host_filled
+        assert facts.chunks == len(spans)
+        assert sorted(image.placed) == [span.image_offset for span in spans]
+        assert facts.read_bytes == sum(chunk.extent_bytes for chunk in reader.index.chunks)
+        assert image.bytes == image_of(*model)
+        assert read_image(PackReader(host_fd, None)) == image.bytes
+
+
+def test_a_bad_chunk_that_only_the_segment_wants_is_listed_as_well() -> None:
+    """The next whole restore would stumble over it; so it is mended now."""
     with memory_file(pack_bytes(model=many_chunks_model(6))) as fd, memory_file() as host_fd:
         reader = PackReader(fd, KEY)
-        writer = HostWriter(host_fd, reader.index, SIDE, form)
-        for keywords in ({"first_chunk": 1}, {"only": [0, 1, 2, 3, 4]}):
-            image = MemoryImage(reader.index.layout.image_bytes)
-            assert not restore(reader, image, host=writer, **keywords).host_filled
-        assert os.fstat(host_fd).st_size == 0
-        with pytest.raises(PackError, match="6 chunks were not added"):
-            writer.finish()
+        os.pwrite(fd, b"\xff", reader.index.chunks[1].offset)
+        writer = HostWriter(host_fd, reader.index, SIDE, HostForm.STORED)
+        with pytest.raises(TierError) as caught:
+            restore(reader, MemoryImage(reader.index.layout.image_bytes), first_chunk=4, host=writer)
+        assert (caught.value.corrupt, caught.value.chunks) == (True, (1,))
+
+
+def test_no_more_is_read_for_a_segment_that_can_not_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(descriptor: int, views: list[memoryview], offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with memory_file(pack_bytes(model=many_chunks_model(40))) as fd, memory_file() as host_fd:
+        reader = PackReader(fd, KEY)
+        writer = HostWriter(host_fd, reader.index, SIDE, HostForm.STORED)
+        image = MemoryImage(reader.index.layout.image_bytes)
+        monkeypatch.setattr(os, "pwritev", write)
+        facts = restore(reader, image, first_chunk=39, host=writer)
+        assert not facts.host_filled
+        assert image.placed == [reader.index.layout.chunks[39].image_offset]
+        assert facts.read_bytes <= PAGE_BYTES * DECODE_THREADS_MAX
 
 
 def test_a_repair_completes_the_segment_that_the_first_try_began() -> None:

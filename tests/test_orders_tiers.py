@@ -244,6 +244,29 @@ async def test_a_mended_part_comes_back_to_the_part_that_stayed(hands: Hands, mi
     assert await hands.answer(minilm) == wanted
 
 
+async def test_a_part_that_comes_from_disk_leaves_all_of_it_in_the_host_tier(
+    hands: Hands, minilm: Known
+) -> None:
+    """The pack is read through once; from then on even the whole model comes from memory alone."""
+    plan(hands, minilm)
+    packed = await hands.load(minilm)
+    wanted = await hands.answer(minilm)
+    await hands.evict(minilm, 4)
+    # A bad chunk of those that stayed is found and mended on the way.
+    whole = flip(hands, minilm, 0.1)
+    restored = await hands.restore(minilm, Tier.DISK, first_chunk=4, host_bytes=packed.host_bytes)
+    assert isinstance(restored, Restored)
+    assert restored.host_filled
+    assert hands.notes == [("chunk_corrupt", 1), ("chunk_repaired", 1)]
+    assert hands.packs.path(minilm.ref).read_bytes() == whole
+    assert hands.segments.allocated_bytes() == packed.host_bytes
+    assert await hands.answer(minilm) == wanted
+    await hands.evict(minilm)
+    await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4))
+    assert isinstance(await hands.restore(minilm, Tier.HOST), Restored)
+    assert await hands.answer(minilm) == wanted
+
+
 async def test_an_interrupted_load_goes_on_after_a_restart(
     nursery: Nursery, tmp_path: Path, minilm: Known
 ) -> None:

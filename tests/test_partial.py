@@ -114,13 +114,45 @@ def test_a_part_is_restored_from_the_fastest_whole_copy() -> None:
     assert (restore.from_tier, restore.first_chunk) == (Tier.HOST, 2)
 
 
-def test_a_part_from_disk_fills_no_host_segment() -> None:
+def test_a_part_from_disk_fills_a_host_segment_with_all_of_it() -> None:
+    """So two models that take turns on a device slightly too small read their packs once, not each turn."""
     scene = Scene(A, B, devices_mib=(65,))
     scene.warm(A)
     scene.warm(B)
     scene.feed(TierBudgetSeen(Tier.HOST, 100 * MIB))
+    sources = []
+    for spec in (A, B) * 3:
+        restore = the(scene.settle(scene.ask(spec)), Restore)
+        scene.settle(scene.later(1_000).finish(scene.requests))
+        sources.append((restore.first_chunk, restore.from_tier, restore.host_bytes))
+    pack_bytes = 5 * MIB
+    assert sources == [(2, Tier.DISK, pack_bytes)] * 2 + [(2, Tier.HOST, 0)] * 4
+    assert residency.tier_bytes_used(scene.node, Tier.HOST) == 2 * pack_bytes
+
+
+def test_a_part_from_disk_fills_no_host_segment_that_has_no_room() -> None:
+    scene = Scene(A, B, devices_mib=(65,))
+    scene.warm(A)
+    scene.warm(B)
+    scene.feed(TierBudgetSeen(Tier.HOST, 5 * MIB - 1))
     restore = the(scene.settle(scene.ask(A)), Restore)
-    assert (restore.first_chunk, restore.host_bytes) == (2, 0)
+    assert (restore.first_chunk, restore.from_tier, restore.host_bytes) == (2, Tier.DISK, 0)
+
+
+def test_a_part_that_fills_a_host_segment_is_expected_to_read_all_of_it() -> None:
+    scene = Scene(A, B, devices_mib=(65,))
+    scene.warm(A)
+    scene.warm(B)
+    charged = []
+    for host_mib in (1, 100):
+        scene.feed(TierBudgetSeen(Tier.HOST, host_mib * MIB))
+        restore = the(scene.evicted(the(scene.ask(A), Evict)), Restore)
+        model = scene.node.models[A.ref]
+        charged.append((model.moving_bytes, bool(restore.host_bytes)))
+        scene.settle(scene.restored(restore, filled=False))
+        scene.settle(scene.finish(scene.requests))
+        scene.warm(B)
+    assert charged == [(20 * MIB, False), (40 * MIB, True)]
 
 
 def test_a_model_without_a_copy_goes_as_a_whole() -> None:

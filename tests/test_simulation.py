@@ -48,6 +48,7 @@ RARE = (
     "evicted wholly, resident before",
     "gave up its chunks for the origin's",
     "host copy filled",
+    "host copy filled beside a part",
     "joined a restore",
     "late answer",
     "pack failed",
