@@ -138,8 +138,10 @@ class CpuImage(Image):
         end = _up_to_page(nbytes)
         _protect(self._address + end, HUGE_PAGE_BYTES - self._start - (end - nbytes), _PROT_NONE)
         _advise(self._address, end, mmap.MADV_HUGEPAGE)
+        # Of a view, because torch keeps the object alive but not its buffer: through the view the mapping
+        # knows that tensors refer to it, and is not closed under them.
         self._bytes: torch.Tensor | None = torch.frombuffer(
-            self._map, dtype=torch.uint8, offset=self._start, count=nbytes
+            memoryview(self._map), dtype=torch.uint8, offset=self._start, count=nbytes
         )
 
     @contextmanager
@@ -198,10 +200,11 @@ class CpuImage(Image):
         return True
 
 
-def view_of(image: torch.Tensor, placed: PlacedTensor) -> torch.Tensor:
-    """A tensor of the model as a view of its image's bytes."""
+def view_of(buffer: torch.Tensor, placed: PlacedTensor, start: int = 0) -> torch.Tensor:
+    """A tensor of the model as a view of the buffer that holds the image from ``start`` on."""
     info = placed.info
-    flat = image[placed.image_offset : placed.image_offset + info.nbytes]
+    at = placed.image_offset - start
+    flat = buffer[at : at + info.nbytes]
     return flat.view(DTYPES[info.dtype]).view(info.shape)
 
 

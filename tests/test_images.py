@@ -1,0 +1,229 @@
+"""Images on every kind of device: the same bytes by every way in, memory given back in part and whole.
+
+Covers: both kinds of image through the same tests (the GPU's kind also where there is no GPU, on torch's cpu
+device, and with the mark ``gpu`` on one), the exact memory of cpu images, and kernels that lack what the
+arena asks for. Does not cover: images inside workers (``test_worker_moves``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from pack_samples import (
+    KEY,
+    every_codec_model,
+    image_of,
+    memory_file,
+    model_of,
+    small_model,
+    weights,
+    write_pack,
+)
+from process_memory import read_worker
+
+import agent.arena
+import agent.cuda_image
+from agent.arena import DTYPES, CpuImage, Image, allocate_image
+from agent.cuda_image import CudaImage
+from packer.layout import CHUNK_BYTES, ImageLayout
+from packer.pack import PackReader
+from packer.tiers import restore
+from packer.types import KIB, MIB
+
+PAGE = 4 * KIB
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+KINDS = {
+    "arena": lambda layout: allocate_image("cpu", layout),
+    "device class on cpu": lambda layout: CudaImage(layout, "cpu"),
+    "gpu": lambda layout: allocate_image("cuda", layout),
+}
+
+
+@pytest.fixture(
+    params=["arena", "device class on cpu", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])]
+)
+def make(request: pytest.FixtureRequest) -> Callable[[ImageLayout], Image]:
+    return KINDS[request.param]
+
+
+def large_model() -> tuple[bytes, ImageLayout]:
+    """Several chunks of several dtypes, one tensor across three of them, small ones behind it."""
+    return model_of(
+        [
+            ("embed.weight", "BF16", [2500, 2048], weights("BF16", 2500 * 2048, 1)),
+            ("h.0.weight", "F32", [1024, 512], weights("F32", 1024 * 512, 2)),
+            ("h.0.bias", "F32", [512], weights("F32", 512, 3)),
+            ("h.1.weight", "F16", [512, 512], weights("F16", 512 * 512, 4)),
+            ("head.weight", "BF16", [3, 5], weights("BF16", 15, 5)),
+        ]
+    )
+
+
+def fill(image: Image, data: bytes, layout: ImageLayout, first_chunk: int = 0) -> None:
+    """Every chunk of the image from ``data``, by two threads."""
+
+    def one(number: int) -> None:
+        chunk = layout.chunks[number]
+        with image.filling(chunk.image_offset, chunk.nbytes) as view:
+            view[:] = data[chunk.image_offset : chunk.image_offset + chunk.nbytes]
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(one, range(first_chunk, len(layout.chunks))))
+    image.settle()
+
+
+def content(image: Image, layout: ImageLayout, chunks: int | None = None) -> bytes:
+    data = b""
+    for chunk in layout.chunks[:chunks]:
+        with image.reading(chunk.image_offset, chunk.nbytes) as view:
+            data += bytes(view)
+    return data
+
+
+@pytest.mark.parametrize("model", [small_model, every_codec_model, large_model])
+def test_what_a_pack_restores_is_what_was_packed(
+    make: Callable[[ImageLayout], Image], model: Callable[[], tuple[bytes, ImageLayout]]
+) -> None:
+    """Placed by restore threads in every codec; tensors are views of exactly these bytes."""
+    file, layout = model()
+    wanted = image_of(file, layout)
+    image = make(layout)
+    with memory_file() as fd:
+        write_pack(fd, layout, wanted)
+        restore(PackReader(fd, KEY), image)
+    image.settle()
+    assert content(image, layout) == wanted
+    for placed in layout.tensors:
+        tensor, info = image.tensor(placed), placed.info
+        assert (tensor.dtype, tuple(tensor.shape)) == (DTYPES[info.dtype], info.shape)
+        flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor
+        data = bytes(flat.cpu().numpy()) if tensor.numel() else b""
+        assert data == file[info.file_offset : info.file_offset + info.nbytes]
+    image.close()
+
+
+@pytest.mark.parametrize("segment_bytes", [1, 6 * MIB, 1 << 40])
+def test_a_part_that_was_given_back_can_be_filled_again(
+    make: Callable[[ImageLayout], Image], segment_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the image is cut: the kept chunks stay as they are, the others come back."""
+    monkeypatch.setattr(agent.cuda_image, "SEGMENT_BYTES", segment_bytes)
+    file, layout = large_model()
+    wanted = bytes(image_of(file, layout))
+    image = make(layout)
+    fill(image, wanted, layout)
+    for keep in (*reversed(range(1, len(layout.chunks))), 2):
+        kept_bytes = layout.chunks[keep].image_offset
+        image.release(kept_bytes)
+        assert content(image, layout, keep) == wanted[:kept_bytes]
+        image.grow()
+        fill(image, wanted, layout, keep)
+        assert content(image, layout) == wanted
+        assert bytes(image.tensor(layout.tensors[-1]).reshape(-1).view(torch.uint8).cpu().numpy())
+    assert image.close()
+    assert image.close()
+
+
+def test_device_buffers_are_cut_where_no_tensor_lies_across(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that is given back frees whole buffers and the rest of one, and no tensor is torn."""
+    monkeypatch.setattr(agent.cuda_image, "SEGMENT_BYTES", 1)
+    _, layout = large_model()
+    image = CudaImage(layout, "cpu")
+    starts = [segment.start for segment in image._segments]
+    assert len(starts) > 1
+    assert starts == [0, *(at for at in [c.image_offset for c in layout.chunks[1:]] if at in starts)]
+    assert sum(segment.nbytes for segment in image._segments) == layout.image_bytes
+    for placed in layout.tensors:
+        segment = image._at(placed.image_offset)
+        assert placed.image_offset + placed.info.nbytes <= segment.start + segment.nbytes
+    # In the middle of the tensor that spans three chunks: only what is kept of it is held.
+    image.release(layout.chunks[1].image_offset)
+    held = [len(segment.buffer) for segment in image._segments if segment.buffer is not None]
+    assert held == [layout.chunks[1].image_offset]
+    with pytest.raises(AssertionError, match="given back"):
+        content(image, layout, 2)
+
+
+def test_a_device_without_room_is_a_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **more: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("2 GiB asked for")
+
+    _, layout = small_model()
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(MemoryError, match="no room"):
+        CudaImage(layout, "cpu")
+
+
+# --- cpu images -----------------------------------------------------------------------------------
+
+
+def arena_bytes() -> int:
+    memory = read_worker(os.getpid())
+    assert memory is not None
+    return memory.arena_bytes
+
+
+@pytest.mark.parametrize("nbytes", [PAGE, 2 * MIB - PAGE, 2 * MIB + PAGE, 9 * MIB + 3 * PAGE])
+def test_memory_is_exact_while_filled_and_gone_when_released(nbytes: int) -> None:
+    """Never a page more than the image has, whatever huge pages would like."""
+    image = CpuImage(nbytes)
+    assert arena_bytes() == 0
+    for at in range(0, nbytes, MIB):
+        with image.filling(at, min(MIB, nbytes - at)) as view:
+            view[:] = b"\x5a" * len(view)
+    assert arena_bytes() == nbytes
+    keep = nbytes // 2 // PAGE * PAGE
+    image.release(keep)
+    assert arena_bytes() == keep
+    with image.reading(keep, nbytes - keep) as view:
+        assert bytes(view) == bytes(nbytes - keep), "what was given back reads as zeros"
+    image.grow()
+    with image.filling(keep, nbytes - keep) as view:
+        assert bytes(view) == bytes(nbytes - keep), "and is zeros when it comes again"
+    assert arena_bytes() == nbytes
+    assert image.close()
+    assert arena_bytes() == 0
+
+
+def test_a_view_that_somebody_keeps_holds_no_memory() -> None:
+    image = CpuImage(4 * MIB)
+    with image.filling(0, 4 * MIB) as view:
+        view[:] = b"\x5a" * len(view)
+    placed = replace(large_model()[1].tensors[-1], image_offset=0)
+    kept = image.tensor(placed)
+    assert bool(kept.reshape(-1).view(torch.uint8).any())
+    assert not image.close()
+    assert arena_bytes() == 0
+    assert not bool(kept.reshape(-1).view(torch.uint8).any()), "a stray read finds zeros"
+    del kept
+    assert image.close()
+
+
+def test_tensors_start_where_vectors_like_it() -> None:
+    image = CpuImage(CHUNK_BYTES)
+    with image.filling(0, PAGE) as view:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    assert address % (2 * MIB) == 0
+    image.close()
+
+
+def test_a_kernel_without_huge_pages_or_populating_is_only_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hints that fail are ignored; giving memory back must not fail silently."""
+    monkeypatch.setattr(agent.arena, "_advise", lambda address, nbytes, advice: None)
+    file, layout = large_model()
+    wanted = bytes(image_of(file, layout))
+    image = CpuImage(layout.image_bytes)
+    fill(image, wanted, layout)
+    assert content(image, layout) == wanted
+    image.release(layout.chunks[1].image_offset)
+    assert arena_bytes() == layout.chunks[1].image_offset
+    image.close()
+    with pytest.raises(OSError, match="giving 4096 bytes"):
+        agent.arena._give_back(PAGE + 1, PAGE)
