@@ -54,6 +54,7 @@ class Sharing:
         self._server: PeerServer | None = None
         self.fetch = PeerFetch(identity)
         self.sources = Sources(ask, self.fetch, packs, journal, clock_ms, lambda ref: ref in self._versions)
+        self.sources.note = note
         self.peer_url = ""
 
     @property

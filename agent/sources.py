@@ -87,6 +87,8 @@ class Sources:
         self._journal = journal
         self._clock_ms = clock_ms
         self._wanted = wanted
+        # Told what is worth a record: the kind, whose pack, what happened.
+        self.note: Callable[[str, ModelRef, str], None] = lambda kind, ref, detail: None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -97,6 +99,7 @@ class Sources:
 
     def refuse(self, ref: ModelRef, pack: FetchedPack) -> None:
         """A pack that came from peers turned out corrupt: it is not fetched from them for a while."""
+        self.note("pack_refused", ref, f"corrupt, from {', '.join(pack.peers)}")
         self._fetch.refuse(ref, pack.peers)
 
     async def obtain(self, ref: ModelRef, limit_bytes: int) -> Obtained:
@@ -164,7 +167,9 @@ class Sources:
         finally:
             with suppress(FileNotFoundError):
                 arriving.unlink()
-        log.info("pack of %s: %d bytes from %s", ref, pack.disk_bytes, ", ".join(pack.peers))
+        told = f"{pack.disk_bytes} bytes from {', '.join(pack.peers)}"
+        log.info("pack of %s: %s", ref, told)
+        self.note("pack_fetched", ref, f"{told} in {pack.fetch_ms} ms")
         return pack
 
     async def _adopt(self, ref: ModelRef, pack: FetchedPack, arriving: Path, path: Path) -> None:

@@ -274,5 +274,8 @@ def test_what_is_refused_are_the_nodes_that_gave_it(tmp_path: Path) -> None:
         lambda: 0,
         lambda ref: True,
     )
+    told: list[tuple[str, ModelRef, str]] = []
+    sources.note = lambda kind, ref, detail: told.append((kind, ref, detail))
     sources.refuse(REF, FetchedPack(KEY, 1, bytes(32), HOST, ("a", "b"), 1))
     assert peers.refused == ["a", "b"]
+    assert told == [("pack_refused", REF, "corrupt, from a, b")]
