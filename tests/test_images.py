@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from pack_samples import (
     memory_file,
     model_of,
     small_model,
-    weights,
     write_pack,
 )
 from process_memory import read_worker
@@ -53,15 +53,22 @@ def make(request: pytest.FixtureRequest) -> Callable[[ImageLayout], Image]:
     return KINDS[request.param]
 
 
+@cache
 def large_model() -> tuple[bytes, ImageLayout]:
     """Several chunks of several dtypes, one tensor across three of them, small ones behind it."""
+    draw = torch.Generator().manual_seed(1)
+
+    def drawn(name: str, dtype: str, *shape: int) -> tuple[str, str, list[int], bytes]:
+        values = torch.randn(shape, generator=draw).mul_(0.02).to(DTYPES[dtype])
+        return name, dtype, list(shape), values.view(torch.uint8).numpy().tobytes()
+
     return model_of(
         [
-            ("embed.weight", "BF16", [2500, 2048], weights("BF16", 2500 * 2048, 1)),
-            ("h.0.weight", "F32", [1024, 512], weights("F32", 1024 * 512, 2)),
-            ("h.0.bias", "F32", [512], weights("F32", 512, 3)),
-            ("h.1.weight", "F16", [512, 512], weights("F16", 512 * 512, 4)),
-            ("head.weight", "BF16", [3, 5], weights("BF16", 15, 5)),
+            drawn("embed.weight", "BF16", 2500, 2048),
+            drawn("h.0.weight", "F32", 1024, 512),
+            drawn("h.0.bias", "F32", 512),
+            drawn("h.1.weight", "F16", 512, 512),
+            drawn("head.weight", "BF16", 3, 5),
         ]
     )
 
