@@ -149,7 +149,7 @@ class PackWriter:
         self._start(i)
         scratch = self._scratch()
         try:
-            if self._is_duplicate(i, raw, scratch):
+            if self._is_duplicate(i, raw):
                 return
             encoded = encode(self._layout.chunks[i].dtype, raw, scratch.workspace)
             self._store(i, encoded.codec_id, encoded.planes, scratch)
@@ -227,10 +227,10 @@ class PackWriter:
         with self._changed:
             self._put(i, chunk)
 
-    def _put(self, i: int, chunk: StoredChunk) -> None:
+    def _put(self, i: int, chunk: StoredChunk, recorded: bool = True) -> None:
         """Called with the lock held."""
         self._chunks[i] = chunk
-        if self._log is not None:
+        if self._log is not None and recorded:
             self._log.add(self._salt, i, chunk)
         self._changed.notify_all()
 
@@ -261,7 +261,7 @@ class PackWriter:
         with self._changed:
             return self._owners.setdefault(print_, i)
 
-    def _is_duplicate(self, i: int, raw: memoryview, scratch: Scratch) -> bool:
+    def _is_duplicate(self, i: int, raw: memoryview) -> bool:
         """Whether chunk ``i`` needs no extent of its own, because an equal one has one."""
         owner = self._claim(i, raw)
         if owner == i:
@@ -272,41 +272,46 @@ class PackWriter:
             chunk = self._chunks[owner]
             if chunk is None:
                 raise PackError(f"chunk {owner}, which chunk {i} is equal to, was not stored")
-            # The owner may have given its extent to an earlier chunk meanwhile.
-            first = owner if chunk.same_as is None else chunk.same_as
-            held = self._chunks[first]
-            assert held is not None
-            if first > i:
-                # A duplicate refers to a chunk before it, so the extent changes hands. The lock is held:
-                # others that are equal, too, must find it where it is.
-                self._hand_over(first, i, held, scratch)
-            else:
-                self._put(i, replace(held, same_as=first))
+            # A duplicate refers to a chunk before it. One that comes before its owner is put right at the end
+            # and has no record: done here, equal chunks in falling order would each rewrite all others.
+            self._put(i, replace(chunk, same_as=owner), recorded=owner < i)
         return True
 
-    def _hand_over(self, first: int, i: int, held: StoredChunk, scratch: Scratch) -> None:
-        """Make the extent of chunk ``first`` that of chunk ``i``, which comes before it. Called with the lock
-        held."""
-        raw_bytes = self._layout.chunks[i].nbytes
-        read_all(self._fd, scratch.stored[: held.stored_bytes], held.offset)
-        planes = open_planes(self._seal, first, raw_bytes, held, scratch.stored)
-        self._write_extent(i, held.codec_id, planes, held.offset, scratch)
-        mine = self._chunks[i]
-        assert mine is not None
+    def _hand_over(self) -> None:
+        """Give each extent that chunks refer to to the first of them, if that is not its owner: once for each
+        extent, however many there are. Called with the lock held."""
+        first: dict[int, int] = {}
         for number, chunk in enumerate(self._chunks):
-            if number == first or (chunk is not None and chunk.same_as == first):
-                self._put(number, replace(mine, same_as=i))
+            if chunk is not None and chunk.same_as is not None:
+                first.setdefault(chunk.same_as, number)
+        scratch = self._scratch()
+        for owner, number in first.items():
+            held = self._chunks[owner]
+            if number < owner and held is not None:
+                read_all(self._fd, scratch.stored[: held.stored_bytes], held.offset)
+                planes = open_planes(
+                    self._seal, owner, self._layout.chunks[owner].nbytes, held, scratch.stored
+                )
+                self._write_extent(number, held.codec_id, planes, held.offset, scratch)
+        for number, chunk in enumerate(self._chunks):
+            owner = number if chunk is None or chunk.same_as is None else chunk.same_as
+            heir = first.get(owner, owner)
+            if heir < owner and number != heir:
+                now = self._chunks[heir]
+                assert now is not None
+                self._chunks[number] = replace(now, same_as=heir)
 
     # --- the end ----------------------------------------------------------------------------------
 
     def finish(self) -> PackSummary:
         """Write the index, sync, write the header, sync. Raises ``PackError`` when a chunk is missing."""
         with self._changed:
-            chunks = [chunk for chunk in self._chunks if chunk is not None]
-            if len(chunks) != len(self._chunks) or self._finished:
-                missing = len(self._chunks) - len(chunks)
+            missing = self._chunks.count(None)
+            if missing or self._finished:
                 raise PackError(f"pack of {self._ref}: {missing} chunks missing, or finished before")
             self._finished = True
+            self._hand_over()
+            chunks = [chunk for chunk in self._chunks if chunk is not None]
             index = PackIndex(
                 self._ref, self._engine, self._task, self._layout, tuple(self._files), tuple(chunks)
             )

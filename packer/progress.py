@@ -127,7 +127,8 @@ class ProgressLog:
         ), length
 
     def add(self, salt: bytes, number: int, chunk: StoredChunk) -> None:
-        """Record a chunk whose extent is written. Raises ``PackError``."""
+        """Record a chunk whose extent is written; one that has no room is read again after an interruption.
+        Raises ``PackError``."""
         body = _encoder.encode(
             _Record(
                 salt,
@@ -143,6 +144,8 @@ class ProgressLog:
         sealed = nonce + self._cipher.encrypt(nonce, body, self._context)
         data = _LENGTH.pack(len(sealed)) + sealed
         with self._lock:
+            if self._end + len(data) > PROGRESS_BYTES_MAX:
+                return
             write_all(self._fd, data, self._end)
             self._end += len(data)
 
