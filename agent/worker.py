@@ -65,17 +65,29 @@ from agent.frames import (
 )
 from agent.moves import Move, Moves, where
 from agent.shelf import NotResident, Shelf
+from packer.tiers import RESTORE_BYTES_MAX
+from packer.types import MIB
 
 log = logging.getLogger("bunk.worker")
 
 # Orders of each kind at once, so that none waits behind another kind: an origin may feed slowly, an
-# eviction may wait for an answer in progress. Restores and packs have two threads and some 32 MiB of
-# scratch each, so few of them run at a time.
+# eviction may wait for an answer in progress. Restores have the largest buffers, so few run at a time.
 ORIGIN_LOADS_MAX = 8
 RESTORES_MAX = 2
 PACKS_MAX = 1
 REPAIRS_MAX = 1
 EVICTIONS_MAX = 8
+# Buffers of one load (four lanes of 1 MiB and two encoders of 15) and of one pack or repair.
+LOAD_BYTES_MAX = 40 * MIB
+PACK_BYTES_MAX = 36 * MIB
+# What all orders together may take beside images and skeletons; far below what a worker may have.
+SCRATCH_BYTES_MAX = 640 * MIB
+assert (
+    RESTORES_MAX * RESTORE_BYTES_MAX
+    + ORIGIN_LOADS_MAX * LOAD_BYTES_MAX
+    + (PACKS_MAX + REPAIRS_MAX) * PACK_BYTES_MAX
+    <= SCRATCH_BYTES_MAX
+)
 # The core bounds what waits on a node (4,096); more than that here is a broken agent.
 RUNS_WAITING_MAX = 8192
 # Quiet time after which freed heap goes back to the system; between requests it is reused instead.
