@@ -100,6 +100,10 @@ class Lease(Protocol):
         """How long the request waited for its weights; 0 when they were on the device."""
 
     @property
+    def restored_bytes(self) -> int:
+        """How many bytes of weights were brought in while it waited; the rest was on the device."""
+
+    @property
     def device(self) -> str:
         """Which device answers."""
 

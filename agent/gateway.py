@@ -249,6 +249,7 @@ class Gateway:
         async with self._node.lease(call.spec, call.request_id, self._config.lease_timeout_ms) as lease:
             facts = call.request[FACTS]
             facts.tier, facts.restore_ms, facts.device = lease.tier, lease.restore_ms, lease.device
+            facts.restored_bytes = lease.restored_bytes
             yield lease
 
     async def _one_frame(self, call: Call, order: EngineRequest) -> EngineFrame:

@@ -21,6 +21,7 @@ from packer.http import (
     RATE_REMAINING_HEADER,
     RATE_RESET_HEADER,
     RESTORE_MS_HEADER,
+    RESTORED_BYTES_HEADER,
     TIER_HEADER,
     ApiError,
     bearer_text,
@@ -44,6 +45,7 @@ class AnswerFacts:
 
     tier: Tier | None = None
     restore_ms: int = 0
+    restored_bytes: int = 0
     device: str = ""
 
 
@@ -100,6 +102,7 @@ def add_headers(app: web.Application, node: NodeFacade, node_name: str) -> None:
         if facts is not None and facts.tier is not None:
             response.headers[TIER_HEADER] = facts.tier.value
             response.headers[RESTORE_MS_HEADER] = str(facts.restore_ms)
+            response.headers[RESTORED_BYTES_HEADER] = str(facts.restored_bytes)
             response.headers[DEVICE_HEADER] = facts.device
         if key is not None:
             response.headers.update(rate_headers(node.rate_view(key.tenant)))

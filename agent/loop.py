@@ -35,6 +35,7 @@ from packer.events import (
     Refuse,
     Requested,
     Restore,
+    Restored,
     Ticked,
     Wake,
 )
@@ -59,13 +60,15 @@ class Effects(Protocol):
 
 @dataclass(slots=True)
 class HeldLease:
-    """A granted request. ``device_ms`` grows with every engine call made under it."""
+    """A granted request. ``restored_bytes`` were moved while it waited; ``device_ms`` grows with every
+    engine call made under it."""
 
     effects: Effects
     ref: ModelRef
     device: str
     tier: Tier
     restore_ms: int
+    restored_bytes: int = 0
     device_ms: int = 0
 
     async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
@@ -98,7 +101,7 @@ class Loop:
         self._dump_directory = dump_directory
         self._inbox: deque[Event] = deque()
         self._draining = False
-        self._waiting: dict[str, asyncio.Future[Grant]] = {}
+        self._waiting: dict[str, asyncio.Future[tuple[Grant, int]]] = {}
         self._orders: set[asyncio.Task[None]] = set()
         self._wake: asyncio.TimerHandle | None = None
         self._wake_at_ms: int | None = None
@@ -132,12 +135,16 @@ class Loop:
         residency.check(self.core)
         self._observe(now_ms, event, actions)
         for action in actions:
-            self._dispatch(action)
+            self._dispatch(action, event)
 
-    def _dispatch(self, action: Action) -> None:
+    def _dispatch(self, action: Action, event: Event) -> None:
         match action:
             case Grant():
-                self._answer(action.request, action)
+                # Who waited for these bytes is granted in the step that tells of their arrival.
+                moved_bytes = 0
+                if isinstance(event, Restored) and event.ref == action.ref:
+                    moved_bytes = event.restored_bytes
+                self._answer(action.request, (action, moved_bytes))
             case Refuse():
                 refused = Refused(action.reason, action.detail, action.retry_ms)
                 self._answer(action.request, refused)
@@ -152,7 +159,7 @@ class Loop:
             case Drop():
                 self._start(self._effects.drop(action))
 
-    def _answer(self, request: str, answer: Grant | Refused) -> None:
+    def _answer(self, request: str, answer: tuple[Grant, int] | Refused) -> None:
         # A caller that left in this very tick has cancelled its future; its Cancelled is in the inbox,
         # and the core takes it as the end of the grant.
         future = self._waiting.get(request)
@@ -197,11 +204,11 @@ class Loop:
     @asynccontextmanager
     async def lease(self, spec: ModelSpec, request: str, timeout_ms: int) -> AsyncIterator[HeldLease]:
         """Wait for the model and hold it; see ``NodeFacade.lease``."""
-        future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[tuple[Grant, int]] = asyncio.get_running_loop().create_future()
         self._waiting[request] = future
         try:
             self.post(Requested(request, spec.ref, self._clock_ms() + timeout_ms))
-            grant = await future
+            grant, moved_bytes = await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
                 future.exception()  # a refusal that crossed with the cancellation is nobody's to read
@@ -209,7 +216,7 @@ class Loop:
             raise
         finally:
             del self._waiting[request]
-        held = HeldLease(self._effects, grant.ref, grant.device, grant.tier, grant.restore_ms)
+        held = HeldLease(self._effects, grant.ref, grant.device, grant.tier, grant.restore_ms, moved_bytes)
         try:
             yield held
         finally:

@@ -472,6 +472,10 @@ class MeteredLease:
         return self._held.restore_ms
 
     @property
+    def restored_bytes(self) -> int:
+        return self._held.restored_bytes
+
+    @property
     def device(self) -> str:
         return self._held.device
 

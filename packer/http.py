@@ -42,6 +42,7 @@ REQUEST_ID_HEADER = "x-request-id"
 NODE_HEADER = "x-bunkhouse-node"
 TIER_HEADER = "x-bunkhouse-tier"
 RESTORE_MS_HEADER = "x-bunkhouse-restore-ms"
+RESTORED_BYTES_HEADER = "x-bunkhouse-restored-bytes"
 DEVICE_HEADER = "x-bunkhouse-device"
 RATE_LIMIT_HEADER = "x-ratelimit-limit-requests"
 RATE_REMAINING_HEADER = "x-ratelimit-remaining-requests"
@@ -52,6 +53,7 @@ PASSED_HEADERS = (
     NODE_HEADER,
     TIER_HEADER,
     RESTORE_MS_HEADER,
+    RESTORED_BYTES_HEADER,
     DEVICE_HEADER,
     RATE_LIMIT_HEADER,
     RATE_REMAINING_HEADER,

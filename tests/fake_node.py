@@ -95,6 +95,7 @@ class FakeLease:
     tier: Tier
     restore_ms: int
     device: str = "cpu:0"
+    restored_bytes: int = 4096
 
     async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
         self.node.orders.append(request)

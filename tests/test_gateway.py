@@ -276,6 +276,7 @@ async def test_answers_carry_where_they_came_from_and_what_is_left() -> None:
             assert headers["x-bunkhouse-node"] == "box-1"
             assert headers["x-bunkhouse-tier"] == "host"
             assert headers["x-bunkhouse-restore-ms"] == "12"
+            assert headers["x-bunkhouse-restored-bytes"] == "4096"
             assert headers["x-ratelimit-limit-requests"] == "60"
             assert headers["x-ratelimit-remaining-requests"] == "59"
             assert headers["x-ratelimit-reset-requests"] == "6m1s"

@@ -69,7 +69,8 @@ class SlowHands:
         await self._work()
         if self.dice.random() < self.failing:
             return RestoreFailed(order.ref, order.device, order.from_tier, "a passing fault")
-        return Restored(order.ref, order.device, order.from_tier, 100, order.host_bytes > 0)
+        filled = order.host_bytes > 0
+        return Restored(order.ref, order.device, order.from_tier, 100, filled, restored_bytes=4096)
 
     async def _pack_beside(self, order: Restore) -> None:
         await self._work()
@@ -194,10 +195,12 @@ async def _join(tmp_path: Path) -> None:
     spec = make_spec("one")
     loop.post(Planned((TenantSpec("acme"),), (spec,)))
     tiers: list[tuple[Tier, int]] = []
+    moved: list[int] = []
 
     async def call(number: int) -> None:
         async with loop.lease(spec, f"r{number}", 20_000) as lease:
             tiers.append((lease.tier, lease.restore_ms))
+            moved.append(lease.restored_bytes)
 
     await asyncio.gather(*(call(number) for number in range(20)))
     assert hands.restores == 1
@@ -205,6 +208,7 @@ async def _join(tmp_path: Path) -> None:
     assert all(restore_ms > 0 for _, restore_ms in tiers)
     await call(99)
     assert tiers[-1] == (Tier.DEVICE, 0)
+    assert moved == [4096] * 20 + [0]
     await loop.close()
 
 
