@@ -10,6 +10,7 @@ Everything here blocks; ``control.server`` calls it on threads.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import shutil
@@ -32,6 +33,9 @@ from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile
 READ_BYTES = 4 * MIB
 # One piece of a file sent to a node.
 PIECE_BYTES = 256 * KIB
+# Reads of files at once. Every read that is waiting occupies a thread of the file reader's pool, and more of
+# them than this make no disk faster.
+READS_MAX = 16
 # Directory entries looked at below a file:// origin; a model directory has fewer than 300.
 ENTRIES_MAX = 2_000
 ORIGIN_URL_CHARS_MAX = 1_024
@@ -239,6 +243,7 @@ class ModelStore:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._store = LocalStore(prefix=root, mkdir=True)
+        self._reads = asyncio.Semaphore(READS_MAX)
 
     def put(self, ref: ModelRef, parts: Mapping[str, Path], sync: Callable[[int], None] = os.fsync) -> None:
         """Store every file of a version and make it durable. Raises ``ModelStoreError``."""
@@ -262,8 +267,17 @@ class ModelStore:
         if start == end:
             return
         with _store_errors():
-            answer = await obstore.get_async(self._store, _key(ref, path), options={"range": (start, end)})
-            async for piece in answer.stream(min_chunk_size=PIECE_BYTES):
+            async with self._reads:
+                answer = await obstore.get_async(
+                    self._store, _key(ref, path), options={"range": (start, end)}
+                )
+            pieces = aiter(answer.stream(min_chunk_size=PIECE_BYTES))
+            while True:
+                # Held for one read, not for the whole stream: a slow node must not keep others waiting.
+                async with self._reads:
+                    piece = await anext(pieces, None)
+                if piece is None:
+                    return
                 yield bytes(piece)
 
     def drop(self, ref: ModelRef) -> None:

@@ -120,7 +120,8 @@ def test_a_worker_holds_no_file_of_the_node(box: Box) -> None:
 
 
 def test_packs_are_noise_on_disk_and_refused_in_another_place(box: Box) -> None:
-    """Exchanged between tenants or changed in one bit: refused, told, and made again from the origin."""
+    """Exchanged between tenants: refused, told, and made again from the origin. Changed in one bit: that
+    chunk is told of and mended from the origin, and the pack is as it was."""
     before = {tenant: complete(box, tenant)[0] for tenant in ("acme", "evil")}
     assert before["acme"] != before["evil"]
     assert ask(box, "acme", "classify", model="acme/judge", input="hello").status_code == 200
@@ -144,5 +145,8 @@ def test_packs_are_noise_on_disk_and_refused_in_another_place(box: Box) -> None:
     for tenant in ("acme", "evil"):
         assert complete(box, tenant) == (before[tenant], "origin")
     answer = ask(box, "acme", "classify", model="acme/judge", input="hello")
-    assert (answer.status_code, answer.headers["x-bunkhouse-tier"]) == (200, "origin")
-    assert all("does not open" in detail for detail in events(box, 3, "restore_failed"))
+    assert (answer.status_code, answer.headers["x-bunkhouse-tier"]) == (200, "disk")
+    assert len(events(box, 1, "chunk_corrupt")) == len(events(box, 1, "chunk_repaired")) == 1
+    judge[len(judge) // 2] ^= 1
+    assert packs["acme/judge"].read_bytes() == judge
+    assert all("does not open" in detail for detail in events(box, 2, "restore_failed"))
