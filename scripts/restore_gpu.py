@@ -87,7 +87,7 @@ def _cases(setup: Setup, peers: Sequence[Peer]) -> list[Case]:
 
 async def _first_token(setup: Setup) -> Table:
     """Two tenants' models of 16 GB on a device that holds one: each call swaps, then answers."""
-    setup.free_segments()
+    setup.free_memory()
     directory = restore_data.model_directory(setup.cache, EIGHT_B)
     spec = restore_data.describe(directory, setup.spec.ref, Task.GENERATION)
     specs = tuple(replace(spec, ref=replace(spec.ref, tenant=name)) for name in ("first", "second"))

@@ -140,9 +140,9 @@ class Setup:
             settings = {"path": str(self.pack), "key": self.key, "form": form, "segment_fd": descriptor}
             self.segment_bytes[form] = self.ours.run("segment", settings).facts["segment_bytes"]
 
-    def free_segments(self) -> None:
-        """Give the memory of the host segments back; sections that need them come before."""
-        for descriptor in self.segments.values():
+    def free_memory(self) -> None:
+        """Give the memory of host segments and reference back; sections that need them come before."""
+        for descriptor in (self.reference, *self.segments.values()):
             os.ftruncate(descriptor, 0)
 
     def stages(self) -> str:

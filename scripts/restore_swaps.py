@@ -70,7 +70,7 @@ class Swaps:
 
 def swap(setup: Setup) -> Section:
     """One device that holds one model, eight tenants with one each, all in the host tier."""
-    setup.free_segments()
+    setup.free_memory()
     folder = setup.cache / "bench-node"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -209,7 +209,7 @@ FAILURE_EVERY = 20
 # Swaps before the first count, so that everything that is bounded is full: the core's ring of steps,
 # parked skeletons, the allocator's free lists.
 WARM_SWAPS_SHARE = 0.3
-TRIES_MAX = 20
+TRIES_MAX = 6
 # What a heap may grow by without anything being kept: fragments, caches of code that ran later.
 GROWTH_BYTES_MAX = 16 * MIB
 # Pools start threads as orders overlap, up to a dozen in each process; a thread that is left behind by each
@@ -248,13 +248,15 @@ class LeakRun:
 
     async def take(self, spec: ModelSpec) -> Taken:
         """A caller that comes again as it is told to."""
+        last = ""
         for _ in range(TRIES_MAX):
             try:
                 return await self._node.take(spec)
             except Refused as refused:
                 self.refused[refused.reason.value] += 1
+                last = refused.detail
                 await asyncio.sleep((refused.retry_ms or 0) / 1000)
-        raise RuntimeError(f"{spec.ref} was refused {TRIES_MAX} times: {dict(self.refused)}")
+        raise RuntimeError(f"{spec.ref} was refused {TRIES_MAX} times, the last: {last}")
 
     async def _check(self, spec: ModelSpec) -> None:
         try:
@@ -331,14 +333,18 @@ async def _leaks(setup: Setup, folder: Path) -> Section:
         warm = round(WARM_SWAPS_SHARE * setup.swaps)
         first: Census | None = None
         times = StepTimes()
-        with times.watching():
-            for number in range(setup.swaps):
-                if number == warm:
-                    first = await _calm(run, node)
-                await run.swap(number)
-                if number % max(1, setup.swaps // 20) == 0:
-                    setup.log(f"swap {number + 1}/{setup.swaps}: {node.census()}")
-        last = await _calm(run, node)
+        try:
+            with times.watching():
+                for number in range(setup.swaps):
+                    if number == warm:
+                        first = await _calm(run, node)
+                    await run.swap(number)
+                    if number % max(1, setup.swaps // 20) == 0:
+                        setup.log(f"swap {number + 1}/{setup.swaps}: {node.census()}")
+            last = await _calm(run, node)
+        except RuntimeError as error:
+            kept = shutil.copy(node.node.loop.dump("bench"), setup.cache / "leaks-ring.jsonl")
+            raise RuntimeError(f"{error}; what the core saw and ordered is in {kept}") from error
     assert first is not None
     return _judge_leaks(setup, run, first, last, times)
 
