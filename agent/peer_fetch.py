@@ -5,8 +5,9 @@ breaks off, being told the data key, and looking into what came before anybody t
 who has it (control says so), publishing it or keeping its key (``agent/sources.py``).
 
 No peer is believed. That it is the node it should be is proven by its certificate before it is asked
-anything; that the pack is the one it should be, by the tags in it, which bind tenant, name and version. A
-node that sends garbage costs time.
+anything; that the pack is the one that it announced, by the tags in it, which bind tenant, name and version. A
+node that sends garbage costs time. One that made a pack of its own is not found out here: what the plan has
+digests of is compared by ``agent/sources.py``.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ DEAD_S = 60.0
 DEAD_MAX = 1_000
 # A fetch that nobody has sent a byte to for this long has failed, however politely all say "later".
 STALL_S = 20.0
+# The same for one that goes on and on: as long as any load may take. A peer that sends drop by drop must not
+# keep a model away that its origin would give.
+FETCH_S_MAX = 1_800.0
 RETRY_S_MAX = 1.0
 # Connections to one peer that may break off during one fetch before it is given up.
 BREAKS_MAX = 3
@@ -143,7 +147,8 @@ class _Job:
             self.moved_s = time.monotonic()
 
     def stalled(self) -> bool:
-        return time.monotonic() - self.moved_s > STALL_S
+        now_s = time.monotonic()
+        return now_s - self.moved_s > STALL_S or now_s - self.began_s > FETCH_S_MAX
 
     def lose(self, peer: PeerSpec, failed: PeerFailed) -> bool:
         """A connection is lost, and with it perhaps the peer: true then."""
@@ -413,8 +418,8 @@ class PeerFetch:
     def _ranges(
         self, job: _Job, connection: Connection, piece: memoryview, cancel: Callable[[], bool]
     ) -> bool:
-        """Ranges over one connection until there are none; False when cancelled."""
-        while not cancel():
+        """Ranges over one connection until there are none; False when cancelled, or too late."""
+        while not cancel() and not job.stalled():
             taken = job.next_range()
             if taken is None:
                 return True

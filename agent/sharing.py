@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
 
@@ -22,7 +22,7 @@ from agent.peer_fetch import PeerFetch
 from agent.peers import Allowed, PeerServer
 from agent.sources import AskControl, Sources
 from packer.seal import BadSeal
-from packer.types import ModelRef
+from packer.types import ModelRef, OriginFile
 from packer.wire import Plan
 
 log = logging.getLogger("bunk.peers")
@@ -50,11 +50,13 @@ class Sharing:
         self._journal = journal
         self._note = note
         self._versions: frozenset[ModelRef] = frozenset()
+        self._files: dict[ModelRef, Sequence[OriginFile]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._server: PeerServer | None = None
         self.fetch = PeerFetch(identity)
         self.sources = Sources(ask, self.fetch, packs, journal, clock_ms, lambda ref: ref in self._versions)
         self.sources.note = note
+        self.sources.files_of = lambda ref: self._files.get(ref)
         self.peer_url = ""
 
     @property
@@ -90,7 +92,8 @@ class Sharing:
 
     def planned(self, plan: Plan) -> None:
         """A plan is in force: its nodes may ask, for its versions."""
-        self._versions = frozenset(spec.ref for spec in plan.models)
+        self._files = {spec.ref: spec.files for spec in plan.models}
+        self._versions = frozenset(self._files)
         if self._server is not None:
             nodes = {peer.node: peer.key_sha256 for peer in plan.peers if peer.node != plan.node}
             self._server.allow(Allowed(nodes, self._versions))

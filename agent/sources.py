@@ -12,6 +12,7 @@ too long, the origin is read.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Coroutine, Sequence
@@ -25,7 +26,9 @@ from agent.journal_thread import JournalThread
 from agent.packs import PackDirectory
 from agent.peer_fetch import FetchedPack, PeerFetch
 from packer.durable import sync_folder
-from packer.types import MIB, ModelRef
+from packer.index import PackError
+from packer.pack import PackReader
+from packer.types import MIB, ModelRef, OriginFile
 from packer.wire import PEERS_TRIED_MAX, OriginTurn, PeerSpec, SourcesAnswer
 
 log = logging.getLogger("bunk.peers")
@@ -89,6 +92,8 @@ class Sources:
         self._wanted = wanted
         # Told what is worth a record: the kind, whose pack, what happened.
         self.note: Callable[[str, ModelRef, str], None] = lambda kind, ref, detail: None
+        # The files that the plan names for a version; None: it is in no plan.
+        self.files_of: Callable[[ModelRef], Sequence[OriginFile] | None] = lambda ref: None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -97,9 +102,9 @@ class Sources:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._fetch.close)
 
-    def refuse(self, ref: ModelRef, pack: FetchedPack) -> None:
-        """A pack that came from peers turned out corrupt: it is not fetched from them for a while."""
-        self.note("pack_refused", ref, f"corrupt, from {', '.join(pack.peers)}")
+    def refuse(self, ref: ModelRef, pack: FetchedPack, why: str = "corrupt") -> None:
+        """A pack that came from peers turned out bad: it is not fetched from them for a while."""
+        self.note("pack_refused", ref, f"{why}, from {', '.join(pack.peers)}")
         self._fetch.refuse(ref, pack.peers)
 
     async def obtain(self, ref: ModelRef, limit_bytes: int) -> Obtained:
@@ -159,6 +164,12 @@ class Sources:
         try:
             try:
                 pack = await self._fetch.fetch_pack(ref, peers, descriptor, limit_bytes)
+                files = self.files_of(ref)
+                if pack is not None and files is not None:
+                    wrong = await asyncio.to_thread(_wrong_file, descriptor, pack.data_key, ref, files)
+                    if wrong is not None:
+                        self.refuse(ref, pack, wrong)
+                        return None
             finally:
                 os.close(descriptor)
             if pack is None or not self._wanted(ref):
@@ -224,3 +235,26 @@ class Sources:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _wrong_file(descriptor: int, key: bytes, ref: ModelRef, files: Sequence[OriginFile]) -> str | None:
+    """What in a fetched pack is not of the registered version, as far as that can be told.
+
+    Whoever has a pack's key can make another pack with it, tags and all, so what the plan has a digest of is
+    compared: every file that is parsed. Weights have none but that of their whole file.
+    """
+    try:
+        reader = PackReader(descriptor, key, ref)
+        side_files = {file.path: file.sha256.lower() for file in files if not _is_weights(file)}
+        if {path for path, _ in reader.index.files} != set(side_files):
+            return "other files than registered"
+        for path, sha256 in side_files.items():
+            if hashlib.sha256(reader.file(path)).hexdigest() != sha256:
+                return f"{path} is not the registered one"
+    except PackError as error:
+        return str(error)[:200]
+    return None
+
+
+def _is_weights(file: OriginFile) -> bool:
+    return file.path.endswith(".safetensors")
