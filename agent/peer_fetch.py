@@ -5,9 +5,9 @@ breaks off, being told the data key, and looking into what came before anybody t
 who has it (control says so), publishing it or keeping its key (``agent/sources.py``).
 
 No peer is believed. That it is the node it should be is proven by its certificate before it is asked
-anything; that the pack is the one that it announced, by the tags in it, which bind tenant, name and version. A
-node that sends garbage costs time. One that made a pack of its own is not found out here: what the plan has
-digests of is compared by ``agent/sources.py``.
+anything; that the pack is the one that it announced, by the tags in it, which bind tenant, name and version.
+A node that sends garbage costs time. One that made a pack of its own is not found out here: what the plan
+has digests of is compared by ``agent/sources.py``.
 """
 
 from __future__ import annotations
