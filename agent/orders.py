@@ -225,7 +225,6 @@ class Orders:
         self, order: Restore, move: Callable[[WorkerHandle], Awaitable[Event]]
     ) -> Event | None:
         failed = partial(RestoreFailed, order.ref, order.device, order.from_tier, order=order.order)
-        # A worker that fails and lives still holds what was there before, and nothing else.
         kept = partial(failed, kept_chunks=order.first_chunk)
         # Held from here on, so that a worker that is just being forked for it is not taken for a parked one.
         self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
@@ -240,10 +239,12 @@ class Orders:
         except WorkerDead:
             return None
         except WorkerFailure as failure:
-            self._forget_unless_kept(order)
+            if not await self._keep_to(order, worker):
+                return None
             return kept(failure.message, corrupt=failure.corrupt, broken=failure.broken)
         except (OriginUnavailable, OSError) as error:
-            self._forget_unless_kept(order)
+            if not await self._keep_to(order, worker):
+                return None
             missing = isinstance(error, FileNotFoundError) and order.from_tier is Tier.DISK
             private = error.private if isinstance(error, OriginUnavailable) else str(error)
             log.warning("restore of %s from %s: %s", order.ref, order.from_tier.value, private)
@@ -453,10 +454,18 @@ class Orders:
         finally:
             await frames.aclose()  # type: ignore[attr-defined]  # an async generator
 
-    def _forget_unless_kept(self, order: Restore) -> None:
-        """After a failed restore: what was here before it still is."""
+    async def _keep_to(self, order: Restore, worker: WorkerHandle) -> bool:
+        """After a failed restore: have the worker hold what the order said is there, and nothing else. A part
+        that a whole load was to replace may be there still. False: the worker is gone with everything."""
+        try:
+            async with self._in_time(worker, EVICT_TIMEOUT_S):
+                await worker.evict(order.ref, order.first_chunk)
+        except (WorkerDead, WorkerFailure):
+            worker.kill()
+            return False
         if not order.first_chunk:
             self._forget_held(order.ref, order.device)
+        return True
 
     def _forget_held(self, ref: ModelRef, device: str) -> None:
         at = (ref.tenant, device)

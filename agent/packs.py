@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from packer.index import up_to_page
 from packer.types import MIB, ModelRef
 
 # Free bytes of the file system that packs never take, so that logs, the journal and other programs
@@ -57,8 +58,9 @@ class PackDirectory:
             states = [os.stat(_temporary(path)), os.stat(_progress(path))]
         except OSError:
             return None
-        # Records are written behind what they tell of: without any there is nothing to go on from.
-        return sum(state.st_blocks * 512 for state in states) if states[1].st_size else None
+        # Records are written behind what they tell of: without any there is nothing to go on from. Sizes, not
+        # blocks, which a file system may still be counting: extents lie without holes.
+        return sum(up_to_page(state.st_size) for state in states) if states[1].st_size else None
 
     def publish(self, ref: ModelRef) -> None:
         """Give the finished, fsynced temporary file its name, durably."""

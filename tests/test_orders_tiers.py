@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from make_models import make_llama
+from process_memory import read_worker
 from running_workers import DEVICE, PATIENCE_S, Known, known
 from tiny_models import copy_minilm
 
@@ -265,6 +266,21 @@ async def test_a_part_that_comes_from_disk_leaves_all_of_it_in_the_host_tier(
     await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4))
     assert isinstance(await hands.restore(minilm, Tier.HOST), Restored)
     assert await hands.answer(minilm) == wanted
+
+
+async def test_a_failed_load_leaves_no_part_behind(hands: Hands, minilm: Known) -> None:
+    """A part was there and the whole was to come from an origin that is gone: then nothing is there."""
+    plan(hands, minilm)
+    await hands.load(minilm)
+    await hands.evict(minilm, 4)
+    shutil.rmtree(minilm.directory)
+    failed = await hands.restore(minilm, Tier.ORIGIN)
+    assert isinstance(failed, RestoreFailed)
+    assert failed.kept_chunks == 0
+    memory = read_worker(hands.pids()[0])
+    assert memory is not None
+    assert memory.arena_bytes == 0
+    assert isinstance(await hands.restore(minilm, Tier.DISK), Restored)
 
 
 async def test_an_interrupted_load_goes_on_after_a_restart(
