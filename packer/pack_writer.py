@@ -227,10 +227,10 @@ class PackWriter:
         with self._changed:
             self._put(i, chunk)
 
-    def _put(self, i: int, chunk: StoredChunk, recorded: bool = True) -> None:
+    def _put(self, i: int, chunk: StoredChunk) -> None:
         """Called with the lock held."""
         self._chunks[i] = chunk
-        if self._log is not None and recorded:
+        if self._log is not None:
             self._log.add(self._salt, i, chunk)
         self._changed.notify_all()
 
@@ -272,9 +272,9 @@ class PackWriter:
             chunk = self._chunks[owner]
             if chunk is None:
                 raise PackError(f"chunk {owner}, which chunk {i} is equal to, was not stored")
-            # A duplicate refers to a chunk before it. One that comes before its owner is put right at the end
-            # and has no record: done here, equal chunks in falling order would each rewrite all others.
-            self._put(i, replace(chunk, same_as=owner), recorded=owner < i)
+            # A duplicate refers to a chunk before it. One that lies before its owner is put right at the
+            # end: done here, equal chunks in falling order would each rewrite all others.
+            self._put(i, replace(chunk, same_as=owner))
         return True
 
     def _hand_over(self) -> None:
@@ -299,7 +299,7 @@ class PackWriter:
             if heir < owner and number != heir:
                 now = self._chunks[heir]
                 assert now is not None
-                self._chunks[number] = replace(now, same_as=heir)
+                self._put(number, replace(now, same_as=heir))
 
     # --- the end ----------------------------------------------------------------------------------
 

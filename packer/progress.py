@@ -114,7 +114,7 @@ class ProgressLog:
             or len(raw.tags) != TAG_BYTES * len(raw.planes)
             or sum(raw.planes) > spans[raw.number].nbytes
             or raw.offset % PAGE_BYTES != 0
-            or (raw.same_as is not None and raw.same_as >= raw.number)
+            or raw.same_as == raw.number
         )
         if wrong:
             return None
