@@ -149,6 +149,9 @@ class Moves:
             fill = partial(ingest.fill, cancelled=cancelled)
             incoming = Incoming(ref, spec, ingest.layout, ingest.side_files, fill, ingest.abandon)
             held = self._bring_in(incoming, parked, pinned=pack is not None)
+        # The origin is read; whoever hears that the model is there may count on it being closed.
+        close_fds(fds[: len(order.files)])
+        del fds[: len(order.files)]
         reply(Done(order.id, _since_ms(started), restored_bytes=ingest.layout.image_bytes))
         if pack is not None:
             try:
