@@ -23,11 +23,11 @@ from tour_models import DEVICE_BYTES, DEVICES, MODELS, TENANTS, WEIGHTS_TO_BUDGE
 import bunkhouse
 
 MIB = 1024 * 1024
-# What one worker may write for itself beside its weights, by addition: a restore and the writing of a pack at
-# once are four threads of 15 to 19 MiB of buffers each, up to 75 MiB; skeletons, tokenizers and pages of the
-# interpreter it was forked with some 35 MiB; a request's workspace 6 MiB. Seen so far: 63 to 84 MiB. This
-# bounds the process; that weights are in it only once is proved exactly by tests/test_worker.py.
-WORKER_ALLOWANCE_BYTES = 128 * MIB
+# What one worker may write for itself beside its weights, by addition: a restore takes at most 120 MiB of
+# buffers (76 on two cores, and only from a cold disk), a load with its pack 40; skeletons, tokenizers and
+# pages of the interpreter it was forked with some 35; a request's workspace 6. Seen so far: 54 to 84 MiB.
+# This bounds the process; that weights are in it only once is proved exactly by tests/test_worker_moves.py.
+WORKER_ALLOWANCE_BYTES = 204 * MIB
 
 # Ten seconds' worth of a minute may come at once: 5 of 30, then one each 2 s.
 RATE_PER_MINUTE = 30
