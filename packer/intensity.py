@@ -17,6 +17,7 @@ Standard library only, no clock: times come in as milliseconds. The same uses gi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import exp
 
@@ -77,6 +78,9 @@ class Intensity:
     epoch_ms: int = -1
     base_per_ms: float = 0.0
     factors: tuple[float, ...] = (0.0,) * KERNELS
+    # The rate as last worked out by ``Ranking.rates``, and when.
+    rated_ms: int = -1
+    per_ms: float = 0.0
 
 
 def note_use(known: Intensity, shared: Shared, now_ms: int) -> None:
@@ -107,7 +111,7 @@ def note_use(known: Intensity, shared: Shared, now_ms: int) -> None:
     known.uses += 1
     known.last_ms = max(now_ms, known.last_ms)
     known.base_per_ms = (known.base_uses + BASE_USES) / (known.last_ms - known.first_ms + BASE_MS)
-    known.epoch_ms = -1
+    known.epoch_ms = known.rated_ms = -1
     _note_shared(shared, now_ms)
 
 
@@ -126,13 +130,16 @@ def _note_shared(shared: Shared, now_ms: int) -> None:
 def _settle(known: Intensity, shared: Shared, epoch_ms: int) -> None:
     """Express the present excitation relative to ``epoch_ms``."""
     since_ms = min(known.last_ms - epoch_ms, EPOCH_MS)
+    parts = zip(known.explained, known.elapsed, known.levels, shared.shares, _GAINS, SCALES_MS, strict=True)
     known.factors = tuple(
-        (known.explained[k] + SHARED_USES * shared.shares[k])
-        / (known.elapsed[k] + SHARED_USES)
-        * known.levels[k]
-        * _GAINS[k]
-        * exp(since_ms / SCALES_MS[k])
-        for k in range(KERNELS)
+        [
+            (explained + SHARED_USES * share)
+            / (elapsed + SHARED_USES)
+            * level
+            * gain
+            * exp(since_ms / scale_ms)
+            for explained, elapsed, level, share, gain, scale_ms in parts
+        ]
     )
     known.epoch_ms = epoch_ms
 
@@ -144,25 +151,45 @@ class Ranking:
     factors with those of the moment; its exponentials are paid once per use and epoch.
     """
 
-    __slots__ = ("_decay", "_epoch_ms", "_shared")
+    __slots__ = ("_decay", "_epoch_ms", "_now_ms", "_shared")
 
     def __init__(self, shared: Shared, now_ms: int) -> None:
         self._shared = shared
+        self._now_ms = now_ms
         self._epoch_ms = now_ms - now_ms % EPOCH_MS
         passed_ms = now_ms - self._epoch_ms
         self._decay = tuple(exp(-passed_ms / scale_ms) for scale_ms in SCALES_MS)
 
     def uses_per_ms(self, known: Intensity) -> float:
         """Expected uses per ms over the next ``HORIZON_MS``; 0 for a model that was never used."""
-        if not known.uses:
-            return 0.0
-        if known.epoch_ms != self._epoch_ms:
-            _settle(known, self._shared, self._epoch_ms)
-        f0, f1, f2, f3, f4, f5, f6, f7 = known.factors
+        return self.rates((known,))[0]
+
+    def rates(self, models: Iterable[Intensity]) -> list[float]:
+        """``uses_per_ms`` of many in one tight loop, since there may be a thousand."""
+        found: list[float] = []
+        now_ms, epoch_ms = self._now_ms, self._epoch_ms
         d0, d1, d2, d3, d4, d5, d6, d7 = self._decay
-        return (
-            known.base_per_ms + f0 * d0 + f1 * d1 + f2 * d2 + f3 * d3 + f4 * d4 + f5 * d5 + f6 * d6 + f7 * d7
-        )
+        for known in models:
+            if known.rated_ms == now_ms:
+                found.append(known.per_ms)
+                continue
+            if known.epoch_ms != epoch_ms:
+                _settle(known, self._shared, epoch_ms)
+            f0, f1, f2, f3, f4, f5, f6, f7 = known.factors
+            known.per_ms = rate = (
+                known.base_per_ms
+                + f0 * d0
+                + f1 * d1
+                + f2 * d2
+                + f3 * d3
+                + f4 * d4
+                + f5 * d5
+                + f6 * d6
+                + f7 * d7
+            )
+            known.rated_ms = now_ms
+            found.append(rate)
+        return found
 
 
 def encode(known: Intensity) -> list[float]:

@@ -7,7 +7,8 @@ before. Does not cover: room on devices (``victims``), or acting on the answers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop
 
@@ -164,7 +165,8 @@ def copy_victims(
         return []
     entitled = own.kept_bytes + nbytes + pending_own <= own.reserved_bytes
     worth = copy_index(gains(node, wanted), wanted, tier, nbytes, Ranking(node.shared, now_ms))
-    ranked = _ranked_copies(node, (m for m in node.copies(tier).values() if m is not wanted), tier, now_ms)
+    others = [model for model in node.copies(tier).values() if model is not wanted]
+    ranked = _ranked_copies(node, others, tier, now_ms, math.inf if entitled else worth)
     chosen: list[Model] = []
     kept: dict[str, int] = {}
     for index, _, model in ranked:
@@ -191,15 +193,28 @@ def copy_victims(
 
 
 def _ranked_copies(
-    node: Node, models: Iterable[Model], tier: Tier, now_ms: int
+    node: Node, models: Sequence[Model], tier: Tier, now_ms: int, below: float = math.inf
 ) -> Iterator[tuple[float, str, Model]]:
-    """Copies that may be dropped, least valuable first; put in order only as far as somebody looks."""
-    ranking, gains_of = Ranking(node.shared, now_ms), Renewal(node).gains
+    """Copies that may be dropped, least valuable first; put in order only as far as somebody looks.
+    Of what is planned only copies that are worth less than ``below``."""
+    ranking, gains_of, epoch = Ranking(node.shared, now_ms), Renewal(node).gains, node.gains_epoch
+    in_host, held_state = tier is Tier.HOST, CopyState.HELD
+    uses_per_ms = ranking.uses_per_ms
     found: list[tuple[float, str, Model]] = []
     for model in models:
-        copy = model.copy(tier)
-        if droppable(copy):
-            index = copy_index(gains_of(model), model, tier, copy.held_bytes, ranking)
+        copy = model.host if in_host else model.disk
+        if copy.state is not held_state or copy.readers:
+            continue
+        use = model.reuse
+        # Most were rated a moment ago, when somebody looked for room on the device.
+        rate = use.per_ms if use.rated_ms == now_ms else uses_per_ms(use)
+        known = model.gains
+        if known is None or known.epoch != epoch:
+            known = gains_of(model)
+        gain_ms = known.host_ms if in_host else known.disk_ms
+        # ``copy_index`` without its calls.
+        index = rate * (gain_ms if gain_ms > 1 else 1) / (copy.held_bytes or 1)
+        if index < below or not model.planned:
             found.append((index, model.name, model))
     heapify(found)
     while found:

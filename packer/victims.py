@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from heapq import heapify, heappop
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, nsmallest
 from itertools import accumulate
+from operator import itemgetter
 from typing import NamedTuple
 
 from packer import room
 from packer.events import RefusalReason
-from packer.intensity import Ranking
+from packer.intensity import Intensity, Ranking
 from packer.keep import keep_index
 from packer.ledger import CopyState, Device, Model, Node, State
 from packer.quota import Tenant, may_take
@@ -41,27 +42,61 @@ class Taking:
     keep_chunks: int = 0
 
 
+# What left the plan goes before all else; most candidates stand here, idle and condemned by nobody.
+PLANNED = 8
+# A choice seldom looks further than this down the order, so only as many are singled out at first.
+LOOKED_AT = 16
+
 # A model that may have to go: the class of its standing (least protected first), its keep-index, its name,
 # the model, and its bytes that are not leaving already. A plain tuple, because there may be a thousand.
 _Candidate = tuple[int, float, str, Model, int]
 
 
-class _Ranked:
-    """Candidates, least valuable first; put in order only as far as somebody looks."""
+@dataclass(slots=True)
+class _Class:
+    """Candidates of the same standing, column by column: what is laid out like this is fetched fast."""
 
-    def __init__(self, found: list[_Candidate]) -> None:
-        heapify(found)
-        self._rest = found
+    models: list[Model] = field(default_factory=list)
+    uses: list[Intensity] = field(default_factory=list)
+    gains_ms: list[float] = field(default_factory=list)
+    held_bytes: list[int] = field(default_factory=list)
+
+
+class _Ranked:
+    """Candidates, least valuable first; put in order only as far as somebody looks: seldom beyond a few."""
+
+    def __init__(self, classes: dict[int, _Class], ranking: Ranking) -> None:
         self._ordered: list[_Candidate] = []
+        rated = [
+            (rank, members, ranking.rates(members.uses))
+            for rank, members in sorted(classes.items(), key=itemgetter(0))
+        ]
+        self._order = _in_order(rated)
 
     def __iter__(self) -> Iterator[_Candidate]:
-        ordered, rest = self._ordered, self._rest
+        ordered, order = self._ordered, self._order
         place = 0
-        while place < len(ordered) or rest:
+        while True:
             if place == len(ordered):
-                ordered.append(heappop(rest))
+                found = next(order, None)
+                if found is None:
+                    return
+                ordered.append(found)
             yield ordered[place]
             place += 1
+
+
+def _in_order(classes: list[tuple[int, _Class, list[float]]]) -> Iterator[_Candidate]:
+    for rank, members, rates in classes:
+        gains = zip(rates, members.gains_ms, members.held_bytes, strict=True)
+        indices = [rate * gain_ms / (held or 1) for rate, gain_ms, held in gains]
+        most = nsmallest(LOOKED_AT, indices)[-1] if indices else 0.0
+        found = list(zip(indices, members.models, members.held_bytes, strict=True))
+        yield from sorted((rank, index, m.name, m, held) for index, m, held in found if index <= most)
+        rest = [(rank, index, m.name, m, held) for index, m, held in found if index > most]
+        heapify(rest)
+        while rest:
+            yield heappop(rest)
 
 
 def need_on(model: Model, device: Device) -> int:
@@ -97,36 +132,43 @@ def _candidates(
     choice does not wander while its leases end. What is in use comes last, and before it the chunks of
     models that somebody waits for.
     """
-    uses_per_ms = Ranking(node.shared, now_ms).uses_per_ms
-    condemned, gains_of = node.condemned, room.Renewal(node).gains
-    found: list[_Candidate] = []
+    gains_of, epoch = room.Renewal(node).gains, node.gains_epoch
+    condemned, resident = node.condemned, State.RESIDENT
+    usual = _Class()
+    classes = {PLANNED: usual}
     for other in node.devices.values() if own_elsewhere else (device,):
         for model in other.models.values():
-            state = model.state
-            rank = 0
-            if state is State.RESIDENT:
+            rank = PLANNED if model.planned else 0
+            if model.state is resident:
                 if model.leases or model.packing:
                     if not busy:
                         continue
-                    rank = 2
-            elif state is State.PARTIAL:
-                if model is wanted:
-                    continue
-                rank = 1 if model.waiters else 0
-            elif busy and (state is State.RESTORING or model.kept_chunks):
-                rank = 2
+                    rank += 2
             else:
-                continue
+                standing = _standing_of_part(model, wanted, busy)
+                if standing is None:
+                    continue
+                rank += standing
             if other is not device and model.tenant is not wanted.tenant:
                 continue
-            if model.planned:
-                rank += 8
             if condemned and condemned.get(model.ref) != wanted.ref:
                 rank += 4
-            held = model.device_bytes - model.leaving_bytes
-            index = uses_per_ms(model.reuse) * gains_of(model).device_ms / (held or 1)
-            found.append((rank, index, model.name, model, held))
-    return _Ranked(found)
+            known = model.gains
+            if known is None or known.epoch != epoch:
+                known = gains_of(model)
+            members = usual if rank == PLANNED else classes.setdefault(rank, _Class())
+            members.models.append(model)
+            members.uses.append(model.reuse)
+            members.gains_ms.append(known.device_ms)
+            members.held_bytes.append(model.device_bytes - model.leaving_bytes)
+    return _Ranked(classes, Ranking(node.shared, now_ms))
+
+
+def _standing_of_part(model: Model, wanted: Model, busy: bool) -> int | None:
+    """The rank of what is coming, going or there in part; None: it can not be taken."""
+    if model.state is State.PARTIAL:
+        return None if model is wanted else int(bool(model.waiters))
+    return 2 if busy and (model.state is State.RESTORING or model.kept_chunks) else None
 
 
 # --- victims --------------------------------------------------------------------------------------

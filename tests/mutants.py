@@ -16,6 +16,7 @@ import packer
 
 # In the order of their imports. Types and events are shared with the real core: the world speaks them.
 MODULES = (
+    "intensity",
     "keep",
     "quota",
     "proof",
@@ -92,8 +93,8 @@ MUTANTS = (
     Mutant(
         "a copy that is being read is dropped",
         "room",
-        "return copy.state is CopyState.HELD and not copy.readers",
-        "return copy.state is CopyState.HELD",
+        "        if copy.state is not held_state or copy.readers:\n",
+        "        if copy.state is not held_state:\n",
     ),
     Mutant(
         "a dead worker's leases pin the next stay",
@@ -300,8 +301,8 @@ MUTANTS = (
     Mutant(
         "a waiting model's own chunks are evicted for it",
         "victims",
-        "                if model is wanted:\n                    continue\n",
-        "",
+        "return None if model is wanted else int(bool(model.waiters))",
+        "return int(bool(model.waiters))",
     ),
     Mutant(
         "nobody waits for the rest of a model",
