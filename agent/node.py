@@ -235,7 +235,7 @@ class RunningNode:
             if self._foreign.get(name) != state:
                 self._foreign[name] = state
                 budget_bytes = max(0, device.budget_bytes - state.foreign_bytes)
-                # An image on a GPU is one buffer, so there memory comes back for whole models only.
+                # Giving back a part of an image has not been seen on a GPU yet: there models leave whole.
                 partial = device.kind == "cpu"
                 self.loop.post(DeviceSeen(name, budget_bytes, state.healthy, partial))
 
