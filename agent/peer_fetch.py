@@ -347,7 +347,7 @@ class PeerFetch:
                 log.info("pack of %s: node %s: %s", ref, peer.node, error)
                 continue
             except Later as later:
-                time.sleep(later.wait_s)
+                self._closing.wait(later.wait_s)
                 waiting.append(peer)
                 continue
             if not HEADER_BYTES < described.size <= limit_bytes:
@@ -409,7 +409,7 @@ class PeerFetch:
                     if not cancel() and job.lose(peer, error) and (error.dead or error.broke):
                         self._bury(peer, error)
                 except Later as later:
-                    time.sleep(later.wait_s)
+                    self._closing.wait(later.wait_s)
                     turn += 1  # perhaps another one has time
         except BaseException:
             job.failed = True
@@ -430,7 +430,7 @@ class PeerFetch:
                 start = broken.at
                 if not isinstance(broken.why, Later) or broken.why.closed or job.stalled():
                     raise broken.why from None
-                time.sleep(broken.why.wait_s)
+                self._closing.wait(broken.why.wait_s)
             finally:
                 job.put_back(start, end)
         return False

@@ -14,6 +14,7 @@ import json
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -33,7 +34,7 @@ TORCH_NAMES = {
 WIDTHS = {"bf16": 2, "fp32": 4, "fp16": 2, "fp8": 1, "fp8_e5m2": 1, "int8": 1}
 
 
-class Codec:
+class Codec(ABC):
     """One peer. A piece is what is compressed by one call; ``decode`` returns something with bytes."""
 
     piece_bytes = CHUNK_BYTES
@@ -46,12 +47,13 @@ class Codec:
         """What ``encode`` is given; not on the clock."""
         return piece
 
+    @abstractmethod
     def encode(self, piece: Any) -> Any:
-        raise NotImplementedError
+        """The packed form of one piece."""
 
+    @abstractmethod
     def decode(self, packed: Any, out: Any) -> Any:
         """The plain bytes: ``out`` itself where the peer can write there, else memory of its own."""
-        raise NotImplementedError
 
 
 class ZipNN(Codec):
