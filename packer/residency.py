@@ -1,8 +1,8 @@
 """The residency core of one node: ``step(node, event, now_ms) -> [Action]``.
 
-Covers: what every event means for the state, in one place, and the views that the agent reads. Does not
-cover: the books (``ledger``), whose turn it is (``queueing``), who must go (``room``, ``upkeep``), quotas
-(``quota``), or the proof after every step (``invariants.check``).
+Covers: what every event means for the state, in one place. Does not cover: the books (``ledger``), whose
+turn it is (``queueing``), who must go (``room``, ``upkeep``), quotas (``quota``), what the agent reads of
+the state (``views``), or the proof after every step (``invariants.check``).
 
 Promises, besides those of ``check``: pure and deterministic (no clock, no I/O, no randomness, no set is
 ever iterated); a late answer (to an order that a worker's death has ended) changes nothing; ``Finished``
@@ -10,8 +10,6 @@ and ``Cancelled`` of a request that is not known are ignored; ``Cancelled`` of a
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from packer import estimate, queueing, quota, room, upkeep
 from packer.events import (
@@ -55,6 +53,15 @@ from packer.ledger import (
 )
 from packer.quota import InvariantBroken, Tenant
 from packer.types import ModelRef, ModelSpec, Task, TenantSpec, Tier
+from packer.views import (
+    ModelView,
+    TenantView,
+    device_bytes_used,
+    model_view,
+    restore_ms_estimate,
+    tenant_view,
+    tier_bytes_used,
+)
 
 __all__ = [
     "InvariantBroken",
@@ -510,89 +517,3 @@ def _drain_asked(node: Node, event: DrainAsked, out: list[Action]) -> None:
     detail = "this node is leaving; ask another one"
     for model in list(node.queue.values()):
         queueing.refuse_all(node, model, RefusalReason.DRAINING, detail, DRAINING_RETRY_MS, out)
-
-
-# --- views ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ModelView:
-    """Where a version stands on this node."""
-
-    state: State
-    device: str | None
-    leases: int
-    waiting: int
-    device_bytes: int
-    host_bytes: int
-    disk_bytes: int
-    packed: bool = False  # the pack on disk is complete
-    resident_chunks: int = 0  # of those in its spec, from the first on; coming and going ones included
-
-
-@dataclass(frozen=True, slots=True)
-class TenantView:
-    """What a tenant holds and may still do. ``rate_limit`` None: requests are not limited."""
-
-    device_bytes: int
-    host_bytes: int
-    disk_bytes: int
-    in_flight: int
-    rate_limit: int | None
-    rate_remaining: int
-    rate_reset_ms: int
-
-
-def device_bytes_used(node: Node, device: str) -> int:
-    """Bytes held on a device: weights and workspace, those coming and going included."""
-    known = node.devices.get(device)
-    return known.account.used_bytes if known is not None else 0
-
-
-def tier_bytes_used(node: Node, tier: Tier) -> int:
-    """Bytes held in a tier, those coming and going included; of all devices for ``Tier.DEVICE``."""
-    if tier is Tier.DEVICE:
-        return sum(device.account.used_bytes for device in node.devices.values())
-    return node.account(tier).used_bytes if tier is not Tier.ORIGIN else 0
-
-
-def model_view(node: Node, ref: ModelRef) -> ModelView | None:
-    """None when the node knows nothing of this version."""
-    model = node.models.get(ref)
-    if model is None:
-        return None
-    return ModelView(
-        state=model.state,
-        device=model.device.name if model.device is not None else None,
-        leases=model.leases,
-        waiting=len(model.waiters),
-        device_bytes=model.device_bytes,
-        host_bytes=model.host.held_bytes,
-        disk_bytes=model.disk.held_bytes,
-        packed=model.disk.state is CopyState.HELD,
-        resident_chunks=model.resident_chunks,
-    )
-
-
-def tenant_view(node: Node, tenant: str, now_ms: int) -> TenantView | None:
-    """None when the node knows nothing of this tenant."""
-    known = node.tenants.get(tenant)
-    if known is None:
-        return None
-    return TenantView(
-        device_bytes=known.device.used_bytes,
-        host_bytes=known.host.used_bytes,
-        disk_bytes=known.disk.used_bytes,
-        in_flight=known.in_flight,
-        rate_limit=known.rate.per_minute,
-        rate_remaining=known.rate.remaining(now_ms),
-        rate_reset_ms=known.rate.reset_ms(now_ms),
-    )
-
-
-def restore_ms_estimate(node: Node, ref: ModelRef) -> int:
-    """Expected time until this version could answer: 0 when resident or unknown."""
-    model = node.models.get(ref)
-    if model is None or model.state is State.RESIDENT:
-        return 0
-    return room.restore_ms(node, model)

@@ -59,6 +59,7 @@ PURE_FILES = (
     "packer/queueing.py",
     "packer/room.py",
     "packer/victims.py",
+    "packer/views.py",
     "packer/upkeep.py",
     "packer/invariants.py",
     "packer/proof.py",

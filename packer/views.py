@@ -1,0 +1,95 @@
+"""What the agent may read of a node's core: views of models and tenants, bytes used, restore estimates.
+
+Covers: read-only values made from the state. Does not cover: changing anything (``residency``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from packer import room
+from packer.ledger import CopyState, Node, State
+from packer.types import ModelRef, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """Where a version stands on this node."""
+
+    state: State
+    device: str | None
+    leases: int
+    waiting: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    packed: bool = False  # the pack on disk is complete
+    resident_chunks: int = 0  # of those in its spec, from the first on; coming and going ones included
+
+
+@dataclass(frozen=True, slots=True)
+class TenantView:
+    """What a tenant holds and may still do. ``rate_limit`` None: requests are not limited."""
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    in_flight: int
+    rate_limit: int | None
+    rate_remaining: int
+    rate_reset_ms: int
+
+
+def device_bytes_used(node: Node, device: str) -> int:
+    """Bytes held on a device: weights and workspace, those coming and going included."""
+    known = node.devices.get(device)
+    return known.account.used_bytes if known is not None else 0
+
+
+def tier_bytes_used(node: Node, tier: Tier) -> int:
+    """Bytes held in a tier, those coming and going included; of all devices for ``Tier.DEVICE``."""
+    if tier is Tier.DEVICE:
+        return sum(device.account.used_bytes for device in node.devices.values())
+    return node.account(tier).used_bytes if tier is not Tier.ORIGIN else 0
+
+
+def model_view(node: Node, ref: ModelRef) -> ModelView | None:
+    """None when the node knows nothing of this version."""
+    model = node.models.get(ref)
+    if model is None:
+        return None
+    return ModelView(
+        state=model.state,
+        device=model.device.name if model.device is not None else None,
+        leases=model.leases,
+        waiting=len(model.waiters),
+        device_bytes=model.device_bytes,
+        host_bytes=model.host.held_bytes,
+        disk_bytes=model.disk.held_bytes,
+        packed=model.disk.state is CopyState.HELD,
+        resident_chunks=model.resident_chunks,
+    )
+
+
+def tenant_view(node: Node, tenant: str, now_ms: int) -> TenantView | None:
+    """None when the node knows nothing of this tenant."""
+    known = node.tenants.get(tenant)
+    if known is None:
+        return None
+    return TenantView(
+        device_bytes=known.device.used_bytes,
+        host_bytes=known.host.used_bytes,
+        disk_bytes=known.disk.used_bytes,
+        in_flight=known.in_flight,
+        rate_limit=known.rate.per_minute,
+        rate_remaining=known.rate.remaining(now_ms),
+        rate_reset_ms=known.rate.reset_ms(now_ms),
+    )
+
+
+def restore_ms_estimate(node: Node, ref: ModelRef) -> int:
+    """Expected time until this version could answer: 0 when resident or unknown."""
+    model = node.models.get(ref)
+    if model is None or model.state is State.RESIDENT:
+        return 0
+    return room.restore_ms(node, model)
