@@ -43,8 +43,16 @@ BASE_MS = 432_000_000.0
 # of the shortest kernel grows by e per minute, so an epoch ends at e^400; floating point ends at e^709.
 EPOCH_MS = 400 * int(SHORTEST_MS)
 
+# Uses of all models that may wait until the node learns from them; a minute at the longest.
+SHARED_PENDING_MAX = 16
+
 # What a kernel's excitation contributes to the mean over the horizon, per ms.
 _GAINS = tuple((1.0 - exp(-HORIZON_MS / scale)) / HORIZON_MS for scale in SCALES_MS)
+# The kernels one by one, for ``note_use``: how fast they decay, and what excitation they give per ms.
+_PACE0, _PACE1, _PACE2, _PACE3, _PACE4, _PACE5, _PACE6, _PACE7 = (-1.0 / scale for scale in SCALES_MS)
+_PER_MS0, _PER_MS1, _PER_MS2, _PER_MS3, _PER_MS4, _PER_MS5, _PER_MS6, _PER_MS7 = (
+    1.0 / scale for scale in SCALES_MS
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +66,9 @@ class Shared:
     levels: list[float] = field(default_factory=lambda: [0.0] * KERNELS)
     explained: list[float] = field(default_factory=lambda: [0.0] * KERNELS)
     shares: list[float] = field(default_factory=lambda: [PRIOR_SHARE] * KERNELS)
+    # ``shares`` in uses of a model's own, as they are weighed.
+    priors: tuple[float, ...] = (SHARED_USES * PRIOR_SHARE,) * KERNELS
+    pending: int = 0  # uses that are counted in ``explained`` only, as yet
 
 
 @dataclass(slots=True, eq=False)
@@ -84,47 +95,100 @@ class Intensity:
 
 
 def note_use(known: Intensity, shared: Shared, now_ms: int) -> None:
-    """Count one use now and learn from it. Constant time, constant memory."""
-    passed_ms = max(now_ms - known.last_ms, 0) if known.uses else 0
-    levels, explained, elapsed = known.levels, known.explained, known.elapsed
-    if known.uses:
-        shares = [0.0] * KERNELS
-        total = known.base_per_ms
-        for k, scale_ms in enumerate(SCALES_MS):
-            level = levels[k]
-            decayed = level * exp(-passed_ms / scale_ms)
-            elapsed[k] += level - decayed
-            levels[k] = decayed + 1.0
-            weight = (explained[k] + SHARED_USES * shared.shares[k]) / (elapsed[k] + SHARED_USES)
-            shares[k] = share = weight * decayed / scale_ms
-            total += share
-        if total > 0.0:
-            for k in range(KERNELS):
-                share = shares[k] / total
-                explained[k] += share
-                shared.explained[k] += share
-            known.base_uses += known.base_per_ms / total
-    else:
-        known.first_ms = now_ms
-        for k in range(KERNELS):
-            levels[k] = 1.0
+    """Count one use now and learn from it. Constant time, constant memory.
+
+    Written out kernel by kernel: every request comes by here, and a loop would take twice as long.
+    """
+    if not known.uses:
+        _note_first(known, shared, now_ms)
+        return
+    passed_ms = now_ms - known.last_ms
+    if passed_ms < 0:
+        passed_ms, now_ms = 0, known.last_ms
+    l0, l1, l2, l3, l4, l5, l6, l7 = known.levels
+    d0 = l0 * exp(passed_ms * _PACE0)
+    d1 = l1 * exp(passed_ms * _PACE1)
+    d2 = l2 * exp(passed_ms * _PACE2)
+    d3 = l3 * exp(passed_ms * _PACE3)
+    d4 = l4 * exp(passed_ms * _PACE4)
+    d5 = l5 * exp(passed_ms * _PACE5)
+    d6 = l6 * exp(passed_ms * _PACE6)
+    d7 = l7 * exp(passed_ms * _PACE7)
+    known.levels = [d0 + 1.0, d1 + 1.0, d2 + 1.0, d3 + 1.0, d4 + 1.0, d5 + 1.0, d6 + 1.0, d7 + 1.0]
+    e0, e1, e2, e3, e4, e5, e6, e7 = known.elapsed
+    e0 += l0 - d0
+    e1 += l1 - d1
+    e2 += l2 - d2
+    e3 += l3 - d3
+    e4 += l4 - d4
+    e5 += l5 - d5
+    e6 += l6 - d6
+    e7 += l7 - d7
+    known.elapsed = [e0, e1, e2, e3, e4, e5, e6, e7]
+    # What each kernel has to do with this use: its weight, as learned so far, times its excitation.
+    x0, x1, x2, x3, x4, x5, x6, x7 = known.explained
+    p0, p1, p2, p3, p4, p5, p6, p7 = shared.priors
+    s0 = (x0 + p0) / (e0 + SHARED_USES) * d0 * _PER_MS0
+    s1 = (x1 + p1) / (e1 + SHARED_USES) * d1 * _PER_MS1
+    s2 = (x2 + p2) / (e2 + SHARED_USES) * d2 * _PER_MS2
+    s3 = (x3 + p3) / (e3 + SHARED_USES) * d3 * _PER_MS3
+    s4 = (x4 + p4) / (e4 + SHARED_USES) * d4 * _PER_MS4
+    s5 = (x5 + p5) / (e5 + SHARED_USES) * d5 * _PER_MS5
+    s6 = (x6 + p6) / (e6 + SHARED_USES) * d6 * _PER_MS6
+    s7 = (x7 + p7) / (e7 + SHARED_USES) * d7 * _PER_MS7
+    base = known.base_per_ms
+    total = base + s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7
+    if total > 0.0:
+        per = 1.0 / total
+        s0 *= per
+        s1 *= per
+        s2 *= per
+        s3 *= per
+        s4 *= per
+        s5 *= per
+        s6 *= per
+        s7 *= per
+        known.explained = [x0 + s0, x1 + s1, x2 + s2, x3 + s3, x4 + s4, x5 + s5, x6 + s6, x7 + s7]
+        x0, x1, x2, x3, x4, x5, x6, x7 = shared.explained
+        shared.explained = [x0 + s0, x1 + s1, x2 + s2, x3 + s3, x4 + s4, x5 + s5, x6 + s6, x7 + s7]
+        known.base_uses += base * per
     known.uses += 1
-    known.last_ms = max(now_ms, known.last_ms)
-    known.base_per_ms = (known.base_uses + BASE_USES) / (known.last_ms - known.first_ms + BASE_MS)
+    known.last_ms = now_ms
+    known.base_per_ms = (known.base_uses + BASE_USES) / (now_ms - known.first_ms + BASE_MS)
     known.epoch_ms = known.rated_ms = -1
-    _note_shared(shared, now_ms)
+    shared.pending += 1
+    if shared.pending >= SHARED_PENDING_MAX or now_ms - shared.last_ms >= SHORTEST_MS:
+        _learn_shared(shared, now_ms)
 
 
-def _note_shared(shared: Shared, now_ms: int) -> None:
+def _note_first(known: Intensity, shared: Shared, now_ms: int) -> None:
+    """The first use of a model: nothing explains it, and nothing is learned from it yet."""
+    known.levels = [1.0] * KERNELS
+    known.uses = 1
+    known.first_ms = now_ms
+    known.last_ms = max(now_ms, known.last_ms)
+    known.base_per_ms = (known.base_uses + BASE_USES) / (known.last_ms - now_ms + BASE_MS)
+    known.epoch_ms = known.rated_ms = -1
+    shared.pending += 1
+    if shared.pending >= SHARED_PENDING_MAX or now_ms - shared.last_ms >= SHORTEST_MS:
+        _learn_shared(shared, now_ms)
+
+
+def _learn_shared(shared: Shared, now_ms: int) -> None:
+    """Take in the uses since the last time as if all were now: they lie within the shortest kernel, and
+    what a whole node does moves slowly."""
     passed_ms = max(now_ms - shared.last_ms, 0)
-    shared.uses += 1
+    new = shared.pending
+    shared.pending = 0
+    shared.uses += new
     shared.last_ms = max(now_ms, shared.last_ms)
     levels = shared.levels
     for k, scale_ms in enumerate(SCALES_MS):
-        levels[k] = level = levels[k] * exp(-passed_ms / scale_ms) + 1.0
+        levels[k] = level = levels[k] * exp(-passed_ms / scale_ms) + new
         shared.shares[k] = (shared.explained[k] + PRIOR_USES * PRIOR_SHARE) / (
             shared.uses - level + PRIOR_USES
         )
+    shared.priors = tuple([SHARED_USES * share for share in shared.shares])
 
 
 def _settle(known: Intensity, shared: Shared, epoch_ms: int) -> None:

@@ -11,7 +11,7 @@ and ``Cancelled`` of a request that is not known are ignored; ``Cancelled`` of a
 
 from __future__ import annotations
 
-from packer import estimate, queueing, quota, room, upkeep
+from packer import estimate, hits, queueing, quota, room, upkeep
 from packer.events import (
     Action,
     Cancelled,
@@ -21,6 +21,7 @@ from packer.events import (
     Event,
     Evicted,
     Finished,
+    Grant,
     Packed,
     PackFailed,
     PackFound,
@@ -73,6 +74,7 @@ __all__ = [
     "model_view",
     "restore_ms_estimate",
     "step",
+    "step_in_full",
     "tenant_view",
     "tier_bytes_used",
 ]
@@ -90,6 +92,24 @@ DRAINING_RETRY_MS = 1_000
 
 def step(node: Node, event: Event, now_ms: int) -> list[Action]:
     """Take in one fact; returns the orders that follow from it, in the order to carry them out."""
+    now_ms = max(node.now_ms, now_ms)
+    kind = type(event)
+    if kind is Requested:
+        assert isinstance(event, Requested)
+        model = node.models.get(event.ref)
+        if model is not None and hits.grant_at_once(node, event.request, model, now_ms) is not None:
+            assert model.device is not None
+            return [Grant(event.request, model.spec.ref, model.device.name, Tier.DEVICE, 0)]
+    elif kind is Finished:
+        assert isinstance(event, Finished)
+        lease = node.requests.get(event.request)
+        if type(lease) is Lease and hits.finish_quietly(node, lease, event.device_ms, now_ms):
+            return []
+    return step_in_full(node, event, now_ms)
+
+
+def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
+    """``step`` without the shortcut for the common case, which makes the same changes."""
     now_ms = node.now_ms = max(node.now_ms, now_ms)
     out: list[Action] = []
     match event:

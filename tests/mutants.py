@@ -3,6 +3,9 @@
 Covers: the list of changes and loading a changed copy of the deciding modules beside the real ones.
 Does not cover: running them (``test_simulation``). A change whose text is no longer in the source is an
 error, so that the list can not rot silently.
+
+A bug that is not in the shortcut for hits is planted in a core without it: otherwise the shortcut, which does
+the same as the step, would do it right most of the time. That the two agree is ``test_hits``' matter.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ MODULES = (
     "victims",
     "queueing",
     "upkeep",
+    "hits",
     "invariants",
     "residency",
 )
@@ -322,6 +326,30 @@ MUTANTS = (
         "model.tenant.waiting >= WAITING_PER_TENANT_MAX or node.waiting >= WAITING_MAX",
         "model.tenant.waiting > WAITING_PER_TENANT_MAX or node.waiting > WAITING_MAX",
     ),
+    Mutant(
+        "the shortcut grants on a condemned model",
+        "hits",
+        "or (node.condemned and model.ref in node.condemned)",
+        "or (node.condemned and model.ref not in node.condemned)",
+    ),
+    Mutant(
+        "the shortcut forgets that an old lease pins nothing",
+        "hits",
+        "    if lease.residency == model.residency:\n        model.leases -= 1",
+        "    if model.leases:\n        model.leases -= 1",
+    ),
+    Mutant(
+        "the shortcut grants past the deadline of another",
+        "hits",
+        "and now_ms < wake_ms <= at_ms",
+        "and wake_ms <= at_ms",
+    ),
+    Mutant(
+        "what left the plan stays when its last lease ends quietly",
+        "hits",
+        "        or node.removed\n",
+        "",
+    ),
 )
 
 
@@ -342,7 +370,10 @@ def load(mutant: Mutant) -> ModuleType:
             sys.modules[f"packer.{name}"] = module
             setattr(packer, name, module)
             exec(compile(source, str(path), "exec"), module.__dict__)
-        return sys.modules["packer.residency"]
+        core = sys.modules["packer.residency"]
+        if mutant.module != "hits":
+            vars(core)["step"] = vars(core)["step_in_full"]
+        return core
     finally:
         for name, module_before in saved.items():
             assert module_before is not None

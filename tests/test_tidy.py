@@ -57,6 +57,7 @@ PURE_FILES = (
     "packer/residency.py",
     "packer/ledger.py",
     "packer/queueing.py",
+    "packer/hits.py",
     "packer/room.py",
     "packer/victims.py",
     "packer/views.py",

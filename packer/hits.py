@@ -1,0 +1,109 @@
+"""The common case in a few microseconds: the model is there, nobody waits, the request may use it at once.
+
+Covers: granting such a request and ending it, with the very changes that the whole step would make. Does
+not cover: everything else. Both functions say None or False and change nothing as soon as anything is out
+of the ordinary, and the whole step (``residency.step_in_full``) is taken instead. That they agree in every
+field of the state is tested over many random histories (``tests/test_hits.py``).
+
+Who adds a rule to ``residency._requested`` or a consequence to the end of a lease must add it here, or make
+these two stand back when it applies.
+"""
+
+from __future__ import annotations
+
+from packer import quota
+from packer.intensity import note_use
+from packer.keep import KEPT_OF_FOUR
+from packer.ledger import Lease, Model, Node, State, Waiter
+
+_RESIDENT = State.RESIDENT
+# More timers than this beyond two per waiting request: the whole step, which sweeps stale ones some time
+# later (``queueing.STALE_TIMERS_MAX``).
+TIMERS_LOOKED_PAST = 128
+
+
+def is_quiet(node: Node, now_ms: int) -> bool:
+    """Is nothing due at this moment, and would nobody have to be asked for another wake-up?"""
+    timers = node.timers
+    if not timers:
+        return not node.dirty
+    at_ms, _, request = timers[0]
+    wake_ms = node.wake_ms
+    return (
+        not node.dirty
+        and wake_ms is not None
+        and now_ms < wake_ms <= at_ms
+        # A timer of an answered request would be swept.
+        and (not request or type(node.requests.get(request)) is Waiter)
+        and len(timers) <= 2 * node.waiting + TIMERS_LOOKED_PAST
+    )
+
+
+def grant_at_once(node: Node, request: str, model: Model, now_ms: int) -> Lease | None:
+    """Grant the request in its first moment, or None: take the whole step.
+
+    ``now_ms`` is not before ``node.now_ms``.
+    """
+    device, tenant = model.device, model.tenant
+    if (
+        model.state is not _RESIDENT
+        or device is None
+        or not device.healthy
+        or not model.planned
+        or node.draining
+        or request in node.requests
+        or (node.condemned and model.ref in node.condemned)
+        or not is_quiet(node, now_ms)
+    ):
+        return None
+    concurrency = tenant.spec.quota.concurrency
+    if concurrency is not None and tenant.waiting + tenant.granted >= concurrency:
+        return None
+    if tenant.rate.per_minute is not None:
+        if tenant.rate.wait_ms(now_ms):
+            return None
+        tenant.rate.take(now_ms)
+    node.now_ms = now_ms
+    note_use(model.reuse, node.shared, now_ms)
+    node.requests[request] = lease = Lease(request, model, model.residency, now_ms)
+    model.leases += 1
+    tenant.granted += 1
+    node.granted += 1
+    node.touched[model.spec.ref] = None
+    return lease
+
+
+def finish_quietly(node: Node, lease: Lease, device_ms: int, now_ms: int) -> bool:
+    """End the lease if nothing follows from that; False: take the whole step.
+
+    ``now_ms`` is not before ``node.now_ms``.
+    """
+    model = lease.model
+    tenant, device = model.tenant, model.device
+    ends = lease.residency == model.residency and model.leases == 1
+    # When it becomes idle: does somebody want its room, or must it go? If not, the whole step would look
+    # around and find nothing to do.
+    if ends and (
+        node.queue
+        or node.removed
+        or node.unpacked
+        or node.condemned
+        or device is None
+        or not device.healthy
+        or device.account.excess_bytes
+        or tenant.device.excess_bytes
+    ):
+        return False
+    if not tenant.planned or not is_quiet(node, now_ms):
+        return False
+    node.now_ms = now_ms
+    del node.requests[lease.request]
+    tenant.granted -= 1
+    node.granted -= 1
+    node.touched[model.spec.ref] = None
+    if device_ms > 0:
+        quota.charge(tenant, device_ms)
+        tenant.use_ms = device_ms if not tenant.use_ms else (KEPT_OF_FOUR * tenant.use_ms + device_ms) // 4
+    if lease.residency == model.residency:
+        model.leases -= 1
+    return True
