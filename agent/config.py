@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.devices import DeviceConfig, inventory
+from packer.policies import POLICY_NAMES
 from packer.types import GIB, MIB, BadValue, HostForm, parse_bytes
 
 # The restore of a large model from a slow origin takes minutes; a caller that waits longer than this
@@ -45,6 +46,7 @@ class AgentConfig:
     peer_listen: tuple[str, int] | None = None  # None: packs are given to nobody
     peer_url: str | None = None  # where other nodes reach that, when it differs
     peer_rate_bytes_s: int = GIB
+    policy: str = "keep"
 
 
 def node_name(text: str) -> str:
@@ -134,6 +136,14 @@ def arguments() -> argparse.ArgumentParser:
         choices=("auto", "off"),
         help="auto: measure this box once it is idle, when its rates are not known yet (default %(default)s)",
     )
+    run.add_argument(
+        "--policy",
+        default="keep",
+        choices=POLICY_NAMES,
+        help="what is evicted first: keep, the least expected use x restore time per byte, learned per "
+        "model; the others are the classics to compare with, about whole models; ttl also unloads after five "
+        "idle minutes (default %(default)s)",
+    )
     run.add_argument("--ready-file", type=Path, help="JSON with the gateway's URL, written when it listens")
     run.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
@@ -173,6 +183,7 @@ def load(argv: Sequence[str]) -> AgentConfig:
         log_level=options.log_level,
         calibrate=options.calibrate == "auto",
         host_form=None if options.host_form == "auto" else HostForm(options.host_form),
+        policy=options.policy,
         peer_listen=_peer_listen(options.peer_listen, host),
         peer_url=_peer_url(options.peer_url),
         peer_rate_bytes_s=_peer_rate(options.peer_rate),

@@ -38,6 +38,7 @@ from packer.events import (
     Event,
     PackFound,
     Planned,
+    PolicyChosen,
     RatesSeen,
     TierBudgetSeen,
 )
@@ -146,6 +147,7 @@ class RunningNode:
             self._packs_found = [row for row in self._packs_found if row.ref != ref]
         await self._nursery.start()
         self.sharing.start()
+        self.loop.post(PolicyChosen(self.config.policy))
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
         self._look_at_devices()

@@ -74,6 +74,13 @@ class RatesSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyChosen:
+    """The eviction policy of all tiers from now on, by its name in ``policies``; ``keep`` until said."""
+
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
 class PackFound:
     """At start-up: a complete pack of this version is on disk. ``host_bytes``: its size when opened."""
 
@@ -209,6 +216,7 @@ Event = (
     | DeviceSeen
     | TierBudgetSeen
     | RatesSeen
+    | PolicyChosen
     | PackFound
     | Requested
     | Cancelled

@@ -14,6 +14,7 @@ requests; facts that may touch everything (a plan, a device, a budget) cause it 
 from __future__ import annotations
 
 from packer import queueing
+from packer.chosen import Chosen
 from packer.ledger import Copy, CopyState, Lease, Model, Node, State, prefix_bytes
 from packer.proof import Proof, Shares, Sums
 from packer.quota import Account, InvariantBroken, Tenant
@@ -86,6 +87,8 @@ def _shares(node: Node, model: Model) -> Shares:
     for tier, copy in ((Tier.HOST, model.host), (Tier.DISK, model.disk)):
         if copy.state is not CopyState.ABSENT or copy.readers or copy.held_bytes:
             _check_copy(node, model, tier, copy)
+    if node.chosen is not None:
+        _check_chosen(node, node.chosen, model)
     if model.waiters:
         _require(model.ref in node.queue, f"{model.ref} has waiters and is not in the queue")
         _require(not queueing.grantable(node, model), f"{model.ref} is there and requests wait for it")
@@ -162,6 +165,20 @@ def _check_copy(node: Node, model: Model, tier: Tier, copy: Copy) -> None:
         raise InvariantBroken(f"{model.ref}: a host segment is filled by no restore")
     if copy.state is CopyState.ABSENT or node.copies(tier).get(model.ref) is not model:
         raise InvariantBroken(f"{model.ref}: its {tier} copy is {copy.state} and not in the tier's list")
+
+
+def _check_chosen(node: Node, chosen: Chosen, model: Model) -> None:
+    """The chosen policy ranks what is there and nothing else, and its timer leaves nothing idle behind."""
+    there = (
+        (Tier.DEVICE, model.device is not None, model.idle),
+        (Tier.HOST, model.host.state is CopyState.HELD, _droppable(model.host) and not model.leases),
+        (Tier.DISK, model.disk.state is CopyState.HELD, False),
+    )
+    for tier, held, idle in there:
+        _require(held or not chosen.counts(tier, model.ref), f"{model.ref} is ranked in {tier}, not there")
+        expires_ms = chosen.expires_ms(tier, model.ref) if idle else None
+        if expires_ms is not None and expires_ms <= node.now_ms:
+            raise InvariantBroken(f"{model.ref} is idle in {tier} since the timer ran out at {expires_ms}")
 
 
 # --- sums -----------------------------------------------------------------------------------------

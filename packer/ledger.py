@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from packer import estimate
+from packer.chosen import Chosen
 from packer.estimate import History, Learned
 from packer.events import RefusalReason
 from packer.intensity import Intensity, Shared
@@ -235,6 +236,8 @@ class Node:
     probe_not_before_ms: int = 0
     # Evict by chunks, as few as are needed; False: whole models only.
     partial: bool = True
+    # The policy that an operator chose instead of the keep-index.
+    chosen: Chosen | None = None
     virtual_us: int = 0
     order: int = 0
     # (at_ms, sequence, request or "" for a plain wake-up); entries of answered requests go stale.
@@ -302,6 +305,8 @@ def leave_device(node: Node, model: Model, keep_chunks: int) -> None:
     model.device.account.leaving_bytes += nbytes
     model.tenant.device.leaving_bytes += nbytes
     model.kept_chunks, model.leaving_bytes = keep_chunks, nbytes
+    if node.chosen is not None and not keep_chunks:
+        node.chosen.note_gone(Tier.DEVICE, model.ref, node.now_ms)
     _changed(node, model)
 
 
@@ -321,6 +326,8 @@ def release_device(node: Node, model: Model, kept_chunks: int) -> None:
     if not kept_chunks:
         del device.models[model.ref]
         model.device = None
+        if node.chosen is not None:
+            node.chosen.note_gone(Tier.DEVICE, model.ref, node.now_ms)
     _changed(node, model)
 
 
@@ -360,6 +367,8 @@ def leave_copy(node: Node, model: Model, tier: Tier) -> None:
     node.account(tier).leaving_bytes += copy.held_bytes
     model.tenant.account(tier).leaving_bytes += copy.held_bytes
     copy.state = CopyState.DROPPING
+    if node.chosen is not None:
+        node.chosen.note_gone(tier, model.ref, node.now_ms)
     _changed(node, model)
 
 
@@ -371,6 +380,8 @@ def release_copy(node: Node, model: Model, tier: Tier) -> None:
     model.tenant.account(tier).release(copy.held_bytes, leaving)
     copy.state, copy.held_bytes, copy.order = CopyState.ABSENT, 0, 0
     node.copies(tier).pop(model.ref, None)
+    if node.chosen is not None:
+        node.chosen.note_gone(tier, model.ref, node.now_ms)
     _changed(node, model)
 
 

@@ -129,6 +129,8 @@ def grant(
     model.tenant.granted += 1
     node.granted += 1
     node.touched[model.ref] = None
+    if node.chosen is not None:
+        room.note_use(node, model, now_ms)
     out.append(Grant(request, model.ref, model.device.name, tier, waited_ms))
 
 

@@ -26,6 +26,7 @@ from packer.events import (
     PackFailed,
     PackFound,
     Planned,
+    PolicyChosen,
     RatesSeen,
     RefusalReason,
     Refuse,
@@ -143,6 +144,9 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             _tier_budget_seen(node, event)
         case RatesSeen():
             _rates_seen(node, event)
+        case PolicyChosen():
+            room.choose_policy(node, event.policy)
+            node.dirty = True
         case DrainAsked():
             _drain_asked(node, event, out)
         case Ticked():
@@ -164,6 +168,7 @@ def _settle(node: Node, now_ms: int, out: list[Action]) -> None:
         node.dirty = False
         upkeep.retire(node, out)
         upkeep.shed(node, now_ms, out)
+        upkeep.expire(node, now_ms, out)
         for model in list(node.queue.values()):
             if model.state is State.RESIDENT and queueing.grantable(node, model):
                 queueing.grant_waiters(node, model, Tier.DEVICE, now_ms, out)
@@ -234,6 +239,8 @@ def _finished(node: Node, request: str, device_ms: int) -> None:
         model.leases -= 1
         if not model.leases:
             node.dirty = True
+            if node.chosen is not None:
+                node.chosen.note_end(model.ref, node.now_ms)
     upkeep.forget_tenant(node, model.tenant)
 
 
@@ -266,6 +273,7 @@ def _end_restore(node: Node, model: Model, host_filled: bool) -> None:
     if model.host.state is CopyState.FILLING:
         if host_filled:
             settle_copy(node, model, Tier.HOST, model.host.held_bytes)
+            room.note_copy(node, model, Tier.HOST)
         else:
             release_copy(node, model, Tier.HOST)
     model.order = 0
@@ -365,6 +373,7 @@ def _packed(node: Node, event: Packed) -> None:
     model.packing = False
     model.opened_bytes = event.host_bytes
     settle_copy(node, model, Tier.DISK, event.disk_bytes)
+    room.note_copy(node, model, Tier.DISK)
     # It was written through the page cache a moment ago.
     know_copies(node, model, cached=True)
     node.dirty = True

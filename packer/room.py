@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop
 
 from packer import estimate
+from packer.chosen import KEEP, Chosen
 from packer.intensity import Ranking
 from packer.keep import keep_index
 from packer.ledger import Copy, CopyState, Gains, Model, Node, State
@@ -142,6 +143,41 @@ class Earlier:
         self.tenants[tenant] = self.tenants.get(tenant, 0) + nbytes
 
 
+# --- a policy that was chosen instead -------------------------------------------------------------
+
+
+def choose_policy(node: Node, name: str) -> None:
+    """Rank by this policy from now on. What is held counts as used in the order of its last uses."""
+    node.chosen = None if name == KEEP else Chosen(name)
+    node.partial = node.chosen is None or node.chosen.partial
+    for model in sorted(node.models.values(), key=lambda model: (model.reuse.last_ms, model.name)):
+        if model.reuse.uses:
+            note_use(node, model, model.reuse.last_ms)
+
+
+def note_use(node: Node, model: Model, now_ms: int) -> None:
+    """Tell the chosen policy of a use, in every tier that holds the model."""
+    chosen = node.chosen
+    if chosen is None:
+        return
+    known = gains(node, model)
+    if model.device is not None and model.state is not State.EVICTING:
+        chosen.note_use(Tier.DEVICE, model.ref, now_ms, known.device_ms, model.device_bytes)
+    for tier, gain_ms in ((Tier.HOST, known.host_ms), (Tier.DISK, known.disk_ms)):
+        if has_copy(model, tier):
+            chosen.note_use(tier, model.ref, now_ms, max(gain_ms, 1.0), model.copy(tier).held_bytes)
+
+
+def note_copy(node: Node, model: Model, tier: Tier) -> None:
+    """Tell the chosen policy of a copy that came after the use for which it was made. While somebody
+    waits, the use is still to come."""
+    if node.chosen is not None and model.reuse.uses and not model.waiters and has_copy(model, tier):
+        known = gains(node, model)
+        gain_ms = known.host_ms if tier is Tier.HOST else known.disk_ms
+        nbytes = model.copy(tier).held_bytes
+        node.chosen.note_use(tier, model.ref, model.reuse.last_ms, max(gain_ms, 1.0), nbytes)
+
+
 # --- victims among copies -------------------------------------------------------------------------
 
 
@@ -164,7 +200,10 @@ def copy_victims(
     if short <= 0 and short_own <= 0:
         return []
     entitled = own.kept_bytes + nbytes + pending_own <= own.reserved_bytes
-    worth = copy_index(gains(node, wanted), wanted, tier, nbytes, Ranking(node.shared, now_ms))
+    if node.chosen is not None:
+        worth = node.chosen.admits(tier, wanted.ref, wanted.reuse.last_ms)
+    else:
+        worth = copy_index(gains(node, wanted), wanted, tier, nbytes, Ranking(node.shared, now_ms))
     others = [model for model in node.copies(tier).values() if model is not wanted]
     ranked = _ranked_copies(node, others, tier, now_ms, math.inf if entitled else worth)
     chosen: list[Model] = []
@@ -197,6 +236,11 @@ def _ranked_copies(
 ) -> Iterator[tuple[float, str, Model]]:
     """Copies that may be dropped, least valuable first; put in order only as far as somebody looks.
     Of what is planned only copies that are worth less than ``below``."""
+    if node.chosen is not None:
+        value = node.chosen.values(tier, now_ms)
+        free = [model for model in models if droppable(model.copy(tier))]
+        yield from sorted((value(model.ref), model.name, model) for model in free)
+        return
     ranking, gains_of, epoch = Ranking(node.shared, now_ms), Renewal(node).gains, node.gains_epoch
     in_host, held_state = tier is Tier.HOST, CopyState.HELD
     uses_per_ms = ranking.uses_per_ms

@@ -16,7 +16,7 @@ from packer.ledger import (
     State,
     pack_reservation_bytes,
 )
-from packer.queueing import hold_pack, order_drop, order_evict, wants_pack
+from packer.queueing import hold_pack, order_drop, order_evict, wake_at, wants_pack
 from packer.quota import Tenant
 from packer.types import ModelRef, Tier
 
@@ -45,6 +45,8 @@ def retire(node: Node, out: list[Action]) -> None:
 def forget(node: Node, model: Model) -> None:
     del node.removed[model.ref]
     del node.models[model.ref]
+    if node.chosen is not None:
+        node.chosen.forget(model.ref)
     node.touched[model.ref] = None
     model.tenant.models -= 1
     forget_tenant(node, model.tenant)
@@ -75,6 +77,41 @@ def shed(node: Node, now_ms: int, out: list[Action]) -> None:
             if tenant.account(tier).excess_bytes:
                 for model in room.copies_surplus(node, tier, tenant, now_ms):
                     order_drop(node, model, tier, out)
+
+
+def expire(node: Node, now_ms: int, out: list[Action]) -> None:
+    """Evict and drop what a timer wants gone, and be woken for the next; no other policy has one."""
+    chosen = node.chosen
+    if chosen is None or not chosen.timed or now_ms < chosen.next_expiry_ms:
+        return
+    coming: list[int] = []
+    busy = False
+    for device in node.devices.values():
+        for model in list(device.models.values()):
+            at_ms = chosen.expires_ms(Tier.DEVICE, model.ref)
+            if at_ms is None:
+                continue
+            if at_ms > now_ms:
+                coming.append(at_ms)
+            elif model.idle:
+                order_evict(node, model, out)
+            else:
+                busy = True
+    for model in list(node.in_host.values()):
+        at_ms = chosen.expires_ms(Tier.HOST, model.ref)
+        if at_ms is None:
+            continue
+        if at_ms > now_ms:
+            coming.append(at_ms)
+        elif room.droppable(model.host) and not model.leases:
+            order_drop(node, model, Tier.HOST, out)
+        else:
+            busy = True
+    # What is due and in use is looked at again with the next change, as is a node that holds nothing.
+    chosen.next_expiry_ms = min(coming) if coming and not busy else now_ms
+    if coming and min(coming) != chosen.woken_ms:
+        chosen.woken_ms = min(coming)
+        wake_at(node, chosen.woken_ms)
 
 
 def order_packs(node: Node, now_ms: int, out: list[Action]) -> None:

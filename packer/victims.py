@@ -27,7 +27,7 @@ from packer.keep import keep_index
 from packer.ledger import CopyState, Device, Model, Node, State
 from packer.quota import Tenant, may_take
 from packer.room import Earlier
-from packer.types import MIB
+from packer.types import MIB, Tier
 
 # When no device is there, one may come back at the next look of the agent, which is within seconds.
 NO_DEVICE_RETRY_MS = 5_000
@@ -65,13 +65,11 @@ class _Class:
 class _Ranked:
     """Candidates, least valuable first; put in order only as far as somebody looks: seldom beyond a few."""
 
-    def __init__(self, classes: dict[int, _Class], ranking: Ranking) -> None:
+    def __init__(self, classes: dict[int, _Class], node: Node, now_ms: int) -> None:
         self._ordered: list[_Candidate] = []
-        rated = [
-            (rank, members, ranking.rates(members.uses))
-            for rank, members in sorted(classes.items(), key=itemgetter(0))
-        ]
-        self._order = _in_order(rated)
+        ordered = sorted(classes.items(), key=itemgetter(0))
+        valued = [(rank, members, _values(node, members, now_ms)) for rank, members in ordered]
+        self._order = _in_order(valued)
 
     def __iter__(self) -> Iterator[_Candidate]:
         ordered, order = self._ordered, self._order
@@ -86,10 +84,18 @@ class _Ranked:
             place += 1
 
 
+def _values(node: Node, members: _Class, now_ms: int) -> list[float]:
+    """The keep-index of each, or what the chosen policy makes of it."""
+    if node.chosen is not None:
+        value = node.chosen.values(Tier.DEVICE, now_ms)
+        return [value(model.ref) for model in members.models]
+    rates = Ranking(node.shared, now_ms).rates(members.uses)
+    gains = zip(rates, members.gains_ms, members.held_bytes, strict=True)
+    return [rate * gain_ms / (held or 1) for rate, gain_ms, held in gains]
+
+
 def _in_order(classes: list[tuple[int, _Class, list[float]]]) -> Iterator[_Candidate]:
-    for rank, members, rates in classes:
-        gains = zip(rates, members.gains_ms, members.held_bytes, strict=True)
-        indices = [rate * gain_ms / (held or 1) for rate, gain_ms, held in gains]
+    for rank, members, indices in classes:
         most = nsmallest(LOOKED_AT, indices)[-1] if indices else 0.0
         found = list(zip(indices, members.models, members.held_bytes, strict=True))
         yield from sorted((rank, index, m.name, m, held) for index, m, held in found if index <= most)
@@ -161,7 +167,7 @@ def _candidates(
             members.uses.append(model.reuse)
             members.gains_ms.append(known.device_ms)
             members.held_bytes.append(model.device_bytes - model.leaving_bytes)
-    return _Ranked(classes, Ranking(node.shared, now_ms))
+    return _Ranked(classes, node, now_ms)
 
 
 def _standing_of_part(model: Model, wanted: Model, busy: bool) -> int | None:
@@ -362,12 +368,16 @@ def tenant_surplus(node: Node, tenant: Tenant, now_ms: int) -> list[Taking]:
 
 def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: int) -> list[_Candidate]:
     ranking = Ranking(node.shared, now_ms)
+    value = None if node.chosen is None else node.chosen.values(Tier.DEVICE, now_ms)
     found: list[_Candidate] = []
     for device in devices:
         for model in device.models.values():
             if model.idle and (tenant is None or model.tenant is tenant):
                 held = model.device_bytes
-                index = keep_index(ranking, model.reuse, room.gains(node, model).device_ms, held)
+                if value is not None:
+                    index = value(model.ref)
+                else:
+                    index = keep_index(ranking, model.reuse, room.gains(node, model).device_ms, held)
                 found.append((0, index, model.name, model, held))
     return found
 

@@ -107,7 +107,7 @@ def _freed(world: World, order: Evict) -> int:
 def _could_stay(world: World, order: Evict) -> int:
     """The least that this eviction could have spared: its next chunk, or all of it."""
     stay = world.stays[order.ref]
-    copied = any(world.readable(order.ref, tier) for tier in (Tier.HOST, Tier.DISK))
+    copied = any(world.readable(order.ref, tier) for tier in (Tier.HOST, Tier.DISK)) and world.node.partial
     if order.keep_chunks + 1 >= stay.chunks or not copied:
         return _freed(world, order)
     return world.models[order.ref].chunk_bytes[order.keep_chunks]

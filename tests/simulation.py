@@ -34,6 +34,7 @@ from packer.events import (
     Pack,
     PackFound,
     Planned,
+    PolicyChosen,
     RefusalReason,
     Refuse,
     Requested,
@@ -70,10 +71,13 @@ class World(Hands):
     ``full`` keeps every step's text for reading; the digest of all of them is kept anyway.
     """
 
-    def __init__(self, seed: int, core: ModuleType = residency, full: bool = False) -> None:
+    def __init__(
+        self, seed: int, core: ModuleType = residency, full: bool = False, policy: str = "keep"
+    ) -> None:
         super().__init__(seed)
         self.core = core
         self.full = full
+        self.policy = policy
         self.steps = 0
         self.trace: list[str] = []
         self.node = self.core.Node()
@@ -186,6 +190,8 @@ class World(Hands):
 
     def _start(self) -> None:
         found_first = self.rng.random() < 0.3
+        if self.policy != "keep":
+            self.feed(PolicyChosen(self.policy))
         for tier in (Tier.HOST, Tier.DISK):
             self.feed(TierBudgetSeen(tier, self.limits[tier]))
         for device, budget in self.budgets.items():

@@ -76,6 +76,9 @@ def test_options_become_one_value(tmp_path: Path) -> None:
     )
     assert (loaded.host_budget_bytes, loaded.disk_budget_bytes) == (1024 * MIB, 2048 * MIB)
     assert loaded.control_url is None
+    assert loaded.policy == "keep"
+    chosen = config.load(["run", "--data-dir", str(tmp_path), *line.split(), "--policy", "sieve"])
+    assert chosen.policy == "sieve"
 
 
 @pytest.mark.parametrize(

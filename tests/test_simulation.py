@@ -19,6 +19,7 @@ from simulated_hands import Violated
 from simulation import World
 
 from packer import residency
+from packer.policies import POLICY_NAMES
 from packer.residency import InvariantBroken
 
 # Small bounds, so that full queues are common; every seed then reaches them within seconds.
@@ -27,6 +28,19 @@ SEEDS = range(60)
 # Fresh histories on every commit without a clock or randomness: another range can be named.
 SEED_FIRST = int(os.environ.get("BUNK_SEED_FIRST", "0"))
 MUTANT_SEEDS = range(150)
+POLICY_SEEDS = range(15)
+RARE_UNDER_ANY_POLICY = (
+    "condemned",
+    "dropped from disk",
+    "dropped from host",
+    "evicted for a claim",
+    "evicted wholly, resident before",
+    "host copy filled",
+    "restored from disk",
+    "restored from host",
+    "shed for a smaller budget",
+    "worker died while leased",
+)
 
 RARE = (
     "a load failed beside its pack",
@@ -86,12 +100,12 @@ RARE = (
 )
 
 
-def world(seed: int, core: ModuleType = residency) -> World:
+def world(seed: int, core: ModuleType = residency, policy: str = "keep") -> World:
     queueing = vars(core)["queueing"]
     before = queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX
     queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX = TENANT_BOUND, NODE_BOUND
     try:
-        return World(seed, core).run()
+        return World(seed, core, policy=policy).run()
     finally:
         queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX = before
 
@@ -102,6 +116,16 @@ def test_every_history_is_safe_and_ends_well_and_together_they_reach_every_rare_
         reached += world(SEED_FIRST + seed).reached
     missed = [name for name in RARE if not reached[name]]
     assert not missed, f"these branches were never taken: {missed}"
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICY_NAMES if name != "keep"])
+def test_every_history_is_safe_and_ends_well_under_every_policy(policy: str) -> None:
+    reached: Counter[str] = Counter()
+    for seed in POLICY_SEEDS:
+        reached += world(SEED_FIRST + seed, policy=policy).reached
+    missed = [name for name in RARE_UNDER_ANY_POLICY if not reached[name]]
+    assert not missed, f"these branches were never taken: {missed}"
+    assert not [name for name in reached if "in part" in name], "the classic policies are about whole models"
 
 
 PRINT_DIGESTS = """

@@ -68,6 +68,7 @@ PURE_FILES = (
     "packer/keep.py",
     "packer/intensity.py",
     "packer/policies.py",
+    "packer/chosen.py",
     "packer/estimate.py",
     "packer/layout.py",
     "packer/directory.py",
