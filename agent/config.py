@@ -113,6 +113,14 @@ def arguments() -> argparse.ArgumentParser:
         metavar="D",
         help="cpu:SIZE, cuda, cuda:INDEX or cuda:UUID; repeatable (default: all GPUs, else one cpu device)",
     )
+    _add_memory_options(run)
+    run.add_argument("--ready-file", type=Path, help="JSON with the gateway's URL, written when it listens")
+    run.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    return parser
+
+
+def _add_memory_options(run: argparse.ArgumentParser) -> None:
+    """What the node may hold, in which form, and what goes first."""
     run.add_argument("--host-bytes", metavar="SIZE", help="budget of the host-RAM tier (default: RAM/4)")
     run.add_argument("--disk-bytes", default="100GiB", metavar="SIZE", help="budget of the disk tier")
     run.add_argument(
@@ -144,9 +152,6 @@ def arguments() -> argparse.ArgumentParser:
         "model; the others are the classics to compare with, about whole models; ttl also unloads after five "
         "idle minutes (default %(default)s)",
     )
-    run.add_argument("--ready-file", type=Path, help="JSON with the gateway's URL, written when it listens")
-    run.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
-    return parser
 
 
 def load(argv: Sequence[str]) -> AgentConfig:
