@@ -51,6 +51,7 @@ def grant_at_once(node: Node, request: str, model: Model, now_ms: int) -> Lease 
         or not device.healthy
         or not model.planned
         or node.draining
+        or node.chosen is not None
         or request in node.requests
         or (node.condemned and model.ref in node.condemned)
         or not is_quiet(node, now_ms)
@@ -85,6 +86,7 @@ def finish_quietly(node: Node, lease: Lease, device_ms: int, now_ms: int) -> boo
     # around and find nothing to do.
     if ends and (
         node.queue
+        or node.chosen is not None
         or node.removed
         or node.unpacked
         or node.condemned
