@@ -43,6 +43,7 @@ from packer.host_segment import HostWriter
 from packer.index import PackError
 from packer.ingest import Ingest
 from packer.layout import ImageLayout
+from packer.origin_headers import ORIGIN_HEADERS
 from packer.pack import PackReader
 from packer.pack_writer import PackSummary, PackWriter
 from packer.packing import PackTarget, write_pack
@@ -216,8 +217,9 @@ class Moves:
         image = self._room(new.ref, layout, parked, first_chunk)
         try:
             if parked is None:
+                own = {path: data for path, data in new.side_files.items() if path != ORIGIN_HEADERS}
                 building = self._builder.submit(
-                    build, spec.task, new.side_files, layout, self._private, self._torch_device
+                    build, spec.task, own, layout, self._private, self._torch_device
                 )
             new.fill(image)
             image.settle()

@@ -27,6 +27,7 @@ from agent.packs import PackDirectory
 from agent.peer_fetch import FetchedPack, PeerFetch
 from packer.durable import sync_folder
 from packer.index import PackError
+from packer.origin_headers import ORIGIN_HEADERS
 from packer.pack import PackReader
 from packer.types import MIB, ModelRef, OriginFile
 from packer.wire import PEERS_TRIED_MAX, OriginTurn, PeerSpec, SourcesAnswer
@@ -246,7 +247,7 @@ def _wrong_file(descriptor: int, key: bytes, ref: ModelRef, files: Sequence[Orig
     try:
         reader = PackReader(descriptor, key, ref)
         side_files = {file.path: file.sha256.lower() for file in files if not _is_weights(file)}
-        if {path for path, _ in reader.index.files} != set(side_files):
+        if {path for path, _ in reader.index.files} - {ORIGIN_HEADERS} != set(side_files):
             return "other files than registered"
         for path, sha256 in side_files.items():
             if hashlib.sha256(reader.file(path)).hexdigest() != sha256:

@@ -48,7 +48,7 @@ def host_index(index: PackIndex, form: HostForm) -> PackIndex:
     for stored in index.side_files:
         files.append(StoredFile(stored.path, stored.nbytes, at, NO_TAG))
         at += stored.extent_bytes
-    return replace(index, side_files=tuple(files), chunks=tuple(chunks))
+    return replace(index, side_files=tuple(files), chunks=tuple(chunks), bases=(), fingerprint_key=b"")
 
 
 def _planes(span: ChunkSpan, chunk: StoredChunk, form: HostForm) -> tuple[int, Sequence[int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import msgspec
@@ -29,22 +29,25 @@ from packer.layout import (
     TensorInfo,
     check_layout,
 )
-from packer.seal import SALT_BYTES, TAG_BYTES
+from packer.seal import FINGERPRINT_BYTES, KEY_BYTES, SALT_BYTES, TAG_BYTES
 from packer.types import MIB, BadValue, ModelRef, Task, parse_ref
 
-FORMAT = 2
+FORMAT = 3
 MAGIC = b"BUNKPACK"
 HEADER_BYTES = PAGE_BYTES
 # 50,000 tensors and 131,072 chunks with their tags stay below 24 MiB.
 INDEX_BYTES_MAX = 32 * MIB
 # A chunk per CHUNK_BYTES of the greatest image, and one more per change of dtype.
 CHUNKS_MAX = IMAGE_BYTES_MAX // CHUNK_BYTES + TENSORS_MAX
-# As in ``directory``: a model directory has no more files, and no more bytes beside its weights.
+# As in ``directory``: a model directory has no more files, and no more bytes beside its weights. One of its
+# files at least holds weights, which leaves room for the headers of these (``origin_headers``).
 FILES_MAX = 256
 SIDE_BYTES_MAX = 64 * MIB
 PATH_CHARS_MAX = 200
 PLANES_MAX = 4
 CODEC_ID_MAX = 65_535
+# Other files that the extents of one pack may lie in. Each is two descriptors of a worker during a restore.
+BASES_MAX = 8
 
 _SEALED = 1
 _HEADER = struct.Struct("<8sHHI32sQQQ16s32s")
@@ -100,8 +103,13 @@ class StoredChunk:
     offset: int
     planes: tuple[StoredPlane, ...]
     # The number of an earlier chunk whose bytes these are: the extent, its number in the seal and its tags
-    # are that chunk's. None for a chunk with an extent of its own.
+    # are that chunk's. None for a chunk with an extent of its own, here or in a base.
     same_as: int | None = None
+    # What the raw bytes are recognised by; empty in a host segment.
+    fingerprint: bytes = b""
+    # The base that the extent lies in, None for this file, and the number of the chunk there.
+    base: int | None = None
+    base_chunk: int = 0
 
     @property
     def stored_bytes(self) -> int:
@@ -127,8 +135,17 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseFile:
+    """Another pack of the same tenant, written for ``ref``, in which extents of this one lie."""
+
+    ref: ModelRef
+    salt: bytes
+    pack_key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class PackIndex:
-    """What a pack holds."""
+    """What a pack holds. ``fingerprint_key``: what its chunks' fingerprints were made with."""
 
     ref: ModelRef
     engine: str
@@ -136,6 +153,8 @@ class PackIndex:
     layout: ImageLayout
     side_files: tuple[StoredFile, ...]
     chunks: tuple[StoredChunk, ...]
+    bases: tuple[BaseFile, ...] = ()
+    fingerprint_key: bytes = field(default=b"", repr=False)
 
     @property
     def files(self) -> tuple[tuple[str, int], ...]:
@@ -145,6 +164,11 @@ class PackIndex:
         """The chunk whose extent holds this chunk's bytes: itself, unless it is a duplicate."""
         same_as = self.chunks[number].same_as
         return number if same_as is None else same_as
+
+    def part_number(self, number: int) -> int:
+        """The number under which this chunk's extent is sealed, in the file that it lies in."""
+        chunk = self.chunks[number]
+        return self.owner(number) if chunk.base is None else chunk.base_chunk
 
 
 def up_to_page(nbytes: int) -> int:
@@ -200,6 +224,7 @@ def decode_header(page: bytes, size_bytes: int) -> PackHeader:
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2 * IMAGE_BYTES_MAX)]
 _Word = Annotated[str, msgspec.Meta(max_length=PATH_CHARS_MAX)]
 _Tag = Annotated[bytes, msgspec.Meta(max_length=TAG_BYTES)]
+_ChunkNumber = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
 
 
 class _Tensor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -219,7 +244,15 @@ class _Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     offset: _Size
     planes: Annotated[list[_Size], msgspec.Meta(max_length=PLANES_MAX)]
     tags: Annotated[bytes, msgspec.Meta(max_length=PLANES_MAX * TAG_BYTES)]
-    same_as: Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)] | None
+    same_as: _ChunkNumber | None
+    fingerprint: Annotated[bytes, msgspec.Meta(max_length=FINGERPRINT_BYTES)]
+    base: tuple[Annotated[int, msgspec.Meta(ge=0, lt=BASES_MAX)], _ChunkNumber] | None
+
+
+class _Base(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    ref: _Word
+    salt: Annotated[bytes, msgspec.Meta(min_length=SALT_BYTES, max_length=SALT_BYTES)]
+    pack_key: Annotated[bytes, msgspec.Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -238,6 +271,8 @@ class _Index(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     tensors: Annotated[list[_Tensor], msgspec.Meta(max_length=TENSORS_MAX)]
     chunks: Annotated[list[_Chunk], msgspec.Meta(max_length=CHUNKS_MAX)]
     files: Annotated[list[_File], msgspec.Meta(max_length=FILES_MAX)]
+    bases: Annotated[list[_Base], msgspec.Meta(max_length=BASES_MAX)]
+    fingerprint_key: Annotated[bytes, msgspec.Meta(max_length=KEY_BYTES)]
 
 
 _decoder = msgspec.msgpack.Decoder(_Index)
@@ -261,18 +296,39 @@ def encode_index(index: PackIndex) -> bytes:
     ]
     chunks = [_raw_chunk(*row) for row in zip(index.layout.chunks, index.chunks, strict=True)]
     files = [_File(stored.path, stored.nbytes, stored.offset, stored.tag) for stored in index.side_files]
+    bases = [_Base(str(base.ref), base.salt, base.pack_key) for base in index.bases]
     whole = _Index(
-        str(index.ref), index.engine, index.task, index.layout.image_bytes, names, tensors, chunks, files
+        str(index.ref),
+        index.engine,
+        index.task,
+        index.layout.image_bytes,
+        names,
+        tensors,
+        chunks,
+        files,
+        bases,
+        index.fingerprint_key,
     )
     return _encoder.encode(whole)
 
 
 def _raw_chunk(span: ChunkSpan, chunk: StoredChunk) -> _Chunk:
     if chunk.same_as is not None:
-        return _Chunk(span.nbytes, span.dtype, 0, 0, [], b"", chunk.same_as)
+        return _Chunk(span.nbytes, span.dtype, 0, 0, [], b"", chunk.same_as, b"", None)
     sizes = [plane.nbytes for plane in chunk.planes]
     tags = b"".join(plane.tag for plane in chunk.planes)
-    return _Chunk(span.nbytes, span.dtype, chunk.codec_id, chunk.offset, sizes, tags, None)
+    base = (chunk.base, chunk.base_chunk) if chunk.base is not None else None
+    return _Chunk(
+        span.nbytes,
+        span.dtype,
+        chunk.codec_id,
+        chunk.offset,
+        sizes,
+        tags,
+        None,
+        chunk.fingerprint,
+        base,
+    )
 
 
 def decode_index(data: bytes, header: PackHeader) -> PackIndex:
@@ -287,10 +343,13 @@ def decode_index(data: bytes, header: PackHeader) -> PackIndex:
     chunks = _chunks(raw.chunks)
     files = tuple(StoredFile(file.path, file.nbytes, file.offset, file.tag) for file in raw.files)
     _check_files(files)
-    extents = [(chunk.offset, chunk.extent_bytes) for chunk in chunks if chunk.same_as is None]
+    own = [chunk for chunk in chunks if chunk.same_as is None and chunk.base is None]
+    extents = [(chunk.offset, chunk.extent_bytes) for chunk in own]
     extents += [(file.offset, file.extent_bytes) for file in files]
     _check_extents(extents, header)
-    return PackIndex(ref, raw.engine, task, layout, files, chunks)
+    _check_fingerprints(chunks, raw.fingerprint_key, header)
+    bases = _bases(raw.bases, ref, header, chunks)
+    return PackIndex(ref, raw.engine, task, layout, files, chunks, bases, raw.fingerprint_key)
 
 
 def _layout(raw: _Index) -> ImageLayout:
@@ -331,7 +390,7 @@ def _duplicate(row: _Chunk, rows: Sequence[_Chunk], before: Sequence[StoredChunk
     other = rows[same_as]
     if (row.nbytes, row.dtype) != (other.nbytes, other.dtype):
         raise PackError(f"chunk {number} can not have the bytes of chunk {same_as}", corrupt=True)
-    if row.codec_id or row.offset or row.planes or row.tags:
+    if row.codec_id or row.offset or row.planes or row.tags or row.fingerprint or row.base is not None:
         # One way to write each index: these fields would be bytes that nothing reads.
         raise PackError(f"chunk {number} is a duplicate and has an extent too", corrupt=True)
     return replace(before[same_as], same_as=same_as)
@@ -349,7 +408,41 @@ def _chunk(raw: _Chunk) -> StoredChunk:
         StoredPlane(nbytes, raw.tags[TAG_BYTES * at : TAG_BYTES * (at + 1)])
         for at, nbytes in enumerate(raw.planes)
     )
-    return StoredChunk(raw.codec_id, raw.offset, planes)
+    if raw.base is None:
+        return StoredChunk(raw.codec_id, raw.offset, planes, None, raw.fingerprint)
+    base, base_chunk = raw.base
+    if raw.offset % PAGE_BYTES or raw.offset < HEADER_BYTES:
+        # Of extents in this file the tiling says the same.
+        raise PackError(f"chunk at {raw.offset} of base {base} starts on no page of it", corrupt=True)
+    return StoredChunk(raw.codec_id, raw.offset, planes, None, raw.fingerprint, base, base_chunk)
+
+
+def _bases(
+    rows: Sequence[_Base], ref: ModelRef, header: PackHeader, chunks: Sequence[StoredChunk]
+) -> tuple[BaseFile, ...]:
+    """The files that chunks refer to: of the same tenant, each of them needed, none of them this one."""
+    try:
+        bases = tuple(BaseFile(parse_ref(row.ref), row.salt, row.pack_key) for row in rows)
+    except BadValue as error:
+        raise PackError(f"index does not decode: {str(error)[:200]}", corrupt=True) from None
+    if bases and not header.sealed:
+        raise PackError("a host segment refers to another file", corrupt=True)
+    for number, base in enumerate(bases):
+        if base.ref.tenant != ref.tenant:
+            raise PackError(f"base {number} is of another tenant", corrupt=True)
+    if len({header.salt, *(base.salt for base in bases)}) != 1 + len(bases):
+        raise PackError("a base appears twice, or is this file", corrupt=True)
+    used = {chunk.base for chunk in chunks if chunk.base is not None}
+    if used != set(range(len(bases))):
+        raise PackError(f"chunks refer to bases {sorted(used)} of {len(bases)}", corrupt=True)
+    return bases
+
+
+def _check_fingerprints(chunks: Sequence[StoredChunk], key: bytes, header: PackHeader) -> None:
+    """A sealed pack has them all; a host segment, whose chunks nobody looks for, has none."""
+    key_bytes, nbytes = (KEY_BYTES, FINGERPRINT_BYTES) if header.sealed else (0, 0)
+    if len(key) != key_bytes or any(len(chunk.fingerprint) != nbytes for chunk in chunks):
+        raise PackError(f"fingerprints are not of {nbytes} bytes each", corrupt=True)
 
 
 def _check_files(files: Sequence[StoredFile]) -> None:

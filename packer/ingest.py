@@ -31,6 +31,7 @@ from packer.layout import (
     lay_out,
     parse_header,
 )
+from packer.origin_headers import ORIGIN_HEADERS, Headers
 from packer.pack_writer import PackSummary
 from packer.packing import Pack, PackTarget
 from packer.pieces import PIECE_BYTES, Part, Piece, cut, pieces, runs
@@ -51,9 +52,10 @@ CANCEL_POLL_S = 0.05
 class Ingest:
     """One load from an origin, and the pack beside it.
 
-    ``open`` reads side files and headers; then ``layout`` and ``side_files`` are there, and the caller can
-    allocate the image and build the module while ``fill`` streams the weights. After ``fill`` either
-    ``finish_pack`` or ``abandon``; the image must stay until then.
+    ``open`` reads side files and headers; then ``layout`` and ``side_files`` are there (the headers are one
+    of them, see ``origin_headers``), and the caller can allocate the image and build the module while
+    ``fill`` streams the weights. After ``fill`` either ``finish_pack`` or ``abandon``; the image must stay
+    until then.
     """
 
     def __init__(
@@ -75,12 +77,13 @@ class Ingest:
     def open(self) -> None:
         """Raises ``TierError``."""
         tensors: list[TensorInfo] = []
+        headers = Headers()
         self._check_side_bytes()
         for reader in self._files:
             reader.expect_start()
         for reader in self._files:
             if reader.is_weights:
-                tensors.extend(reader.read_header())
+                tensors.extend(reader.read_header(headers))
                 if len(tensors) > TENSORS_MAX:
                     # Each file may have that many; all of 256 files together must not take the memory.
                     raise TierError(f"the weights have more than {TENSORS_MAX} tensors", broken=True)
@@ -90,6 +93,9 @@ class Ingest:
             self.layout = lay_out(tensors)
         except BadLayout as error:
             raise TierError(str(error), broken=True) from None
+        data = headers.data(self.layout.image_bytes)
+        if data is not None:
+            self.side_files[ORIGIN_HEADERS] = data
 
     def _check_side_bytes(self) -> None:
         side_bytes = sum(reader.file.size_bytes for reader in self._files if not reader.is_weights)
@@ -206,8 +212,9 @@ class _OriginReader:
         self.check()
         return bytes(data)
 
-    def read_header(self) -> tuple[TensorInfo, ...]:
-        """The header of a weight file; the hash stands behind it. Raises ``TierError``."""
+    def read_header(self, headers: Headers) -> tuple[TensorInfo, ...]:
+        """The header of a weight file, also into ``headers``; the hash stands behind it. Raises
+        ``TierError``."""
         size_bytes = self.file.size_bytes
         head = bytearray(min(HEAD_BYTES, size_bytes))
         with memoryview(head) as view:
@@ -225,6 +232,7 @@ class _OriginReader:
             self._hash_all()
             raise TierError(str(error), broken=True) from None
         self.digest.update(head)
+        headers.add(self.file.path, bytes(head))
         return tensors
 
     def _hash_all(self) -> None:

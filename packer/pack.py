@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from packer.host_segment import host_sizes
@@ -25,7 +26,6 @@ from packer.index import (
     PackError,
     PackHeader,
     PackIndex,
-    StoredChunk,
     StoredFile,
     decode_header,
     decode_index,
@@ -33,22 +33,23 @@ from packer.index import (
 )
 from packer.layout import CHUNK_BYTES
 from packer.pack_file import (
+    FileFds,
     Scratch,
+    base_name,
     check_zero,
-    chunk_part,
     file_part,
     index_part,
     read_all,
 )
 from packer.seal import (
     KEY_BYTES,
-    TAG_BYTES,
     BadSeal,
     ChunkSeal,
     Part,
     derive_pack_key,
     seal_context,
 )
+from packer.sealed_extent import open_planes, whole_planes
 from packer.types import HostForm, HostSizes, ModelRef
 
 
@@ -57,15 +58,21 @@ class PackReader:
 
     Opening checks header and index completely; then everything else may be called from any number of
     threads, each with its own buffers. The descriptors stay the caller's; ``direct_fd`` is the same file
-    opened with ``O_DIRECT``, or None where the file system refuses that.
+    opened with ``O_DIRECT``, or None where the file system refuses that. ``bases``: the other files that
+    extents lie in, in the order of the index; None: only ``index``, ``file`` and sizes are wanted.
     Raises ``PackError``; ``corrupt`` says that this copy must be dropped, or repaired.
     """
 
     def __init__(
-        self, fd: int, key: bytes | None, expect: ModelRef | None = None, direct_fd: int | None = None
+        self,
+        fd: int,
+        key: bytes | None,
+        expect: ModelRef | None = None,
+        direct_fd: int | None = None,
+        bases: Sequence[FileFds] | None = (),
     ) -> None:
         self.fd = fd
-        self.direct_fd = direct_fd
+        self._own = FileFds(fd, direct_fd)
         self._header = read_header(fd)
         # A host segment in the place of a sealed pack would be bytes that nobody authenticated.
         if key is not None and not self._header.sealed:
@@ -79,6 +86,39 @@ class PackReader:
         self._seal: ChunkSeal | None = None
         if self._pack_key is not None:
             self._seal = ChunkSeal(self._pack_key, seal_context(self.index.ref))
+        self._bases: tuple[tuple[FileFds, ChunkSeal], ...] = ()
+        if bases is not None:
+            self._bases = self._open_bases(bases)
+
+    def _open_bases(self, files: Sequence[FileFds]) -> tuple[tuple[FileFds, ChunkSeal], ...]:
+        """Check that these are the files that the index names, as far as they go."""
+        bases = self.index.bases
+        if len(files) != len(bases):
+            raise PackError(f"extents lie in {len(bases)} other files, {len(files)} are here", corrupt=True)
+        ends: list[int] = []
+        for number, (base, file) in enumerate(zip(bases, files, strict=True)):
+            header = read_header(file.fd)
+            if header.salt != base.salt or not header.sealed:
+                raise PackError(f"base {number} is another file than it should be", corrupt=True)
+            ends.append(header.index_offset)
+        for i, chunk in enumerate(self.index.chunks):
+            if chunk.base is not None and chunk.offset + chunk.extent_bytes > ends[chunk.base]:
+                raise PackError(f"chunk {i} ends behind the parts of base {chunk.base}", corrupt=True)
+        return tuple(
+            (file, ChunkSeal(base.pack_key, seal_context(base.ref)))
+            for base, file in zip(bases, files, strict=True)
+        )
+
+    def fds(self, base: int | None) -> FileFds:
+        """The descriptors of this file, or of one of its bases."""
+        return self._own if base is None else self._bases[base][0]
+
+    def pack_key(self, base: int | None) -> bytes:
+        """The key that extents in this file, or in one of its bases, are sealed with."""
+        key = self._pack_key if base is None else self.index.bases[base].pack_key
+        if key is None:
+            raise PackError("a host segment is not sealed")
+        return key
 
     @property
     def sealed(self) -> bool:
@@ -137,7 +177,7 @@ class PackReader:
         chunk, span = self.index.chunks[i], self.index.layout.chunks[i]
         if len(out) != span.nbytes:
             raise PackError(f"chunk {i} has {span.nbytes} bytes, its destination {len(out)}")
-        read_all(self.fd, scratch.stored[: chunk.extent_bytes], chunk.offset)
+        read_all(self.fds(chunk.base).fd, scratch.stored[: chunk.extent_bytes], chunk.offset)
         planes = self.open_chunk(i, scratch.stored)
         try:
             decode_into(chunk.codec_id, planes, out, scratch.workspace)
@@ -150,32 +190,11 @@ class PackReader:
         chunk = self.index.chunks[i]
         stored, end = chunk.stored_bytes, chunk.extent_bytes
         check_zero(extent[stored:end], chunk.offset + stored)
-        if self._seal is not None:
-            self._open_planes(self._seal, self.index.owner(i), chunk, extent)
-        planes: list[memoryview] = []
-        at = 0
-        for plane in chunk.planes:
-            planes.append(extent[at : at + plane.nbytes])
-            at += plane.nbytes
-        return planes
-
-    def _open_planes(self, seal: ChunkSeal, i: int, chunk: StoredChunk, stored: memoryview) -> None:
-        """Open every plane where it lies. From the last to the first, because the tag is put behind the
-        plane, over the first bytes of the next one, which are kept aside meanwhile."""
-        end = chunk.stored_bytes
+        seal = self._seal if chunk.base is None else self._bases[chunk.base][1]
+        if seal is None:
+            return whole_planes(chunk, extent)
         raw_bytes = self.index.layout.chunks[i].nbytes
-        for number in reversed(range(len(chunk.planes))):
-            plane = chunk.planes[number]
-            start = end - plane.nbytes
-            kept = bytes(stored[end : end + TAG_BYTES])
-            stored[end : end + TAG_BYTES] = plane.tag
-            part = chunk_part(i, number, raw_bytes, chunk.codec_id, plane.nbytes)
-            try:
-                seal.open_into(part, stored[start : end + TAG_BYTES], stored[start:end])
-            except BadSeal as error:
-                raise PackError(str(error), corrupt=True) from None
-            stored[end : end + TAG_BYTES] = kept
-            end = start
+        return open_planes(seal, self.index.part_number(i), raw_bytes, chunk, extent)
 
 
 def _open_in_place(seal: ChunkSeal, part: Part, data: bytearray, tag: bytes) -> None:
@@ -235,11 +254,12 @@ def _describe(reader: PackReader) -> dict[str, object]:
 
     index, sizes = reader.index, reader.host_sizes
     by_codec: dict[str, list[int]] = {}
-    duplicate_bytes = 0
+    duplicate_bytes = shared_bytes = 0
     for span, chunk in zip(index.layout.chunks, index.chunks, strict=True):
         if chunk.same_as is not None:
             duplicate_bytes += span.nbytes
             continue
+        shared_bytes += chunk.stored_bytes if chunk.base is not None else 0
         known = chunk.codec_id in CodecId.__members__.values()
         name = CodecId(chunk.codec_id).name.lower() if known else f"unknown {chunk.codec_id}"
         row = by_codec.setdefault(f"{span.dtype} {name}", [0, 0, 0])
@@ -254,6 +274,8 @@ def _describe(reader: PackReader) -> dict[str, object]:
         "tensors": len(index.layout.tensors),
         "chunks": len(index.chunks),
         "duplicate_bytes": duplicate_bytes,
+        "bases": [str(base.ref) for base in index.bases],
+        "stored_in_bases_bytes": shared_bytes,
         "host_bytes": {form.value: sizes.of(form) for form in HostForm},
         "side_files": len(index.side_files),
         "codecs": {
@@ -274,14 +296,18 @@ def _print_human(rows: Iterable[tuple[str, object]], indent: str = "") -> None:
 
 def _run(arguments: argparse.Namespace) -> dict[str, object]:
     path = Path(arguments.file)
-    with path.open("rb") as file:
+    with ExitStack() as files:
+        file = files.enter_context(path.open("rb"))
         header = read_header(file.fileno())
         if header.sealed and arguments.key_file is None:
             if arguments.command == "verify":
                 raise PackError("pack is sealed: give --key-file to verify it")
             return {"sealed": True, "file_bytes": header.file_bytes, "index_bytes": header.index_bytes}
         key = _read_key(Path(arguments.key_file)) if header.sealed else None
-        reader = PackReader(file.fileno(), key)
+        count = len(PackReader(file.fileno(), key, bases=None).index.bases)
+        paths = [path.with_name(base_name(path.name, number)) for number in range(count)]
+        bases = [FileFds(files.enter_context(base.open("rb")).fileno()) for base in paths]
+        reader = PackReader(file.fileno(), key, bases=bases)
         facts = _describe(reader)
         if arguments.command == "verify":
             facts["verified_bytes"] = verify(reader)

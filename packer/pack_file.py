@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from packer.index import PackError, PackHeader, encode_header, up_to_page
@@ -24,6 +25,19 @@ ZEROS = bytes(PAGE_BYTES)
 NO_TAG = bytes(TAG_BYTES)
 # The largest extent is a raw chunk; one page more has room for the tag behind the last plane.
 SLOT_BYTES = CHUNK_BYTES + PAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class FileFds:
+    """Descriptors of one file: for buffered reads, and where the file system has them for direct ones."""
+
+    fd: int
+    direct_fd: int | None = None
+
+
+def base_name(pack_name: str, number: int) -> str:
+    """The name under which a pack keeps the file of its base of this number: a link beside it."""
+    return f"{pack_name}.base-{number}"
 
 
 def page_memory(nbytes: int) -> mmap.mmap:

@@ -1,9 +1,10 @@
 """Writing a pack: encode, seal and store chunks and side files, then the index and the header.
 
-Covers: ``PackWriter``, chunks that are equal and stored once, taking over the chunks of an attempt that was
-interrupted, and the limits of size and free space. Does not cover: reading (``pack``), the records of an
-attempt (``progress``), naming and renaming files and keeping keys (the agent), how several chunks are in
-flight (``ingest``). The format is FORMAT.md.
+Covers: ``PackWriter``, chunks that are equal and stored once, the table of other files that hold some of
+them, taking over the chunks of an attempt that was interrupted, and the limits of size and free space. Does
+not cover: reading (``pack``), finding chunks in other packs (``bases``), the records of an attempt
+(``progress``), naming and renaming files and keeping keys (the agent), how several chunks are in flight
+(``ingest``). The format is FORMAT.md.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
+from packer.bases import Bases, Found
 from packer.host_segment import host_sizes
 from packer.index import (
+    BASES_MAX,
     FILES_MAX,
     HEADER_BYTES,
     INDEX_BYTES_MAX,
     PATH_CHARS_MAX,
     SIDE_BYTES_MAX,
+    BaseFile,
     PackError,
     PackHeader,
     PackIndex,
@@ -45,8 +47,6 @@ from packer.pack_file import (
 )
 from packer.progress import PartialChunk, ProgressLog
 from packer.seal import (
-    KEY_BYTES,
-    NONCE_BYTES,
     TAG_BYTES,
     ChunkSeal,
     derive_pack_key,
@@ -63,11 +63,12 @@ _SYNC_FILE_RANGE_WRITE = 2
 @dataclass(frozen=True, slots=True)
 class PackSummary:
     """What a finished pack takes on disk and as a host segment, and how many bytes of the image are not
-    stored because other chunks have them."""
+    stored because other chunks have them, here or in a base. ``bases``: the salts of those files."""
 
     disk_bytes: int
     host: HostSizes
     deduplicated_bytes: int
+    bases: tuple[bytes, ...] = ()
 
     @property
     def host_bytes(self) -> int:
@@ -79,6 +80,7 @@ class PackWriter:
     before ``finish``. The caller syncs the directory and renames.
 
     ``floor_bytes``: what must stay free on the file system. ``log``: where stored chunks are recorded.
+    ``bases``: where chunks are looked for before they are stored.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class PackWriter:
         limit_bytes: int,
         floor_bytes: int = 0,
         log: ProgressLog | None = None,
+        bases: Bases | None = None,
     ) -> None:
         check_layout(layout)
         self._fd, self._ref, self._engine, self._task, self._layout = fd, ref, engine, task, layout
@@ -109,7 +112,9 @@ class PackWriter:
         self._files: list[StoredFile] = []
         self._finished = False
         self._failed = False
-        self._prints = _Fingerprints()
+        self._bases = bases or Bases((), ref)
+        # Files that extents of this pack lie in, in the order of the index.
+        self._base_files: list[BaseFile] = []
         # The chunk that holds, or is about to hold, the bytes with this fingerprint.
         self._owners: dict[tuple[str, int, bytes], int] = {}
 
@@ -149,10 +154,15 @@ class PackWriter:
         self._start(i)
         scratch = self._scratch()
         try:
-            if self._is_duplicate(i, raw):
+            span = self._layout.chunks[i]
+            fingerprint = self._bases.own.of(raw)
+            if self._is_duplicate(i, fingerprint):
                 return
-            encoded = encode(self._layout.chunks[i].dtype, raw, scratch.workspace)
-            self._store(i, encoded.codec_id, encoded.planes, scratch)
+            found = self._bases.find(span, fingerprint, raw, scratch)
+            if found is not None and self._share(i, found, fingerprint):
+                return
+            encoded = encode(span.dtype, raw, scratch.workspace)
+            self._store(i, encoded.codec_id, encoded.planes, fingerprint, scratch)
         except BaseException:
             self._fail()
             raise
@@ -167,6 +177,8 @@ class PackWriter:
 
         i, chunk = partial.number, partial.chunk
         raw_bytes = self._layout.chunks[i].nbytes
+        if partial.base_salt:
+            return self._take_over_shared(partial, out)
         if chunk.same_as is not None or chunk.offset < self._next_offset or self._started[i]:
             return False
         scratch = self._scratch()
@@ -178,8 +190,24 @@ class PackWriter:
         except (PackError, BadPlanes):
             return False
         self._start(i)
-        self._claim(i, out)
-        self._store(i, chunk.codec_id, planes, scratch)
+        fingerprint = self._bases.own.of(out)
+        self._claim(i, fingerprint)
+        self._store(i, chunk.codec_id, planes, fingerprint, scratch)
+        return True
+
+    def _take_over_shared(self, partial: PartialChunk, out: memoryview) -> bool:
+        """The same for a chunk in another file. That file may be gone since, or not be offered any more."""
+        i = partial.number
+        if self._started[i]:
+            return False
+        found = self._bases.read(partial.base_salt, partial.chunk.base_chunk, out, self._scratch())
+        if found is None:
+            return False
+        fingerprint = self._bases.own.of(out)
+        if not self._share(i, found, fingerprint):
+            return False
+        self._start(i)
+        self._claim(i, fingerprint)
         return True
 
     def take_over_duplicate(self, partial: PartialChunk) -> bool:
@@ -208,22 +236,34 @@ class PackWriter:
             scratch = self._local.scratch = Scratch()
         return scratch
 
-    def _store(self, i: int, codec_id: int, planes: Sequence[memoryview | bytes], scratch: Scratch) -> None:
+    def _store(
+        self,
+        i: int,
+        codec_id: int,
+        planes: Sequence[memoryview | bytes],
+        fingerprint: bytes,
+        scratch: Scratch,
+    ) -> None:
         nbytes = sum(len(plane) for plane in planes)
         with self._changed:
             offset = self._take(up_to_page(nbytes))
-        self._write_extent(i, codec_id, planes, offset, scratch)
+        self._write_extent(i, codec_id, planes, StoredChunk(codec_id, offset, (), None, fingerprint), scratch)
 
     def _write_extent(
-        self, i: int, codec_id: int, planes: Sequence[memoryview | bytes], offset: int, scratch: Scratch
+        self,
+        i: int,
+        codec_id: int,
+        planes: Sequence[memoryview | bytes],
+        place: StoredChunk,
+        scratch: Scratch,
     ) -> None:
         raw_bytes, stored = self._layout.chunks[i].nbytes, scratch.stored
         sealed = seal_planes(self._seal, i, raw_bytes, codec_id, planes, stored)
-        chunk = StoredChunk(codec_id, offset, sealed)
+        chunk = replace(place, planes=sealed)
         stored[chunk.stored_bytes : chunk.extent_bytes] = ZEROS[: chunk.extent_bytes - chunk.stored_bytes]
-        write_all(self._fd, stored[: chunk.extent_bytes], offset)
+        write_all(self._fd, stored[: chunk.extent_bytes], chunk.offset)
         # The disk starts on it now, or the sync at the end would wait for the whole pack.
-        _start_writing(self._fd, offset, chunk.extent_bytes)
+        _start_writing(self._fd, chunk.offset, chunk.extent_bytes)
         with self._changed:
             self._put(i, chunk)
 
@@ -231,7 +271,8 @@ class PackWriter:
         """Called with the lock held."""
         self._chunks[i] = chunk
         if self._log is not None:
-            self._log.add(self._salt, i, chunk)
+            base_salt = self._base_files[chunk.base].salt if chunk.base is not None else b""
+            self._log.add(self._salt, i, chunk, base_salt)
         self._changed.notify_all()
 
     def _take(self, nbytes: int) -> int:
@@ -254,16 +295,15 @@ class PackWriter:
 
     # --- equal chunks -----------------------------------------------------------------------------
 
-    def _claim(self, i: int, raw: memoryview) -> int:
+    def _claim(self, i: int, fingerprint: bytes) -> int:
         """The chunk that holds these bytes: an earlier caller's, or from now on ``i``."""
         span = self._layout.chunks[i]
-        print_ = (span.dtype, span.nbytes, self._prints.of(raw))
         with self._changed:
-            return self._owners.setdefault(print_, i)
+            return self._owners.setdefault((span.dtype, span.nbytes, fingerprint), i)
 
-    def _is_duplicate(self, i: int, raw: memoryview) -> bool:
+    def _is_duplicate(self, i: int, fingerprint: bytes) -> bool:
         """Whether chunk ``i`` needs no extent of its own, because an equal one has one."""
-        owner = self._claim(i, raw)
+        owner = self._claim(i, fingerprint)
         if owner == i:
             return False
         with self._changed:
@@ -277,6 +317,17 @@ class PackWriter:
             self._put(i, replace(chunk, same_as=owner))
         return True
 
+    def _share(self, i: int, found: Found, fingerprint: bytes) -> bool:
+        """Refer to an extent in another file; False when there are too many such files."""
+        with self._changed:
+            if found.file not in self._base_files:
+                if len(self._base_files) == BASES_MAX:
+                    return False
+                self._base_files.append(found.file)
+            base = self._base_files.index(found.file)
+            self._put(i, replace(found.chunk, fingerprint=fingerprint, base=base))
+        return True
+
     def _hand_over(self) -> None:
         """Give each extent that chunks refer to to the first of them, if that is not its owner: once for each
         extent, however many there are. Called with the lock held."""
@@ -287,12 +338,16 @@ class PackWriter:
         scratch = self._scratch()
         for owner, number in first.items():
             held = self._chunks[owner]
-            if number < owner and held is not None:
+            if held is None or number > owner:
+                continue
+            if held.base is not None:
+                self._put(number, replace(held, same_as=None))
+            else:
                 read_all(self._fd, scratch.stored[: held.stored_bytes], held.offset)
                 planes = open_planes(
                     self._seal, owner, self._layout.chunks[owner].nbytes, held, scratch.stored
                 )
-                self._write_extent(number, held.codec_id, planes, held.offset, scratch)
+                self._write_extent(number, held.codec_id, planes, replace(held, same_as=None), scratch)
         for number, chunk in enumerate(self._chunks):
             owner = number if chunk is None or chunk.same_as is None else chunk.same_as
             heir = first.get(owner, owner)
@@ -313,7 +368,14 @@ class PackWriter:
             self._hand_over()
             chunks = [chunk for chunk in self._chunks if chunk is not None]
             index = PackIndex(
-                self._ref, self._engine, self._task, self._layout, tuple(self._files), tuple(chunks)
+                self._ref,
+                self._engine,
+                self._task,
+                self._layout,
+                tuple(self._files),
+                tuple(chunks),
+                tuple(self._base_files),
+                self._bases.own.key,
             )
             data = encode_index(index)
             if len(data) > INDEX_BYTES_MAX:
@@ -334,9 +396,10 @@ class PackWriter:
         saved = sum(
             span.nbytes
             for span, chunk in zip(self._layout.chunks, chunks, strict=True)
-            if chunk.same_as is not None
+            if chunk.same_as is not None or chunk.base is not None
         )
-        return PackSummary(header.file_bytes, host_sizes(index), saved)
+        salts = tuple(base.salt for base in index.bases)
+        return PackSummary(header.file_bytes, host_sizes(index), saved, salts)
 
 
 def _start_writing(fd: int, offset: int, nbytes: int) -> None:
@@ -344,17 +407,3 @@ def _start_writing(fd: int, offset: int, nbytes: int) -> None:
     start = getattr(_libc, "sync_file_range", None)
     if start is not None:
         start(fd, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
-
-
-class _Fingerprints:
-    """Keyed fingerprints of chunks: the authentication code of AES-GCM over all bytes.
-
-    The key is drawn at random and the codes are shown to nobody, so for any two different chunks of at most
-    4 MiB, chosen by whomever, the chance of the same code is below 2^-108: equal codes are equal bytes.
-    """
-
-    def __init__(self) -> None:
-        self._cipher = AESGCM(os.urandom(KEY_BYTES))
-
-    def of(self, raw: memoryview) -> bytes:
-        return self._cipher.encrypt(bytes(NONCE_BYTES), b"", raw)

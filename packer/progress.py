@@ -8,7 +8,8 @@ the same layout, the chunk it names only with its own tags, and every byte is ha
 before the model may serve. So a torn, old or foreign file costs time and nothing else.
 
 A record is its length (u32, little-endian), a random nonce, and a MessagePack array sealed with AES-256-GCM:
-salt of the attempt, number of the chunk, codec id, offset, sizes of the planes, tags, ``same_as``.
+salt of the attempt, number of the chunk, codec id, offset, sizes of the planes, tags, ``same_as``; of an
+extent in a base the salt of that file and its number there, else nothing and 0.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from packer.types import MIB, ModelRef
 PROGRESS_BYTES_MAX = 96 * MIB
 RECORD_BYTES_MAX = 1024
 
-_DERIVE_INFO = b"bunkhouse progress of an ingest, format 2"
+_DERIVE_INFO = b"bunkhouse progress of an ingest, format 3"
 _LENGTH = struct.Struct("<I")
 
 
@@ -51,6 +52,8 @@ class _Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     ]
     tags: Annotated[bytes, msgspec.Meta(max_length=PLANES_MAX * TAG_BYTES)]
     same_as: Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)] | None
+    base_salt: Annotated[bytes, msgspec.Meta(max_length=SALT_BYTES)]
+    base_chunk: Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -59,11 +62,13 @@ _decoder = msgspec.msgpack.Decoder(_Record)
 
 @dataclass(frozen=True, slots=True)
 class PartialChunk:
-    """A chunk that an earlier attempt says it has stored, sealed with the key of that attempt's salt."""
+    """A chunk that an earlier attempt says it has stored, sealed with the key of that attempt's salt; or that
+    it found in the file with ``base_salt``, under the number ``chunk.base_chunk``."""
 
     salt: bytes
     number: int
     chunk: StoredChunk
+    base_salt: bytes = b""
 
 
 class ProgressLog:
@@ -122,11 +127,10 @@ class ProgressLog:
             StoredPlane(nbytes, raw.tags[TAG_BYTES * at : TAG_BYTES * (at + 1)])
             for at, nbytes in enumerate(raw.planes)
         )
-        return PartialChunk(
-            raw.salt, raw.number, StoredChunk(raw.codec_id, raw.offset, planes, raw.same_as)
-        ), length
+        chunk = StoredChunk(raw.codec_id, raw.offset, planes, raw.same_as, base_chunk=raw.base_chunk)
+        return PartialChunk(raw.salt, raw.number, chunk, raw.base_salt), length
 
-    def add(self, salt: bytes, number: int, chunk: StoredChunk) -> None:
+    def add(self, salt: bytes, number: int, chunk: StoredChunk, base_salt: bytes = b"") -> None:
         """Record a chunk whose extent is written; one that has no room is read again after an interruption.
         Raises ``PackError``."""
         body = _encoder.encode(
@@ -138,6 +142,8 @@ class ProgressLog:
                 [plane.nbytes for plane in chunk.planes],
                 b"".join(plane.tag for plane in chunk.planes),
                 chunk.same_as,
+                base_salt,
+                chunk.base_chunk,
             )
         )
         nonce = os.urandom(NONCE_BYTES)

@@ -28,11 +28,12 @@ KEY_BYTES = 32
 TAG_BYTES = 16
 SALT_BYTES = 32
 NONCE_BYTES = 12
+FINGERPRINT_BYTES = TAG_BYTES
 WRAPPED_KEY_BYTES = NONCE_BYTES + KEY_BYTES + TAG_BYTES
 # A part longer than this is never made; also far below what one GCM nonce may cover (64 GiB).
 PART_BYTES_MAX = 128 * 1024 * 1024
 
-_DERIVE_INFO = b"bunkhouse pack key, format 2"
+_DERIVE_INFO = b"bunkhouse pack key, format 3"
 _NONCE = struct.Struct(">BBHQ")
 _BINDING = struct.Struct(">BBHQQQ")
 
@@ -117,6 +118,24 @@ def seal_context(ref: ModelRef) -> bytes:
     """What every chunk and side file of a version is bound to. Lengths first, so no two refs collide."""
     words = [word.encode("utf-8") for word in (ref.tenant, ref.name, ref.version)]
     return b"".join(len(word).to_bytes(2, "big") + word for word in words)
+
+
+class Fingerprints:
+    """Keyed fingerprints of chunks: the authentication code of AES-GCM over all bytes.
+
+    The key is random, and key and codes are only ever in sealed indexes of one tenant's packs. So for any
+    two different chunks of at most 4 MiB, chosen by whomever without them, the chance of the same code is
+    below 2^-108. All codes of a key have one nonce: whoever has several could work out the key's part in
+    them, which is why chunks of two versions are compared besides, and why no other tenant sees one.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        _check_key(key, "fingerprint key")
+        self.key = key
+        self._cipher = AESGCM(key)
+
+    def of(self, raw: memoryview) -> bytes:
+        return self._cipher.encrypt(bytes(NONCE_BYTES), b"", raw)
 
 
 class ChunkSeal:

@@ -56,3 +56,13 @@ def open_planes(
         planes.append(stored[at:end])
         at = end
     return planes
+
+
+def whole_planes(chunk: StoredChunk, stored: memoryview) -> list[memoryview]:
+    """The planes of a chunk that is not sealed."""
+    planes: list[memoryview] = []
+    at = 0
+    for plane in chunk.planes:
+        planes.append(stored[at : at + plane.nbytes])
+        at += plane.nbytes
+    return planes

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from packer.extents import ExtentReader, drop_mapped
 from packer.host_segment import HostWriter
-from packer.index import PackError
+from packer.index import PackError, StoredChunk
 from packer.layout import CHUNK_BYTES, ChunkSpan
 from packer.pack import PackReader
 from packer.pack_file import SLOT_BYTES, Scratch, page_memory
@@ -168,7 +168,8 @@ class _Restore:
     _is_cold: bool = False  # whether there are extents to wait for
     _reading: int = 0  # io threads that may still bring one
     _decoders: int = 0
-    _extents: ExtentReader | None = None
+    # Of this pack (None) and of each file that it has extents in.
+    _extents: dict[int | None, ExtentReader] = field(default_factory=dict)
     _mapped: _Mapped | None = None
 
     def run(self, jobs: Sequence[_Job]) -> None:
@@ -197,15 +198,18 @@ class _Restore:
 
     def _sort(self, jobs: Sequence[_Job]) -> tuple[list[_Job], list[_Job]]:
         """The extents that are in the page cache, and those that are not."""
-        self._extents = extents = ExtentReader(self.reader.fd, self.reader.direct_fd)
+        for base in (None, *range(len(self.reader.index.bases))):
+            file = self.reader.fds(base)
+            self._extents[base] = ExtentReader(file.fd, file.direct_fd)
         chunks = self.reader.index.chunks
         warm: list[_Job] = []
         cold: list[_Job] = []
         for job in jobs:
             chunk = chunks[job.owner]
-            (warm if extents.is_cached(chunk.offset, chunk.extent_bytes) else cold).append(job)
-        # In the order of the file, which may be another one than that of execution.
-        cold.sort(key=lambda job: chunks[job.owner].offset)
+            cached = self._extents[chunk.base].is_cached(chunk.offset, chunk.extent_bytes)
+            (warm if cached else cold).append(job)
+        # In the order of the files, which may be another one than that of execution.
+        cold.sort(key=lambda job: _place(chunks[job.owner]))
         return warm, cold
 
     def _make_ring(self) -> None:
@@ -274,10 +278,9 @@ class _Restore:
 
     def _read(self, job: _Job, slot: memoryview, cold: bool) -> bool:
         """Read one extent; False when the medium lost it."""
-        assert self._extents is not None
         chunk = self.reader.index.chunks[job.owner]
         try:
-            past_cache = self._extents.read(slot[: chunk.extent_bytes], chunk.offset, cold)
+            past_cache = self._extents[chunk.base].read(slot[: chunk.extent_bytes], chunk.offset, cold)
         except PackError as error:
             self._note_bad(job, error)
             return False
@@ -392,6 +395,11 @@ class _Restore:
             raise TierError(f"more than {BAD_CHUNKS_MAX} chunks are bad, one is: {first}", corrupt=True)
         message = first if len(chunks) == 1 else f"{len(chunks)} chunks are bad, the first is: {first}"
         raise TierError(message, corrupt=True, chunks=chunks)
+
+
+def _place(chunk: StoredChunk) -> tuple[int, int]:
+    """Orders extents by their file, then by where they lie in it."""
+    return (-1 if chunk.base is None else chunk.base, chunk.offset)
 
 
 class _Mapped:

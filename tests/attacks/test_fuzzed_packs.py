@@ -127,7 +127,7 @@ def test_messagepack_of_another_shape_is_no_index(value: object) -> None:
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(st.integers(0, 7), msgpack_values, st.data())
+@given(st.integers(0, 9), msgpack_values, st.data())
 def test_an_index_with_any_field_replaced_is_refused_or_holds_together(
     field: int, value: object, data: st.DataObject
 ) -> None:

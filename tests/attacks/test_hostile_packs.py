@@ -40,9 +40,9 @@ from packer.types import HostForm
 
 Raw = list[object]
 # Fields of the index, of a tensor, of a chunk and of a side file, as they lie in the file.
-REF, ENGINE, TASK, IMAGE, WEIGHT_FILES, TENSORS, CHUNKS, FILES = range(8)
+REF, ENGINE, TASK, IMAGE, WEIGHT_FILES, TENSORS, CHUNKS, FILES, BASES, FINGERPRINT_KEY = range(10)
 NAME, DTYPE, SHAPE, FILE, FILE_OFFSET, NBYTES, IMAGE_OFFSET = range(7)
-CHUNK_NBYTES, CHUNK_DTYPE, CODEC, OFFSET, PLANES, TAGS, SAME_AS = range(7)
+CHUNK_NBYTES, CHUNK_DTYPE, CODEC, OFFSET, PLANES, TAGS, SAME_AS, FINGERPRINT, BASE = range(9)
 
 
 def opened(data: bytes | None = None) -> tuple[bytes, PackHeader, Raw]:
@@ -277,7 +277,7 @@ def test_forged_headers_are_refused(change: dict[str, int]) -> None:
 
 def test_other_formats_and_flags_are_refused() -> None:
     data = bytearray(pack_bytes())
-    for at, value in ((8, 1), (8, 3), (10, 3), (10, 0x81), (12, 1)):
+    for at, value in ((8, 2), (8, 4), (10, 3), (10, 0x81), (12, 1)):
         page = bytearray(data[:HEADER_BYTES])
         page[at] = value
         page[-32:] = hashlib.sha256(page[:-32]).digest()
