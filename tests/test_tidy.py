@@ -69,6 +69,7 @@ PURE_FILES = (
     "packer/intensity.py",
     "packer/policies.py",
     "packer/chosen.py",
+    "packer/regret.py",
     "packer/estimate.py",
     "packer/layout.py",
     "packer/directory.py",
