@@ -134,6 +134,18 @@ def look(device: DeviceConfig, own_pids: Sequence[int]) -> DeviceState:
     return DeviceState(device.device, max(0, used - ours), True)
 
 
+def used_bytes(device: DeviceConfig, pid: int) -> int | None:
+    """Bytes that a process holds on a GPU; None where NVML does not say."""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(device.uuid)
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if process.pid == pid and process.usedGpuMemory is not None:
+                return int(process.usedGpuMemory)
+    except pynvml.NVMLError:
+        pass
+    return None
+
+
 def close() -> None:
     """Let go of NVML; harmless when it was never there."""
     with suppress(pynvml.NVMLError):

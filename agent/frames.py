@@ -280,8 +280,16 @@ class Broke(msgspec.Struct, frozen=True, tag=True):
     gone: bool = False
 
 
+class Measured(msgspec.Struct, frozen=True, tag=True):
+    """What the request took beside the weights; comes after its end, when it was measured."""
+
+    id: int
+    ref: str
+    workspace_bytes: int
+
+
 ToWorker = Run | Cancel
-FromWorker = Piece | End | Fault | Broke
+FromWorker = Piece | End | Fault | Broke | Measured
 
 to_worker_decoder: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 from_worker_decoder: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)

@@ -20,16 +20,18 @@ import hashlib
 import hmac
 import os
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent.counters import PendingRecord
+from agent.footprints import FootprintRow
 from packer import seal
 from packer.database import Database, Migrations
 from packer.durable import sync_folder, write_private
+from packer.footprint import Footprint
 from packer.types import HostSizes, ModelRef, parse_ref
 from packer.wire import BadMessage, Plan, Record, decode, encode
 
@@ -76,6 +78,12 @@ def m002_partial_packs_and_measurements(db: Database) -> None:
     db.table("partial_packs").create(
         {"ref": str, "tenant": str, "wrapped_key": bytes, "created_ms": int}, pk="ref"
     )
+
+
+@migrations()
+def m003_footprints(db: Database) -> None:
+    columns = {"ref": str, "kind": str, "engine": str, "peak_bytes": int, "samples": int}
+    db.table("footprints").create(columns, pk=("ref", "kind"))
 
 
 class JournalFailed(OSError):
@@ -216,6 +224,37 @@ class Journal:
     def calibration(self) -> str | None:
         """As it was saved; None when this machine never measured itself."""
         return self._meta("calibration")
+
+    def save_footprints(self, rows: Sequence[FootprintRow], planned: Collection[ModelRef]) -> None:
+        """Keep what was measured; what is not planned any more is forgotten."""
+        with self._db.atomic():
+            table = self._db.table("footprints")
+            for row in rows:
+                known = row.footprint
+                table.upsert(
+                    {
+                        "ref": str(row.ref),
+                        "kind": row.kind,
+                        "engine": row.engine,
+                        "peak_bytes": known.peak_bytes,
+                        "samples": known.samples,
+                    },
+                    pk=("ref", "kind"),
+                )
+            kept = {str(ref) for ref in planned}
+            for text in {str(row["ref"]) for row in table.rows} - kept:
+                table.delete_where("ref = ?", [text])
+
+    def footprints(self) -> list[FootprintRow]:
+        return [
+            FootprintRow(
+                parse_ref(row["ref"]),
+                row["engine"],
+                row["kind"],
+                Footprint(row["peak_bytes"], row["samples"]),
+            )
+            for row in self._db.table("footprints").rows_where(order_by="ref, kind")
+        ]
 
     # --- packs and their keys ---------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from agent.calibration import Calibrator, LinkMeter
 from agent.config import AgentConfig
 from agent.counters import Counters
 from agent.facade import EngineFrame, EngineRequest, Lease, RateView
+from agent.footprints import Footprints
 from agent.identity import BadIdentity, Identity
 from agent.journal import JournalFailed, PackRow, open_journal
 from agent.loop import HeldLease, Loop
@@ -123,6 +124,9 @@ class RunningNode:
         )
         self.orders.sources = self.sharing.sources
         self.orders.repairs.fetch_extent = self.sharing.sources.fetch_extent
+        self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
+        self.footprints.take_stored(self._journal.journal.footprints())
+        self.orders.on_workspace = self._on_workspace
         self._plan: Plan | None = None
         self._plan_lock = asyncio.Lock()
         self._plan_kept = True
@@ -228,6 +232,15 @@ class RunningNode:
         if row.host is not None and view is not None and view.disk_bytes == row.disk_bytes:
             self.loop.post(PackFound(row.ref, row.disk_bytes, row.host.of(self.host_form)))
 
+    def _held_workspace_bytes(self, ref: ModelRef) -> int | None:
+        view = residency.model_view(self.loop.core, ref)
+        return None if view is None else view.workspace_bytes
+
+    def _on_workspace(self, ref: ModelRef, device: str, pid: int, peak_bytes: int) -> None:
+        spec = self._specs.get(ref)
+        if spec is not None:
+            self.footprints.seen(spec, device, pid, peak_bytes)
+
     # --- devices ----------------------------------------------------------------------------------
 
     def _look_at_devices(self) -> None:
@@ -284,6 +297,16 @@ class RunningNode:
                     await self._shred(self._plan)
                     self._plan_kept = True
 
+    async def _keep_footprints(self) -> None:
+        rows = self.footprints.take_unsaved()
+        if rows:
+            kept = False
+            with self._journal_may_fail():
+                await self._journal.call(self._journal.journal.save_footprints, rows, list(self._specs))
+                kept = True
+            if not kept:
+                self.footprints.put_back(rows)
+
     @contextmanager
     def _journal_may_fail(self) -> Iterator[None]:
         """Serve on without the journal; say once that it fails, until it has taken records again.
@@ -306,6 +329,7 @@ class RunningNode:
         self._specs |= {spec.ref: spec for spec in plan.models}
         self._latest = {spec.ref.model: spec for spec in plan.models if spec.latest}
         self.loop.post(Planned(plan.tenants, plan.models))
+        self.footprints.planned(plan.models)
         for row in self._packs_found:
             host_bytes = row.host.of(self.host_form) if row.host else row.host_bytes
             self.loop.post(PackFound(row.ref, row.disk_bytes, host_bytes))
@@ -433,6 +457,7 @@ class RunningNode:
 
     async def _flush_once(self) -> None:
         await self._keep_plan()
+        await self._keep_footprints()
         records = self.counters.take_records(wall_ms())
         if not records:
             return

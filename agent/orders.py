@@ -94,6 +94,8 @@ class Orders:
         self._spec_of = spec_of
         self._clock_ms = clock_ms
         self.post: Callable[[Event], None] = lambda event: None
+        # Told of each measured request: model, device, the worker's process, bytes beside the weights.
+        self.on_workspace: Callable[[ModelRef, str, int, int], None] = lambda *seen: None
         # Where packs come from; None: origins only.
         self.sources: Sources | None = None
         self._workers: dict[tuple[str, str], WorkerHandle] = {}
@@ -135,6 +137,7 @@ class Orders:
         try:
             await self._close_parked()
             worker = await self._nursery.spawn(at[0], self._devices[at[1]])
+            worker.on_workspace = lambda ref, nbytes: self.on_workspace(ref, at[1], worker.pid, nbytes)
             self._workers[at] = worker
             self._keep(self._watch(at, worker))
             return worker

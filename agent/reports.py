@@ -125,6 +125,8 @@ def _model(node: ReportSource, spec: ModelSpec) -> ModelReport:
         last_used_ms=count.last_used_ms,
         restore_ms_estimate=residency.restore_ms_estimate(node.loop.core, spec.ref) if view else 0,
         packed=view.packed if view else False,
+        workspace_bytes=view.workspace_bytes if view else 0,
+        workspace_measured=view.workspace_measured if view else False,
     )
 
 

@@ -41,6 +41,7 @@ from agent.frames import (
     Fault,
     FromWorker,
     LoadOrigin,
+    Measured,
     MoreFds,
     Piece,
     Ping,
@@ -64,6 +65,7 @@ from agent.frames import (
     to_worker_decoder,
 )
 from agent.moves import Move, Moves, where
+from agent.peak import PeakMeter
 from agent.shelf import NotResident, Shelf
 from packer.tiers import RESTORE_BYTES_MAX
 from packer.types import MIB
@@ -126,9 +128,12 @@ class Worker:
         }
         self._reply_lock = threading.Lock()
         self._data_lock = threading.Lock()
+        self._count_lock = threading.Lock()
         self._runs: queue.SimpleQueue[Waiting] = queue.SimpleQueue()
         self._waiting: dict[int, Waiting] = {}
         self._received = bytearray()
+        self._orders_begun = self._orders_ended = 0
+        self._peak = PeakMeter(identity.kind == "cuda", self._moves_seen, _trim)
 
     # --- sockets ----------------------------------------------------------------------------------
 
@@ -198,8 +203,18 @@ class Worker:
     # --- orders -----------------------------------------------------------------------------------
 
     def _carry_out(self, order: Move, fds: list[int]) -> None:
-        self._moves.carry_out(order, fds, self._reply)
-        _trim()  # the scratch of restores and packs
+        with self._count_lock:
+            self._orders_begun += 1
+        try:
+            self._moves.carry_out(order, fds, self._reply)
+            _trim()  # the scratch of restores and packs
+        finally:
+            with self._count_lock:
+                self._orders_ended += 1
+
+    def _moves_seen(self) -> tuple[int, int]:
+        with self._count_lock:
+            return self._orders_begun, self._orders_ended
 
     def _reply(self, reply: Reply) -> None:
         with self._reply_lock:
@@ -225,6 +240,10 @@ class Worker:
             del self._waiting[waiting.run.id]
             try:
                 self._send(end)
+                # Nobody waits for this any more, but the next request does.
+                workspace_bytes = self._peak.end()
+                if workspace_bytes:
+                    self._send(Measured(waiting.run.id, waiting.run.ref, workspace_bytes))
             except OSError:
                 return  # the agent is gone; the main thread sees it too
 
@@ -239,7 +258,9 @@ class Worker:
             if waiting.cancelled.is_set():
                 return End(run.id)
             fields: dict[str, JSON] = msgspec.json.decode(run.fields)
-            with self._shelf.using(parse_wire_ref(run.ref)) as (held, _):
+            ref = parse_wire_ref(run.ref)
+            with self._shelf.using(ref) as (held, _):
+                self._peak.begin(ref, len(run.fields))
                 held.model.run(EngineRequest(run.op, fields), emit, waiting.cancelled.is_set)
             return End(run.id)
         except EngineError as error:

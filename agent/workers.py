@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -39,6 +39,7 @@ from agent.frames import (
     Fault,
     FromWorker,
     LoadOrigin,
+    Measured,
     Message,
     PackBeside,
     Piece,
@@ -60,7 +61,7 @@ from agent.frames import (
     send_datagram,
     wire_spec,
 )
-from packer.types import MIB, HostForm, HostSizes, ModelRef, ModelSpec
+from packer.types import MIB, BadValue, HostForm, HostSizes, ModelRef, ModelSpec, parse_ref
 
 log = logging.getLogger("bunk.workers")
 
@@ -197,6 +198,8 @@ class WorkerHandle:
         self.device = device
         self.pid = 0
         self.died = asyncio.Event()
+        # Told of each measured request: its model, and the bytes that it took beside the weights.
+        self.on_workspace: Callable[[ModelRef, int], None] = lambda ref, workspace_bytes: None
         self._orders = orders
         self._orders_lock = asyncio.Lock()
         self._receiver = Receiver(orders)
@@ -453,6 +456,9 @@ class WorkerHandle:
                 lengths = decode_lengths(await reader.readexactly(LENGTHS_BYTES))
                 frame = decode(from_worker_decoder, await reader.readexactly(lengths[0]))
                 body = await reader.readexactly(lengths[1])
+                if isinstance(frame, Measured):
+                    self._measured(frame)
+                    continue
                 self._due.heard(frame.id, not isinstance(frame, Piece), asyncio.get_running_loop().time())
                 answer = self._answers.get(frame.id)
                 if answer is None:
@@ -469,6 +475,15 @@ class WorkerHandle:
             log.error("worker %d of %s: %s", self.pid, self.tenant, error)
         if not self._closing:
             self.kill()
+
+    def _measured(self, frame: Measured) -> None:
+        try:
+            ref = parse_ref(frame.ref)
+        except BadValue as error:
+            raise BadFrame(f"a measured {error}") from None
+        if ref.tenant != self.tenant:
+            raise BadFrame(f"a worker of {self.tenant} measured a model of {ref.tenant}")
+        self.on_workspace(ref, frame.workspace_bytes)
 
     # --- the end ----------------------------------------------------------------------------------
 

@@ -200,6 +200,14 @@ class WorkerDied:
 
 
 @dataclass(frozen=True, slots=True)
+class FootprintSeen:
+    """What requests of a model need beside its weights, as measured; it replaces the first estimate."""
+
+    ref: ModelRef
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class DrainAsked:
     """The node leaves: refuse new requests, let granted ones finish. ``drain`` False: it stays after all."""
 
@@ -228,6 +236,7 @@ Event = (
     | PackFailed
     | Dropped
     | WorkerDied
+    | FootprintSeen
     | DrainAsked
     | Ticked
 )

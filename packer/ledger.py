@@ -138,6 +138,7 @@ class Model:
     charged_ms: int = 0
     gains: Gains | None = None  # as last worked out; None: something that it depends on changed
     name: str = ""  # the ref as text, which breaks ties
+    measured_bytes: int | None = None  # what requests need beside the weights, once that was measured
 
     def __post_init__(self) -> None:
         self.name = str(self.spec.ref)
@@ -147,9 +148,14 @@ class Model:
         return self.spec.ref
 
     @property
+    def workspace_bytes(self) -> int:
+        """What requests need beside the weights: as measured, before that the first estimate."""
+        return self.spec.workspace_bytes if self.measured_bytes is None else self.measured_bytes
+
+    @property
     def need_bytes(self) -> int:
         """Bytes it holds on a device when all of it is there."""
-        return self.spec.image_bytes + self.spec.workspace_bytes
+        return self.spec.image_bytes + self.workspace_bytes
 
     @property
     def missing_bytes(self) -> int:
@@ -328,6 +334,28 @@ def release_device(node: Node, model: Model, kept_chunks: int) -> None:
         model.device = None
         if node.chosen is not None:
             node.chosen.note_gone(Tier.DEVICE, model.ref, node.now_ms)
+    _changed(node, model)
+
+
+def measure_workspace(node: Node, ref: ModelRef, workspace_bytes: int) -> None:
+    """Correct what requests of a model need beside its weights, at once where it is held.
+
+    More than is free is taken all the same: it is in use. What is then too much is shed.
+    """
+    model = node.models.get(ref)
+    if model is None or workspace_bytes == model.workspace_bytes or workspace_bytes < 0:
+        return
+    device, more_bytes = model.device, workspace_bytes - model.workspace_bytes
+    model.measured_bytes = workspace_bytes
+    node.dirty = True
+    if device is None or model.state not in (State.RESTORING, State.RESIDENT):
+        return  # a part holds no workspace, and what leaves goes as it was held
+    for account in (device.account, model.tenant.device):
+        if more_bytes > 0:
+            account.hold_found(more_bytes)
+        else:
+            account.release(-more_bytes, leaving=False)
+    model.device_bytes += more_bytes
     _changed(node, model)
 
 

@@ -21,6 +21,7 @@ from packer.events import (
     Event,
     Evicted,
     Finished,
+    FootprintSeen,
     Grant,
     Packed,
     PackFailed,
@@ -49,6 +50,7 @@ from packer.ledger import (
     State,
     Waiter,
     know_copies,
+    measure_workspace,
     release_copy,
     release_device,
     settle_copy,
@@ -147,6 +149,8 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
         case PolicyChosen():
             room.choose_policy(node, event.policy)
             node.dirty = True
+        case FootprintSeen():
+            measure_workspace(node, event.ref, event.workspace_bytes)
         case DrainAsked():
             _drain_asked(node, event, out)
         case Ticked():

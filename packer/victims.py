@@ -414,7 +414,7 @@ def hopeless(node: Node, model: Model, now_ms: int) -> Hopeless | None:
     spec = model.spec
     sum_text = (
         f"{spec.ref} needs {_size(need)} on one device: {spec.image_bytes} of weights and "
-        f"{spec.workspace_bytes} of workspace"
+        f"{model.workspace_bytes} of workspace"
     )
     most = model.tenant.device.limit_bytes
     if most is not None and need > most:

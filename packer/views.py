@@ -24,6 +24,8 @@ class ModelView:
     host_bytes: int
     disk_bytes: int
     packed: bool = False  # the pack on disk is complete
+    workspace_bytes: int = 0  # what requests need beside the weights, as measured or first estimated
+    workspace_measured: bool = False
     resident_chunks: int = 0  # of those in its spec, from the first on; coming and going ones included
 
 
@@ -67,6 +69,8 @@ def model_view(node: Node, ref: ModelRef) -> ModelView | None:
         host_bytes=model.host.held_bytes,
         disk_bytes=model.disk.held_bytes,
         packed=model.disk.state is CopyState.HELD,
+        workspace_bytes=model.workspace_bytes,
+        workspace_measured=model.measured_bytes is not None,
         resident_chunks=model.resident_chunks,
     )
 

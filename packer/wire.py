@@ -129,6 +129,8 @@ class ModelReport:
     last_used_ms: int  # wall clock, 0 when never
     restore_ms_estimate: int = 0  # expected time until it could answer; 0 when it is resident
     packed: bool = False  # a complete pack is on disk; ``disk_bytes`` counts one in the making as well
+    workspace_bytes: int = 0  # what requests need beside the weights
+    workspace_measured: bool = False  # as requests were seen to need it; False: the first estimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from packer.events import Action, DeviceSeen, Event, Evict, Grant, Planned, Restore, WorkerDied
+from packer.events import (
+    Action,
+    DeviceSeen,
+    Event,
+    Evict,
+    FootprintSeen,
+    Grant,
+    Planned,
+    Restore,
+    WorkerDied,
+)
 from packer.ledger import Claim
 from packer.types import ModelRef, Tier
 
@@ -52,7 +62,7 @@ def judge_evictions(
     world: World, event: Event, actions: list[Action], kept: dict[str, int], tenants: dict[str, int]
 ) -> None:
     """Evictions for a claim: no chunk too many, and none from a tenant at or below its reserve."""
-    if isinstance(event, Planned | DeviceSeen | WorkerDied):
+    if isinstance(event, Planned | DeviceSeen | WorkerDied | FootprintSeen):
         return
     claimants = {d.claim.ref.tenant for d in world.node.devices.values() if d.claim is not None}
     starting = {action.ref.tenant for action in actions if isinstance(action, Restore)}
@@ -95,9 +105,9 @@ def judge_evictions(
 
 def _missing(world: World, ref: ModelRef, device: str) -> int:
     """Bytes that a model must still get to be on a device as a whole."""
-    spec, stay = world.models[ref], world.stays.get(ref)
+    stay = world.stays.get(ref)
     there = stay.nbytes if stay is not None and stay.device == device else 0
-    return spec.image_bytes + spec.workspace_bytes - there
+    return world.need_bytes(ref) - there
 
 
 def _freed(world: World, order: Evict) -> int:
@@ -140,7 +150,7 @@ def judge_chunks(world: World) -> None:
 
 def judge_passing(world: World, event: Event, kept: dict[str, int], claims: dict[str, Claim | None]) -> None:
     """Room that was made for a claim is not taken by a model that comes later."""
-    if isinstance(event, Planned | DeviceSeen):
+    if isinstance(event, Planned | DeviceSeen | FootprintSeen):
         return
     for device in world.node.devices.values():
         claim, budget = device.claim, world.seen_budgets[device.name]

@@ -50,6 +50,7 @@ class Faults:
     late: float
     shrink: float
     replan: float
+    measure: float
 
 
 @dataclass(slots=True)
@@ -89,6 +90,8 @@ class Hands:
         self.planned: dict[ModelRef, ModelSpec] = {}
         self.healthy: dict[str, bool] = {}
         self.stays: dict[ModelRef, Stay] = {}
+        # What requests of a model need beside its weights, where that was measured.
+        self.workspaces: dict[ModelRef, int] = {}
         self.disk: dict[ModelRef, int] = {}
         self.host: dict[ModelRef, int] = {}
         self.packing: dict[ModelRef, int] = {}
@@ -134,7 +137,7 @@ class Hands:
         claim = self.node.devices[order.device].claim
         self.reached["passed a claim"] += claim is not None and claim.ref != ref
         spec = self.models[ref]
-        nbytes = spec.image_bytes + spec.workspace_bytes
+        nbytes = self.need_bytes(ref)
         stay = Stay(
             ref,
             order.device,
@@ -201,6 +204,10 @@ class Hands:
 
     def prefix_bytes(self, ref: ModelRef, chunks: int) -> int:
         return sum(self.models[ref].chunk_bytes[:chunks])
+
+    def need_bytes(self, ref: ModelRef) -> int:
+        spec = self.models[ref]
+        return spec.image_bytes + self.workspaces.get(ref, spec.workspace_bytes)
 
     def keep_part(self, stay: Stay, kept_chunks: int) -> None:
         """What the device holds of a model after a failed restore or an eviction."""

@@ -30,6 +30,7 @@ from packer.events import (
     Event,
     Evict,
     Finished,
+    FootprintSeen,
     Grant,
     Pack,
     PackFound,
@@ -101,6 +102,7 @@ class World(Hands):
             late=rng.choice((0.0, 0.5)),
             shrink=rng.choice((0.0, 0.1)),
             replan=rng.choice((0.0, 0.1)),
+            measure=rng.choice((0.0, 0.1)),
         )
         self.lease_steps = rng.choice((2, 30))
         self.budgets = {f"cpu:{i}": rng.randrange(40, 140) * MIB for i in range(rng.choice((1, 1, 2, 3)))}
@@ -218,6 +220,10 @@ class World(Hands):
             held = sum(s.nbytes for s in self.stays.values() if s.ref.tenant == name)
             self.excused[name] = held if most is not None and held > most else 0
         self.feed(Planned(tuple(self.tenants.values()), tuple(self.planned.values())))
+        # The core knows nothing any more of what had left the plan; the agent remembers.
+        for ref, workspace_bytes in self.workspaces.items():
+            if ref in self.node.models:
+                self.feed(self._measure(ref, workspace_bytes))
 
     def _ask(self) -> Event | None:
         refs = list(self.models)
@@ -269,7 +275,23 @@ class World(Hands):
             return self._see_tier(tier, int(self.limits[tier] * rng.choice((0.2, 1.0))))
         if self.chance(self.faults.replan):
             self._change_plan()
+        if self.chance(self.faults.measure) and self.node.models:
+            ref = rng.choice(list(self.node.models))
+            return self._measure(ref, int(self.models[ref].image_bytes * rng.choice((0, 0.1, 0.5))))
         return None
+
+    def _measure(self, ref: ModelRef, workspace_bytes: int) -> Event:
+        """What requests use was there before anybody measured it, so it is excused where it is too much."""
+        self.workspaces[ref] = workspace_bytes
+        stay = self.stays.get(ref)
+        if stay is not None and stay.state in ("restoring", "resident"):
+            self.reached["measured more where it is held"] += self.need_bytes(ref) > stay.nbytes
+            self.reached["measured less where it is held"] += self.need_bytes(ref) < stay.nbytes
+            stay.nbytes = self.need_bytes(ref)
+            self.excused[stay.device] = sum(s.nbytes for s in self.stays.values() if s.device == stay.device)
+            held = sum(s.nbytes for s in self.stays.values() if s.ref.tenant == ref.tenant)
+            self.excused[ref.tenant] = held
+        return FootprintSeen(ref, workspace_bytes)
 
     def _see_device(self, device: str, budget: int) -> Event:
         held = [s for s in self.stays.values() if s.device == device]
@@ -318,6 +340,8 @@ class World(Hands):
             self.healthy[device] = True
             self.feed(self._see_device(device, budget))
         self._plan()
+        for ref, spec in self.models.items():
+            self.feed(self._measure(ref, spec.workspace_bytes))
         # After the last memory of a failure has passed.
         start_ms = self.now_ms + 70_000
         for i, ref in enumerate(self.models):
@@ -407,7 +431,7 @@ class World(Hands):
     def _may_refuse(self, action: Refuse) -> bool:
         """When nothing fails, only what can not fit is refused; the world does the sum itself."""
         spec = self.models[self.calls[action.request].ref]
-        need = spec.image_bytes + spec.workspace_bytes
+        need = self.need_bytes(spec.ref)
         most = self.tenants[spec.ref.tenant].quota.device.max
         if action.reason is RefusalReason.QUOTA_BYTES:
             return most is not None and need > most

@@ -63,6 +63,8 @@ RARE = (
     "gave up its chunks for the origin's",
     "host copy filled",
     "host copy filled beside a part",
+    "measured more where it is held",
+    "measured less where it is held",
     "joined a restore",
     "late answer",
     "pack failed",

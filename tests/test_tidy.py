@@ -45,6 +45,7 @@ TENSOR_FILES = {
     "agent/codec_probes.py",
     "agent/cuda_image.py",
     "agent/nursery.py",
+    "agent/peak.py",
     "agent/worker.py",
 }
 TENSOR_FOLDERS = ("agent/engines/",)
@@ -59,6 +60,7 @@ PURE_FILES = (
     "packer/queueing.py",
     "packer/hits.py",
     "packer/room.py",
+    "packer/footprint.py",
     "packer/victims.py",
     "packer/views.py",
     "packer/upkeep.py",

@@ -60,6 +60,28 @@ async def worker(nursery: Nursery) -> AsyncIterator[WorkerHandle]:
         yield worker
 
 
+# --- footprints -----------------------------------------------------------------------------------
+
+
+async def test_a_worker_measures_what_requests_take_beside_the_weights(
+    worker: WorkerHandle, storyteller: Known
+) -> None:
+    """A long input takes more than a short one, and neither is blamed for the weights."""
+    await load(worker, storyteller)
+    seen: asyncio.Queue[tuple[ModelRef, int]] = asyncio.Queue()
+    worker.on_workspace = lambda ref, nbytes: seen.put_nowait((ref, nbytes))
+    peaks: list[int] = []
+    # The first request also brings in code and threads for good.
+    for words in (1, 1, 900):
+        await tell(worker, storyteller, prompt="word " * words, max_tokens=1)
+        ref, peak_bytes = await asyncio.wait_for(seen.get(), PATIENCE_S)
+        assert ref == storyteller.ref
+        peaks.append(peak_bytes)
+    # Attention and activations of 1,800 tokens in four layers of width 128 are some megabytes.
+    assert peaks[2] > peaks[1] + 2 * MIB
+    assert peaks[2] < 512 * MIB
+
+
 # --- requests -------------------------------------------------------------------------------------
 
 

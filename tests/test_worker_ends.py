@@ -26,9 +26,11 @@ from agent.frames import (
     Done,
     EvictModel,
     LoadOrigin,
+    Measured,
     Receiver,
     WireSpec,
     decode_lengths,
+    encode_frame,
     encode_message,
     orders_decoder,
     replies_decoder,
@@ -137,6 +139,8 @@ async def impostor() -> AsyncIterator[tuple[WorkerHandle, socket.socket, socket.
         b"\xff" * 8,
         (5).to_bytes(4, "little") + (0).to_bytes(4, "little") + b"junk!",
         (2).to_bytes(4, "little") + (FRAME_BODY_BYTES_MAX + 1).to_bytes(4, "little") + b"{}",
+        encode_frame(Measured(1, f"globex/x@{'0' * 16}", 5))[0],
+        encode_frame(Measured(1, "../x", 5))[0],
     ],
 )
 async def test_a_worker_that_sends_nonsense_frames_is_killed(garbage: bytes) -> None:

@@ -42,6 +42,8 @@ class PsItem:
     restores: Sequence[RestoreReport]
     last_used_ms: int
     restore_ms_estimate: int
+    workspace_bytes: int  # what requests need beside the weights
+    workspace_measured: bool  # False: the first estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ def _item(node: str, report: ModelReport) -> PsItem | None:
         report.restores,
         report.last_used_ms,
         report.restore_ms_estimate,
+        report.workspace_bytes,
+        report.workspace_measured,
     )
 
 

@@ -388,6 +388,8 @@ def _placement(row: Fields) -> Placement:
         ),
         last_used_ms=row.number("last_used_ms", 0),
         restore_ms_estimate=row.number("restore_ms_estimate", 0),
+        workspace_bytes=row.number("workspace_bytes", 0),
+        workspace_measured=row.flag("workspace_measured"),
     )
 
 

@@ -275,6 +275,8 @@ class Placement:
     restores: tuple[Restores, ...]
     last_used_ms: int  # 0 when never
     restore_ms_estimate: int = 0  # expected time until it could answer; 0 when it is on a device
+    workspace_bytes: int = 0  # what requests need beside the weights
+    workspace_measured: bool = False  # as requests were seen to need it; False: the first estimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,106 @@
+"""How much memory one request took beside the weights, measured inside a worker.
+
+Covers: which requests are measured, and the measuring. Does not cover: what follows from it
+(``agent/footprints.py``, ``packer/footprint.py``).
+
+On a GPU the allocator counts by itself. On a cpu device it is the process's greatest resident memory during
+the request (the kernel's high-water mark, which ``/proc/self/clear_refs`` sets back) less what is resident
+after the freed heap was given back: then weights that were touched for the first time, and whatever stays
+for good, are in both. Another model that comes or goes meanwhile would be counted too, so such a request
+is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from packer.types import KIB, ModelRef
+
+# Measuring costs a few milliseconds (giving back the heap), so most requests go unmeasured: the first ones of
+# a model, those with a larger input than any before, and now and then another.
+FIRST_MEASURED = 8
+LARGER_PARTS = 8  # larger by an eighth
+MEASURED_EVERY = 256
+# Models that are remembered; a worker has at most these many in use, and a forgotten one is measured again.
+MODELS_MAX = 64
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+_CLEAR_PEAK = "5"
+
+
+@dataclass(slots=True)
+class _Seen:
+    requests: int = 0
+    input_bytes: int = 0
+
+
+class PeakMeter:
+    """For the one thread that computes. ``moves_seen`` counts orders begun and ended: it must not change
+    during a measured request, and none may be under way."""
+
+    def __init__(self, on_cuda: bool, moves_seen: Callable[[], tuple[int, int]], trim: Callable[[], None]):
+        self._on_cuda = on_cuda
+        self._moves_seen = moves_seen
+        self._trim = trim
+        self._seen: dict[ModelRef, _Seen] = {}
+        self._able = on_cuda or _can_clear()
+        self._before: tuple[int, int] | None = None
+
+    def begin(self, ref: ModelRef, input_bytes: int) -> None:
+        """Before a request; decides whether it is measured."""
+        self._before = None
+        seen = self._seen.pop(ref, None) or _Seen()
+        self._seen[ref] = seen
+        if len(self._seen) > MODELS_MAX:
+            del self._seen[next(iter(self._seen))]
+        seen.requests += 1
+        larger = input_bytes > seen.input_bytes + seen.input_bytes // LARGER_PARTS
+        if not self._able or not (
+            larger or seen.requests <= FIRST_MEASURED or seen.requests % MEASURED_EVERY == 0
+        ):
+            return
+        moves = self._moves_seen()
+        if moves[0] != moves[1]:
+            seen.requests -= 1  # the next one instead
+            return
+        seen.input_bytes = max(seen.input_bytes, input_bytes)
+        self._before = moves
+        if self._on_cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            _CLEAR.write_text(_CLEAR_PEAK)
+
+    def end(self) -> int:
+        """After the request: the bytes that it took beside the weights; 0 when it was not measured."""
+        if self._before is None:
+            return 0
+        if self._on_cuda:
+            import torch
+
+            peak_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        else:
+            peak_bytes = _status_bytes("VmHWM")
+            self._trim()
+            peak_bytes -= _status_bytes("VmRSS")
+        return max(peak_bytes, 1) if self._moves_seen() == self._before else 0
+
+
+def _can_clear() -> bool:
+    """Not every kernel lets a process set its high-water mark back."""
+    try:
+        _CLEAR.write_text(_CLEAR_PEAK)
+    except OSError:
+        return False
+    return _status_bytes("VmHWM") > 0
+
+
+def _status_bytes(name: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * KIB
+    return 0

@@ -1,0 +1,189 @@
+"""Footprints: what was measured replaces the first estimate, in the ledger at once, in the books for good.
+
+Covers: the core's answer to ``FootprintSeen``, the rule that makes one figure of many peaks, the agent's
+check of what a worker claims, and the journal. Does not cover: measuring in a worker
+(``test_worker.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from scene import Scene, model, of, the
+
+from agent.devices import DeviceConfig
+from agent.footprints import FootprintRow, Footprints, had_bytes
+from agent.journal import open_journal
+from packer.events import Event, Evict, FootprintSeen, Refuse, Restore
+from packer.footprint import SAMPLES_MIN, Footprint, workspace_bytes
+from packer.types import GIB, MIB
+
+SMALL, OTHER, LARGE = model("a/small", 40, 10 * MIB), model("b/other", 40, 10 * MIB), model("a/large", 60)
+
+
+def _used(scene: Scene) -> int:
+    return scene.node.devices["cpu:0"].account.used_bytes
+
+
+def test_more_than_was_estimated_is_held_at_once_and_others_make_room() -> None:
+    scene = Scene(SMALL, OTHER)
+    scene.warm(OTHER)
+    scene.warm(SMALL)
+    assert _used(scene) == 100 * MIB
+    actions = scene.later(1000).feed(FootprintSeen(SMALL.ref, 30 * MIB))
+    # 20 MiB too much: the one chunk of a model goes. Which one is the keep-index's business.
+    assert len(of(actions, Evict)) == 1
+    scene.settle(actions)
+    assert _used(scene) in (70 * MIB, 50 * MIB)
+
+
+def test_what_nobody_needs_is_free_for_others_at_once() -> None:
+    scene = Scene(SMALL, OTHER, LARGE)
+    scene.warm(SMALL)
+    scene.feed(FootprintSeen(SMALL.ref, 0))
+    assert _used(scene) == 40 * MIB
+    # Beside the estimate it would not have fitted.
+    actions = scene.ask(LARGE)
+    assert the(actions, Restore).ref == LARGE.ref
+    assert not of(actions, Evict)
+
+
+def test_a_restore_in_progress_is_corrected_and_ends_with_the_books_in_order() -> None:
+    scene = Scene(SMALL)
+    order = the(scene.ask(SMALL), Restore)
+    scene.feed(FootprintSeen(SMALL.ref, 25 * MIB))
+    assert _used(scene) == 65 * MIB
+    scene.settle(scene.restored(order))
+    scene.settle(scene.finish(1))
+    assert _used(scene) == 65 * MIB
+
+
+def test_what_is_leaving_goes_as_it_was_held() -> None:
+    scene = Scene(SMALL, LARGE)
+    scene.warm(SMALL)
+    order = the(scene.ask(LARGE), Evict)
+    assert not of(scene.feed(FootprintSeen(SMALL.ref, 1 * MIB)), Evict)
+    assert _used(scene) == 50 * MIB
+    scene.settle(scene.evicted(order))
+    assert _used(scene) == 60 * MIB
+    # The next stay holds what was measured.
+    scene.settle(scene.finish(2))
+    scene.warm(SMALL)
+    assert scene.node.models[SMALL.ref].device_bytes == 41 * MIB
+
+
+def test_a_refusal_counts_with_what_was_measured() -> None:
+    scene = Scene(SMALL)
+    scene.feed(FootprintSeen(SMALL.ref, 70 * MIB))
+    refusal = the(scene.ask(SMALL), Refuse)
+    assert f"{70 * MIB} of workspace" in refusal.detail
+
+
+def test_nonsense_and_strangers_change_nothing() -> None:
+    scene = Scene(SMALL)
+    scene.warm(SMALL)
+    for event in (
+        FootprintSeen(SMALL.ref, -1),
+        FootprintSeen(OTHER.ref, 5),
+        FootprintSeen(SMALL.ref, 10 * MIB),
+    ):
+        assert scene.feed(event) == []
+    assert _used(scene) == 50 * MIB
+
+
+# --- the rule -------------------------------------------------------------------------------------
+
+
+def test_the_estimate_holds_until_something_was_measured() -> None:
+    assert workspace_bytes(Footprint(), 7 * MIB, may_shrink=True) == 7 * MIB
+
+
+@pytest.mark.parametrize("may_shrink", [True, False])
+def test_an_excess_counts_from_the_first_measurement_on(may_shrink: bool) -> None:
+    assert workspace_bytes(Footprint().seeing(100 * MIB), 7 * MIB, may_shrink) >= 100 * MIB
+
+
+def test_it_sinks_after_enough_requests_with_a_floor_and_only_where_it_may() -> None:
+    known = Footprint()
+    for number in range(SAMPLES_MIN):
+        assert workspace_bytes(known, 100 * MIB, may_shrink=True) == 100 * MIB, number
+        known = known.seeing(number * MIB)
+    assert workspace_bytes(known, 100 * MIB, may_shrink=True) == 25 * MIB
+    assert workspace_bytes(known, 16 * MIB, may_shrink=True) == 7 * MIB + 7 * MIB // 4 + 2 * MIB
+    assert workspace_bytes(known, 100 * MIB, may_shrink=False) == 100 * MIB
+
+
+# --- the agent ------------------------------------------------------------------------------------
+
+CPU = DeviceConfig("cpu:0", "cpu", "cpu", GIB)
+
+
+class Core:
+    """Counts what a core would be told."""
+
+    def __init__(self) -> None:
+        self.held = {SMALL.ref: SMALL.workspace_bytes}
+        self.told: list[FootprintSeen] = []
+
+    def post(self, event: Event) -> None:
+        assert isinstance(event, FootprintSeen)
+        self.told.append(event)
+        self.held[event.ref] = event.workspace_bytes
+
+
+def test_a_claim_beyond_what_the_process_ever_had_is_not_believed() -> None:
+    core = Core()
+    footprints = Footprints({"cpu:0": CPU}, core.post, core.held.get)
+    mine = had_bytes(CPU, os.getpid())
+    assert MIB < mine < 100 * GIB
+    for claim in (mine * 2, 10**15, 0, -5):
+        footprints.seen(SMALL, "cpu:0", os.getpid(), claim)
+    assert core.told == []
+    footprints.seen(SMALL, "cpu:0", os.getpid(), 20 * MIB)
+    assert core.told == [FootprintSeen(SMALL.ref, 27 * MIB)]
+
+
+def test_a_process_that_is_gone_had_nothing() -> None:
+    # Above the greatest pid that Linux gives out.
+    assert had_bytes(CPU, 2**22 + 1) == 0
+
+
+def test_what_was_learned_is_there_after_a_crash_and_goes_with_its_version(tmp_path: Path) -> None:
+    row = FootprintRow(SMALL.ref, "transformers", "cpu", Footprint(30 * MIB, 9))
+    gone = FootprintRow(OTHER.ref, "transformers", "cuda", Footprint(1, 1))
+    first = open_journal(tmp_path)
+    first.save_footprints([row, gone], [SMALL.ref, OTHER.ref])
+    first.save_footprints([], [SMALL.ref])
+    second = open_journal(tmp_path)
+    assert second.footprints() == [row]
+    core = Core()
+    footprints = Footprints({"cpu:0": CPU}, core.post, core.held.get)
+    footprints.take_stored(second.footprints())
+    footprints.planned([SMALL])
+    assert [event.workspace_bytes for event in core.told] == [39 * MIB + MIB // 2]
+
+
+def test_another_engine_or_kind_of_device_measures_anew() -> None:
+    core = Core()
+    footprints = Footprints({"cpu:0": CPU}, core.post, core.held.get)
+    footprints.take_stored(
+        [
+            FootprintRow(SMALL.ref, "another", "cpu", Footprint(80 * MIB, 9)),
+            FootprintRow(SMALL.ref, SMALL.engine, "cuda", Footprint(90 * MIB, 9)),
+        ]
+    )
+    footprints.planned([SMALL])
+    assert core.told == []
+
+
+def test_what_the_journal_did_not_take_is_given_to_it_again() -> None:
+    core = Core()
+    footprints = Footprints({"cpu:0": CPU}, core.post, core.held.get)
+    footprints.seen(SMALL, "cpu:0", os.getpid(), MIB)
+    rows = footprints.take_unsaved()
+    assert [row.footprint for row in rows] == [Footprint(MIB, 1)]
+    assert footprints.take_unsaved() == ()
+    footprints.put_back(rows)
+    assert footprints.take_unsaved() == rows
