@@ -386,9 +386,10 @@ class RunningNode:
 
     def rate_view(self, tenant: str) -> RateView:
         view = residency.tenant_view(self.loop.core, tenant, monotonic_ms())
-        if view is None:
-            return RateView(None, 0, 0)
-        return RateView(view.rate_limit, view.rate_remaining, view.rate_reset_ms)
+        for rate in view.rates if view is not None else ():
+            if rate.name == "requests_per_minute":
+                return RateView(rate.limit, rate.remaining, rate.reset_ms)
+        return RateView(None, 0, 0)
 
     def ready(self) -> bool:
         return self._plan is not None and not self._plan.draining

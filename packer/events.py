@@ -23,6 +23,9 @@ class RefusalReason(StrEnum):
 
     UNKNOWN_MODEL = "unknown_model"  # 404; also what a foreign model looks like
     RATE = "rate"  # 429: requests per minute
+    TOKENS = "tokens"  # 429: tokens per minute
+    DEVICE_TIME = "device_time"  # 429: device seconds per day
+    RESTORE_RATE = "restore_rate"  # 429: restores per minute, and its turn would come too late
     CONCURRENCY = "concurrency"  # 429: requests in flight
     QUEUE_FULL = "queue_full"  # 429: too many are waiting already
     NEVER_FITS = "never_fits"  # 507: no waiting can help; detail has the arithmetic
@@ -91,11 +94,15 @@ class PackFound:
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """A caller wants to use a model; ``request`` is unique for the life of the process."""
+    """A caller wants to use a model; ``request`` is unique for the life of the process.
+
+    ``tokens`` is an estimate of what it will read and write; it counts as used until ``Finished``.
+    """
 
     request: str
     ref: ModelRef
     deadline_ms: int
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +114,22 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A granted request is over, well or badly."""
+    """A granted request is over, well or badly. ``tokens`` were read and written."""
 
     request: str
     device_ms: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpentFound:
+    """At start-up: what a tenant owed ``ago_ms`` ago, before the restart. After the first ``Planned``,
+    which says its limits; a tenant that is not planned owes nothing."""
+
+    tenant: str
+    tokens: int
+    device_ms: int
+    ago_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +248,7 @@ Event = (
     | Requested
     | Cancelled
     | Finished
+    | SpentFound
     | Restored
     | RestoreFailed
     | Evicted

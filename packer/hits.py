@@ -11,10 +11,9 @@ these two stand back when it applies.
 
 from __future__ import annotations
 
-from packer import quota
 from packer.intensity import note_use
-from packer.keep import KEPT_OF_FOUR
 from packer.ledger import Lease, Model, Node, State, Waiter
+from packer.turns import arrive, note_use_of
 
 _RESIDENT = State.RESIDENT
 # More timers than this beyond two per waiting request: the whole step, which sweeps stale ones some time
@@ -39,7 +38,7 @@ def is_quiet(node: Node, now_ms: int) -> bool:
     )
 
 
-def grant_at_once(node: Node, request: str, model: Model, now_ms: int) -> Lease | None:
+def grant_at_once(node: Node, request: str, model: Model, now_ms: int, tokens: int = 0) -> Lease | None:
     """Grant the request in its first moment, or None: take the whole step.
 
     ``now_ms`` is not before ``node.now_ms``.
@@ -60,13 +59,17 @@ def grant_at_once(node: Node, request: str, model: Model, now_ms: int) -> Lease 
     concurrency = tenant.spec.quota.concurrency
     if concurrency is not None and tenant.waiting + tenant.granted >= concurrency:
         return None
-    if tenant.rate.per_minute is not None:
-        if tenant.rate.wait_ms(now_ms):
+    rates = tenant.rates
+    reserved = 0
+    if rates.limited:
+        if rates.blocked(now_ms, (tenant.waiting + tenant.granted) * tenant.use_ms):
             return None
-        tenant.rate.take(now_ms)
+        reserved = rates.admit(tokens, now_ms)
     node.now_ms = now_ms
+    if not tenant.granted and not tenant.waiting:
+        arrive(node, tenant)
     note_use(model.reuse, node.shared, now_ms)
-    node.requests[request] = lease = Lease(request, model, model.residency, now_ms)
+    node.requests[request] = lease = Lease(request, model, model.residency, now_ms, reserved)
     model.leases += 1
     tenant.granted += 1
     node.granted += 1
@@ -74,7 +77,7 @@ def grant_at_once(node: Node, request: str, model: Model, now_ms: int) -> Lease 
     return lease
 
 
-def finish_quietly(node: Node, lease: Lease, device_ms: int, now_ms: int) -> bool:
+def finish_quietly(node: Node, lease: Lease, device_ms: int, now_ms: int, tokens: int = 0) -> bool:
     """End the lease if nothing follows from that; False: take the whole step.
 
     ``now_ms`` is not before ``node.now_ms``.
@@ -103,9 +106,7 @@ def finish_quietly(node: Node, lease: Lease, device_ms: int, now_ms: int) -> boo
     tenant.granted -= 1
     node.granted -= 1
     node.touched[model.spec.ref] = None
-    if device_ms > 0:
-        quota.charge(tenant, device_ms)
-        tenant.use_ms = device_ms if not tenant.use_ms else (KEPT_OF_FOUR * tenant.use_ms + device_ms) // 4
+    note_use_of(lease, device_ms, tokens, now_ms)
     if lease.residency == model.residency:
         model.leases -= 1
     return True

@@ -231,6 +231,9 @@ def _check_tenant(node: Node, name: str, tenant: Tenant, proof: Proof) -> None:
             f"{name} counts {tenant.waiting} waiting requests and {tenant.models} models, "
             f"there are {sums.waiting} and {sums.models}"
         )
+    rates = tenant.rates
+    if rates.tokens.reserved < 0 or (rates.tokens.reserved and not tenant.in_flight):
+        raise InvariantBroken(f"{rates.tokens.reserved} tokens of {name} are reserved for nobody")
     if tenant.waiting > queueing.WAITING_PER_TENANT_MAX:
         raise InvariantBroken(f"{tenant.waiting} requests of {name} wait, above the limit")
     if tenant.device.excess_bytes and node.has_plan:
@@ -260,8 +263,10 @@ def _check_requests(node: Node) -> None:
     """Recount who waits and who holds a lease; part of the full check only."""
     leases: dict[Model, int] = {}
     granted: dict[Tenant, int] = {}
+    tokens: dict[Tenant, int] = {}
     for request, known in node.requests.items():
         model = known.model
+        tokens[model.tenant] = tokens.get(model.tenant, 0) + known.tokens
         if isinstance(known, Lease):
             granted[model.tenant] = granted.get(model.tenant, 0) + 1
             if known.residency == model.residency:
@@ -276,6 +281,9 @@ def _check_requests(node: Node) -> None:
     for tenant in node.tenants.values():
         if tenant.granted != granted.get(tenant, 0):
             raise InvariantBroken(f"{tenant.spec.tenant} counts {tenant.granted} granted requests")
+        reserved = tenant.rates.tokens.reserved
+        if reserved != tokens.get(tenant, 0):
+            raise InvariantBroken(f"{tenant.spec.tenant} has {reserved} tokens reserved for its requests")
 
 
 def _check_removed(node: Node) -> None:
@@ -302,5 +310,8 @@ def _check_waiting(node: Node, proof: Proof) -> None:
         if claim is not None and claim.ref not in node.queue:
             raise InvariantBroken(f"{device.name} is claimed by {claim.ref}, for which nobody waits")
     if not any(device.models for device in node.devices.values()):
-        paused = any(model.not_before_ms > node.now_ms for model in node.queue.values())
+        paused = any(
+            model.not_before_ms > node.now_ms or model.tenant.rates.restores.wait_ms(node.now_ms)
+            for model in node.queue.values()
+        )
         _require(paused, "requests wait, the devices are empty and nothing is under way")

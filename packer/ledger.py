@@ -136,6 +136,7 @@ class Model:
     reuse: Intensity = field(default_factory=Intensity)
     history: History = field(default_factory=History)
     charged_ms: int = 0
+    counted: bool = False  # of the restores per minute; one that is tried again is not counted again
     gains: Gains | None = None  # as last worked out; None: something that it depends on changed
     name: str = ""  # the ref as text, which breaks ties
     measured_bytes: int | None = None  # what requests need beside the weights, once that was measured
@@ -194,6 +195,7 @@ class Waiter:
     model: Model
     arrived_ms: int
     deadline_ms: int
+    tokens: int = 0  # reserved of the tenant's rate, by the estimate
 
 
 @dataclass(slots=True, eq=False)
@@ -204,6 +206,7 @@ class Lease:
     model: Model
     residency: int
     granted_ms: int
+    tokens: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -245,6 +248,8 @@ class Node:
     # The policy that an operator chose instead of the keep-index.
     chosen: Chosen | None = None
     virtual_us: int = 0
+    # Tenants with requests in flight, and some that had some lately; each once.
+    busy: list[Tenant] = field(default_factory=list)
     order: int = 0
     # (at_ms, sequence, request or "" for a plain wake-up); entries of answered requests go stale.
     timers: list[tuple[int, int, str]] = field(default_factory=list)

@@ -4,19 +4,19 @@ Covers: granting, waiting, deadlines and timers, retry hints, the fair order bet
 devices, starting restores and evictions for waiting models. Does not cover: what an event means
 (``residency``), which victims to take (``room``), or bytes below the device (``upkeep``).
 
-Whose turn: the highest priority first, then the tenant with the least virtual time (restore and device
-time caused, by weight), then the oldest. Each device has at most one **claim**: the first waiting model
-that needs room there. Only the claim may evict, and its room is promised to it, so two waiting models
-can not evict each other's prey for ever; a later one may pass only if it fits into what is free beyond
-the promise. A claim that waited ``CLAIM_PATIENCE_MS`` for models in use condemns them: what runs goes on,
-what comes new waits, so that a model in constant use can not starve another tenant.
+Whose turn it is says ``turns``. Each device has at most one **claim**: the first waiting model that needs
+room there. Only the claim may evict, and its room is promised to it, so two waiting models can not evict
+each other's prey for ever; a later one may pass only if it fits into what is free beyond the promise. A
+claim that waited ``CLAIM_PATIENCE_MS`` for models in use condemns them: what runs goes on, what comes new
+waits, so that a model in constant use can not starve another tenant. A model whose tenant is above its
+rate of restores keeps its place, claims nothing and holds up nobody.
 """
 
 from __future__ import annotations
 
 import heapq
 
-from packer import estimate, keep, quota, room, victims
+from packer import estimate, quota, room, victims
 from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, Wake
 from packer.ledger import (
     Claim,
@@ -34,6 +34,7 @@ from packer.ledger import (
     next_order,
     pack_reservation_bytes,
 )
+from packer.turns import in_turn, startable
 from packer.types import ModelRef, Tier
 
 # Waiting requests cost some 500 bytes each here and a socket in the gateway; a tenant that queues more
@@ -121,10 +122,18 @@ def grantable(node: Node, model: Model) -> bool:
 
 
 def grant(
-    node: Node, request: str, model: Model, tier: Tier, waited_ms: int, now_ms: int, out: list[Action]
+    node: Node,
+    request: str,
+    model: Model,
+    tier: Tier,
+    waited_ms: int,
+    now_ms: int,
+    out: list[Action],
+    tokens: int,
 ) -> None:
+    """``tokens`` are reserved of the tenant's rate already."""
     assert model.device is not None
-    node.requests[request] = Lease(request, model, model.residency, now_ms)
+    node.requests[request] = Lease(request, model, model.residency, now_ms, tokens)
     model.leases += 1
     model.tenant.granted += 1
     node.granted += 1
@@ -134,12 +143,12 @@ def grant(
     out.append(Grant(request, model.ref, model.device.name, tier, waited_ms))
 
 
-def enqueue(node: Node, request: str, model: Model, now_ms: int, deadline_ms: int) -> None:
+def enqueue(node: Node, request: str, model: Model, now_ms: int, deadline_ms: int, tokens: int) -> None:
+    """``tokens`` are reserved of the tenant's rate already."""
     tenant = model.tenant
     if not tenant.waiting:
-        # A tenant that was away does not come back with saved-up turns.
-        tenant.virtual_us = max(tenant.virtual_us, node.virtual_us)
-    waiter = Waiter(request, model, now_ms, deadline_ms)
+        tenant.virtual_us = min(tenant.virtual_us, node.virtual_us + quota.AHEAD_US_MAX)
+    waiter = Waiter(request, model, now_ms, deadline_ms, tokens)
     node.requests[request] = waiter
     model.waiters[request] = waiter
     node.queue[model.ref] = model
@@ -150,7 +159,7 @@ def enqueue(node: Node, request: str, model: Model, now_ms: int, deadline_ms: in
 
 
 def leave_queue(node: Node, waiter: Waiter) -> None:
-    """Take a waiter out of every book; it is answered or gone."""
+    """Take a waiter out of every book but its tokens' reservation; it is answered or gone."""
     model = waiter.model
     del node.requests[waiter.request]
     del model.waiters[waiter.request]
@@ -162,10 +171,19 @@ def leave_queue(node: Node, waiter: Waiter) -> None:
         node.dirty = True
 
 
+def withdraw(node: Node, waiter: Waiter) -> None:
+    """A waiter leaves and will never run: what was reserved for it is free."""
+    model = waiter.model
+    leave_queue(node, waiter)
+    model.tenant.rates.tokens.reserved -= waiter.tokens
+    if not model.waiters and model.startable:
+        model.counted = False
+
+
 def refuse_waiter(
     node: Node, waiter: Waiter, reason: RefusalReason, detail: str, retry: int | None, out: list[Action]
 ) -> None:
-    leave_queue(node, waiter)
+    withdraw(node, waiter)
     out.append(Refuse(waiter.request, reason, detail, retry))
 
 
@@ -182,7 +200,7 @@ def grant_waiters(node: Node, model: Model, tier: Tier, now_ms: int, out: list[A
         leave_queue(node, waiter)
         # Whoever waited only for a condemnation to pass did not wait for a restore.
         waited_ms = 0 if tier is Tier.DEVICE else now_ms - waiter.arrived_ms
-        grant(node, waiter.request, model, tier, waited_ms, now_ms, out)
+        grant(node, waiter.request, model, tier, waited_ms, now_ms, out, waiter.tokens)
 
 
 def clamp_retry_ms(ms: int) -> int:
@@ -233,6 +251,9 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
     model.source = source
     model.order = next_order(node)
     model.started_ms = now_ms
+    if not model.counted:
+        model.tenant.rates.restores.take(now_ms)
+        model.counted = True
     # The node's virtual time follows whoever is served, so that newcomers start level with them.
     node.virtual_us = max(node.virtual_us, model.tenant.virtual_us)
     host_bytes = 0
@@ -334,53 +355,6 @@ def order_drop(node: Node, model: Model, tier: Tier, out: list[Action]) -> None:
 # --- whose turn -----------------------------------------------------------------------------------
 
 
-def turns(node: Node, now_ms: int) -> list[Model]:
-    """Waiting models that could start, in the order of their turn; claims that stand come first."""
-    claimed = [
-        model
-        for device in node.devices.values()
-        if device.claim is not None
-        and (model := node.queue.get(device.claim.ref)) is not None
-        and _startable(model, now_ms)
-    ]
-    # What a tenant's earlier models in this order will cost counts before they are charged.
-    ahead_us: dict[str, int] = {}
-    for model in claimed:
-        name = model.tenant.spec.tenant
-        ahead_us[name] = ahead_us.get(name, 0) + _cost_us(node, model)
-    by_tenant: dict[str, list[Model]] = {}
-    for model in node.queue.values():
-        if _startable(model, now_ms) and model not in claimed:
-            by_tenant.setdefault(model.tenant.spec.tenant, []).append(model)
-    heap: list[tuple[int, int, int, str]] = []
-    for place, (name, models) in enumerate(by_tenant.items()):
-        models.reverse()
-        tenant = models[-1].tenant
-        virtual_us = tenant.virtual_us + ahead_us.get(name, 0)
-        heap.append((-tenant.quota.priority, virtual_us, place, name))
-    heapq.heapify(heap)
-    ordered = claimed
-    while heap:
-        priority, virtual_us, place, name = heap[0]
-        models = by_tenant[name]
-        model = models.pop()
-        ordered.append(model)
-        if models:
-            heapq.heapreplace(heap, (priority, virtual_us + _cost_us(node, model), place, name))
-        else:
-            heapq.heappop(heap)
-    return ordered
-
-
-def _cost_us(node: Node, model: Model) -> int:
-    """What a restore will add to its tenant's virtual time."""
-    return room.restore_ms(node, model) * 1000 // max(model.tenant.quota.weight, 1)
-
-
-def _startable(model: Model, now_ms: int) -> bool:
-    return model.startable and model.not_before_ms <= now_ms
-
-
 def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
     """Start what can start, let the claims evict, refuse what can never fit."""
     before = node.condemned
@@ -389,24 +363,53 @@ def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
     # What was promised stays promised while the claims are looked at one after the other.
     for device in node.devices.values():
         claimant = node.queue.get(device.claim.ref) if device.claim is not None else None
-        if device.claim is not None and claimant is not None and _startable(claimant, now_ms):
+        if device.claim is not None and claimant is not None and startable(claimant, now_ms):
             claims[device.name] = device.claim
             earlier.add(device.name, claimant.tenant.spec.tenant, claimant.missing_bytes)
     condemned: dict[Model, Model] = {}
     blocked = 0
-    for model in turns(node, now_ms) if not node.draining else ():
+    claiming: dict[str, int] = {}  # by tenant: models with a claim that will count as a restore
+    for model in in_turn(node, now_ms) if not node.draining else ():
         if blocked >= BLOCKED_PER_STEP_MAX:
             break
         if not model.startable:
             continue  # a model whose turn came first has taken its first chunks meanwhile
+        _lay_down_claims(model, earlier, claims)
+        if not _may_restore(node, model, claiming, now_ms):
+            continue
         if not _try_start(node, model, earlier, claims, condemned, now_ms, out):
             blocked += 1
+            if not model.counted and any(claim.ref == model.ref for claim in claims.values()):
+                name = model.tenant.spec.tenant
+                claiming[name] = claiming.get(name, 0) + 1
     for device in node.devices.values():
         device.claim = claims.get(device.name)
     node.condemned = {victim.ref: wanted.ref for victim, wanted in condemned.items()}
     for ref in before:
         if ref not in node.condemned:
             release_condemned(node, ref, now_ms, out)
+
+
+def _lay_down_claims(model: Model, earlier: room.Earlier, claims: dict[str, Claim]) -> None:
+    """The model's turn has come: it claims anew, if it still has to."""
+    for name, standing in list(claims.items()):
+        if standing.ref == model.ref:
+            del claims[name]
+            earlier.add(name, model.tenant.spec.tenant, -model.missing_bytes)
+
+
+def _may_restore(node: Node, model: Model, claiming: dict[str, int], now_ms: int) -> bool:
+    """Does the tenant's rate of restores let this model start or claim a device now? If not, it keeps
+    its place, holds up nobody and is looked at again when the rate allows it."""
+    tenant = model.tenant
+    rate = tenant.rates.restores
+    if model.counted or rate.limit is None:
+        return True
+    wait_ms = rate.wait_ms(now_ms, 1 + claiming.get(tenant.spec.tenant, 0))
+    if wait_ms and not now_ms < tenant.restores_wake_ms <= now_ms + wait_ms:
+        tenant.restores_wake_ms = now_ms + wait_ms
+        wake_at(node, tenant.restores_wake_ms)
+    return not wait_ms
 
 
 def release_condemned(node: Node, ref: ModelRef, now_ms: int, out: list[Action]) -> None:
@@ -427,10 +430,6 @@ def _try_start(
 ) -> bool:
     """Start a restore if it fits, else claim a device; True when the model no longer waits for room."""
     healthy = [device for device in node.devices.values() if device.healthy]
-    for name, standing in list(claims.items()):
-        if standing.ref == model.ref:
-            del claims[name]
-            earlier.add(name, model.tenant.spec.tenant, -model.missing_bytes)
     fitting = [device for device in healthy if victims.fits_now(model, device, earlier)]
     if fitting:
         # Best fit: the device with the least room left over, so that large holes stay whole.
@@ -547,12 +546,3 @@ def waiting_refusal(node: Node, model: Model, now_ms: int) -> victims.Hopeless |
     if model.startable and not model.waiters:
         return victims.hopeless(node, model, now_ms)
     return None
-
-
-def note_device_time(node: Node, lease: Lease, device_ms: int) -> None:
-    """Meter a finished request: fair queueing's charge and the tenant's mean use."""
-    tenant = lease.model.tenant
-    if device_ms > 0:
-        quota.charge(tenant, device_ms)
-        kept_of_four = keep.KEPT_OF_FOUR
-        tenant.use_ms = device_ms if not tenant.use_ms else (kept_of_four * tenant.use_ms + device_ms) // 4

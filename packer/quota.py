@@ -1,81 +1,24 @@
-"""Quotas of a tenant on one node: exact rates, byte accounts, and whose turn it is.
+"""Quotas of a tenant on one node: byte accounts, and whose turn it is.
 
-Covers: GCRA for requests per minute, one byte account per budget or tenant and tier (with its hard
-limit and reserved bytes), which victim a tenant may take from which other, and the virtual time of
-fair queueing. Does not cover: choosing victims (``room``) or the residency state (``ledger``).
+Covers: one byte account per budget or tenant and tier (with its hard limit and reserved bytes), which
+victim a tenant may take from which other, and the virtual time of fair queueing. Does not cover: rates
+(``rates``), choosing victims (``room``) or the residency state (``ledger``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from packer.rates import TenantRates
 from packer.types import TenantQuota, TenantSpec, Tier
 
-MINUTE_MS = 60_000
-# A tenant may send this part of its minute at once (ten seconds' worth): bursts of a web page pass,
-# and a whole minute's quota can not arrive in one instant.
-BURST_PARTS = 6
+# How far a tenant's virtual time may be ahead of the node's when it comes back to the queue: what it used
+# earlier is held against it for two minutes of others' use, and less than a request may wait.
+AHEAD_US_MAX = 120_000_000
 
 
 class InvariantBroken(AssertionError):
     """The core's own books do not add up: a defect of Bunkhouse, never of its input."""
-
-
-# --- rates ----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class Rate:
-    """Requests per minute by GCRA, in whole numbers.
-
-    ``due`` is the theoretical arrival time in units of 1/per_minute milliseconds, so that one request
-    is exactly ``MINUTE_MS`` units and nothing is ever rounded while counting.
-    """
-
-    per_minute: int | None = None
-    due: int = 0
-
-    @property
-    def burst(self) -> int:
-        """How many requests may come at once after a long silence."""
-        return max(1, (self.per_minute or 0) // BURST_PARTS)
-
-    def set_limit(self, per_minute: int | None, now_ms: int) -> None:
-        """Change the limit and keep what is owed, in requests."""
-        if per_minute == self.per_minute:
-            return
-        owed = 0 if self.per_minute is None else max(self.due - now_ms * self.per_minute, 0)
-        self.per_minute = per_minute
-        self.due = 0 if per_minute is None else now_ms * per_minute + owed
-
-    def wait_ms(self, now_ms: int) -> int:
-        """0 if a request may come now, else how long until it may (rounded up, so it then passes)."""
-        rate = self.per_minute
-        if rate is None:
-            return 0
-        if rate <= 0:
-            return MINUTE_MS
-        over = self.due - now_ms * rate - (self.burst - 1) * MINUTE_MS
-        return 0 if over <= 0 else -(-over // rate)
-
-    def take(self, now_ms: int) -> None:
-        """Count one request that was let in."""
-        if self.per_minute:
-            self.due = max(self.due, now_ms * self.per_minute) + MINUTE_MS
-
-    def remaining(self, now_ms: int) -> int:
-        """How many requests would be let in if they all came now."""
-        if not self.per_minute:
-            return 0
-        owed = max(self.due - now_ms * self.per_minute, 0)
-        return max((self.burst * MINUTE_MS - owed) // MINUTE_MS, 0)
-
-    def reset_ms(self, now_ms: int) -> int:
-        """How long until the whole burst is available again."""
-        if not self.per_minute:
-            return 0
-        owed = max(self.due - now_ms * self.per_minute, 0)
-        return -(-owed // self.per_minute)
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -174,11 +117,12 @@ class Tenant:
     device: Account = field(default_factory=Account)
     host: Account = field(default_factory=Account)
     disk: Account = field(default_factory=Account)
-    rate: Rate = field(default_factory=Rate)
+    rates: TenantRates = field(default_factory=TenantRates)
     waiting: int = 0
     granted: int = 0
     models: int = 0
     virtual_us: int = 0
+    restores_wake_ms: int = 0  # when the core looks again whether this tenant may restore; past: never
     use_ms: int = 0  # moving mean of device time per request; the retry hint of a concurrency refusal
 
     @property
@@ -203,7 +147,7 @@ def apply_quota(tenant: Tenant, spec: TenantSpec, now_ms: int) -> None:
     tenant.device.set_limit(quota.device.max)
     tenant.host.set_limit(quota.host.max)
     tenant.disk.set_limit(quota.disk.max)
-    tenant.rate.set_limit(quota.requests_per_minute, now_ms)
+    tenant.rates.set_limits(quota, now_ms)
 
 
 def share_reserves(tenants: dict[str, Tenant], tier: Tier, capacity_bytes: int) -> None:

@@ -11,7 +11,7 @@ and ``Cancelled`` of a request that is not known are ignored; ``Cancelled`` of a
 
 from __future__ import annotations
 
-from packer import estimate, hits, queueing, quota, room, upkeep
+from packer import admission, estimate, hits, queueing, quota, room, turns, upkeep
 from packer.events import (
     Action,
     Cancelled,
@@ -34,6 +34,7 @@ from packer.events import (
     Requested,
     Restored,
     RestoreFailed,
+    SpentFound,
     Ticked,
     TierBudgetSeen,
     WorkerDied,
@@ -63,6 +64,7 @@ from packer.views import (
     device_bytes_used,
     model_view,
     restore_ms_estimate,
+    spent,
     tenant_view,
     tier_bytes_used,
 )
@@ -76,6 +78,7 @@ __all__ = [
     "device_bytes_used",
     "model_view",
     "restore_ms_estimate",
+    "spent",
     "step",
     "step_in_full",
     "tenant_view",
@@ -89,8 +92,6 @@ FAILED_MS = 5_000
 # Pause before another try after a passing fault; doubles per try up to the limit.
 BACKOFF_MS_FIRST = 200
 BACKOFF_MS_MAX = 5_000
-# When a draining node refuses, another node should be asked soon.
-DRAINING_RETRY_MS = 1_000
 
 
 def step(node: Node, event: Event, now_ms: int) -> list[Action]:
@@ -100,13 +101,13 @@ def step(node: Node, event: Event, now_ms: int) -> list[Action]:
     if kind is Requested:
         assert isinstance(event, Requested)
         model = node.models.get(event.ref)
-        if model is not None and hits.grant_at_once(node, event.request, model, now_ms) is not None:
+        if model is not None and hits.grant_at_once(node, event.request, model, now_ms, event.tokens):
             assert model.device is not None
             return [Grant(event.request, model.spec.ref, model.device.name, Tier.DEVICE, 0)]
     elif kind is Finished:
         assert isinstance(event, Finished)
         lease = node.requests.get(event.request)
-        if type(lease) is Lease and hits.finish_quietly(node, lease, event.device_ms, now_ms):
+        if type(lease) is Lease and hits.finish_quietly(node, lease, event.device_ms, now_ms, event.tokens):
             return []
     return step_in_full(node, event, now_ms)
 
@@ -119,9 +120,11 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
         case Requested():
             _requested(node, event, now_ms, out)
         case Finished():
-            _finished(node, event.request, event.device_ms)
+            _finished(node, event.request, event.device_ms, event.tokens, now_ms)
         case Cancelled():
-            _cancelled(node, event.request)
+            _cancelled(node, event.request, now_ms)
+        case SpentFound():
+            _spent_found(node, event, now_ms)
         case Restored():
             _restored(node, event, now_ms, out)
         case RestoreFailed():
@@ -186,50 +189,24 @@ def _settle(node: Node, now_ms: int, out: list[Action]) -> None:
 def _requested(node: Node, event: Requested, now_ms: int, out: list[Action]) -> None:
     if event.request in node.requests:
         raise InvariantBroken(f"request {event.request} was requested twice")
-
-    def refuse(reason: RefusalReason, detail: str, retry_ms: int | None) -> None:
-        out.append(Refuse(event.request, reason, detail, retry_ms))
-
-    if node.draining:
-        return refuse(RefusalReason.DRAINING, "this node is leaving; ask another one", DRAINING_RETRY_MS)
     model = node.models.get(event.ref)
-    if model is None or not model.planned:
-        return refuse(RefusalReason.UNKNOWN_MODEL, f"there is no model {event.ref}", None)
-    tenant = model.tenant
-    concurrency = tenant.quota.concurrency
-    if concurrency is not None and tenant.in_flight >= concurrency:
-        retry = queueing.clamp_retry_ms(tenant.use_ms)
-        detail = (
-            f"{tenant.in_flight} requests of tenant {event.ref.tenant} are in flight, its limit "
-            "(concurrency); wait for answers before sending more, or ask the operator to raise it"
-        )
-        return refuse(RefusalReason.CONCURRENCY, detail, retry)
-    wait_ms = tenant.rate.wait_ms(now_ms)
-    if wait_ms:
-        detail = (
-            f"tenant {event.ref.tenant} may send {tenant.rate.per_minute} requests per minute, "
-            f"{tenant.rate.burst} of them at once (requests_per_minute); come back after Retry-After, or ask "
-            "the operator to raise the limit"
-        )
-        return refuse(RefusalReason.RATE, detail, wait_ms)
-    ready = queueing.grantable(node, model)
-    if not ready:
-        refusal = queueing.waiting_refusal(node, model, now_ms)
-        if refusal is not None:
-            return refuse(refusal.reason, refusal.detail, refusal.retry_ms)
-    # Only a request that is let in counts against the rate: a refusal costs the node next to nothing.
-    tenant.rate.take(now_ms)
+    refusal = admission.refusal_of(node, event, model, now_ms)
+    if refusal is not None or model is None:
+        assert refusal is not None
+        out.append(Refuse(event.request, refusal.reason, refusal.detail, refusal.retry_ms))
+        return
+    turns.arrive(node, model.tenant)
+    tokens = model.tenant.rates.admit(event.tokens, now_ms)
     note_use(model.reuse, node.shared, now_ms)
-    if ready:
-        queueing.grant(node, event.request, model, Tier.DEVICE, 0, now_ms, out)
+    if queueing.grantable(node, model):
+        queueing.grant(node, event.request, model, Tier.DEVICE, 0, now_ms, out, tokens)
     else:
         if not model.waiters:
             node.dirty = True
-        queueing.enqueue(node, event.request, model, now_ms, event.deadline_ms)
-    return None
+        queueing.enqueue(node, event.request, model, now_ms, event.deadline_ms, tokens)
 
 
-def _finished(node: Node, request: str, device_ms: int) -> None:
+def _finished(node: Node, request: str, device_ms: int, tokens: int, now_ms: int) -> None:
     lease = node.requests.get(request)
     if not isinstance(lease, Lease):
         return
@@ -238,7 +215,7 @@ def _finished(node: Node, request: str, device_ms: int) -> None:
     model.tenant.granted -= 1
     node.granted -= 1
     node.touched[model.ref] = None
-    queueing.note_device_time(node, lease, device_ms)
+    turns.note_use_of(lease, device_ms, tokens, now_ms)
     if lease.residency == model.residency:
         model.leases -= 1
         if not model.leases:
@@ -248,12 +225,19 @@ def _finished(node: Node, request: str, device_ms: int) -> None:
     upkeep.forget_tenant(node, model.tenant)
 
 
-def _cancelled(node: Node, request: str) -> None:
+def _cancelled(node: Node, request: str, now_ms: int) -> None:
     known = node.requests.get(request)
     if isinstance(known, Waiter):
-        queueing.leave_queue(node, known)
+        queueing.withdraw(node, known)
     else:
-        _finished(node, request, 0)
+        _finished(node, request, 0, 0, now_ms)
+
+
+def _spent_found(node: Node, event: SpentFound, now_ms: int) -> None:
+    tenant = node.tenants.get(event.tenant)
+    if tenant is not None and tenant.planned:
+        tenant.rates.tokens.take_up(event.tokens, event.ago_ms, now_ms)
+        tenant.rates.device.take_up(event.device_ms, event.ago_ms, now_ms)
 
 
 # --- answers of orders ----------------------------------------------------------------------------
@@ -303,6 +287,7 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     room.gains(node, model)
     # What was charged was an estimate; the tenant pays what it took.
     quota.charge(model.tenant, taken_ms - model.charged_ms)
+    turns.note_restore_time(model, taken_ms, now_ms)
     if model.disk.state is CopyState.ABSENT:
         node.unpacked[model.ref] = model
     # Leased in the same step, before anyone may evict it.
@@ -320,6 +305,8 @@ def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Act
     # and go on where this one stopped.
     model.pack_not_before_ms = min(model.pack_not_before_ms, now_ms)
     if event.broken:
+        # The model's own fault: its tenant pays for the time.
+        turns.note_restore_time(model, now_ms - model.started_ms, now_ms)
         model.failure = Failure(RefusalReason.MODEL_BROKEN, event.message, now_ms + BROKEN_MS)
         queueing.refuse_all(node, model, RefusalReason.MODEL_BROKEN, event.message, None, out)
     elif event.corrupt and source is not Tier.ORIGIN:
@@ -354,6 +341,7 @@ def _try_again_later(
         queueing.wake_at(node, model.not_before_ms)
         return
     model.tries.clear()
+    model.counted = False
     model.not_before_ms = 0
     detail = f"{model.ref} could not be restored from any tier: {message}"
     model.failure = Failure(reason, detail, now_ms + FAILED_MS)
@@ -549,4 +537,4 @@ def _drain_asked(node: Node, event: DrainAsked, out: list[Action]) -> None:
         return
     detail = "this node is leaving; ask another one"
     for model in list(node.queue.values()):
-        queueing.refuse_all(node, model, RefusalReason.DRAINING, detail, DRAINING_RETRY_MS, out)
+        queueing.refuse_all(node, model, RefusalReason.DRAINING, detail, admission.DRAINING_RETRY_MS, out)

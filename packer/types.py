@@ -184,6 +184,9 @@ class TenantQuota:
     concurrency: int | None = None
     weight: int = 1
     priority: int = 0
+    tokens_per_minute: int | None = None
+    restores_per_minute: int | None = None
+    device_seconds_per_day: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

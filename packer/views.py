@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from packer import room
 from packer.ledger import CopyState, Node, State
+from packer.rates import RateView
 from packer.types import ModelRef, Tier
 
 
@@ -31,15 +32,13 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class TenantView:
-    """What a tenant holds and may still do. ``rate_limit`` None: requests are not limited."""
+    """What a tenant holds and may still do; ``rates`` has those that are limited."""
 
     device_bytes: int
     host_bytes: int
     disk_bytes: int
     in_flight: int
-    rate_limit: int | None
-    rate_remaining: int
-    rate_reset_ms: int
+    rates: tuple[RateView, ...]
 
 
 def device_bytes_used(node: Node, device: str) -> int:
@@ -85,10 +84,14 @@ def tenant_view(node: Node, tenant: str, now_ms: int) -> TenantView | None:
         host_bytes=known.host.used_bytes,
         disk_bytes=known.disk.used_bytes,
         in_flight=known.in_flight,
-        rate_limit=known.rate.per_minute,
-        rate_remaining=known.rate.remaining(now_ms),
-        rate_reset_ms=known.rate.reset_ms(now_ms),
+        rates=tuple(known.rates.views(now_ms)),
     )
+
+
+def spent(node: Node, now_ms: int) -> dict[str, tuple[int, int]]:
+    """By tenant, tokens and device milliseconds that are owed and must outlive a restart."""
+    owed = ((name, tenant.rates.spent(now_ms)) for name, tenant in node.tenants.items())
+    return {name: each for name, each in owed if any(each)}
 
 
 def restore_ms_estimate(node: Node, ref: ModelRef) -> int:

@@ -16,6 +16,7 @@ import hashlib
 import heapq
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from types import ModuleType
 
 import judges
@@ -79,6 +80,8 @@ class World(Hands):
         self.core = core
         self.full = full
         self.policy = policy
+        # Rates are drawn apart, so that a history without them is the same with or without their figures.
+        self.apart = Random(seed)
         self.steps = 0
         self.trace: list[str] = []
         self.node = self.core.Node()
@@ -127,6 +130,9 @@ class World(Hands):
             concurrency=rng.choice((None, None, 4)),
             weight=rng.choice((1, 3)),
             priority=rng.choice((0, 0, 1)),
+            tokens_per_minute=self.apart.choice((None, None, None, 600)),
+            restores_per_minute=self.apart.choice((None, None, None, 4, 20)),
+            device_seconds_per_day=self.apart.choice((None, None, None, None, 2)),
         )
 
     def _add_spec(self, tenant: str, i: int) -> None:
@@ -232,7 +238,8 @@ class World(Hands):
         request = f"r{len(self.calls)}"
         if self.chance(self.faults.leave):
             self.later(lambda: self._leave(request), 8)
-        return Requested(request, ref, self.now_ms + self.rng.choice((1, 20, 60, 200)) * GRID_MS)
+        deadline_ms = self.now_ms + self.rng.choice((1, 20, 60, 200)) * GRID_MS
+        return Requested(request, ref, deadline_ms, self.apart.choice((0, 10, 100)))
 
     def _leave(self, request: str) -> Event | None:
         call = self.calls.get(request)
@@ -258,7 +265,7 @@ class World(Hands):
             # The loop never says this twice; the core must not mind.
             return Finished(request) if self.chance(0.2) else None
         self._end_call(call)
-        return Finished(request, self.rng.randrange(0, 50))
+        return Finished(request, self.rng.randrange(0, 50), self.apart.choice((0, 5, 40, 150)))
 
     def _mishap(self) -> Event | None:
         rng = self.rng

@@ -134,11 +134,11 @@ class Pair:
         if kind == "ask":
             self.requests += 1
             ref = self.specs[number % MODELS].ref
-            self.tell(Requested(f"r{self.requests}", ref, self.now_ms + 2_000))
+            self.tell(Requested(f"r{self.requests}", ref, self.now_ms + 2_000, number % 7))
         elif kind == "answer" and self.answers:
             self.tell(self.answers.pop(0))
         elif kind == "finish" and self.granted:
-            self.tell(Finished(self.granted.pop(number % len(self.granted)), number))
+            self.tell(Finished(self.granted.pop(number % len(self.granted)), number, number % 11))
         elif kind == "cancel" and self.requests:
             self.tell(Cancelled(f"r{1 + number % self.requests}"))
         elif kind == "drain":
@@ -163,6 +163,8 @@ QUOTAS = st.sampled_from(
     (
         TenantQuota(),
         TenantQuota(requests_per_minute=60, concurrency=2),
+        TenantQuota(tokens_per_minute=30, restores_per_minute=3),
+        TenantQuota(device_seconds_per_day=1),
         TenantQuota(device=ByteQuota(31 * MIB, 62 * MIB), weight=3),
     )
 )

@@ -1,85 +1,23 @@
 """Quotas: exact rates, byte limits and reserves, and whose turn it is between tenants.
 
-Covers: GCRA against a slow model of itself, accounts, lending and reclaiming, concurrency, queue bounds
-and fair queueing, in the core. Does not cover: HTTP headers (the gateway's tests).
+Covers: accounts, lending and reclaiming, concurrency, queue bounds and fair queueing, in the core. Does
+not cover: rates (``test_rates``), or HTTP headers (the gateway's tests).
 """
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scene import Scene, device_quota, model, of, the
 
 from packer import queueing, residency
 from packer.events import Cancelled, Evict, Grant, RefusalReason, Refuse, Restore
-from packer.quota import Account, InvariantBroken, Rate, may_take, scaled_reserve
+from packer.quota import Account, InvariantBroken, may_take, scaled_reserve
+from packer.rates import RateView
 from packer.types import MIB, TenantQuota
 
 # --- rates ----------------------------------------------------------------------------------------
-
-
-class SlowRate:
-    """GCRA in exact fractions of a millisecond, as it is in the textbook."""
-
-    def __init__(self, per_minute: int) -> None:
-        self.gap = Fraction(60_000, per_minute)
-        self.tolerance = self.gap * (max(1, per_minute // 6) - 1)
-        self.due = Fraction(0)
-
-    def wait(self, now_ms: int) -> Fraction:
-        return max(self.due - now_ms - self.tolerance, Fraction(0))
-
-    def take(self, now_ms: int) -> None:
-        self.due = max(self.due, Fraction(now_ms)) + self.gap
-
-
-@given(st.integers(1, 100_000), st.lists(st.integers(0, 5_000), max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_the_rate_is_exactly_gcra(per_minute: int, gaps: list[int]) -> None:
-    rate, slow, now_ms = Rate(per_minute), SlowRate(per_minute), 0
-    for gap in gaps:
-        now_ms += gap
-        wait = slow.wait(now_ms)
-        assert rate.wait_ms(now_ms) == -(-wait.numerator // wait.denominator)
-        if not wait:
-            rate.take(now_ms)
-            slow.take(now_ms)
-
-
-@given(st.integers(1, 10_000), st.integers(0, 10_000))
-@settings(deadline=None)
-def test_whoever_comes_back_after_the_wait_is_let_in_and_not_a_millisecond_before(
-    per_minute: int, start_ms: int
-) -> None:
-    rate = Rate(per_minute)
-    while not rate.wait_ms(start_ms):
-        rate.take(start_ms)
-    wait_ms = rate.wait_ms(start_ms)
-    assert rate.wait_ms(start_ms + wait_ms) == 0
-    assert rate.wait_ms(start_ms + wait_ms - 1) == 1
-
-
-def test_remaining_and_reset_say_what_will_be_let_in() -> None:
-    rate = Rate(60)
-    assert (rate.burst, rate.remaining(0), rate.reset_ms(0)) == (10, 10, 0)
-    for left in range(9, -1, -1):
-        rate.take(0)
-        assert rate.remaining(0) == left
-    assert (rate.wait_ms(0), rate.reset_ms(0)) == (1_000, 10_000)
-    assert rate.remaining(2_500) == 2
-
-
-def test_a_changed_rate_keeps_what_is_owed_in_requests() -> None:
-    rate = Rate(60)
-    for _ in range(10):
-        rate.take(5_000)
-    rate.set_limit(120, 5_000)
-    assert (rate.remaining(5_000), rate.reset_ms(5_000)) == (10, 5_000)
-    rate.set_limit(None, 5_000)
-    assert rate.wait_ms(5_000) == 0
 
 
 def test_a_refused_request_does_not_count_against_the_rate() -> None:
@@ -92,7 +30,7 @@ def test_a_refused_request_does_not_count_against_the_rate() -> None:
     assert the(scene.later(10_000).ask(spec), Grant)
     view = residency.tenant_view(scene.node, "acme", scene.now_ms)
     assert view is not None
-    assert (view.rate_limit, view.rate_remaining, view.rate_reset_ms) == (6, 0, 10_000)
+    assert view.rates == (RateView("requests_per_minute", 6, 1, 0, 10_000),)
 
 
 # --- counts ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from scene import Scene, model, of, the
 
-from packer import queueing, residency, room, upkeep, victims
+from packer import admission, queueing, residency, room, upkeep, victims
 from packer.events import (
     Cancelled,
     DeviceSeen,
@@ -254,7 +254,7 @@ def test_a_draining_node_refuses_who_waits_and_who_comes_and_lets_the_granted_fi
     restore = the(scene.ask(B), Restore)
     refused = the(scene.feed(DrainAsked()), Refuse)
     assert (refused.request, refused.reason) == ("r2", RefusalReason.DRAINING)
-    assert the(scene.ask(A), Refuse).retry_ms == residency.DRAINING_RETRY_MS
+    assert the(scene.ask(A), Refuse).retry_ms == admission.DRAINING_RETRY_MS
     scene.restored(restore)
     assert scene.finish(1) == []
     scene.feed(DrainAsked(drain=False))

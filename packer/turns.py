@@ -1,0 +1,120 @@
+"""Whose turn it is: fair queueing between tenants, over device time and the restores that each causes.
+
+Covers: a tenant's virtual time when it comes, what it is charged, priorities, and the order of the models
+that wait. Does not cover: starting them (``queueing``), rates (``rates``), or who may take whose bytes.
+
+A tenant's virtual time is the cost that it caused, by its weight: measured device time of its requests, and
+the time of the restores that they needed. The least goes first. While two tenants both wait without a
+pause, what they were given differs, by weight, by no more than one restore and the requests in flight of
+each. Idle time saves nothing up: who comes back starts level with the least served of those in flight.
+Priorities decide among those that have not waited ``PRIORITY_PATIENCE_MS``; from then on virtual time alone
+does, so that a tenant of any priority gets its share.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from packer import keep, quota, room
+from packer.ledger import Lease, Model, Node
+from packer.quota import Tenant
+from packer.rates import REQUEST_DEVICE_MS_MAX, REQUEST_TOKENS_MAX, bounded
+
+# A higher priority goes first until the other has waited this long; from then on only virtual time
+# counts, so that nobody starves. A tenth of what the gateway lets a request wait.
+PRIORITY_PATIENCE_MS = 30_000
+PRIORITY_ABOVE_ALL = 2**31
+
+
+def arrive(node: Node, tenant: Tenant) -> None:
+    """Before a tenant's request comes in: one that was away does not come back with saved-up turns.
+
+    The node's virtual time is that of the least served tenant with requests in flight, so that nobody is
+    behind who used the node alone; once nobody is in flight all start level.
+    """
+    if tenant.in_flight:
+        return
+    busy = [known for known in node.busy if known.in_flight]
+    if busy:
+        level_us = min(known.virtual_us for known in busy)
+    else:
+        level_us = max((known.virtual_us for known in node.busy), default=0)
+    node.virtual_us = max(node.virtual_us, level_us)
+    tenant.virtual_us = max(tenant.virtual_us, node.virtual_us)
+    busy.append(tenant)
+    node.busy = busy
+
+
+def in_turn(node: Node, now_ms: int) -> list[Model]:
+    """Waiting models that could start, in the order of their turn; claims that stand come first."""
+    claimed = [
+        model
+        for device in node.devices.values()
+        if device.claim is not None
+        and (model := node.queue.get(device.claim.ref)) is not None
+        and startable(model, now_ms)
+    ]
+    # What a tenant's earlier models in this order will cost counts before they are charged.
+    ahead_us: dict[str, int] = {}
+    for model in claimed:
+        name = model.tenant.spec.tenant
+        ahead_us[name] = ahead_us.get(name, 0) + _cost_us(node, model)
+    by_tenant: dict[str, list[Model]] = {}
+    for model in node.queue.values():
+        if startable(model, now_ms) and model not in claimed:
+            by_tenant.setdefault(model.tenant.spec.tenant, []).append(model)
+    heap: list[tuple[int, int, int, str]] = []
+    for place, (name, models) in enumerate(by_tenant.items()):
+        models.reverse()
+        virtual_us = models[-1].tenant.virtual_us + ahead_us.get(name, 0)
+        heap.append((_rank(models[-1], now_ms), virtual_us, place, name))
+    heapq.heapify(heap)
+    ordered = claimed
+    while heap:
+        _, virtual_us, place, name = heap[0]
+        models = by_tenant[name]
+        model = models.pop()
+        ordered.append(model)
+        if models:
+            virtual_us += _cost_us(node, model)
+            heapq.heapreplace(heap, (_rank(models[-1], now_ms), virtual_us, place, name))
+        else:
+            heapq.heappop(heap)
+    return ordered
+
+
+def _rank(model: Model, now_ms: int) -> int:
+    """The least goes first: what waited too long for priorities to matter, then by priority."""
+    oldest = next(iter(model.waiters.values()))
+    if now_ms - oldest.arrived_ms >= PRIORITY_PATIENCE_MS:
+        return -PRIORITY_ABOVE_ALL
+    return -model.tenant.quota.priority
+
+
+def _cost_us(node: Node, model: Model) -> int:
+    """What a restore will add to its tenant's virtual time."""
+    return room.restore_ms(node, model) * 1000 // max(model.tenant.quota.weight, 1)
+
+
+def startable(model: Model, now_ms: int) -> bool:
+    return model.startable and model.not_before_ms <= now_ms
+
+
+def note_use_of(lease: Lease, device_ms: int, tokens: int, now_ms: int) -> None:
+    """Meter a finished request: fair queueing's charge, the tenant's rates and its mean use."""
+    tenant = lease.model.tenant
+    rates = tenant.rates
+    if rates.limited or lease.tokens:
+        rates.tokens.reserved -= lease.tokens
+        rates.tokens.take(now_ms, bounded(tokens, REQUEST_TOKENS_MAX))
+        rates.device.take(now_ms, bounded(device_ms, REQUEST_DEVICE_MS_MAX))
+    if device_ms > 0:
+        quota.charge(tenant, device_ms)
+        kept_of_four = keep.KEPT_OF_FOUR
+        tenant.use_ms = device_ms if not tenant.use_ms else (kept_of_four * tenant.use_ms + device_ms) // 4
+
+
+def note_restore_time(model: Model, taken_ms: int, now_ms: int) -> None:
+    """A restore is over for good: it counts against the device time of whoever caused it."""
+    model.counted = False
+    model.tenant.rates.device.take(now_ms, bounded(taken_ms, REQUEST_DEVICE_MS_MAX))
