@@ -47,6 +47,9 @@ DEVICE_HEADER = "x-bunkhouse-device"
 RATE_LIMIT_HEADER = "x-ratelimit-limit-requests"
 RATE_REMAINING_HEADER = "x-ratelimit-remaining-requests"
 RATE_RESET_HEADER = "x-ratelimit-reset-requests"
+TOKENS_LIMIT_HEADER = "x-ratelimit-limit-tokens"
+TOKENS_REMAINING_HEADER = "x-ratelimit-remaining-tokens"
+TOKENS_RESET_HEADER = "x-ratelimit-reset-tokens"
 # What a router hands on from a node's answer, beside content type and length.
 PASSED_HEADERS = (
     REQUEST_ID_HEADER,
@@ -58,6 +61,9 @@ PASSED_HEADERS = (
     RATE_LIMIT_HEADER,
     RATE_REMAINING_HEADER,
     RATE_RESET_HEADER,
+    TOKENS_LIMIT_HEADER,
+    TOKENS_REMAINING_HEADER,
+    TOKENS_RESET_HEADER,
     "retry-after",
     "retry-after-ms",
     "x-should-retry",
@@ -198,6 +204,9 @@ class RefusalStatus:
 REFUSAL_STATUS: Mapping[RefusalReason, RefusalStatus] = {
     RefusalReason.UNKNOWN_MODEL: RefusalStatus(404, "model_not_found", "invalid_request_error", False),
     RefusalReason.RATE: RefusalStatus(429, "rate_limit_exceeded", "requests", True),
+    RefusalReason.TOKENS: RefusalStatus(429, "rate_limit_exceeded", "tokens", True),
+    RefusalReason.DEVICE_TIME: RefusalStatus(429, "device_time_exceeded", "device_time", True),
+    RefusalReason.RESTORE_RATE: RefusalStatus(429, "restore_rate_exceeded", "restores", True),
     RefusalReason.CONCURRENCY: RefusalStatus(429, "concurrency_limit_exceeded", "requests", True),
     RefusalReason.QUEUE_FULL: RefusalStatus(429, "queue_full", "requests", True),
     RefusalReason.NEVER_FITS: RefusalStatus(507, "never_fits", "insufficient_storage", False),
@@ -217,13 +226,15 @@ def refusal(reason: RefusalReason, detail: str, retry_ms: int | None, model: str
     shape = REFUSAL_STATUS[reason]
     if shape.retryable and retry_ms is None:
         retry_ms = RETRY_MS_DEFAULT
+    # A client that obeys Retry-After would come back in vain: the text says when it helps.
+    soon = retry_ms is not None and retry_ms <= RETRY_SECONDS_MAX * 1000
     return ApiError(
         shape.status,
         shape.code,
         detail or reason.value,
         kind=shape.kind,
         retry_ms=retry_ms if shape.retryable else None,
-        should_retry=shape.retryable,
+        should_retry=shape.retryable and soon,
     )
 
 
