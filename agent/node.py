@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 
 from agent import devices, metrics
 from agent.accuracy import Accuracy
@@ -22,6 +22,7 @@ from agent.facade import EngineFrame, EngineRequest, Lease, RateView
 from agent.footprints import Footprints
 from agent.identity import BadIdentity, Identity
 from agent.journal import JournalFailed, PackRow, open_journal
+from agent.keeper import Keeper
 from agent.loop import HeldLease, Loop
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
@@ -127,10 +128,7 @@ class RunningNode:
         self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
         self.footprints.take_stored(self._journal.journal.footprints())
         self.orders.on_workspace = self._on_workspace
-        self._plan: Plan | None = None
-        self._plan_lock = asyncio.Lock()
-        self._plan_kept = True
-        self._journal_failing = False
+        self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
         self._keys: dict[str, KeySpec] = {}
         self._specs: dict[ModelRef, ModelSpec] = {}
         self._latest: dict[ModelName, ModelSpec] = {}
@@ -155,9 +153,7 @@ class RunningNode:
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
         self._look_at_devices()
-        plan = await self._journal.call(journal.plan)
-        if plan is not None:
-            self._apply(plan)
+        await self._keeper.take_up()
         if any(device.kind == "cuda" for device in self._devices.values()):
             self._tasks.append(asyncio.create_task(self._watch_devices()))
         self._tasks.append(asyncio.create_task(self._flush_records()))
@@ -221,7 +217,7 @@ class RunningNode:
         self.host_form = self.orders.host_form = form
         self.accuracy.start_anew()
         self.loop.post(RatesSeen(rates, form, self._on_cuda))
-        with self._journal_may_fail():
+        with self._keeper.journal_may_fail():
             await self._journal.call(self._journal.journal.save_calibration, dump_rates(rates))
             for row in await self._journal.call(self._journal.journal.packs):
                 self._state_host_bytes(row)
@@ -261,68 +257,32 @@ class RunningNode:
 
     # --- plans ------------------------------------------------------------------------------------
 
+    @property
+    def _plan(self) -> Plan | None:
+        return self._keeper.plan
+
     def have_plan(self) -> tuple[int, int]:
-        return (self._plan.epoch, self._plan.seq) if self._plan else (0, 0)
+        return self._keeper.number
 
     async def accept_plan(self, plan: Plan) -> None:
-        """Keep a newer plan and act on it; it is on disk before it is in force.
+        """Keep a newer plan and act on it."""
+        await self._keeper.accept(plan)
 
-        Unless the disk is full: then revoked keys and deleted models, which make room, must not wait.
-        """
-        async with self._plan_lock:
-            if (plan.epoch, plan.seq) <= self.have_plan():
-                return
-            self._plan_kept = saved = False
-            with self._journal_may_fail():
-                await self._journal.call(self._journal.journal.save_plan, plan)
-                saved = True
-            self._apply(plan)
-            with self._journal_may_fail():
-                await self._shred(plan)
-                self._plan_kept = saved
-            await self.orders.keep_only(frozenset(spec.ref for spec in plan.models))
-            await self.orders.close_tenants(frozenset(tenant.tenant for tenant in plan.tenants))
-
-    async def _shred(self, plan: Plan) -> None:
-        tenants = sorted(tenant.tenant for tenant in plan.tenants)
-        for tenant in await self._journal.call(self._journal.journal.shred_tenants, tenants):
-            log.info("tenant %s is gone; its keys are destroyed", tenant)
-
-    async def _keep_plan(self) -> None:
-        """Another try to keep the plan that is in force, after the journal failed."""
-        async with self._plan_lock:
-            if self._plan is not None and not self._plan_kept:
-                with self._journal_may_fail():
-                    await self._journal.call(self._journal.journal.save_plan, self._plan)
-                    await self._shred(self._plan)
-                    self._plan_kept = True
+    async def _settle(self, plan: Plan) -> None:
+        await self.orders.keep_only(frozenset(spec.ref for spec in plan.models))
+        await self.orders.close_tenants(frozenset(tenant.tenant for tenant in plan.tenants))
 
     async def _keep_footprints(self) -> None:
         rows = self.footprints.take_unsaved()
         if rows:
             kept = False
-            with self._journal_may_fail():
+            with self._keeper.journal_may_fail():
                 await self._journal.call(self._journal.journal.save_footprints, rows, list(self._specs))
                 kept = True
             if not kept:
                 self.footprints.put_back(rows)
 
-    @contextmanager
-    def _journal_may_fail(self) -> Iterator[None]:
-        """Serve on without the journal; say once that it fails, until it has taken records again.
-
-        On a full disk small writes go on working by chance, so nothing else says that it is over.
-        """
-        try:
-            yield
-        except JournalFailed as error:
-            if not self._journal_failing:
-                log.error("%s; serving on, but what happens now is forgotten at a restart", error)
-            self._journal_failing = True
-
     def _apply(self, plan: Plan) -> None:
-        was_draining = self.draining
-        self._plan = plan
         self.sharing.planned(plan)
         self._keys = {key.key_id: key for key in plan.keys}
         # Versions that left the plan stay known until the core has let go of them.
@@ -343,7 +303,7 @@ class RunningNode:
         }
         self.counters.forget(frozenset(self._specs), frozenset(tenant.tenant for tenant in plan.tenants))
         self.accuracy.forget(frozenset(self._specs))
-        if plan.draining != was_draining:
+        if plan.draining != core.draining:
             self.loop.post(DrainAsked(plan.draining))
         log.info("plan %d.%d: %d tenants, %d versions", plan.epoch, plan.seq, len(plan.tenants), len(planned))
 
@@ -432,13 +392,10 @@ class RunningNode:
         return [tenant.tenant for tenant in (self._plan.tenants if self._plan else ())]
 
     async def spooled(self, limit: int) -> tuple[Record, ...]:
-        with suppress(JournalFailed):
-            return await self._journal.call(self._journal.journal.spooled, limit)
-        return ()
+        return await self._keeper.spooled(limit)
 
     async def acknowledge(self, acked_seq: int) -> None:
-        with self._journal_may_fail():
-            await self._journal.call(self._journal.journal.acknowledge, acked_seq)
+        await self._keeper.acknowledge(acked_seq)
 
     # --- records ----------------------------------------------------------------------------------
 
@@ -457,22 +414,8 @@ class RunningNode:
             await self._flush_once()
 
     async def _flush_once(self) -> None:
-        await self._keep_plan()
         await self._keep_footprints()
-        records = self.counters.take_records(wall_ms())
-        if not records:
-            return
-        spooled = False
-        with self._journal_may_fail():
-            await self._journal.call(self._journal.journal.spool, records)
-            spooled = True
-        if not spooled:
-            self.counters.put_back(records)
-            return
-        if self._journal_failing and self._plan_kept:
-            log.info("the journal works again")
-            self._journal_failing = False
-        if self.uplink is not None:
+        if await self._keeper.flush() and self.uplink is not None:
             self.uplink.changed()
 
     async def _fetch(self, spec: ModelSpec, path: str, start: int, nbytes: int) -> AsyncIterator[bytes]:

@@ -12,7 +12,8 @@ import logging
 import random
 import ssl
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -54,8 +55,11 @@ RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 10.0
 # An answer that takes longer than this beyond the poll's own wait is a dead connection.
 ANSWER_TIMEOUT_S = 15.0
+# A control that takes no connection by then is not there.
+CONNECT_TIMEOUT_S = 5.0
 # A model waits for this answer, and can be loaded without it.
 SOURCES_TIMEOUT_S = 3.0
+SOURCES_CONNECT_TIMEOUT_S = 2.0
 
 
 class UplinkOwner(Protocol):
@@ -119,20 +123,40 @@ class Uplink:
 
     async def _talk(self) -> None:
         """Poll and push over one session until it must be made anew."""
-        connector = aiohttp.TCPConnector(ssl=self._identity.context(), limit=0)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            self._session = session
+        async with self._connected():
             tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._push())]
             try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in tasks:  # in this order, when both are done
+                    if task.done():
+                        task.result()
             finally:
-                self._session = None
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[None]:
+        """A session with the present certificate; tests put a simulated network in its place."""
+        connector = aiohttp.TCPConnector(ssl=self._identity.context(), limit=0)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            self._session = session
+            try:
+                yield
+            finally:
+                self._session = None
+
+    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> _Answer:
+        """Send one message over the session that is open; raises ``aiohttp.ClientError`` or
+        ``TimeoutError``, and ``RuntimeError`` when the session is just being made anew."""
+        if self._session is None:
+            raise RuntimeError("no session")
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s)
+        async with self._session.post(
+            f"{self._url}{path}", data=encode(message), headers=_JSON, timeout=timeout
+        ) as answer:
+            return _Answer(answer.status, await answer.read())
 
     # --- join -------------------------------------------------------------------------------------
 
@@ -222,23 +246,19 @@ class Uplink:
 
     async def _beat(self, wait_ms: int) -> bool:
         """One beat; true when more records wait."""
-        assert self._session is not None
         assert self._identity.answer is not None
         records = () if wait_ms else await self._owner.spooled(SPOOL_RECORDS_MAX)
         epoch, seq = self._owner.have_plan()
         beat = Beat(
             WIRE_VERSION, self._identity.answer.node, epoch, seq, wait_ms, self._owner.report(), records
         )
-        timeout = aiohttp.ClientTimeout(total=wait_ms / 1000 + ANSWER_TIMEOUT_S, sock_connect=5)
-        async with self._session.post(
-            f"{self._url}/node/v1/beat", data=encode(beat), headers=_JSON, timeout=timeout
-        ) as answer:
-            body = await answer.read()
-            if answer.status in (401, 403, 404):
-                raise _Forgotten(_text(body))
-            if answer.status != 200:
-                raise aiohttp.ClientError(f"beat: control answered {answer.status}: {_text(body)}")
-        got = decode(body, BeatAnswer)
+        timeout_s = wait_ms / 1000 + ANSWER_TIMEOUT_S
+        answer = await self._post("/node/v1/beat", beat, timeout_s, CONNECT_TIMEOUT_S)
+        if answer.status in (401, 403, 404):
+            raise _Forgotten(_text(answer.body))
+        if answer.status != 200:
+            raise aiohttp.ClientError(f"beat: control answered {answer.status}: {_text(answer.body)}")
+        got = decode(answer.body, BeatAnswer)
         if not self.connected:
             log.info("connected to control at %s", self._url)
             self._online.set()
@@ -260,16 +280,11 @@ class Uplink:
         await self._owner.accept_plan(plan)
 
     async def _renew(self) -> None:
-        assert self._session is not None
         ask = RenewAsk(WIRE_VERSION, self._identity.csr_pem(self._name))
-        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
-        async with self._session.post(
-            f"{self._url}/node/v1/renew", data=encode(ask), headers=_JSON, timeout=timeout
-        ) as answer:
-            body = await answer.read()
-            if answer.status != 200:
-                raise aiohttp.ClientError(f"renew: control answered {answer.status}: {_text(body)}")
-        self._identity.save(decode(body, JoinAnswer))
+        answer = await self._post("/node/v1/renew", ask, ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S)
+        if answer.status != 200:
+            raise aiohttp.ClientError(f"renew: control answered {answer.status}: {_text(answer.body)}")
+        self._identity.save(decode(answer.body, JoinAnswer))
         raise _Renewed
 
     # --- sources of packs -------------------------------------------------------------------------
@@ -278,18 +293,15 @@ class Uplink:
         self, ref: ModelRef, wait_ms: int, failed: Sequence[str] = (), *, ended: bool = False
     ) -> SourcesAnswer:
         """Who has a pack, or whose turn it is to read its origin. Raises ``ControlAway``."""
-        if self._session is None or not self.connected:
+        if not self.connected:
             raise ControlAway("control is away")
         ask = SourcesAsk(WIRE_VERSION, str(ref), wait_ms, tuple(failed), ended)
-        timeout = aiohttp.ClientTimeout(total=wait_ms / 1000 + SOURCES_TIMEOUT_S, sock_connect=2)
+        timeout_s = wait_ms / 1000 + SOURCES_TIMEOUT_S
         try:
-            async with self._session.post(
-                f"{self._url}/node/v1/sources", data=encode(ask), headers=_JSON, timeout=timeout
-            ) as answer:
-                body = await answer.read()
-                if answer.status != 200:
-                    raise ControlAway(f"control answered {answer.status}")
-            return decode(body, SourcesAnswer)
+            answer = await self._post("/node/v1/sources", ask, timeout_s, SOURCES_CONNECT_TIMEOUT_S)
+            if answer.status != 200:
+                raise ControlAway(f"control answered {answer.status}")
+            return decode(answer.body, SourcesAnswer)
         except (aiohttp.ClientError, TimeoutError, OSError, BadMessage, RuntimeError) as error:
             # RuntimeError: the session is just being made anew.
             raise ControlAway(f"control does not say where packs are: {error}") from None
@@ -335,13 +347,26 @@ class _Forgotten(Exception):
     """Control does not know this node."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What control said to one message."""
+
+    status: int
+    body: bytes
+
+
 _JSON = {"Content-Type": "application/json"}
 
 
 async def _pause(pause_s: float) -> float:
     """Wait about ``pause_s``; returns the next, longer pause."""
-    await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+    await asyncio.sleep(pause_s * jitter())
     return min(RETRY_MAX_S, pause_s * 2)
+
+
+def jitter() -> float:
+    """The share of a pause that is waited; tests make it the same every time."""
+    return random.uniform(0.5, 1.5)
 
 
 def _text(body: bytes) -> str:

@@ -141,11 +141,18 @@ class Control:
         self.authority = Authority(folder, self.meta.cluster)
         await self._ensure_operator()
         await asyncio.to_thread(self._sweep_files)
+        self.remember_nodes()
+        connector = aiohttp.TCPConnector(limit=0)  # bounded by the router's own limit
+        self.session = aiohttp.ClientSession(connector=connector, auto_decompress=False, trust_env=False)
+        self.run_background()
+
+    def remember_nodes(self) -> None:
+        """After a start the cluster core knows who exists and the number of the plan, and nothing else."""
         for row in self.catalog.nodes.values():
             self.act(fleet.step(self.cluster, fleet.NodeJoined(row.node, row.gateway_url), self.now_ms()))
         self.cluster.newest = (self.meta.epoch, self.meta.seq)
-        connector = aiohttp.TCPConnector(limit=0)  # bounded by the router's own limit
-        self.session = aiohttp.ClientSession(connector=connector, auto_decompress=False, trust_env=False)
+
+    def run_background(self) -> None:
         self._background = [asyncio.create_task(self._store_records()), asyncio.create_task(self._tick())]
 
     async def close(self) -> None:

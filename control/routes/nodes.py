@@ -73,8 +73,6 @@ JOIN_BYTES_MAX = 32 * KIB
 # A report of 20,000 models and 1,000 records is about 12 MB.
 BEAT_BYTES_MAX = 16 * MIB
 GATEWAY_URL_CHARS_MAX = 256
-# Some thirty rates and three tiers are about a kilobyte.
-CALIBRATION_CHARS_MAX = 16 * KIB
 # What a node measures of itself is a few KiB; the agent keeps no more than this either.
 CALIBRATION_CHARS_MAX = 256 * KIB
 # Held open this long at most: shorter than what middleboxes cut, and than fleet.SILENT_AFTER_MS.
@@ -185,6 +183,12 @@ def _calibration(text: str) -> CalibrationReport | None:
 async def remove(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """The node's certificate is refused from now on; it is told at its next word."""
     node = request.match_info["node"]
+    await remove_node(control, node)
+    control.record("node_removed", detail=f"{node}, by key {caller.key_id}")
+    return web.Response(status=204)
+
+
+async def remove_node(control: Control, node: str) -> None:
     async with control.writing:
         if node not in control.catalog.nodes:
             raise not_found("node", node)
@@ -193,8 +197,6 @@ async def remove(control: Control, request: web.Request, caller: Caller) -> web.
         ]
         await control.write([*changes, DropNode(node)])
         control.act(fleet.step(control.cluster, fleet.NodeRemoved(node), control.now_ms()))
-    control.record("node_removed", detail=f"{node}, by key {caller.key_id}")
-    return web.Response(status=204)
 
 
 # --- join and renew -------------------------------------------------------------------------------
@@ -236,11 +238,16 @@ async def join(control: Control, request: web.Request, caller: Caller) -> web.Re
         assert token is not None  # a token that is absent was refused above
         row = known or NodeRow(node, secrets.token_hex(8), key_sha256, gateway_url, wall_ms())
         used = replace(token, used_key_sha256=key_sha256, used_node=node)
-        await control.write([PutToken(used), PutNode(replace(row, gateway_url=gateway_url))])
-        joined = fleet.NodeJoined(node, gateway_url)
-        control.act(fleet.step(control.cluster, joined, control.now_ms()))
+        await add_node(control, replace(row, gateway_url=gateway_url), [PutToken(used)])
     control.record("node_joined", detail=f"{node} from {request.remote}, token {token.token_id}")
     return _certificate_answer(control, control.authority.issue_node(csr, node), node)
+
+
+async def add_node(control: Control, row: NodeRow, changes: Sequence[Change]) -> None:
+    """The node is one of the cluster; the caller holds ``writing`` since it looked."""
+    await control.write([*changes, PutNode(row)])
+    joined = fleet.NodeJoined(row.node, row.gateway_url)
+    control.act(fleet.step(control.cluster, joined, control.now_ms()))
 
 
 async def renew(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -316,6 +323,12 @@ async def beat(control: Control, request: web.Request, caller: Caller) -> web.Re
     row = _row(caller)
     async with control.bodies.body(request, caller.owner, BEAT_BYTES_MAX) as body:
         message = _decode(body, Beat)
+    answer = await answer_beat(control, row, message, request.remote)
+    return web.Response(body=encode(answer), content_type="application/json")
+
+
+async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str | None) -> BeatAnswer:
+    """What a beat that came from the address ``peer`` means; ``row`` is the node as it was then."""
     _check_beat(message, row)
     if message.have_epoch > control.meta.epoch and not await control.leap_epoch(message.have_epoch):
         raise ApiError(
@@ -333,8 +346,8 @@ async def beat(control: Control, request: web.Request, caller: Caller) -> web.Re
                 503, "records_full", "Too many records wait to be stored.", retry_ms=RETRY_RECORDS_MS
             ) from None
     waits = message.wait_ms > 0 and not control.stopping
-    url = dialled_gateway_url(message.report.gateway_url, request.remote)
-    peer_url = dialled_gateway_url(message.report.peer_url, request.remote)
+    url = dialled_gateway_url(message.report.gateway_url, peer)
+    peer_url = dialled_gateway_url(message.report.peer_url, peer)
     report = replace(message.report, gateway_url=url, peer_url=peer_url)
     due = control.hear(fleet.NodeBeat(row.node, report, message.have_epoch, message.have_seq, waits))
     if waits and not due:
@@ -343,8 +356,7 @@ async def beat(control: Control, request: web.Request, caller: Caller) -> web.Re
     if current is None or current.incarnation != row.incarnation:
         raise ApiError(403, "node_removed", f"The node {row.node!r} was removed from this cluster.")
     plan = control.plan_for(row.node) if due else None
-    answer = BeatAnswer(WIRE_VERSION, plan, max(acked_seq, current.acked_seq))
-    return web.Response(body=encode(answer), content_type="application/json")
+    return BeatAnswer(WIRE_VERSION, plan, max(acked_seq, current.acked_seq))
 
 
 def _check_beat(message: Beat, row: NodeRow) -> None:
@@ -381,6 +393,12 @@ async def sources(control: Control, request: web.Request, caller: Caller) -> web
     row = _row(caller)
     async with control.bodies.body(request, caller.owner, SOURCES_BYTES_MAX) as body:
         ask = _decode(body, SourcesAsk)
+    answer = await answer_sources(control, row, ask)
+    return web.Response(body=encode(answer), content_type="application/json")
+
+
+async def answer_sources(control: Control, row: NodeRow, ask: SourcesAsk) -> SourcesAnswer:
+    """Who has the pack, or whose turn it is; within the time that the asker gives."""
     if len(ask.failed) > PEERS_TRIED_MAX:
         raise BadValue("failed", f"at most {PEERS_TRIED_MAX} nodes; read the origin instead")
     if not 0 <= ask.wait_ms <= NUMBER_MAX:
@@ -396,8 +414,7 @@ async def sources(control: Control, request: web.Request, caller: Caller) -> web
         if known is not None and view is not None:
             peers.append(PeerSpec(node, known.key_sha256, view.peer_url))
     turn = OriginTurn.GRANTED if found.granted else OriginTurn.WAIT
-    answer = SourcesAnswer(WIRE_VERSION, turn, tuple(peers), found.wait_ms)
-    return web.Response(body=encode(answer), content_type="application/json")
+    return SourcesAnswer(WIRE_VERSION, turn, tuple(peers), found.wait_ms)
 
 
 # --- origins --------------------------------------------------------------------------------------
