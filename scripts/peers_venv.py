@@ -34,25 +34,26 @@ class PeersVenv:
     missing: dict[str, str]
 
 
-def ensure(directory: Path, peers: Sequence[str] = PEERS) -> PeersVenv:
+def ensure(directory: Path, peers: Sequence[str] = PEERS, *, tensors: bool = True) -> PeersVenv:
     """Make the virtualenv, or use the one that a run before has made. Raises ``CanNotInstall``."""
     python = directory / "bin" / "python"
     stamp = directory / _STAMP
     # The same torch as ours: a peer must not win or lose by another version of what both stand on.
-    torch = f"torch=={version('torch').partition('+')[0]}"
-    wanted = " ".join((torch, *peers))
+    base = (f"torch=={version('torch').partition('+')[0]}",) if tensors else ()
+    wanted = " ".join((*base, *peers))
     if not stamp.exists() or stamp.read_text() != wanted:
         directory.parent.mkdir(parents=True, exist_ok=True)
         _run([sys.executable, "-m", "venv", str(directory)], "making a virtualenv")
         # Before anything else, so that no requirement of a peer picks another one.
-        _pip(python, torch, "numpy")
+        if base:
+            _pip(python, *base, "numpy")
     missing: dict[str, str] = {}
     for peer in peers:
         if stamp.exists() and stamp.read_text() == wanted:
             break
         try:
             # The constraint keeps the torch that is there.
-            _pip(python, peer, torch)
+            _pip(python, peer, *base)
         except CanNotInstall as error:
             missing[peer] = str(error)
     if not missing:
