@@ -21,6 +21,8 @@ from packer.types import GIB, MIB, BadValue, HostForm, parse_bytes
 # The restore of a large model from a slow origin takes minutes; a caller that waits longer than this
 # is better served by an error that says when to come back.
 REQUEST_TIMEOUT_S_DEFAULT = 300
+# Each takes a context on its device and some 50 MiB of memory; tenants do not come by the dozen at once.
+STANDBYS_MAX = 8
 NODE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -47,6 +49,7 @@ class AgentConfig:
     peer_url: str | None = None  # where other nodes reach that, when it differs
     peer_rate_bytes_s: int = GIB
     policy: str = "keep"
+    standbys: int = 1  # workers kept ready per device
 
 
 def node_name(text: str) -> str:
@@ -130,6 +133,12 @@ def _add_memory_options(run: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="longest wait of a request for its model (default %(default)s)",
     )
+    run.add_argument(
+        "--standbys",
+        type=int,
+        default=1,
+        help="workers kept ready per device for who comes next (default: 1)",
+    )
     run.add_argument("--threads", type=int, default=0, help="compute threads per worker (default: cores)")
     run.add_argument(
         "--host-form",
@@ -167,6 +176,8 @@ def load(argv: Sequence[str]) -> AgentConfig:
         raise BadValue("--request-timeout", "must be 1 to 3600 seconds")
     if options.threads < 0 or options.threads > 1024:
         raise BadValue("--threads", "must be 0 (all cores) to 1024")
+    if not 0 <= options.standbys <= STANDBYS_MAX:
+        raise BadValue("--standbys", f"must be 0 (none) to {STANDBYS_MAX} per device")
     disk_budget_bytes = parse_bytes(options.disk_bytes, "--disk-bytes")
     return AgentConfig(
         data_dir=options.data_dir,
@@ -184,6 +195,7 @@ def load(argv: Sequence[str]) -> AgentConfig:
         disk_budget_bytes=disk_budget_bytes,
         request_timeout_ms=options.request_timeout * 1000,
         threads=options.threads or os.cpu_count() or 1,
+        standbys=options.standbys,
         ready_file=options.ready_file,
         log_level=options.log_level,
         calibrate=options.calibrate == "auto",

@@ -19,9 +19,10 @@ import pynvml
 
 from packer.types import MIB, BadValue, parse_bytes
 
-# Left free on every GPU for the driver, the CUDA contexts of the workers and fragmentation. A fresh
-# context takes 300 to 500 MiB on current drivers; it is named here until it is measured per device.
-CUDA_RESERVE_BYTES = 512 * MIB
+# Left free on every GPU for the driver and for fragmentation.
+CUDA_RESERVE_BYTES = 256 * MIB
+# What a worker's CUDA context takes, until it was measured: 300 to 500 MiB on current drivers.
+CONTEXT_BYTES_FIRST = 512 * MIB
 # Smallest useful device: one chunk of 4 MiB, its workspace and the rounding of both.
 DEVICE_BYTES_MIN = 16 * MIB
 # NVML itself enumerates at most this many; a box with more would need a second agent anyway.
@@ -41,11 +42,15 @@ class DeviceConfig:
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """What NVML says now; for cpu devices the budget is always all ours."""
+    """What NVML says now; for cpu devices the budget is always all ours.
+
+    ``contexts_bytes``: what our own processes hold there besides weights and workspaces.
+    """
 
     device: str
     foreign_bytes: int
     healthy: bool
+    contexts_bytes: int = 0
 
 
 def nvml_devices() -> tuple[DeviceConfig, ...]:
@@ -116,22 +121,27 @@ def _cuda_devices(wish: str, rest: str, gpus: tuple[DeviceConfig, ...]) -> tuple
     return (match[0],)
 
 
-def look(device: DeviceConfig, own_pids: Sequence[int]) -> DeviceState:
-    """Bytes that processes other than ``own_pids`` use on a device, and whether it answers NVML."""
+def look(device: DeviceConfig, own_pids: Sequence[int], idle_pids: Sequence[int] = ()) -> DeviceState:
+    """Bytes that processes other than ``own_pids`` use on a device, what the contexts of ours take, and
+    whether it answers NVML. ``idle_pids``: those of ours that hold no model, so that all they use is their
+    context."""
     if device.kind != "cuda":
         return DeviceState(device.device, 0, True)
     try:
         handle = pynvml.nvmlDeviceGetHandleByUUID(device.uuid)
         used = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-        ours = 0
+        ours, context_bytes = 0, 0
         for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
             # Inside a container NVML may not know a process's bytes; then it counts as foreign, which errs
             # on the side of not over-filling the device.
             if process.pid in own_pids and process.usedGpuMemory is not None:
                 ours += int(process.usedGpuMemory)
+                if process.pid in idle_pids:
+                    context_bytes = max(context_bytes, int(process.usedGpuMemory))
     except pynvml.NVMLError:
         return DeviceState(device.device, 0, False)
-    return DeviceState(device.device, max(0, used - ours), True)
+    contexts_bytes = len(own_pids) * (context_bytes or CONTEXT_BYTES_FIRST)
+    return DeviceState(device.device, max(0, used - ours), True, contexts_bytes)
 
 
 def used_bytes(device: DeviceConfig, pid: int) -> int | None:

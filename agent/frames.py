@@ -150,6 +150,13 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Bind(msgspec.Struct, frozen=True, tag=True):
+    """A worker that was forked ahead of need gets its tenant: once, before any other order but ``Ping``."""
+
+    id: int
+    tenant: str
+
+
 class Done(msgspec.Struct, frozen=True, tag=True):
     """An order is carried out; the fields that its kind does not have are 0."""
 
@@ -184,7 +191,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Spawn(msgspec.Struct, frozen=True, tag=True):
-    """Fork a worker. Descriptors: its orders socket, its data socket.
+    """Fork a worker. Descriptors: its orders socket, its data socket. ``tenant`` empty: a standby, which
+    ``Bind`` gives its tenant.
 
     ``heap_bytes``: private memory it may take beyond what it is born with; 0: no limit.
     """
@@ -221,7 +229,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-Order = MoreFds | LoadOrigin | RestorePack | WritePack | RepairPack | EvictModel | CancelMove | Ping
+Order = MoreFds | LoadOrigin | RestorePack | WritePack | RepairPack | EvictModel | CancelMove | Ping | Bind
 Reply = Done | Failed
 NurseryOrder = MoreFds | Spawn
 NurseryReply = Ready | Spawned | SpawnFailed | Exited

@@ -97,7 +97,7 @@ class RunningNode:
             if config.control_url
             else None
         )
-        self._nursery = Nursery(threads=config.threads)
+        self._nursery = Nursery(config.threads, config.standbys)
         self.orders = Orders(
             self._nursery,
             self._devices,
@@ -148,6 +148,8 @@ class RunningNode:
                 await self._journal.call(journal.remove_pack, ref)
             self._packs_found = [row for row in self._packs_found if row.ref != ref]
         await self._nursery.start()
+        for device in self._devices.values():
+            self._nursery.keep_standbys(device)
         self.sharing.start()
         self.loop.post(PolicyChosen(self.config.policy))
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
@@ -240,12 +242,12 @@ class RunningNode:
     # --- devices ----------------------------------------------------------------------------------
 
     def _look_at_devices(self) -> None:
-        pids = self.orders.worker_pids()
+        pids, idle_pids = self.orders.worker_pids(), self.orders.worker_pids(idle=True)
         for name, device in self._devices.items():
-            state = devices.look(device, pids[name])
+            state = devices.look(device, pids[name], idle_pids[name])
             if self._foreign.get(name) != state:
                 self._foreign[name] = state
-                budget_bytes = max(0, device.budget_bytes - state.foreign_bytes)
+                budget_bytes = max(0, device.budget_bytes - state.foreign_bytes - state.contexts_bytes)
                 # Giving back a part of an image has not been seen on a GPU yet: there models leave whole.
                 partial = device.kind == "cpu"
                 self.loop.post(DeviceSeen(name, budget_bytes, state.healthy, partial))
@@ -372,6 +374,9 @@ class RunningNode:
 
     def foreign_bytes(self, device: str) -> int:
         return self._foreign[device].foreign_bytes
+
+    def contexts_bytes(self, device: str) -> int:
+        return self._foreign[device].contexts_bytes
 
     def budget_bytes(self, tier: Tier) -> int:
         return self.config.host_budget_bytes if tier is Tier.HOST else self.config.disk_budget_bytes

@@ -117,11 +117,12 @@ class Orders:
 
     # --- workers ----------------------------------------------------------------------------------
 
-    def worker_pids(self) -> dict[str, list[int]]:
-        """Process ids by device."""
-        pids: dict[str, list[int]] = {device: [] for device in self._devices}
-        for (_, device), worker in self._workers.items():
-            pids[device].append(worker.pid)
+    def worker_pids(self, idle: bool = False) -> dict[str, list[int]]:
+        """Process ids by device, standbys included. ``idle``: of those that hold no model."""
+        pids = {device: self._nursery.standby_pids(device) for device in self._devices}
+        for at, worker in self._workers.items():
+            if not idle or not self._held.get(at):
+                pids[at[1]].append(worker.pid)
         return pids
 
     async def _worker(self, tenant: str, device: str) -> WorkerHandle:

@@ -49,6 +49,7 @@ class ReportSource(Protocol):
     @property
     def tenants(self) -> Sequence[str]: ...
     def foreign_bytes(self, device: str) -> int: ...
+    def contexts_bytes(self, device: str) -> int: ...
     def budget_bytes(self, tier: Tier) -> int: ...
     def now_ms(self) -> int: ...
 
@@ -100,7 +101,7 @@ def _device(node: ReportSource, device: DeviceConfig) -> DeviceReport:
         device=device.device,
         kind=device.kind,
         name=device.name,
-        budget_bytes=max(0, device.budget_bytes - foreign_bytes),
+        budget_bytes=max(0, device.budget_bytes - foreign_bytes - node.contexts_bytes(device.device)),
         used_bytes=residency.device_bytes_used(node.loop.core, device.device),
         foreign_bytes=foreign_bytes,
         healthy=True,

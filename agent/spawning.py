@@ -85,12 +85,18 @@ def _heap_bytes(device: DeviceConfig) -> int:
 
 
 class Nursery:
-    """The process that forks workers. ``threads``: compute threads of each worker (0: all cores)."""
+    """The process that forks workers. ``threads``: compute threads of each worker (0: all cores).
 
-    def __init__(self, threads: int = 0) -> None:
+    ``standbys``: workers kept ready per device that was once asked for, for whichever tenant comes next:
+    forked, with the device's libraries loaded and its context made. A standby is bound once and for life,
+    and holds nothing of anybody before.
+    """
+
+    def __init__(self, threads: int = 0, standbys: int = 0) -> None:
         self._threads = threads or len(os.sched_getaffinity(0))
         self.died = asyncio.Event()
         self.pid = 0
+        self._closing = False
         self._process: asyncio.subprocess.Process | None = None
         self._sock: socket.socket | None = None
         self._receiver: Receiver | None = None
@@ -99,6 +105,9 @@ class Nursery:
         self._ids = itertools.count(1)
         self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._standbys = standbys
+        self._ready_workers: dict[str, list[WorkerHandle]] = {}
+        self._refilling: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         """Returns when workers can be forked. Raises ``WorkerDead`` when the process does not come up."""
@@ -130,8 +139,47 @@ class Nursery:
         if self.died.is_set():
             raise WorkerDead("the nursery ended while it started; its messages are in the agent's log")
 
+    def keep_standbys(self, device: DeviceConfig) -> None:
+        """See to it that the workers kept ready for a device are there, soon."""
+        have = self._ready_workers.setdefault(device.device, [])
+        if len(have) < self._standbys and device.device not in self._refilling and not self._closing:
+            self._refilling[device.device] = asyncio.create_task(self._refill(device))
+
+    async def refilled(self, device: str) -> None:
+        """Returns when the standbys of a device are there, or could not be forked."""
+        while device in self._refilling:
+            await asyncio.wait([self._refilling[device]])
+
+    def standby_pids(self, device: str) -> list[int]:
+        return [worker.pid for worker in self._ready_workers.get(device, ())]
+
+    async def _refill(self, device: DeviceConfig) -> None:
+        have = self._ready_workers[device.device]
+        try:
+            have[:] = [worker for worker in have if not worker.died.is_set()]
+            while len(have) < self._standbys:
+                have.append(await self._fork("", device))
+        except WorkerDead as error:
+            log.warning("%s", error)  # the next tenant's worker is forked when it is needed
+        finally:
+            del self._refilling[device.device]
+
     async def spawn(self, tenant: str, device: DeviceConfig) -> WorkerHandle:
-        """Fork a worker for a tenant on a device. Raises ``WorkerDead``."""
+        """A worker for a tenant on a device: the standby, or a fork of its own. Raises ``WorkerDead``."""
+        have = self._ready_workers.get(device.device, [])
+        while have:
+            worker = have.pop()
+            try:
+                await worker.bind(tenant)
+            except WorkerDead:
+                continue
+            self.keep_standbys(device)
+            return worker
+        worker = await self._fork(tenant, device)
+        self.keep_standbys(device)
+        return worker
+
+    async def _fork(self, tenant: str, device: DeviceConfig) -> WorkerHandle:
         if self._sock is None or self.died.is_set():
             raise WorkerDead("there is no nursery")
         orders, their_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -151,7 +199,7 @@ class Nursery:
         except (OSError, TimeoutError, WorkerDead) as error:
             orders.close()
             data.close()
-            raise WorkerDead(f"no worker for {tenant} on {device.device}: {error}") from None
+            raise WorkerDead(f"no worker for {tenant or 'nobody yet'} on {device.device}: {error}") from None
         finally:
             del self._spawning[number]
             their_orders.close()
@@ -203,6 +251,13 @@ class Nursery:
 
     async def close(self) -> None:
         """End the nursery, and every worker that is left with it."""
+        self._closing = True
+        for refill in list(self._refilling.values()):
+            refill.cancel()
+        await asyncio.gather(*self._refilling.values(), return_exceptions=True)
+        for worker in [worker for ready in self._ready_workers.values() for worker in ready]:
+            await worker.close()
+        self._ready_workers.clear()
         self._let_go()
         if self._process is None or self._watching is None:
             return

@@ -32,6 +32,7 @@ from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import (
     LENGTHS_BYTES,
     BadFrame,
+    Bind,
     Broke,
     Cancel,
     CancelMove,
@@ -112,6 +113,7 @@ class Worker:
 
     def __init__(self, identity: Spawn, orders: socket.socket, data: socket.socket, private: Path) -> None:
         self._identity = identity
+        self._tenant = identity.tenant
         self._orders = orders
         self._data = data
         self._shelf = Shelf()
@@ -154,15 +156,26 @@ class Worker:
         if received is None:
             return False
         order, fds = received
-        if isinstance(order, Ping | CancelMove):
+        if isinstance(order, Ping | CancelMove | Bind):
             close_fds(fds)
+            if isinstance(order, Bind):
+                self._bind(order.tenant)
             if isinstance(order, CancelMove):
                 self._moves.cancel(parse_wire_ref(order.ref))
             self._reply(Done(order.id))
             return True
         assert not isinstance(order, MoreFds)
+        if not self._tenant:
+            raise BadFrame("an order for a worker that has no tenant")
         self._order_threads[type(order)].submit(self._carry_out, order, fds)
         return True
+
+    def _bind(self, tenant: str) -> None:
+        """For life: what one tenant left in a process is never near another's."""
+        if self._tenant or not tenant:
+            raise BadFrame(f"a worker of {self._tenant} can not become one of {tenant}")
+        self._tenant = tenant
+        log.info("worker of %s on %s, ready ahead of need", tenant, self._identity.device)
 
     def _take_frames(self) -> bool:
         piece = self._data.recv(RECEIVE_BYTES)
@@ -298,7 +311,7 @@ def main(identity: Spawn, orders: socket.socket, data: socket.socket, private: P
     np.random.seed(int.from_bytes(os.urandom(4), "little"))
     # Read when CUDA starts, which has not happened: a worker sees its own device or none.
     os.environ["CUDA_VISIBLE_DEVICES"] = identity.uuid if identity.kind == "cuda" else ""
-    log.info("worker of %s on %s", identity.tenant, identity.device)
+    log.info("worker of %s on %s", identity.tenant or "nobody yet", identity.device)
     try:
         Worker(identity, orders, data, private).serve()
     except BadFrame as error:

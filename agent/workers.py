@@ -29,6 +29,7 @@ from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import (
     LENGTHS_BYTES,
     BadFrame,
+    Bind,
     Broke,
     Cancel,
     CancelMove,
@@ -338,6 +339,13 @@ class WorkerHandle:
         reply = self._replies.pop(number)
         if reply.done() and not reply.cancelled():
             reply.exception()  # its death was told to us by other means
+
+    async def bind(self, tenant: str) -> None:
+        """Make a standby the worker of a tenant, for life. Raises ``WorkerDead``."""
+        assert not self.tenant
+        number = next(self._ids)
+        await self._order(number, Bind(number, tenant), [])
+        self.tenant = tenant
 
     async def ping(self) -> None:
         """Returns when the process has answered. Raises ``WorkerDead``."""

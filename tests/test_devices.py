@@ -97,3 +97,29 @@ def test_bad_options_name_the_option(tmp_path: Path, option: str, value: str, pa
     with pytest.raises(BadValue, match=part) as error:
         config.load(["run", "--data-dir", str(tmp_path), "--device", "cpu:64MiB", option, value])
     assert error.value.field == option
+
+
+def test_contexts_are_taken_off_a_gpu_as_measured_where_a_process_holds_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NVML's own answers are stood in for: no driver is here."""
+
+    class Process:
+        def __init__(self, pid: int, used: int | None) -> None:
+            self.pid, self.usedGpuMemory = pid, used
+
+    class Memory:
+        used = 5000 * MIB
+
+    listed = [Process(1, 3000 * MIB), Process(2, 400 * MIB), Process(9, 1000 * MIB)]
+    gpu = devices.DeviceConfig("cuda:GPU-a", "cuda", "H200", 10_000 * MIB, "GPU-a")
+    monkeypatch.setattr(devices.pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    monkeypatch.setattr(devices.pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: Memory)
+    monkeypatch.setattr(devices.pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda handle: listed)
+    # Our processes are 1, which holds models, and 2, a standby.
+    seen = devices.look(gpu, [1, 2], [2])
+    assert (seen.foreign_bytes, seen.contexts_bytes) == (1600 * MIB, 800 * MIB)
+    unmeasured = devices.look(gpu, [1, 2], [])
+    assert unmeasured.contexts_bytes == 2 * devices.CONTEXT_BYTES_FIRST
+    assert devices.used_bytes(gpu, 1) == 3000 * MIB
+    assert devices.used_bytes(gpu, 7) is None

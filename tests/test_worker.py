@@ -18,7 +18,18 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from make_models import make_gpt2
-from running_workers import PATIENCE_S, Known, arena_bytes, ask, known, load, spawned, tell, until_gone
+from running_workers import (
+    DEVICE,
+    PATIENCE_S,
+    Known,
+    arena_bytes,
+    ask,
+    known,
+    load,
+    spawned,
+    tell,
+    until_gone,
+)
 from tiny_models import tiny_llama
 
 from agent.facade import JSON, EngineError, EngineRequest
@@ -58,6 +69,47 @@ async def nursery() -> AsyncIterator[Nursery]:
 async def worker(nursery: Nursery) -> AsyncIterator[WorkerHandle]:
     async with spawned(nursery) as worker:
         yield worker
+
+
+# --- standbys -------------------------------------------------------------------------------------
+
+
+async def test_a_standby_becomes_the_worker_of_the_next_tenant_and_is_replaced(llama: Known) -> None:
+    nursery = Nursery(threads=1, standbys=1)
+    await nursery.start()
+    try:
+        nursery.keep_standbys(DEVICE)
+        await nursery.refilled(DEVICE.device)
+        (ready,) = nursery.standby_pids(DEVICE.device)
+        first = await nursery.spawn("acme", DEVICE)
+        assert (first.pid, first.tenant) == (ready, "acme")
+        await load(first, llama)
+        assert await tell(first, llama, max_tokens=3)
+        await nursery.refilled(DEVICE.device)
+        (after,) = nursery.standby_pids(DEVICE.device)
+        # One process per tenant, as ever.
+        second = await nursery.spawn("globex", DEVICE)
+        assert second.pid == after != ready
+        # A standby that died meanwhile is nobody's trouble.
+        await nursery.refilled(DEVICE.device)
+        (third,) = nursery.standby_pids(DEVICE.device)
+        os.kill(third, signal.SIGKILL)
+        await until_gone(third)
+        fresh = await nursery.spawn("initech", DEVICE)
+        await asyncio.wait_for(fresh.ping(), PATIENCE_S)
+        assert fresh.pid != third
+        for worker in (first, second, fresh):
+            await worker.close()
+    finally:
+        await nursery.close()
+    assert nursery.standby_pids(DEVICE.device) == []
+
+
+async def test_a_worker_that_has_a_tenant_takes_no_other(nursery: Nursery) -> None:
+    async with spawned(nursery) as worker:
+        worker.tenant = ""  # as an agent that lost its mind would have it
+        with pytest.raises(WorkerDead):
+            await asyncio.wait_for(worker.bind("globex"), PATIENCE_S)
 
 
 # --- footprints -----------------------------------------------------------------------------------
