@@ -137,7 +137,8 @@ class Box:
             token_file.write_text(self.operator().create_node_token(name="box").token)
         words = ["run", "--data-dir", str(self.folder / "agent"), "--control", self.node_url]
         words += ["--join-token-file", str(token_file), "--name", "box", "--host-bytes", "64MiB"]
-        words += ["--disk-bytes", "1GiB", "--listen", f"127.0.0.1:{self.ports[2]}", *more]
+        # These tests count processes: none is kept ready for nobody.
+        words += ["--standbys", "0", "--disk-bytes", "1GiB", "--listen", f"127.0.0.1:{self.ports[2]}", *more]
         for device in self.devices:
             words += ["--device", device]
         self.agent = Process("agent", *words)
