@@ -22,6 +22,7 @@ from packer.events import (
     Requested,
     Restored,
     RestoreFailed,
+    TookLate,
     WorkerDied,
 )
 from packer.types import ModelRef, Tier
@@ -129,6 +130,8 @@ class Counters:
             case WorkerDied(tenant=tenant, device=device):
                 self.workers_died += 1
                 self._keep(PendingRecord(wall_ms, "worker_died", tenant, "", f"on {device}"))
+            case TookLate(tenant=tenant, device_ms=device_ms):
+                self.tenant(tenant).device_ms += device_ms
             case _:
                 pass
         for action in actions:

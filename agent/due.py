@@ -1,6 +1,7 @@
 """Which answers a worker owes, and whether it is stuck in one of them.
 
-Covers: the order in which a worker runs its requests, and how long it may say nothing. Does not cover:
+Covers: the order in which a worker runs its requests, how long each keeps it busy, and how long it may say
+nothing. Does not cover:
 processes that do not run at all (``workers``'s pings), or ending a stuck one (``workers``).
 
 A worker computes one request after the other. A tokenizer's expression that backtracks for ever, or a
@@ -23,10 +24,11 @@ class Due:
         # In the order of asking, which is the order of computing; the value is when the caller left.
         self._left_at: dict[int, float | None] = {}
         self._heard_at = 0.0
+        self._begun_at = 0.0  # when the oldest was begun
 
     def asked(self, number: int, now: float) -> None:
         if not self._left_at:
-            self._heard_at = now
+            self._heard_at = self._begun_at = now
         self._left_at[number] = None
 
     def left(self, number: int, now: float) -> None:
@@ -34,11 +36,21 @@ class Due:
         if number in self._left_at:
             self._left_at[number] = now
 
-    def heard(self, number: int, ended: bool, now: float) -> None:
-        """A frame came."""
+    def heard(self, number: int, ended: bool, now: float) -> float:
+        """A frame came. Returns how long the worker was busy with an answer that ends with it.
+
+        Waiting behind another answer is that one's time, so that the times of all add up to what passed,
+        whatever the worker says. One that ends out of turn took nothing, and the oldest pays for it.
+        """
         self._heard_at = now
-        if ended:
-            self._left_at.pop(number, None)
+        if not ended or number not in self._left_at:
+            return 0.0
+        oldest = next(iter(self._left_at)) == number
+        del self._left_at[number]
+        if not oldest:
+            return 0.0
+        busy_s, self._begun_at = now - self._begun_at, now
+        return busy_s
 
     def stuck_s(self, now: float) -> float:
         """How long the worker has been stuck beyond what is allowed; 0: it is not."""

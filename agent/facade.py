@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from packer.events import RefusalReason
+from packer.rates import RateView
 from packer.types import KeySpec, ModelSpec, Tier
 
 # A value that JSON can carry. Sequence and Mapping, not list and dict, so that a ``list[str]`` is one.
@@ -42,8 +43,8 @@ class EngineFrame:
 
     ``embed``: one frame, header ``count``, ``dimensions``, ``prompt_tokens``; body float32 little-endian.
     ``classify``: one frame, header ``labels``, ``prompt_tokens``; body float32 [inputs, labels].
-    ``generate``: frames with ``delta`` (text), then one with ``finish_reason`` (``stop`` or ``length``),
-    ``prompt_tokens`` and ``completion_tokens``.
+    ``generate``: frames with ``delta`` (text), then one with ``finish_reason`` (``stop`` or ``length``);
+    every one with ``prompt_tokens`` and ``completion_tokens``, as counted so far.
     """
 
     header: Mapping[str, JSON] = field(default_factory=dict)
@@ -77,15 +78,6 @@ class Refused(Exception):
         self.reason = reason
         self.detail = detail
         self.retry_ms = retry_ms
-
-
-@dataclass(frozen=True, slots=True)
-class RateView:
-    """A tenant's requests-per-minute limit as it stands now. ``limit_requests`` None: not limited."""
-
-    limit_requests: int | None
-    remaining_requests: int
-    reset_ms: int
 
 
 class Lease(Protocol):
@@ -128,14 +120,17 @@ class NodeFacade(Protocol):
     def resolve(self, tenant: str, text: str) -> ModelSpec | None:
         """The version that ``text`` (decoded) names. None when it is malformed, unknown or foreign."""
 
-    def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int) -> AbstractAsyncContextManager[Lease]:
-        """Wait until the model is resident and hold it there. Raises ``Refused``.
+    def lease(
+        self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int
+    ) -> AbstractAsyncContextManager[Lease]:
+        """Wait until the model is resident and hold it there. Raises ``Refused``. ``tokens`` are expected
+        to be read and written under it.
 
         Cancelling while it waits withdraws the request; leaving the context ends it.
         """
 
-    def rate_view(self, tenant: str) -> RateView:
-        """For the ``x-ratelimit-*`` headers."""
+    def rate_views(self, tenant: str) -> Sequence[RateView]:
+        """The tenant's limited rates, for the ``x-ratelimit-*`` headers."""
 
     def ready(self) -> bool:
         """Whether the node can accept requests: it has a plan and is not draining."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -25,6 +25,7 @@ from aiohttp.typedefs import Handler
 from agent.event_stream import STALL_SECONDS, EventStream, with_silences
 from agent.facade import EngineError, EngineFault, EngineFrame, EngineRequest, Lease, NodeFacade, Refused
 from agent.guard import FACTS, KEY, add_headers, require_key
+from agent.metering import expected_tokens
 from agent.openai_shapes import (
     ANSWER_CHARS_MAX,
     ChatAsk,
@@ -245,8 +246,9 @@ class Gateway:
         return Call(request, spec)
 
     @asynccontextmanager
-    async def _lease(self, call: Call) -> AsyncIterator[Lease]:
-        async with self._node.lease(call.spec, call.request_id, self._config.lease_timeout_ms) as lease:
+    async def _lease(self, call: Call, orders: Sequence[EngineRequest]) -> AsyncIterator[Lease]:
+        timeout_ms, tokens = self._config.lease_timeout_ms, expected_tokens(orders)
+        async with self._node.lease(call.spec, call.request_id, timeout_ms, tokens) as lease:
             facts = call.request[FACTS]
             facts.tier, facts.restore_ms, facts.device = lease.tier, lease.restore_ms, lease.device
             facts.restored_bytes = lease.restored_bytes
@@ -255,7 +257,7 @@ class Gateway:
     async def _one_frame(self, call: Call, order: EngineRequest) -> EngineFrame:
         """The answer of an operation that gives one frame. The lease is over when it is returned."""
         found: EngineFrame | None = None
-        async with self._lease(call) as lease:
+        async with self._lease(call, (order,)) as lease:
             async with _closing(lease.run(order)) as frames:
                 async for frame in frames:
                     if found is not None:
@@ -269,7 +271,7 @@ class Gateway:
         self, call: Call, orders: tuple[EngineRequest, ...]
     ) -> AsyncGenerator[Lease | tuple[int, EngineFrame], None]:
         """First the lease, then every frame of every order with the order's index."""
-        async with self._lease(call) as lease:
+        async with self._lease(call, orders) as lease:
             yield lease
             for index, order in enumerate(orders):
                 finished = False

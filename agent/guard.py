@@ -8,12 +8,13 @@ which the router shares (``packer/http.py``), or what a key may see (``gateway``
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from agent.facade import NodeFacade, RateView
+from agent.facade import NodeFacade
 from packer.http import (
     DEVICE_HEADER,
     NODE_HEADER,
@@ -23,11 +24,15 @@ from packer.http import (
     RESTORE_MS_HEADER,
     RESTORED_BYTES_HEADER,
     TIER_HEADER,
+    TOKENS_LIMIT_HEADER,
+    TOKENS_REMAINING_HEADER,
+    TOKENS_RESET_HEADER,
     ApiError,
     bearer_text,
     enter,
     invalid_key,
 )
+from packer.rates import RateView
 from packer.types import KeySpec, Tier
 
 # The routes that answer without a key. Health says only whether, never what.
@@ -105,20 +110,26 @@ def add_headers(app: web.Application, node: NodeFacade, node_name: str) -> None:
             response.headers[RESTORED_BYTES_HEADER] = str(facts.restored_bytes)
             response.headers[DEVICE_HEADER] = facts.device
         if key is not None:
-            response.headers.update(rate_headers(node.rate_view(key.tenant)))
+            response.headers.update(rate_headers(node.rate_views(key.tenant)))
 
     app.on_response_prepare.append(prepare)
 
 
-def rate_headers(view: RateView) -> dict[str, str]:
+# OpenAI knows headers for these two; the others are said in refusals and shown by `bunk quota show`.
+_HEADERS = {
+    "requests_per_minute": (RATE_LIMIT_HEADER, RATE_REMAINING_HEADER, RATE_RESET_HEADER),
+    "tokens_per_minute": (TOKENS_LIMIT_HEADER, TOKENS_REMAINING_HEADER, TOKENS_RESET_HEADER),
+}
+
+
+def rate_headers(views: Sequence[RateView]) -> dict[str, str]:
     """OpenAI's rate-limit headers; none when there is no limit, as a sentinel has broken clients before."""
-    if view.limit_requests is None:
-        return {}
-    return {
-        RATE_LIMIT_HEADER: str(view.limit_requests),
-        RATE_REMAINING_HEADER: str(max(view.remaining_requests, 0)),
-        RATE_RESET_HEADER: duration_text(max(view.reset_ms, 0)),
-    }
+    headers: dict[str, str] = {}
+    for view in views:
+        if (names := _HEADERS.get(view.name)) is not None:
+            values = (str(view.limit), str(max(view.remaining, 0)), duration_text(max(view.reset_ms, 0)))
+            headers.update(zip(names, values, strict=True))
+    return headers
 
 
 def duration_text(span_ms: int) -> str:

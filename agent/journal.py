@@ -28,6 +28,7 @@ from typing import Any
 
 from agent.counters import PendingRecord
 from agent.footprints import FootprintRow
+from agent.spending import SpentRow
 from packer import seal
 from packer.database import Database, Migrations
 from packer.durable import sync_folder, write_private
@@ -38,6 +39,8 @@ from packer.wire import BadMessage, Plan, Record, decode, encode
 # Records wait here while control is away: at 1 KiB each this bounds the journal to about 100 MiB.
 # Beyond it the oldest go, and the gap in their sequence tells control how many.
 SPOOL_RECORDS_MAX = 100_000
+# What a 64-bit column holds.
+SPENT_MAX = 2**63 - 1
 # A writer waits this long for another process that has the file open, such as a backup.
 BUSY_TIMEOUT_MS = 5_000
 # What a node measures of itself is a few KiB; more than this is not ours.
@@ -84,6 +87,12 @@ def m002_partial_packs_and_measurements(db: Database) -> None:
 def m003_footprints(db: Database) -> None:
     columns = {"ref": str, "kind": str, "engine": str, "peak_bytes": int, "samples": int}
     db.table("footprints").create(columns, pk=("ref", "kind"))
+
+
+@migrations()
+def m004_spent(db: Database) -> None:
+    columns = {"tenant": str, "tokens": int, "device_ms": int, "at_ms": int}
+    db.table("spent").create(columns, pk="tenant")
 
 
 class JournalFailed(OSError):
@@ -224,6 +233,22 @@ class Journal:
     def calibration(self) -> str | None:
         """As it was saved; None when this machine never measured itself."""
         return self._meta("calibration")
+
+    def save_spent(self, rows: Sequence[SpentRow]) -> None:
+        """What tenants owe of their rates, in place of what was written before; no more rows than tenants."""
+        with self._db.atomic():
+            table = self._db.table("spent")
+            table.delete_where()
+            for row in rows:
+                # A debt that no column holds is one that nobody lives to pay.
+                owed = [min(amount, SPENT_MAX) for amount in (row.tokens, row.device_ms)]
+                table.insert(
+                    {"tenant": row.tenant, "tokens": owed[0], "device_ms": owed[1], "at_ms": row.at_ms}
+                )
+
+    def spent(self) -> list[SpentRow]:
+        rows = self._db.table("spent").rows_where(order_by="tenant")
+        return [SpentRow(row["tenant"], row["tokens"], row["device_ms"], row["at_ms"]) for row in rows]
 
     def save_footprints(self, rows: Sequence[FootprintRow], planned: Collection[ModelRef]) -> None:
         """Keep what was measured; what is not planned any more is forgotten."""

@@ -55,13 +55,15 @@ class Effects(Protocol):
     async def evict(self, order: Evict) -> Event | None: ...
     async def pack(self, order: Pack) -> Event | None: ...
     async def drop(self, order: Drop) -> Event | None: ...
-    def run(self, ref: ModelRef, device: str, request: EngineRequest) -> AsyncIterator[EngineFrame]: ...
+    def run(
+        self, ref: ModelRef, device: str, request: EngineRequest, took: Callable[[int], None]
+    ) -> AsyncIterator[EngineFrame]: ...
 
 
 @dataclass(slots=True)
 class HeldLease:
-    """A granted request. ``restored_bytes`` were moved while it waited; ``device_ms`` grows with every
-    engine call made under it."""
+    """A granted request. ``restored_bytes`` were moved while it waited; ``device_ms`` and ``tokens`` grow
+    with every engine call made under it; whoever reads the frames counts the tokens."""
 
     effects: Effects
     ref: ModelRef
@@ -70,17 +72,18 @@ class HeldLease:
     restore_ms: int
     restored_bytes: int = 0
     device_ms: int = 0
+    tokens: int = 0
 
     async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        frames = self.effects.run(self.ref, self.device, request)
+        frames = self.effects.run(self.ref, self.device, request, self._took)
         try:
             async for frame in frames:
                 yield frame
         finally:
             await frames.aclose()  # type: ignore[attr-defined]  # cancels inside the worker
-            self.device_ms += round((loop.time() - started) * 1000)
+
+    def _took(self, device_ms: int) -> None:
+        self.device_ms += device_ms
 
 
 class Loop:
@@ -202,12 +205,14 @@ class Loop:
         self.post(Ticked())
 
     @asynccontextmanager
-    async def lease(self, spec: ModelSpec, request: str, timeout_ms: int) -> AsyncIterator[HeldLease]:
+    async def lease(
+        self, spec: ModelSpec, request: str, timeout_ms: int, tokens: int = 0
+    ) -> AsyncIterator[HeldLease]:
         """Wait for the model and hold it; see ``NodeFacade.lease``."""
         future: asyncio.Future[tuple[Grant, int]] = asyncio.get_running_loop().create_future()
         self._waiting[request] = future
         try:
-            self.post(Requested(request, spec.ref, self._clock_ms() + timeout_ms))
+            self.post(Requested(request, spec.ref, self._clock_ms() + timeout_ms, tokens))
             grant, moved_bytes = await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
@@ -220,7 +225,7 @@ class Loop:
         try:
             yield held
         finally:
-            self.post(Finished(request, held.device_ms))
+            self.post(Finished(request, held.device_ms, held.tokens))
 
     def dump(self, why: str) -> Path:
         """Write the ring as JSON lines; returns the file."""

@@ -18,18 +18,20 @@ from agent.accuracy import Accuracy
 from agent.calibration import Calibrator, LinkMeter
 from agent.config import AgentConfig
 from agent.counters import Counters
-from agent.facade import EngineFrame, EngineRequest, Lease, RateView
+from agent.facade import Lease
 from agent.footprints import Footprints
 from agent.identity import BadIdentity, Identity
 from agent.journal import JournalFailed, PackRow, open_journal
 from agent.keeper import Keeper
-from agent.loop import HeldLease, Loop
+from agent.loop import Loop
+from agent.metering import MeteredLease
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
 from agent.packs import HostSegments, PackDirectory
 from agent.reports import build_report
 from agent.sharing import Sharing
 from agent.spawning import Nursery
+from agent.spending import Spending
 from agent.uplink import Uplink
 from packer import residency
 from packer.estimate import FIRST_RATES, Rates, choose_host_form, dump_rates
@@ -45,6 +47,7 @@ from packer.events import (
     TierBudgetSeen,
 )
 from packer.http import check_key
+from packer.rates import RateView
 from packer.types import BadValue, HostForm, KeySpec, ModelName, ModelRef, ModelSpec, Tier, parse_model
 from packer.wire import Plan, Record, Report
 
@@ -128,6 +131,9 @@ class RunningNode:
         self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
         self.footprints.take_stored(self._journal.journal.footprints())
         self.orders.on_workspace = self._on_workspace
+        self._spending = Spending(
+            self._journal.journal.spent(), lambda: residency.spent(self.loop.core, monotonic_ms()), wall_ms
+        )
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
         self._keys: dict[str, KeySpec] = {}
         self._specs: dict[ModelRef, ModelSpec] = {}
@@ -184,6 +190,7 @@ class RunningNode:
         await self.orders.close()
         await self._nursery.close()
         await self._flush_once()
+        await self._keep_spent(at_once=True)
         self._segments.close()
         self._journal.close()
         devices.close()
@@ -284,6 +291,12 @@ class RunningNode:
             if not kept:
                 self.footprints.put_back(rows)
 
+    async def _keep_spent(self, at_once: bool = False) -> None:
+        rows = self._spending.due(at_once)
+        if rows is not None:
+            with self._keeper.journal_may_fail():
+                await self._journal.call(self._journal.journal.save_spent, rows)
+
     def _apply(self, plan: Plan) -> None:
         self.sharing.planned(plan)
         self._keys = {key.key_id: key for key in plan.keys}
@@ -291,6 +304,8 @@ class RunningNode:
         self._specs |= {spec.ref: spec for spec in plan.models}
         self._latest = {spec.ref.model: spec for spec in plan.models if spec.latest}
         self.loop.post(Planned(plan.tenants, plan.models))
+        for spent in self._spending.planned():
+            self.loop.post(spent)
         self.footprints.planned(plan.models)
         for row in self._packs_found:
             host_bytes = row.host.of(self.host_form) if row.host else row.host_bytes
@@ -329,10 +344,12 @@ class RunningNode:
         return self._specs.get(ModelRef(model.tenant, model.name, version))
 
     @asynccontextmanager
-    async def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int) -> AsyncIterator[Lease]:
+    async def lease(
+        self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int
+    ) -> AsyncIterator[Lease]:
         try:
             with self._calibrator.disturbed():
-                async with self.loop.lease(spec, request_id, timeout_ms) as held:
+                async with self.loop.lease(spec, request_id, timeout_ms, tokens) as held:
                     metered = MeteredLease(held)
                     try:
                         yield metered
@@ -346,12 +363,9 @@ class RunningNode:
         finally:
             self.counters.done(request_id)
 
-    def rate_view(self, tenant: str) -> RateView:
+    def rate_views(self, tenant: str) -> Sequence[RateView]:
         view = residency.tenant_view(self.loop.core, tenant, monotonic_ms())
-        for rate in view.rates if view is not None else ():
-            if rate.name == "requests_per_minute":
-                return RateView(rate.limit, rate.remaining, rate.reset_ms)
-        return RateView(None, 0, 0)
+        return view.rates if view is not None else ()
 
     def ready(self) -> bool:
         return self._plan is not None and not self._plan.draining
@@ -420,6 +434,7 @@ class RunningNode:
 
     async def _flush_once(self) -> None:
         await self._keep_footprints()
+        await self._keep_spent()
         if await self._keeper.flush() and self.uplink is not None:
             self.uplink.changed()
 
@@ -430,39 +445,3 @@ class RunningNode:
             async for piece in self.uplink.fetch(spec, path, start, nbytes):
                 came(len(piece))
                 yield piece
-
-
-class MeteredLease:
-    """A lease that reads the token counts off the engine's last frames."""
-
-    def __init__(self, held: HeldLease) -> None:
-        self._held = held
-        self.tokens = 0
-
-    @property
-    def tier(self) -> Tier:
-        return self._held.tier
-
-    @property
-    def restore_ms(self) -> int:
-        return self._held.restore_ms
-
-    @property
-    def restored_bytes(self) -> int:
-        return self._held.restored_bytes
-
-    @property
-    def device(self) -> str:
-        return self._held.device
-
-    async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
-        frames = self._held.run(request)
-        try:
-            async for frame in frames:
-                for name in ("prompt_tokens", "completion_tokens"):
-                    tokens = frame.header.get(name)
-                    if isinstance(tokens, int):
-                        self.tokens += tokens
-                yield frame
-        finally:
-            await frames.aclose()  # type: ignore[attr-defined]

@@ -42,6 +42,7 @@ from packer.events import (
     Restored,
     RestoreFailed,
     TierBudgetSeen,
+    TookLate,
     WorkerDied,
 )
 from packer.seal import BadSeal
@@ -139,6 +140,7 @@ class Orders:
             await self._close_parked()
             worker = await self._nursery.spawn(at[0], self._devices[at[1]])
             worker.on_workspace = lambda ref, nbytes: self.on_workspace(ref, at[1], worker.pid, nbytes)
+            worker.on_late = lambda device_ms: self.post(TookLate(at[0], device_ms))
             self._workers[at] = worker
             self._keep(self._watch(at, worker))
             return worker
@@ -440,11 +442,13 @@ class Orders:
                 log.error("the pack of %s can not be removed: %s", ref, error)
                 await asyncio.sleep(DROP_RETRY_S)
 
-    async def run(self, ref: ModelRef, device: str, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+    async def run(
+        self, ref: ModelRef, device: str, request: EngineRequest, took: Callable[[int], None]
+    ) -> AsyncIterator[EngineFrame]:
         worker = self._workers.get((ref.tenant, device))
         if worker is None:
             raise _worker_died(ref)
-        frames = worker.run(ref, request)
+        frames = worker.run(ref, request, took)
         try:
             async for frame in frames:
                 yield frame

@@ -189,6 +189,7 @@ class _Answer:
         self.frames: deque[tuple[FromWorker, bytes]] = deque()
         self.arrived = asyncio.Event()
         self.ended = False
+        self.busy_ms = 0
 
 
 class WorkerHandle:
@@ -201,6 +202,8 @@ class WorkerHandle:
         self.died = asyncio.Event()
         # Told of each measured request: its model, and the bytes that it took beside the weights.
         self.on_workspace: Callable[[ModelRef, int], None] = lambda ref, workspace_bytes: None
+        # Told of device time that requests took whose callers had left, in milliseconds.
+        self.on_late: Callable[[int], None] = lambda device_ms: None
         self._orders = orders
         self._orders_lock = asyncio.Lock()
         self._receiver = Receiver(orders)
@@ -398,8 +401,11 @@ class WorkerHandle:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    async def run(self, ref: ModelRef, request: EngineRequest) -> AsyncIterator[EngineFrame]:
-        """The answer, frame by frame; closing the iterator cancels inside the worker.
+    async def run(
+        self, ref: ModelRef, request: EngineRequest, took: Callable[[int], None] = lambda device_ms: None
+    ) -> AsyncIterator[EngineFrame]:
+        """The answer, frame by frame; closing the iterator cancels inside the worker. ``took`` is told how
+        many milliseconds the worker was busy with it, unless it still is: then ``on_late`` will be.
 
         Raises ``EngineError`` (the request is at fault), ``WorkerFailure`` (the engine is) and
         ``WorkerDead``.
@@ -433,6 +439,7 @@ class WorkerHandle:
                 await answer.arrived.wait()
         finally:
             del self._answers[number]
+            took(answer.busy_ms)
             for _ in self._taken(answer):
                 pass  # hands their room back
             if not answer.ended and not self.died.is_set() and self._writer is not None:
@@ -467,11 +474,14 @@ class WorkerHandle:
                 if isinstance(frame, Measured):
                     self._measured(frame)
                     continue
-                self._due.heard(frame.id, not isinstance(frame, Piece), asyncio.get_running_loop().time())
+                ended = not isinstance(frame, Piece)
+                busy_s = self._due.heard(frame.id, ended, asyncio.get_running_loop().time())
                 answer = self._answers.get(frame.id)
-                if answer is None:
-                    continue  # its caller has left
-                answer.ended = not isinstance(frame, Piece)
+                if answer is None:  # its caller has left
+                    if busy_s:
+                        self.on_late(round(busy_s * 1000))
+                    continue
+                answer.ended, answer.busy_ms = ended, round(busy_s * 1000)
                 answer.frames.append((frame, body))
                 answer.arrived.set()
                 self._buffered_bytes += len(body)

@@ -122,6 +122,14 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class TookLate:
+    """A tenant's worker computed on for a request after its caller had left, and is done with it now."""
+
+    tenant: str
+    device_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class SpentFound:
     """At start-up: what a tenant owed ``ago_ms`` ago, before the restart. After the first ``Planned``,
     which says its limits; a tenant that is not planned owes nothing."""
@@ -248,6 +256,7 @@ Event = (
     | Requested
     | Cancelled
     | Finished
+    | TookLate
     | SpentFound
     | Restored
     | RestoreFailed

@@ -37,6 +37,7 @@ from packer.events import (
     SpentFound,
     Ticked,
     TierBudgetSeen,
+    TookLate,
     WorkerDied,
 )
 from packer.intensity import note_use
@@ -123,6 +124,9 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             _finished(node, event.request, event.device_ms, event.tokens, now_ms)
         case Cancelled():
             _cancelled(node, event.request, now_ms)
+        case TookLate():
+            if (tenant := node.tenants.get(event.tenant)) is not None:
+                turns.note_late_use(tenant, event.device_ms, now_ms)
         case SpentFound():
             _spent_found(node, event, now_ms)
         case Restored():

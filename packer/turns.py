@@ -114,6 +114,13 @@ def note_use_of(lease: Lease, device_ms: int, tokens: int, now_ms: int) -> None:
         tenant.use_ms = device_ms if not tenant.use_ms else (kept_of_four * tenant.use_ms + device_ms) // 4
 
 
+def note_late_use(tenant: Tenant, device_ms: int, now_ms: int) -> None:
+    """What a request took after its end in the books."""
+    device_ms = bounded(device_ms, REQUEST_DEVICE_MS_MAX)
+    tenant.rates.device.take(now_ms, device_ms)
+    quota.charge(tenant, device_ms)
+
+
 def note_restore_time(model: Model, taken_ms: int, now_ms: int) -> None:
     """A restore is over for good: it counts against the device time of whoever caused it."""
     model.counted = False

@@ -111,7 +111,7 @@ class BenchNode:
         """Wait for a model and hold it. Raises ``Refused``."""
         started_s = time.perf_counter()
         number = f"bench-{next(self._numbers)}"
-        async with self.node.lease(spec, number, REQUEST_TIMEOUT_MS) as lease:
+        async with self.node.lease(spec, number, REQUEST_TIMEOUT_MS, 0) as lease:
             yield Taken(lease.tier, (time.perf_counter() - started_s) * 1000)
 
     async def take(self, spec: ModelSpec) -> Taken:
@@ -122,7 +122,7 @@ class BenchNode:
         """The model's first tokens: they depend on all of its weights. Raises ``Refused``."""
         number = f"bench-{next(self._numbers)}"
         fields: dict[str, JSON] = {"prompt": "Hello", "max_tokens": tokens, "temperature": 0}
-        async with self.node.lease(spec, number, REQUEST_TIMEOUT_MS) as lease:
+        async with self.node.lease(spec, number, REQUEST_TIMEOUT_MS, 0) as lease:
             frames = [frame async for frame in lease.run(EngineRequest("generate", fields))]
         return "".join(str(frame.header.get("delta", "")) for frame in frames)
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from agent.facade import EngineError, EngineFrame, EngineRequest, Lease, RateView, Refused
+from agent.facade import EngineError, EngineFrame, EngineRequest, Lease, Refused
 from agent.gateway import GatewayConfig, build_app
 from packer.http import KeyText, check_key, make_key, runner
+from packer.rates import RateView
 from packer.types import BadValue, KeySpec, ModelRef, ModelSpec, Task, Tier, parse_model
 
 NOW_MS = 1_700_000_000_000
@@ -116,11 +117,12 @@ class FakeNode:
     tier: Tier = Tier.DISK
     restore_ms: int = 37
     script: Script = answer
-    rates: RateView = field(default_factory=lambda: RateView(None, 0, 0))
+    rates: tuple[RateView, ...] = ()
     refused: dict[str, Refused] = field(default_factory=dict)
     models: dict[ModelRef, ModelSpec] = field(default_factory=dict)
     keys: dict[str, KeySpec] = field(default_factory=dict)
     orders: list[EngineRequest] = field(default_factory=list)
+    expected_tokens: list[int] = field(default_factory=list)
     events: list[tuple[str, str]] = field(default_factory=list)
     is_ready: bool = True
 
@@ -183,8 +185,11 @@ class FakeNode:
         return None
 
     @asynccontextmanager
-    async def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int) -> AsyncIterator[Lease]:
+    async def lease(
+        self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int
+    ) -> AsyncIterator[Lease]:
         assert timeout_ms > 0
+        self.expected_tokens.append(tokens)
         self.log(request_id, "requested")
         if self.hold:
             try:
@@ -200,7 +205,7 @@ class FakeNode:
         finally:
             self.log(request_id, "finished")
 
-    def rate_view(self, tenant: str) -> RateView:
+    def rate_views(self, tenant: str) -> Sequence[RateView]:
         return self.rates
 
     def ready(self) -> bool:

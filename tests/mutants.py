@@ -82,7 +82,7 @@ MUTANTS = (
     Mutant(
         "a cancelled grant keeps its lease",
         "residency",
-        "    else:\n        _finished(node, request, 0)",
+        "    else:\n        _finished(node, request, 0, 0, now_ms)",
         "    else:\n        node.requests.pop(request, None)",
     ),
     Mutant(

@@ -19,7 +19,7 @@ import openai
 import pytest
 from fake_node import DIMENSIONS, OLDER, SOON_SECONDS, FakeNode, served, too_long, vector_of
 
-from agent.facade import EngineError, EngineFrame, EngineRequest, RateView, Refused
+from agent.facade import EngineError, EngineFrame, EngineRequest, Refused
 from agent.guard import duration_text
 from packer.events import RefusalReason
 from packer.http import REFUSAL_STATUS, check_key, make_key, parse_key
@@ -265,8 +265,8 @@ async def test_fields_that_ask_for_nothing_are_accepted() -> None:
 # --- headers --------------------------------------------------------------------------------------------
 
 
-async def test_answers_carry_where_they_came_from_and_what_is_left() -> None:
-    node = FakeNode(tier=Tier.HOST, restore_ms=12, rates=RateView(60, 59, 361_000))
+async def test_answers_carry_where_they_came_from() -> None:
+    node = FakeNode(tier=Tier.HOST, restore_ms=12)
     async with served(node) as url:
         for path, body in (
             ("/v1/embeddings", {"model": "acme/embed", "input": "a"}),
@@ -277,9 +277,6 @@ async def test_answers_carry_where_they_came_from_and_what_is_left() -> None:
             assert headers["x-bunkhouse-tier"] == "host"
             assert headers["x-bunkhouse-restore-ms"] == "12"
             assert headers["x-bunkhouse-restored-bytes"] == "4096"
-            assert headers["x-ratelimit-limit-requests"] == "60"
-            assert headers["x-ratelimit-remaining-requests"] == "59"
-            assert headers["x-ratelimit-reset-requests"] == "6m1s"
             assert headers["x-request-id"] in {request_id for request_id, _ in node.events}
 
 

@@ -89,7 +89,9 @@ class SlowHands:
         await self._work()
         return Dropped(order.ref, order.tier)
 
-    async def run(self, ref: ModelRef, device: str, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+    async def run(
+        self, ref: ModelRef, device: str, request: EngineRequest, took: Callable[[int], None]
+    ) -> AsyncIterator[EngineFrame]:
         at = (ref, device)
         self.running[at] = self.running.get(at, 0) + 1
         try:
@@ -246,7 +248,7 @@ async def _broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (dump,) = tmp_path.glob("ring-broken-*.jsonl")
     rows = [json.loads(line) for line in dump.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert rows[-1]["event"] == ["Finished", {"request": "nobody", "device_ms": 0}]
+    assert rows[-1]["event"] == ["Finished", {"request": "nobody", "device_ms": 0, "tokens": 0}]
 
 
 def test_a_broken_invariant_dumps_the_ring_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

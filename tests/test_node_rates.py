@@ -136,7 +136,7 @@ async def test_a_request_keeps_the_box_from_being_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with node_of(tmp_path) as node:
-        lease = node.lease(SPEC, "r1", 1000)
+        lease = node.lease(SPEC, "r1", 1000, 0)
         entering = asyncio.create_task(lease.__aenter__())
         await asyncio.sleep(0)
         assert node._calibrator._in_use == 1

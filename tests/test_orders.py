@@ -6,7 +6,7 @@ workers themselves (``test_worker``) or the statuses (``test_gateway``).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,9 @@ class Failing(WorkerHandle):
     def __init__(self, failure: WorkerFailure) -> None:
         self.failure = failure
 
-    async def run(self, ref: ModelRef, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+    async def run(
+        self, ref: ModelRef, request: EngineRequest, took: Callable[[int], None]
+    ) -> AsyncIterator[EngineFrame]:
         raise self.failure
         yield  # type: ignore[unreachable]  # makes this a generator
 
@@ -47,7 +49,7 @@ async def run(folder: Path, failure: WorkerFailure) -> None:
     orders = Orders(Nursery(1), devices, packs, HostSegments(), thread, fetch, lambda ref: SPEC, lambda: 0)
     orders._workers[(REF.tenant, DEVICE.device)] = Failing(failure)
     try:
-        async for _ in orders.run(REF, DEVICE.device, EngineRequest("embed")):
+        async for _ in orders.run(REF, DEVICE.device, EngineRequest("embed"), lambda ms: None):
             raise AssertionError("nothing can be answered")
     finally:
         thread.close()

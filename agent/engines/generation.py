@@ -215,7 +215,12 @@ def generate(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    stream = TextStream(decode, _stops(fields), lambda text: emit(EngineFrame({"delta": text})))
+    def said(text: str) -> None:
+        # Counted in every frame: a caller that leaves has used what was read and written by then.
+        counts = {"prompt_tokens": len(tokens), "completion_tokens": watch.tokens}
+        emit(EngineFrame({"delta": text, **counts}))
+
+    stream = TextStream(decode, _stops(fields), said)
     watch = _Watch(stream, frozenset(sampling.end_tokens), cancelled)
     if fields.seed is None:
         torch.seed()

@@ -1,0 +1,119 @@
+"""What a request takes: an estimate of its tokens before it runs, and their count while it does.
+
+Covers: the estimate that is reserved of a tenant's tokens per minute, and reading the engine's counts off
+its frames, also of answers that were broken off. Does not cover: device time (``agent/due.py`` measures it,
+``loop`` adds it up), limits (``packer/rates.py``), or usage in what the caller is told (``openai_shapes``).
+
+A worker's counts are taken on trust for its own tenant alone: it runs that tenant's models and no other's,
+so a lie costs or spares nobody else a token. Device time is measured on this side, whatever it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from agent.facade import JSON, EngineFrame, EngineRequest
+from agent.loop import HeldLease
+from packer.rates import REQUEST_TOKENS_MAX, bounded
+from packer.types import Tier
+
+# English has about four characters per token, other scripts fewer; what is wrong is put right by the count.
+CHARS_PER_TOKEN = 4
+# Written when the caller does not say how much at most, and what is reserved of what it does say: callers
+# name a large limit to be safe, and answers seldom come near it.
+OUTPUT_TOKENS_ASSUMED = 512
+OUTPUT_TOKENS_RESERVED_MAX = 4096
+_COUNTS = ("prompt_tokens", "completion_tokens")
+
+
+def expected_tokens(orders: Sequence[EngineRequest]) -> int:
+    """What these orders will read and write, by the size of their input and the limits that they name."""
+    return sum(read_tokens(order) + _written_tokens(order) for order in orders)
+
+
+def read_tokens(order: EngineRequest) -> int:
+    """Tokens of the input: exact when the caller sent token numbers, else by its characters."""
+    fields = order.fields
+    total = 0
+    for name in ("inputs", "prompt", "tokens", "messages"):
+        total += _tokens_of(fields.get(name))
+    return total
+
+
+def _tokens_of(value: JSON) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, str):
+        return len(value) // CHARS_PER_TOKEN + 1
+    if isinstance(value, Mapping):
+        return _tokens_of(value.get("content"))
+    if isinstance(value, Sequence):
+        if value and isinstance(value[0], int):
+            return len(value)
+        return sum(_tokens_of(each) for each in value)
+    return 0
+
+
+def _written_tokens(order: EngineRequest) -> int:
+    if order.op != "generate":
+        return 0
+    most = order.fields.get("max_tokens")
+    if not isinstance(most, int):
+        return OUTPUT_TOKENS_ASSUMED
+    return bounded(most, OUTPUT_TOKENS_RESERVED_MAX)
+
+
+class MeteredLease:
+    """A lease that reads the token counts off the engine's frames.
+
+    An engine counts in every frame what it has read and written so far; the last frame seen is the count.
+    A request that was broken off before its first frame has been read, as far as anybody knows.
+    """
+
+    def __init__(self, held: HeldLease) -> None:
+        self._held = held
+
+    @property
+    def tokens(self) -> int:
+        return self._held.tokens
+
+    @property
+    def tier(self) -> Tier:
+        return self._held.tier
+
+    @property
+    def restore_ms(self) -> int:
+        return self._held.restore_ms
+
+    @property
+    def restored_bytes(self) -> int:
+        return self._held.restored_bytes
+
+    @property
+    def device(self) -> str:
+        return self._held.device
+
+    async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        frames = self._held.run(request)
+        counted: int | None = None
+        failed = False
+        try:
+            async for frame in frames:
+                count = count_of(frame)
+                counted = count if count is not None else counted
+                yield frame
+        except Exception:
+            failed = True  # refused or broken by the engine; a caller that leaves is no Exception
+            raise
+        finally:
+            if counted is None and not failed:
+                counted = read_tokens(request)
+            self._held.tokens += counted or 0
+            await frames.aclose()  # type: ignore[attr-defined]  # an async generator
+
+
+def count_of(frame: EngineFrame) -> int | None:
+    """The tokens that a frame says were read and written; None when it says nothing of the kind."""
+    known = [frame.header.get(name) for name in _COUNTS]
+    counts = [each for each in known if isinstance(each, int) and not isinstance(each, bool)]
+    return sum(bounded(each, REQUEST_TOKENS_MAX) for each in counts) if counts else None
