@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from packer.intensity import note_use
 from packer.ledger import Lease, Model, Node, State, Waiter
+from packer.room import use_slice
 from packer.turns import arrive, note_use_of
 
 _RESIDENT = State.RESIDENT
@@ -69,6 +70,8 @@ def grant_at_once(node: Node, request: str, model: Model, now_ms: int, tokens: i
     if not tenant.granted and not tenant.waiting:
         arrive(node, tenant)
     note_use(model.reuse, node.shared, now_ms)
+    if tenant.slice.reserved_bytes:
+        use_slice(node, model)
     node.requests[request] = lease = Lease(request, model, model.residency, now_ms, reserved)
     model.leases += 1
     tenant.granted += 1

@@ -16,6 +16,7 @@ from __future__ import annotations
 from packer import queueing
 from packer.chosen import Chosen
 from packer.ledger import Copy, CopyState, Lease, Model, Node, State, prefix_bytes
+from packer.lending import MARGIN_PERCENT
 from packer.proof import Proof, Shares, Sums
 from packer.quota import Account, InvariantBroken, Tenant
 from packer.types import ModelRef, Tier
@@ -53,6 +54,9 @@ def check(node: Node, full: bool = False) -> None:
             tenants[ref.tenant] = model.tenant
     for name, tenant in tenants.items():
         _check_tenant(node, name, tenant, proof)
+        _check_slice(node, name, tenant)
+    for name, tenant in node.tenants.items() if full else ():
+        _recount_slice(node, name, tenant)
     _check_budgets(node, proof)
     _check_removed(node)
     _check_waiting(node, proof)
@@ -89,6 +93,7 @@ def _shares(node: Node, model: Model) -> Shares:
             _check_copy(node, model, tier, copy)
     if node.chosen is not None:
         _check_chosen(node, node.chosen, model)
+    _check_shade(model)
     if model.waiters:
         _require(model.ref in node.queue, f"{model.ref} has waiters and is not in the queue")
         _require(not queueing.grantable(node, model), f"{model.ref} is there and requests wait for it")
@@ -104,6 +109,42 @@ def _shares(node: Node, model: Model) -> Shares:
         waiting=len(model.waiters),
         models=1,
     )
+
+
+def _check_shade(model: Model) -> None:
+    """The private slice knows what is really there, and what lacks in comparison."""
+    shade = model.shade
+    whole = model.state is State.RESTORING or model.state is State.RESIDENT
+    real_bytes = shade.size_bytes if whole else model.device_bytes - model.leaving_bytes
+    if shade.real_bytes != real_bytes or shade.gap_ms != shade.gap_with(real_bytes):
+        raise InvariantBroken(
+            f"{model.ref}: its slice believes that {shade.real_bytes} bytes are there and {shade.gap_ms} ms "
+            f"lack; it is {model.state} with {real_bytes} bytes and {shade.gap_with(real_bytes)} ms"
+        )
+    if shade.slice_bytes and (not model.planned or shade not in model.tenant.slice.shades):
+        raise InvariantBroken(f"{model.ref}: {shade.slice_bytes} bytes of it are in a slice and not counted")
+
+
+def _check_slice(node: Node, name: str, tenant: Tenant) -> None:
+    """A slice is within the reserve, and what may be taken of it is paid for beforehand."""
+    slice_ = tenant.slice
+    if slice_.reserved_bytes != tenant.device.reserved_bytes or slice_.held_bytes > slice_.reserved_bytes:
+        raise InvariantBroken(
+            f"{name}: its slice has {slice_.held_bytes} of {slice_.reserved_bytes} bytes, "
+            f"{tenant.device.reserved_bytes} are reserved"
+        )
+    if slice_.reserved_bytes and node.terms.margin_percent >= MARGIN_PERCENT:
+        covered = slice_.debt_ms + slice_.gap_ms <= 0
+        _require(covered, f"{name} owes {slice_.debt_ms} ms, and {slice_.gap_ms} ms more may follow")
+
+
+def _recount_slice(node: Node, name: str, tenant: Tenant) -> None:
+    """The sums of a slice, from its models alone; part of the full check only."""
+    slice_ = tenant.slice
+    held_bytes = sum(shade.slice_bytes for shade in slice_.shades)
+    gap_ms = sum(m.shade.gap_ms for m in node.models.values() if m.tenant is tenant)
+    _require(held_bytes == slice_.held_bytes, f"{name}: its slice counts {slice_.held_bytes} bytes wrongly")
+    _require(gap_ms == slice_.gap_ms, f"{name}: its slice counts {slice_.gap_ms} ms of gaps, not {gap_ms}")
 
 
 def _check_on_device(node: Node, model: Model) -> None:

@@ -19,6 +19,7 @@ from packer.chosen import Chosen
 from packer.estimate import History, Learned
 from packer.events import RefusalReason
 from packer.intensity import Intensity, Shared
+from packer.lending import Shade, Terms, shade_of
 from packer.proof import Proof
 from packer.quota import Account, InvariantBroken, Tenant
 from packer.types import MIB, ModelRef, ModelSpec, Tier
@@ -138,11 +139,13 @@ class Model:
     charged_ms: int = 0
     counted: bool = False  # of the restores per minute; one that is tried again is not counted again
     gains: Gains | None = None  # as last worked out; None: something that it depends on changed
+    shade: Shade = field(init=False)
     name: str = ""  # the ref as text, which breaks ties
     measured_bytes: int | None = None  # what requests need beside the weights, once that was measured
 
     def __post_init__(self) -> None:
         self.name = str(self.spec.ref)
+        self.shade = _shade(self, partial=True)
 
     @property
     def ref(self) -> ModelRef:
@@ -185,6 +188,11 @@ class Model:
 
     def copy(self, tier: Tier) -> Copy:
         return self.host if tier is Tier.HOST else self.disk
+
+
+def _shade(model: Model, partial: bool) -> Shade:
+    spec = model.spec
+    return shade_of(spec.image_bytes, model.workspace_bytes, spec.chunk_bytes, partial)
 
 
 @dataclass(slots=True, eq=False)
@@ -247,6 +255,8 @@ class Node:
     partial: bool = True
     # The policy that an operator chose instead of the keep-index.
     chosen: Chosen | None = None
+    # How reserved bytes are lent; see ``lending``.
+    terms: Terms = field(default_factory=Terms)
     virtual_us: int = 0
     # Tenants with requests in flight, and some that had some lately; each once.
     busy: list[Tenant] = field(default_factory=list)
@@ -286,6 +296,14 @@ def pack_reservation_bytes(spec: ModelSpec) -> int:
     return spec.image_bytes + spec.image_bytes // PACK_GROWTH_PARTS + PACK_FIXED_BYTES + side
 
 
+def renew_shade(node: Node, model: Model) -> None:
+    """The model has other bytes now, or divides differently: the private slice knows nothing of it."""
+    model.tenant.slice.forget(model.shade)
+    model.shade = shade = _shade(model, node.partial)
+    whole = model.state is State.RESTORING or model.state is State.RESIDENT
+    shade.real_bytes = shade.size_bytes if whole else model.device_bytes - model.leaving_bytes
+
+
 # --- device bytes ---------------------------------------------------------------------------------
 
 
@@ -302,6 +320,7 @@ def hold_device(node: Node, model: Model, device: Device) -> None:
     nbytes = model.missing_bytes
     device.account.hold(nbytes)
     model.tenant.device.hold(nbytes)
+    model.tenant.slice.pay(model.shade, node.terms)
     model.device = device
     model.device_bytes += nbytes
     model.resident_chunks = len(model.spec.chunk_bytes)
@@ -318,6 +337,7 @@ def leave_device(node: Node, model: Model, keep_chunks: int) -> None:
     model.kept_chunks, model.leaving_bytes = keep_chunks, nbytes
     if node.chosen is not None and not keep_chunks:
         node.chosen.note_gone(Tier.DEVICE, model.ref, node.now_ms)
+    model.tenant.slice.keep(model.shade, model.device_bytes - nbytes)
     _changed(node, model)
 
 
@@ -331,6 +351,8 @@ def release_device(node: Node, model: Model, kept_chunks: int) -> None:
     for account in (device.account, model.tenant.device):
         account.release(model.leaving_bytes, leaving=True)
         account.release(surprising_bytes, leaving=False)
+    if surprising_bytes:
+        model.tenant.slice.lose(model.shade, kept_bytes)
     model.device_bytes, model.resident_chunks = kept_bytes, kept_chunks
     model.kept_chunks = model.leaving_bytes = model.order = 0
     model.state = State.PARTIAL if kept_chunks else State.ABSENT
@@ -352,6 +374,7 @@ def measure_workspace(node: Node, ref: ModelRef, workspace_bytes: int) -> None:
         return
     device, more_bytes = model.device, workspace_bytes - model.workspace_bytes
     model.measured_bytes = workspace_bytes
+    model.tenant.slice.measure(model.shade, model.need_bytes)
     node.dirty = True
     if device is None or model.state not in (State.RESTORING, State.RESIDENT):
         return  # a part holds no workspace, and what leaves goes as it was held

@@ -168,6 +168,7 @@ def leave_queue(node: Node, waiter: Waiter) -> None:
     node.touched[model.ref] = None
     if not model.waiters:
         del node.queue[model.ref]
+        model.tenant.slice.give_up(model.shade)
         node.dirty = True
 
 
@@ -226,11 +227,17 @@ def retry_ms(node: Node, model: Model, now_ms: int) -> int:
 # --- orders on devices ----------------------------------------------------------------------------
 
 
-def order_evict(node: Node, model: Model, out: list[Action], keep_chunks: int = 0) -> None:
+def order_evict(
+    node: Node, model: Model, out: list[Action], keep_chunks: int = 0, forced: bool = False
+) -> None:
+    """``forced``: no policy could have helped it, so what its tenant's slice does not allow is excused."""
     assert model.device is not None
     model.state = State.EVICTING
     model.order = next_order(node)
     leave_device(node, model, keep_chunks)
+    slice_ = model.tenant.slice
+    if forced and slice_.is_over(node.terms):
+        slice_.lose(model.shade, model.device_bytes - model.leaving_bytes)
     node.unpacked.pop(model.ref, None)
     node.condemned.pop(model.ref, None)
     out.append(Evict(model.ref, model.device.name, keep_chunks, model.order))
@@ -438,7 +445,7 @@ def _try_start(
     claim = _choose_claim(node, model, healthy, earlier, claims, now_ms)
     if claim is None:
         if model.state is State.PARTIAL and _serves_elsewhere(node, model, healthy, earlier, claims, now_ms):
-            order_evict(node, model, out)
+            order_evict(node, model, out, forced=True)
             return False
         hope = victims.hopeless(node, model, now_ms)
         if hope is not None:
@@ -455,7 +462,7 @@ def _try_start(
     claims[device.name] = Claim(model.ref, since_ms)
     if all(taking.model.idle for taking in takings):
         for taking in takings:
-            order_evict(node, taking.model, out, taking.keep_chunks)
+            order_evict(node, taking.model, out, taking.keep_chunks, taking.forced)
         if room.source_tier(model) is Tier.ORIGIN:
             make_pack_room(node, model, now_ms, out)
         else:
@@ -479,7 +486,7 @@ def _serves_elsewhere(
     the rest? Then these chunks lie in the wrong place."""
     return any(
         (device.account.limit_bytes or 0) >= model.need_bytes
-        and victims.device_victims(node, model, device, earlier, False, now_ms) is not None
+        and victims.device_victims(node, model, device, earlier, False, False, now_ms) is not None
         for device in healthy
         if device is not model.device and device.name not in claims
     )
@@ -498,12 +505,13 @@ def _choose_claim(
     now_ms: int,
 ) -> tuple[Device, list[victims.Taking]] | None:
     """The device to make room on and whom to evict there: fewest bytes of idle models now; else, of
-    models in use, for later. A claim that stands keeps its device unless another can serve at once, and
-    a model of which some chunks are there claims no other."""
+    models in use, for later; else, as a last resort, beyond what slices allow. A claim that stands keeps
+    its device unless another can serve at once, and a model of which some chunks are there claims no
+    other."""
     free = [device for device in healthy if device.name not in claims]
     if model.device is not None:
         free = [device for device in free if device is model.device]
-    for busy in (False, True):
+    for busy, reach in ((False, False), (True, False), (False, True), (True, True)):
         if (
             busy
             and model.device is not None
@@ -514,7 +522,7 @@ def _choose_claim(
         for device in free:
             if (device.account.limit_bytes or 0) < model.need_bytes:
                 continue
-            takings = victims.device_victims(node, model, device, earlier, busy, now_ms)
+            takings = victims.device_victims(node, model, device, earlier, busy, reach, now_ms)
             if takings is None:
                 continue
             stands = device.claim is not None and device.claim.ref == model.ref

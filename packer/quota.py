@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from packer.lending import Slice
 from packer.rates import TenantRates
 from packer.types import TenantQuota, TenantSpec, Tier
 
@@ -89,7 +90,7 @@ def scaled_reserve(reserved_bytes: int, total_reserved_bytes: int, capacity_byte
 
 
 def may_take(victim_kept_bytes: int, victim_reserved_bytes: int, nbytes: int, entitled: bool) -> bool:
-    """May another tenant take ``nbytes`` of a tenant that keeps ``victim_kept_bytes``?
+    """May another tenant take ``nbytes`` below the device of a tenant that keeps ``victim_kept_bytes`` there?
 
     A borrower (``entitled`` false: it would be above its own reserve) may take only what leaves the
     victim at or above its reserve. A tenant that fills its own unmet reserve may take from any tenant
@@ -118,6 +119,7 @@ class Tenant:
     host: Account = field(default_factory=Account)
     disk: Account = field(default_factory=Account)
     rates: TenantRates = field(default_factory=TenantRates)
+    slice: Slice = field(default_factory=Slice)
     waiting: int = 0
     granted: int = 0
     models: int = 0

@@ -55,6 +55,7 @@ from packer.ledger import (
     measure_workspace,
     release_copy,
     release_device,
+    renew_shade,
     settle_copy,
 )
 from packer.quota import InvariantBroken, Tenant
@@ -154,8 +155,7 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
         case RatesSeen():
             _rates_seen(node, event)
         case PolicyChosen():
-            room.choose_policy(node, event.policy)
-            node.dirty = True
+            _policy_chosen(node, event.policy)
         case FootprintSeen():
             measure_workspace(node, event.ref, event.workspace_bytes)
         case DrainAsked():
@@ -202,6 +202,7 @@ def _requested(node: Node, event: Requested, now_ms: int, out: list[Action]) -> 
     turns.arrive(node, model.tenant)
     tokens = model.tenant.rates.admit(event.tokens, now_ms)
     note_use(model.reuse, node.shared, now_ms)
+    room.use_slice(node, model)
     if queueing.grantable(node, model):
         queueing.grant(node, event.request, model, Tier.DEVICE, 0, now_ms, out, tokens)
     else:
@@ -458,6 +459,7 @@ def _add_model(node: Node, spec: ModelSpec, planned: bool) -> Model:
         tenant = node.tenants[name] = Tenant(TenantSpec(name), planned=False)
     tenant.models += 1
     model = node.models[spec.ref] = Model(spec, tenant, planned)
+    renew_shade(node, model)
     node.touched[spec.ref] = None
     if not planned:
         node.removed[spec.ref] = model
@@ -485,13 +487,17 @@ def _planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None
             model_known.gains = None
         if model_known.device is None or model_known.spec.chunk_bytes == model_spec.chunk_bytes:
             # What is on a device is counted by the chunks that it came in.
-            model_known.spec = model_spec
+            before, model_known.spec = model_known.spec, model_spec
+            if before.chunk_bytes != model_spec.chunk_bytes or before.image_bytes != model_spec.image_bytes:
+                renew_shade(node, model_known)
+            model_known.tenant.slice.measure(model_known.shade, model_known.need_bytes)
         model_known.planned = True
         know_copies(node, model_known)
         node.removed.pop(ref, None)
     for model in list(node.models.values()):
         if not model.planned:
             node.removed[model.ref] = model
+            model.tenant.slice.forget(model.shade)
             detail = f"there is no model {model.ref}"
             queueing.refuse_all(node, model, RefusalReason.UNKNOWN_MODEL, detail, None, out)
     for tenant in list(node.tenants.values()):
@@ -528,10 +534,39 @@ def _rates_seen(node: Node, event: RatesSeen) -> None:
 def _capacity_changed(node: Node) -> None:
     devices_bytes = sum(d.account.limit_bytes or 0 for d in node.devices.values() if d.healthy)
     quota.share_reserves(node.tenants, Tier.DEVICE, devices_bytes)
+    _share_slices(node)
     for tier in (Tier.HOST, Tier.DISK):
         quota.share_reserves(node.tenants, tier, node.account(tier).limit_bytes or 0)
     node.dirty = True
     node.unproven = True
+
+
+def _share_slices(node: Node) -> None:
+    """Every private slice is as large as the reserve; one that grows starts with what is there."""
+    held: dict[str, list[Model]] = {}
+    for tenant in node.tenants.values():
+        if tenant.device.reserved_bytes > tenant.slice.reserved_bytes:
+            held[tenant.spec.tenant] = []
+    for device in node.devices.values() if held else ():
+        for model in device.models.values():
+            if model.planned and model.ref.tenant in held:
+                held[model.ref.tenant].append(model)
+    for name, tenant in node.tenants.items():
+        models = held.get(name, [])
+        models.sort(key=lambda model: (-model.reuse.last_ms, model.name))
+        for model in models:
+            tenant.slice.price(model.shade, room.price(node, model))
+        tenant.slice.reserve(tenant.device.reserved_bytes, [model.shade for model in models])
+
+
+def _policy_chosen(node: Node, policy: str) -> None:
+    room.choose_policy(node, policy)
+    # A slice divides models as the policy does: it starts anew with what is there.
+    for tenant in node.tenants.values():
+        tenant.slice.reserve(0, [])
+    for model in node.models.values():
+        renew_shade(node, model)
+    _capacity_changed(node)
 
 
 def _drain_asked(node: Node, event: DrainAsked, out: list[Action]) -> None:

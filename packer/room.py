@@ -17,6 +17,7 @@ from packer.chosen import KEEP, Chosen
 from packer.intensity import Ranking
 from packer.keep import keep_index
 from packer.ledger import Copy, CopyState, Gains, Model, Node, State
+from packer.lending import Price
 from packer.quota import Tenant, may_take
 from packer.types import MIB, Tier
 
@@ -91,6 +92,26 @@ def gains(node: Node, model: Model) -> Gains:
         disk_ms=float(origin_ms - disk_ms),
     )
     return known
+
+
+def price(node: Node, model: Model) -> Price:
+    """What bringing all or part of it back to a device costs now."""
+    source = source_tier(model) or Tier.ORIGIN
+    return Price(
+        restore_ms_from(node, model, source, 0),
+        restore_ms_from(node, model, source),
+        source is not Tier.ORIGIN,
+    )
+
+
+def use_slice(node: Node, model: Model) -> None:
+    """Tell its tenant's private slice of a request for the model."""
+    slice_, shade = model.tenant.slice, model.shade
+    if not slice_.reserved_bytes:
+        return
+    if shade.slice_bytes < shade.size_bytes or shade.real_bytes < shade.size_bytes:
+        slice_.price(shade, price(node, model))
+    slice_.use(shade, node.terms)
 
 
 class Renewal:

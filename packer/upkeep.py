@@ -64,7 +64,7 @@ def shed(node: Node, now_ms: int, out: list[Action]) -> None:
     for device in node.devices.values():
         if not device.healthy or device.account.excess_bytes:
             for taking in victims.device_surplus(node, device, now_ms):
-                order_evict(node, taking.model, out, taking.keep_chunks)
+                order_evict(node, taking.model, out, taking.keep_chunks, taking.forced)
     for tier in (Tier.HOST, Tier.DISK):
         if node.account(tier).excess_bytes:
             for model in room.copies_surplus(node, tier, None, now_ms):
@@ -72,7 +72,7 @@ def shed(node: Node, now_ms: int, out: list[Action]) -> None:
     for tenant in node.tenants.values():
         if tenant.device.excess_bytes:
             for taking in victims.tenant_surplus(node, tenant, now_ms):
-                order_evict(node, taking.model, out, taking.keep_chunks)
+                order_evict(node, taking.model, out, taking.keep_chunks, taking.forced)
         for tier in (Tier.HOST, Tier.DISK):
             if tenant.account(tier).excess_bytes:
                 for model in room.copies_surplus(node, tier, tenant, now_ms):
@@ -94,7 +94,7 @@ def expire(node: Node, now_ms: int, out: list[Action]) -> None:
             if at_ms > now_ms:
                 coming.append(at_ms)
             elif model.idle:
-                order_evict(node, model, out)
+                order_evict(node, model, out, forced=True)
             else:
                 busy = True
     for model in list(node.in_host.values()):

@@ -25,7 +25,7 @@ from packer.events import RefusalReason
 from packer.intensity import Intensity, Ranking
 from packer.keep import keep_index
 from packer.ledger import CopyState, Device, Model, Node, State
-from packer.quota import Tenant, may_take
+from packer.quota import Tenant
 from packer.room import Earlier
 from packer.types import MIB, Tier
 
@@ -35,11 +35,13 @@ NO_DEVICE_RETRY_MS = 5_000
 
 @dataclass(frozen=True, slots=True)
 class Taking:
-    """A victim and what it may keep: its first ``keep_chunks`` chunks; 0: nothing."""
+    """A victim and what it may keep: its first ``keep_chunks`` chunks; 0: nothing. ``forced``: whether or
+    not its tenant's slice allows it."""
 
     model: Model
     freed_bytes: int
     keep_chunks: int = 0
+    forced: bool = False
 
 
 # What left the plan goes before all else; most candidates stand here, idle and condemned by nobody.
@@ -165,7 +167,7 @@ def _candidates(
             members = usual if rank == PLANNED else classes.setdefault(rank, _Class())
             members.models.append(model)
             members.uses.append(model.reuse)
-            members.gains_ms.append(known.device_ms)
+            members.gains_ms.append(known.device_ms * model.tenant.slice.weight)
             members.held_bytes.append(model.device_bytes - model.leaving_bytes)
     return _Ranked(classes, node, now_ms)
 
@@ -177,16 +179,72 @@ def _standing_of_part(model: Model, wanted: Model, busy: bool) -> int | None:
     return 2 if busy and (model.state is State.RESTORING or model.kept_chunks) else None
 
 
+# --- what may be taken ----------------------------------------------------------------------------
+
+
+class _Given(NamedTuple):
+    """A victim, how many of its bytes go, and how many stay because its tenant's slice has them too."""
+
+    candidate: _Candidate
+    nbytes: int
+    spared_bytes: int
+    forced: bool  # beyond what its tenant's slice allows
+
+
+class _Choice:
+    """Victims so far, and how far the gaps of their tenants may still be widened."""
+
+    __slots__ = ("_may_open_ms", "_node", "given")
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._may_open_ms: dict[str, int] = {}
+        self.given: dict[Model, _Given] = {}
+
+    def take(self, candidate: _Candidate, wanted_bytes: int, forced: bool = False) -> int:
+        """Add a victim, or more of one; returns by how many bytes more it gives."""
+        _, _, _, model, held = candidate
+        before = self.given.get(model)
+        spared = 0 if forced or not model.planned else self._spared_bytes(model, wanted_bytes)
+        gave = before.nbytes if before is not None else 0
+        if held - spared <= gave:
+            return 0
+        self.given[model] = _Given(candidate, held - spared, spared, forced)
+        return held - spared - gave
+
+    def _spared_bytes(self, model: Model, wanted_bytes: int) -> int:
+        node, tenant = self._node, model.tenant
+        slice_, shade, name = tenant.slice, model.shade, tenant.spec.tenant
+        if not slice_.reserved_bytes:
+            return 0
+        may_open_ms = self._may_open_ms.get(name)
+        if may_open_ms is None:
+            may_open_ms = slice_.may_open_ms(node.terms)
+        slice_.price(shade, room.price(node, model))
+        spared = slice_.spared_bytes(shade, wanted_bytes, may_open_ms)
+        if spared and not _is_divisible(node, model):
+            return shade.size_bytes
+        opens_ms = shade.gap_with(spared) - shade.gap_ms
+        self._may_open_ms[name] = may_open_ms - max(opens_ms, 0)
+        return spared
+
+    def kept_bytes(self, tenant: Tenant) -> int:
+        """What the choice so far leaves a tenant on devices."""
+        given = sum(each.nbytes for model, each in self.given.items() if model.tenant is tenant)
+        return tenant.device.kept_bytes - given
+
+
 # --- victims --------------------------------------------------------------------------------------
 
 
 def device_victims(
-    node: Node, wanted: Model, device: Device, earlier: Earlier, busy: bool, now_ms: int
+    node: Node, wanted: Model, device: Device, earlier: Earlier, busy: bool, reach: bool, now_ms: int
 ) -> list[Taking] | None:
     """What must go so that ``wanted`` gets onto ``device``, as little and worthless as possible.
 
     Counts what is leaving already. None: even all that may be taken is not enough. ``busy`` asks
     whether it could ever be: models in use count as takable, since leases, packs and restores end.
+    ``reach``: the last resort, when nothing else can ever be enough; see ``_greedy``.
     """
     tenant = wanted.tenant
     promised_own = earlier.tenants.get(tenant.spec.tenant, 0)
@@ -198,69 +256,73 @@ def device_victims(
         return []
     entitled = tenant.device.kept_bytes + need_own <= tenant.device.reserved_bytes
     ranked = _candidates(node, wanted, device, short_own > 0, busy, now_ms)
-    chosen = _greedy(ranked, wanted, device, short, short_own, entitled)
+    chosen = _greedy(node, ranked, wanted, device, short, short_own, entitled, reach)
     if chosen is None:
         return None
-    if len(chosen) > 1 and short_own <= 0 and not busy:
-        alone = _alone(node, ranked, chosen, wanted, short)
+    if len(chosen) > 1 and short_own <= 0 and not busy and not any(each.forced for each in chosen):
+        alone = _alone(node, ranked, chosen, short)
         if alone is not None:
             return [alone]
     capped = tenant.device.limit_bytes is not None
-    helps = [_Helps(c, c[3].device is device, capped and c[3].tenant is tenant) for c in chosen]
-    short -= sum(each.candidate[4] for each in helps if each.here)
-    short_own -= sum(each.candidate[4] for each in helps if each.own)
+    helps = []
+    for each in chosen:
+        model = each.candidate[3]
+        helps.append(_Helps(each, model.device is device, capped and model.tenant is tenant))
+    short -= sum(help_.given.nbytes for help_ in helps if help_.here)
+    short_own -= sum(help_.given.nbytes for help_ in helps if help_.own)
     return _spare(node, helps, -short, -short_own)
 
 
 def _greedy(
-    ranked: _Ranked, wanted: Model, device: Device, short: int, short_own: int, entitled: bool
-) -> list[_Candidate] | None:
-    """Whole models in the order of their rank until it is enough; None when it never is."""
-    chosen: dict[Model, _Candidate] = {}
+    node: Node,
+    ranked: _Ranked,
+    wanted: Model,
+    device: Device,
+    short: int,
+    short_own: int,
+    entitled: bool,
+    reach: bool,
+) -> list[_Given] | None:
+    """Victims in the order of their rank until it is enough; None when it never is.
+
+    First what may go by everybody's slice. Then the tenant's own models, whatever its slice says: alone it
+    would have nothing else to give; but while it is within its reserve others have bytes of it, for whose
+    leases it waits (unless ``reach``). Last, for a tenant within its reserve: whoever holds more than its
+    own gives, since models, devices and bytes in use do not always divide as reserves do.
+    """
+    choice = _Choice(node)
+    tenant = wanted.tenant
     if short_own > 0:
         # Above its own max only the tenant's own models can help; those here help twice.
-        own = [candidate for candidate in ranked if candidate[3].tenant is wanted.tenant]
-        for candidate in sorted(own, key=lambda candidate: candidate[3].device is not device):
-            if short_own <= 0:
-                break
+        own = [candidate for candidate in ranked if candidate[3].tenant is tenant]
+        own.sort(key=lambda candidate: candidate[3].device is not device)
+        for forced in (False, True):
+            for candidate in own if short_own > 0 else ():
+                here = candidate[3].device is device
+                gives = choice.take(candidate, max(short_own, short if here else 0), forced)
+                short_own -= gives
+                short -= gives if here else 0
+                if short_own <= 0:
+                    break
+    for step in ("allowed", "own", "others"):
+        if step == "own" and entitled and not reach:
+            break
+        for candidate in ranked if short > 0 and (step != "others" or entitled) else ():
             model = candidate[3]
-            chosen[model] = candidate
-            short_own -= candidate[4]
-            if model.device is device:
-                short -= candidate[4]
-    kept: dict[str, int] = {}
-    for reach in (False, True) if entitled else (False,):
-        for candidate in ranked if short > 0 else ():
-            model = candidate[3]
-            if model.device is not device or model in chosen:
+            if model.device is not device or (step == "own" and model.tenant is not tenant):
                 continue
-            if not _may_take(wanted, candidate, kept, reach):
+            if step == "others" and choice.kept_bytes(model.tenant) <= model.tenant.device.reserved_bytes:
                 continue
-            chosen[model] = candidate
-            short -= candidate[4]
+            short -= choice.take(candidate, short, forced=step != "allowed")
             if short <= 0:
                 break
-    return None if short > 0 or short_own > 0 else list(chosen.values())
-
-
-def _may_take(wanted: Model, candidate: _Candidate, kept: dict[str, int], entitled: bool) -> bool:
-    """Apply ``quota.may_take`` and keep count of what the choice so far leaves each tenant."""
-    _, _, _, model, held = candidate
-    if model.tenant is wanted.tenant or not model.planned:
-        return True
-    account = model.tenant.device
-    name = model.tenant.spec.tenant
-    left = kept.get(name, account.kept_bytes)
-    if not may_take(left, account.reserved_bytes, held, entitled):
-        return False
-    kept[name] = left - held
-    return True
+    return None if short > 0 or short_own > 0 else list(choice.given.values())
 
 
 class _Helps(NamedTuple):
-    """A chosen candidate, and what its bytes count for: the device's shortage, the tenant's own."""
+    """A victim, and what its bytes count for: the device's shortage, the tenant's own."""
 
-    candidate: _Candidate
+    given: _Given
     here: bool
     own: bool
 
@@ -269,11 +331,11 @@ def _spare(node: Node, chosen: list[_Helps], surplus: int, surplus_own: int) -> 
     """Spare what is not needed, of the most valuable first: its first chunks, or all of it where a later,
     larger victim made it needless. Afterwards no chunk more could stay."""
     takings: list[Taking] = []
-    for (_, _, _, model, held), here, own in reversed(chosen):
+    for given, here, own in reversed(chosen):
         spare = min(surplus if here else surplus_own, surplus_own if own else surplus)
-        kept = held
-        if held > spare:
-            taking = _cut(node, model, held, spare)
+        kept = given.nbytes
+        if kept > spare:
+            taking = _cut(node, given, spare)
             takings.append(taking)
             kept -= taking.freed_bytes
         surplus -= kept if here else 0
@@ -282,26 +344,32 @@ def _spare(node: Node, chosen: list[_Helps], surplus: int, surplus_own: int) -> 
     return takings
 
 
-def _cut(node: Node, model: Model, held_bytes: int, spare_bytes: int) -> Taking:
-    """Evict all of a model but as many of its first chunks as fit into ``spare_bytes``."""
+def _cut(node: Node, given: _Given, spare_bytes: int) -> Taking:
+    """Evict what a model gives, but as many of its first chunks as fit into ``spare_bytes``."""
+    model, spared = given.candidate[3], given.spared_bytes
     chunks = model.spec.chunk_bytes
-    device = model.device
-    if not chunks or spare_bytes < chunks[0] or not node.partial or not model.idle or not _has_copy(model):
-        return Taking(model, held_bytes)
-    if device is None or not device.partial:
-        return Taking(model, held_bytes)
+    if not spared and (spare_bytes < (chunks or (0,))[0] or not model.idle or not _is_divisible(node, model)):
+        return Taking(model, given.nbytes, forced=given.forced)
     # One chunk at least goes, or it would not be a victim.
     ends = list(accumulate(chunks[: model.resident_chunks - 1]))
-    kept = bisect_right(ends, spare_bytes)
-    return Taking(model, held_bytes - ends[kept - 1], kept) if kept else Taking(model, held_bytes)
+    kept = bisect_right(ends, spared + spare_bytes)
+    freed = given.nbytes + spared - ends[kept - 1] if kept else given.nbytes
+    return Taking(model, freed, kept, given.forced)
 
 
-def _has_copy(model: Model) -> bool:
-    """Can missing chunks be brought back at all? The origin gives whole models only."""
-    return model.host.state is CopyState.HELD or model.disk.state is CopyState.HELD
+def _is_divisible(node: Node, model: Model) -> bool:
+    """Can part of it go, and be brought back? The origin gives whole models only."""
+    device = model.device
+    return (
+        node.partial
+        and bool(model.spec.chunk_bytes)
+        and device is not None
+        and device.partial
+        and (model.host.state is CopyState.HELD or model.disk.state is CopyState.HELD)
+    )
 
 
-def _alone(node: Node, ranked: _Ranked, chosen: list[_Candidate], wanted: Model, short: int) -> Taking | None:
+def _alone(node: Node, ranked: _Ranked, chosen: list[_Given], short: int) -> Taking | None:
     """The one model that could give ``short`` bytes at a smaller loss than several together.
 
     Every victim's next restore costs something whatever its size, so many small ones may be dearer than
@@ -311,19 +379,21 @@ def _alone(node: Node, ranked: _Ranked, chosen: list[_Candidate], wanted: Model,
         return None
     # The last of the chosen gives only what is needed of it.
     last = chosen[-1]
-    needed = short - sum(candidate[4] for candidate in chosen[:-1])
-    limit = sum(_loss(node, candidate, candidate[4]) for candidate in chosen[:-1])
-    limit += _loss(node, last, min(needed, last[4]))
+    needed = short - sum(each.nbytes for each in chosen[:-1])
+    limit = sum(_loss(node, each.candidate, each.nbytes) for each in chosen[:-1])
+    limit += _loss(node, last.candidate, min(needed, last.nbytes))
     best: Taking | None = None
     for candidate in ranked:
         rank, index, _, model, held = candidate
-        if rank != last[0] or index * short >= limit:
+        if rank != last.candidate[0] or index * short >= limit:
             break  # from here on each is worth more than all that it would save
         if held < short or _loss(node, candidate, short) >= limit:
             continue
-        if not _may_take(wanted, candidate, {}, entitled=False):
+        choice = _Choice(node)
+        if choice.take(candidate, short) < short:
             continue
-        taking = _cut(node, model, held, held - short)
+        given = choice.given[model]
+        taking = _cut(node, given, given.nbytes - short)
         loss = _loss(node, candidate, taking.freed_bytes)
         if loss < limit:
             best, limit = taking, loss
@@ -344,19 +414,13 @@ def _loss(node: Node, candidate: _Candidate, freed_bytes: int) -> float:
 def device_surplus(node: Node, device: Device, now_ms: int) -> list[Taking]:
     """What to evict because the device's budget sank below what it holds (or it is unhealthy).
 
-    Tenants above their reserve give first; a budget is a fact, so the others give next.
+    What tenants' slices do not have gives first; a budget is a fact, so the rest gives next.
     """
     if device.healthy and not device.account.excess_bytes:
         return []
-
-    def rank(candidate: _Candidate) -> tuple[bool, float, str]:
-        _, index, name, model, _ = candidate
-        account = model.tenant.device
-        return account.kept_bytes <= account.reserved_bytes, index, name
-
-    idle = sorted(_idle(node, (device,), None, now_ms), key=rank)
+    idle = sorted(_idle(node, (device,), None, now_ms))
     if not device.healthy:
-        return [Taking(model, held) for _, _, _, model, held in idle]
+        return [Taking(model, held, forced=True) for _, _, _, model, held in idle]
     return _until(node, idle, device.account.excess_bytes)
 
 
@@ -378,17 +442,19 @@ def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: 
                     index = value(model.ref)
                 else:
                     index = keep_index(ranking, model.reuse, room.gains(node, model).device_ms, held)
+                    index *= model.tenant.slice.weight
                 found.append((0, index, model.name, model, held))
     return found
 
 
 def _until(node: Node, candidates: list[_Candidate], excess_bytes: int) -> list[Taking]:
-    going: list[_Helps] = []
-    for candidate in candidates:
-        if excess_bytes <= 0:
-            break
-        going.append(_Helps(candidate, here=True, own=False))
-        excess_bytes -= candidate[4]
+    choice = _Choice(node)
+    for forced in (False, True):
+        for candidate in candidates:
+            if excess_bytes <= 0:
+                break
+            excess_bytes -= choice.take(candidate, excess_bytes, forced)
+    going = [_Helps(given, here=True, own=False) for given in choice.given.values()]
     return _spare(node, going, max(-excess_bytes, 0), 0)
 
 
@@ -439,17 +505,16 @@ def hopeless(node: Node, model: Model, now_ms: int) -> Hopeless | None:
     if not any(tenant.device.reserved_bytes for tenant in node.tenants.values()):
         return None  # everything is takable once it is idle
     alone = Earlier({}, {})
-    if any(device_victims(node, model, device, alone, True, now_ms) is not None for device in healthy):
+    if any(device_victims(node, model, device, alone, True, True, now_ms) is not None for device in healthy):
         return None
-    held: dict[str, int] = {}
+    others = 0
     for other in largest.models.values():
-        if other.tenant is not model.tenant:
-            name = other.ref.tenant
-            held[name] = held.get(name, 0) + other.device_bytes
-    others = sum(min(nbytes, node.tenants[name].device.reserved_bytes) for name, nbytes in held.items())
+        if other.tenant is not model.tenant and other.tenant.slice.reserved_bytes:
+            others += min(other.shade.slice_bytes, other.device_bytes)
     return Hopeless(
         RefusalReason.NEVER_FITS,
         f"{sum_text}; of the {_size(budget)} of the largest device here, {largest.name}, {_size(others)} "
-        f"are held under other tenants' reserves, and {spec.ref.tenant} has "
-        f"{_size(model.tenant.device.reserved_bytes)} reserved; ask the operator for a larger reserve",
+        "are held within other tenants' reserves and are not lent now, and "
+        f"{spec.ref.tenant} has {_size(model.tenant.device.reserved_bytes)} reserved; ask the operator for a "
+        "larger reserve",
     )

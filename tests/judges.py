@@ -17,6 +17,7 @@ from packer.events import (
     Grant,
     Planned,
     Restore,
+    RestoreFailed,
     WorkerDied,
 )
 from packer.ledger import Claim
@@ -58,10 +59,8 @@ def _within(world: World, nbytes: int, limit: int | None, key: str) -> None:
     world.excused[key] = nbytes
 
 
-def judge_evictions(
-    world: World, event: Event, actions: list[Action], kept: dict[str, int], tenants: dict[str, int]
-) -> None:
-    """Evictions for a claim: no chunk too many, and none from a tenant at or below its reserve."""
+def judge_evictions(world: World, event: Event, actions: list[Action], kept: dict[str, int]) -> None:
+    """Evictions for a claim: no chunk too many, and nothing that a tenant's slice has but on credit."""
     if isinstance(event, Planned | DeviceSeen | WorkerDied | FootprintSeen):
         return
     claimants = {d.claim.ref.tenant for d in world.node.devices.values() if d.claim is not None}
@@ -92,15 +91,41 @@ def judge_evictions(
             least = min(_could_stay(world, order) for order in orders)
             world.require(spare < least, f"evicted {orders}: a chunk too many by {spare} bytes")
         for order in orders:
-            victim = order.ref.tenant
-            reserved = world.node.tenants[victim].device.reserved_bytes
-            if victim in claimants or victim in starting:
-                continue
-            world.require(
-                tenants[victim] > reserved or not reserved,
-                f"{claim.ref} took {order.ref}, whose tenant is within its reserve",
-            )
-            world.reached["took what another tenant borrowed"] += bool(reserved)
+            shade = world.node.models[order.ref].shade
+            if shade.slice_bytes and order.ref.tenant not in claimants:
+                lent = world.prefix_bytes(order.ref, order.keep_chunks) < shade.slice_bytes
+                world.reached["took what a slice has" if lent else "took what no slice has"] += 1
+
+
+def judge_excuses(
+    world: World,
+    event: Event,
+    actions: list[Action],
+    kept: dict[str, int],
+    tenants: dict[str, int],
+    excused: dict[str, int],
+) -> None:
+    """What a slice has is taken without credit only where something failed or shrank, from the waiting
+    tenant itself, or from one above its reserve for one within its own."""
+    for name, tenant in world.node.tenants.items():
+        if tenant.slice.excused_ms <= excused.get(name, 0):
+            continue
+        world.reached["excused"] += 1
+        timed = world.node.chosen is not None and world.node.chosen.timed
+        if timed or isinstance(event, Planned | DeviceSeen | WorkerDied | RestoreFailed | FootprintSeen):
+            continue
+        waiting = {d.claim.ref.tenant for d in world.node.devices.values() if d.claim is not None}
+        waiting |= {action.ref.tenant for action in actions if isinstance(action, Restore)}
+        waiting |= {action.ref.tenant for action in actions if isinstance(action, Evict)} & {
+            ref.tenant for ref in world.node.queue
+        }
+        entitled = any(tenants[other] < world.node.tenants[other].device.reserved_bytes for other in waiting)
+        own, above = name in waiting, tenants[name] > tenant.device.reserved_bytes
+        over = [d for d, budget in world.seen_budgets.items() if kept[d] > budget or not world.healthy[d]]
+        most = world.tenants[name].quota.device.max
+        shrunk = bool(over) or (most is not None and tenants[name] > most)
+        world.require(own or (above and entitled) or shrunk, f"{name} was taken from without credit")
+        world.reached["took beyond a slice"] += not own
 
 
 def _missing(world: World, ref: ModelRef, device: str) -> int:

@@ -19,6 +19,7 @@ import packer
 
 # In the order of their imports. Types and events are shared with the real core: the world speaks them.
 MODULES = (
+    "lending",
     "intensity",
     "keep",
     "rates",
@@ -141,9 +142,9 @@ MUTANTS = (
     ),
     Mutant(
         "reserves protect nobody",
-        "quota",
-        "    if entitled:\n        return victim_kept_bytes > victim_reserved_bytes",
-        "    if True:\n        return True",
+        "lending",
+        "return min(shade.real_bytes, shade.slice_bytes)\n",
+        "return 0\n",
     ),
     Mutant(
         "a later model takes the room that a claim made",
@@ -253,14 +254,14 @@ MUTANTS = (
     Mutant(
         "part of a model stays that no copy can complete",
         "victims",
-        " or not _has_copy(model):",
-        ":",
+        "        and (model.host.state is CopyState.HELD or model.disk.state is CopyState.HELD)\n",
+        "",
     ),
     Mutant(
         "a chunk more goes than is needed",
         "victims",
-        "    kept = bisect_right(ends, spare_bytes)\n",
-        "    kept = max(bisect_right(ends, spare_bytes) - 1, 0)\n",
+        "    kept = bisect_right(ends, spared + spare_bytes)\n",
+        "    kept = max(bisect_right(ends, spared + spare_bytes) - 1, 0)\n",
     ),
     Mutant(
         "nobody spares chunks when a budget sinks",
@@ -328,6 +329,54 @@ MUTANTS = (
         "queueing",
         "model.tenant.waiting >= WAITING_PER_TENANT_MAX or node.waiting >= WAITING_MAX",
         "model.tenant.waiting > WAITING_PER_TENANT_MAX or node.waiting > WAITING_MAX",
+    ),
+    Mutant(
+        "bytes are lent by whoever is in debt",
+        "lending",
+        "        if self.debt_ms >= 0:\n            return 0\n",
+        "        if self.debt_ms >= 0:\n            return UNLIMITED_MS\n",
+    ),
+    Mutant(
+        "what was lent before is not counted",
+        "lending",
+        "// terms.margin_percent - self.gap_ms, 0)",
+        "// terms.margin_percent, 0)",
+    ),
+    Mutant(
+        "the slice never evicts",
+        "lending",
+        "self.held_bytes > self.reserved_bytes or",
+        "self.held_bytes < 0 or",
+    ),
+    Mutant(
+        "a use that the slice pays for counts against its tenant",
+        "lending",
+        "self._book(-cost_ms, terms)",
+        "self._book(cost_ms, terms)",
+    ),
+    Mutant(
+        "the slice keeps what a dead worker lost",
+        "lending",
+        "        self._hold(shade, min(shade.slice_bytes, shade.prefix_bytes(real_bytes)))\n",
+        "",
+    ),
+    Mutant(
+        "what requests need is not counted in the slice",
+        "lending",
+        "            self.held_bytes += more_bytes\n",
+        "",
+    ),
+    Mutant(
+        "a claim takes from every slice",
+        "victims",
+        "        spared = 0 if forced or not model.planned else",
+        "        spared = 0 if wanted_bytes or not model.planned else",
+    ),
+    Mutant(
+        "whoever is above its reserve may take beyond slices",
+        "victims",
+        '(step != "others" or entitled)',
+        '(step != "others" or not entitled)',
     ),
     Mutant(
         "the shortcut grants on a condemned model",

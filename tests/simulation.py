@@ -175,6 +175,7 @@ class World(Hands):
         kept_before = {d.name: d.account.kept_bytes for d in self.node.devices.values()}
         claims_before = {d.name: d.claim for d in self.node.devices.values()}
         tenants_before = {n: t.device.kept_bytes for n, t in self.node.tenants.items()}
+        excused_before = {n: t.slice.excused_ms for n, t in self.node.tenants.items()}
         actions: list[Action] = self.core.step(self.node, event, self.now_ms)
         line = f"{self.now_ms} {event} {actions}"
         self.digest.update(line.encode())
@@ -188,7 +189,8 @@ class World(Hands):
             self._carry_out(action)
         self.reached["condemned"] += bool(self.node.condemned)
         judges.judge_passing(self, event, kept_before, claims_before)
-        judges.judge_evictions(self, event, actions, kept_before, tenants_before)
+        judges.judge_evictions(self, event, actions, kept_before)
+        judges.judge_excuses(self, event, actions, kept_before, tenants_before, excused_before)
         judges.judge_shedding(self, event, actions, kept_before)
         judges.judge_bytes(self)
         judges.judge_chunks(self)

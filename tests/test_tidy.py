@@ -70,6 +70,7 @@ PURE_FILES = (
     "packer/invariants.py",
     "packer/proof.py",
     "packer/quota.py",
+    "packer/lending.py",
     "packer/keep.py",
     "packer/intensity.py",
     "packer/policies.py",
