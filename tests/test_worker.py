@@ -181,7 +181,7 @@ async def test_leaving_a_stream_stops_its_work(worker: WorkerHandle, storyteller
     frames = worker.run(storyteller.ref, EngineRequest("generate", {"prompt": "Hello", "temperature": 0}))
     start = cpu_ticks()
     async for frame in frames:
-        assert frame.header.keys() == {"delta"}
+        assert frame.header.keys() == {"delta", "prompt_tokens", "completion_tokens"}
         break
     await frames.aclose()  # type: ignore[attr-defined]
     # Answered after the cancelled one has made room; its own work is next to nothing.
@@ -198,7 +198,7 @@ async def test_evicting_waits_for_the_answer_in_progress(worker: WorkerHandle, s
     eviction = asyncio.create_task(worker.evict(storyteller.ref))
     rest = [frame async for frame in frames]
     await eviction
-    assert first.header.keys() == {"delta"}
+    assert first.header.keys() == {"delta", "prompt_tokens", "completion_tokens"}
     assert rest[-1].header["finish_reason"] in ("length", "stop")
     assert arena_bytes(worker) == 0
 
