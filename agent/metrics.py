@@ -66,8 +66,17 @@ class _Families:
         device_s = CounterMetricFamily(
             "bunkhouse_device_seconds", "Time engines worked for a tenant.", labels=["tenant"]
         )
+        limit = GaugeMetricFamily(
+            "bunkhouse_tenant_limit",
+            "A tenant's rates on this node: the limit, what may come at once, and what is left of that.",
+            labels=["tenant", "limit", "what"],
+        )
         for tenant in report.tenants:
             name = tenant.tenant
+            for rate in tenant.rates:
+                limit.add_metric([name, rate.name, "limit"], rate.limit)
+                limit.add_metric([name, rate.name, "burst"], rate.burst)
+                limit.add_metric([name, rate.name, "remaining"], rate.remaining)
             tenant_bytes.add_metric([name, "device"], tenant.device_bytes)
             tenant_bytes.add_metric([name, "host"], tenant.host_bytes)
             tenant_bytes.add_metric([name, "disk"], tenant.disk_bytes)
@@ -75,7 +84,7 @@ class _Families:
             answers.add_metric([name], tenant.answers)
             tokens.add_metric([name], tenant.tokens)
             device_s.add_metric([name], tenant.device_ms / 1000)
-        yield from (tenant_bytes, requests, answers, tokens, device_s)
+        yield from (tenant_bytes, requests, answers, tokens, device_s, limit)
         refusals = CounterMetricFamily("bunkhouse_refusals", "Requests refused.", labels=["tenant", "reason"])
         for (name, reason), count in sorted(counters.refusals.items()):
             refusals.add_metric([name, reason], count)

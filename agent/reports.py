@@ -145,4 +145,5 @@ def _tenant(node: ReportSource, tenant: str) -> TenantReport:
         refusals=count.refusals,
         tokens=count.tokens,
         device_ms=count.device_ms,
+        rates=view.rates if view else (),
     )

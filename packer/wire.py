@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
+from packer.rates import RateView
 from packer.types import KeySpec, ModelSpec, TenantSpec
 
 # Raised by one when a message changes so that an older peer would misread it.
@@ -147,6 +148,7 @@ class TenantReport:
     refusals: int
     tokens: int
     device_ms: int
+    rates: tuple[RateView, ...] = ()  # those that are limited
 
 
 @dataclass(frozen=True, slots=True)

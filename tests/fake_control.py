@@ -194,8 +194,18 @@ class FakeControl:
             "device_bytes": 3 * 1024 * 1024,
             "requests": 7,
             "answers": 6,
+            "rates": [
+                {"name": "tokens_per_minute", "limit": 900, "burst": 900, "remaining": 896, "reset_ms": 267}
+            ],
         }
-        return web.json_response({"tenant": tenant, "quota": self._quota(tenant), "usage": [usage]})
+        return web.json_response(
+            {
+                "tenant": tenant,
+                "quota": self._quota(tenant),
+                "usage": [usage],
+                "warnings": ["too much is promised"],
+            }
+        )
 
     async def show_quota(self, request: web.Request) -> web.Response:
         tenant = self._may(request)

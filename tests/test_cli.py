@@ -308,6 +308,17 @@ def test_quota_set_sends_only_what_is_given(bunk: Bunk, control: FakeControl) ->
     assert (quota["concurrency"], quota["requests_per_minute"], quota["priority"]) == (4, None, -1)
 
 
+def test_rates_are_set_and_shown_with_what_is_used_of_them(bunk: Bunk) -> None:
+    options = ("--tpm", "900", "--restores-per-minute", "4", "--device-seconds-per-day", "3600")
+    result = bunk("quota", "set", "acme", *options)
+    lines = {line.split("  ")[0]: line for line in result.stdout.splitlines()}
+    assert lines["tokens per minute"].split()[-6:] == ["-", "900", "4", "of", "900", "at", "once"][-6:]
+    assert "4" in lines["restores per minute"]
+    assert "3600" in lines["device seconds per day"]
+    assert "none" in lines["requests per minute"]
+    assert result.stderr == "warning: too much is promised\n"
+
+
 def test_models_and_keys_are_removed(bunk: Bunk, model_dir: Path, control: FakeControl) -> None:
     ref = json.loads(bunk("model", "push", "acme/x", model_dir, "-o", "json").stdout)["ref"]
     assert bunk("model", "rm", ref).exit_code == 0

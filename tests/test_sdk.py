@@ -89,6 +89,11 @@ def test_operators_calls(client: bunkhouse.Client, control: FakeControl) -> None
     assert (quota.device, quota.requests_per_minute) == (bunkhouse.ByteQuota(0, 100), 30)
     quota = client.set_quota("acme", device_reserved=10, requests_per_minute=None).quota
     assert (quota.device, quota.requests_per_minute) == (bunkhouse.ByteQuota(10, 100), None)
+    limits = {"tokens_per_minute": 900, "restores_per_minute": 4, "device_seconds_per_day": 3600}
+    shown = client.set_quota("acme", **limits)
+    assert {name: getattr(shown.quota, name) for name in limits} == limits
+    assert shown.usage[0].rates == (bunkhouse.RateUse("tokens_per_minute", 900, 900, 896, 267),)
+    assert shown.warnings == ("too much is promised",)
     assert client.quota("acme").usage[0].requests == 7
     control.nodes["box"] = {"node": "box", "state": "up", "devices": [{"device": "cpu:0"}]}
     assert client.nodes()[0].devices[0].device == "cpu:0"

@@ -1,6 +1,9 @@
 """Quotas: read with the use that the nodes last reported, and change some fields.
 
 Control stores and shows quotas; nodes enforce them (``packer/quota.py``). A quota holds on each node.
+
+A promise that no node could keep is refused. One that some node can not keep beside all others is taken
+(nodes come and go), and every answer about it warns of it.
 """
 
 from __future__ import annotations
@@ -17,17 +20,29 @@ from control.catalog import PutQuota
 from control.routes.access import Access, Caller, Route, read_json, tenant_of
 from control.state import Control
 from packer.http import json_response
+from packer.rates import RateView
 from packer.types import BadValue, ByteQuota, TenantQuota
 from packer.wire import TenantReport
 
 # 1 PiB: above any tier of any node, and far below what a 64-bit sum could overflow with.
 QUOTA_BYTES_MAX = 2**50
 RATE_MAX = 1_000_000
+TOKENS_PER_MINUTE_MAX = 1_000_000_000
+RESTORES_PER_MINUTE_MAX = 100_000
+# 1,024 devices that work for one tenant without a pause.
+DEVICE_SECONDS_PER_DAY_MAX = 1_024 * 86_400
 CONCURRENCY_MAX = 10_000
 WEIGHT_MAX = 1_000
 PRIORITY_MAX = 100
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=QUOTA_BYTES_MAX)]
+Requests = Annotated[int, msgspec.Meta(ge=1, le=RATE_MAX)]
+Tokens = Annotated[int, msgspec.Meta(ge=1, le=TOKENS_PER_MINUTE_MAX)]
+Restores = Annotated[int, msgspec.Meta(ge=1, le=RESTORES_PER_MINUTE_MAX)]
+DeviceSeconds = Annotated[int, msgspec.Meta(ge=1, le=DEVICE_SECONDS_PER_DAY_MAX)]
+Concurrency = Annotated[int, msgspec.Meta(ge=1, le=CONCURRENCY_MAX)]
+Weight = Annotated[int, msgspec.Meta(ge=1, le=WEIGHT_MAX)]
+Priority = Annotated[int, msgspec.Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)]
 
 
 class BytesAsk(msgspec.Struct, forbid_unknown_fields=True):
@@ -41,10 +56,13 @@ class QuotaAsk(msgspec.Struct, forbid_unknown_fields=True):
     device: BytesAsk | UnsetType = UNSET
     host: BytesAsk | UnsetType = UNSET
     disk: BytesAsk | UnsetType = UNSET
-    requests_per_minute: Annotated[int, msgspec.Meta(ge=1, le=RATE_MAX)] | UnsetType | None = UNSET
-    concurrency: Annotated[int, msgspec.Meta(ge=1, le=CONCURRENCY_MAX)] | UnsetType | None = UNSET
-    weight: Annotated[int, msgspec.Meta(ge=1, le=WEIGHT_MAX)] | UnsetType = UNSET
-    priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_MAX, le=PRIORITY_MAX)] | UnsetType = UNSET
+    requests_per_minute: Requests | UnsetType | None = UNSET
+    tokens_per_minute: Tokens | UnsetType | None = UNSET
+    restores_per_minute: Restores | UnsetType | None = UNSET
+    device_seconds_per_day: DeviceSeconds | UnsetType | None = UNSET
+    concurrency: Concurrency | UnsetType | None = UNSET
+    weight: Weight | UnsetType = UNSET
+    priority: Priority | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +80,7 @@ class Usage:
     refusals: int
     tokens: int
     device_ms: int
+    rates: Sequence[RateView]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +88,7 @@ class QuotaAnswer:
     tenant: str
     quota: TenantQuota
     usage: Sequence[Usage]
+    warnings: Sequence[str] = ()
 
 
 def merge(quota: TenantQuota, ask: QuotaAsk) -> TenantQuota:
@@ -82,6 +102,9 @@ def merge(quota: TenantQuota, ask: QuotaAsk) -> TenantQuota:
         host=_merge_bytes("host", quota.host, ask.host),
         disk=_merge_bytes("disk", quota.disk, ask.disk),
         requests_per_minute=kept(ask.requests_per_minute, quota.requests_per_minute),
+        tokens_per_minute=kept(ask.tokens_per_minute, quota.tokens_per_minute),
+        restores_per_minute=kept(ask.restores_per_minute, quota.restores_per_minute),
+        device_seconds_per_day=kept(ask.device_seconds_per_day, quota.device_seconds_per_day),
         concurrency=kept(ask.concurrency, quota.concurrency),
         weight=quota.weight if isinstance(ask.weight, UnsetType) else ask.weight,
         priority=quota.priority if isinstance(ask.priority, UnsetType) else ask.priority,
@@ -100,7 +123,7 @@ def _merge_bytes(tier: str, old: ByteQuota, ask: BytesAsk | UnsetType) -> ByteQu
     return ByteQuota(reserved, most)
 
 
-def _answer(control: Control, tenant: str) -> QuotaAnswer:
+def _answer(control: Control, caller: Caller, tenant: str) -> QuotaAnswer:
     usage = [
         _usage(view.node, report)
         for view in control.cluster.nodes.values()
@@ -108,7 +131,8 @@ def _answer(control: Control, tenant: str) -> QuotaAnswer:
         for report in view.report.tenants
         if report.tenant == tenant
     ]
-    return QuotaAnswer(tenant, control.catalog.quotas[tenant], usage)
+    quota = control.catalog.quotas[tenant]
+    return QuotaAnswer(tenant, quota, usage, overpromised(control, caller, tenant, quota))
 
 
 def _usage(node: str, report: TenantReport) -> Usage:
@@ -124,26 +148,91 @@ def _usage(node: str, report: TenantReport) -> Usage:
         report.refusals,
         report.tokens,
         report.device_ms,
+        report.rates,
     )
+
+
+_TIERS = ("device", "host", "disk")
+
+
+def _reserved(quota: TenantQuota, tier: str) -> int:
+    bytes_quota: ByteQuota = getattr(quota, tier)
+    return bytes_quota.reserved
+
+
+def _capacities(control: Control, tier: str) -> dict[str, int]:
+    """What each node that reported has in a tier."""
+    reports = {view.node: view.report for view in control.cluster.nodes.values() if view.report is not None}
+    if tier == "host":
+        return {node: report.host_budget_bytes for node, report in reports.items()}
+    if tier == "disk":
+        return {node: report.disk_budget_bytes for node, report in reports.items()}
+    return {
+        node: sum(device.budget_bytes for device in report.devices if device.healthy)
+        for node, report in reports.items()
+    }
+
+
+def check_promises(control: Control, quota: TenantQuota, before: TenantQuota) -> None:
+    """Raises ``BadValue`` when a new promise is above what any node has, so that none could keep it."""
+    for tier in _TIERS:
+        reserved, capacities = _reserved(quota, tier), _capacities(control, tier)
+        if not capacities or reserved <= _reserved(before, tier):
+            continue
+        node = max(capacities, key=lambda name: (capacities[name], name))
+        if reserved > capacities[node]:
+            raise BadValue(
+                f"{tier}.reserved",
+                f"{reserved} bytes are more than any node has; the greatest is {node} with "
+                f"{capacities[node]} bytes: reserve less, or let a greater node join first",
+            )
+
+
+def overpromised(control: Control, caller: Caller, tenant: str, quota: TenantQuota) -> list[str]:
+    """Where a tenant does not get what is reserved for it, because more is promised than exists.
+
+    What others are promised is the operator's to know.
+    """
+    warnings = []
+    for tier in _TIERS:
+        if not _reserved(quota, tier):
+            continue
+        total = sum(_reserved(each, tier) for each in control.catalog.quotas.values())
+        short = [(each, name) for name, each in _capacities(control, tier).items() if each < total]
+        if short:
+            capacity, node = min(short)
+            share = _reserved(quota, tier) * capacity // total
+            why = f"{tenant} is sure of {share} bytes on node {node}"
+            if caller.is_operator:
+                why = (
+                    f"all tenants together are promised {total} bytes and node {node} has {capacity}, so "
+                    f"{tenant} is sure of {share} bytes there; reserve less, or add memory"
+                )
+            warnings.append(f"{tier}.reserved: {why}")
+    return warnings
 
 
 async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
     tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
-    return json_response(_answer(control, tenant))
+    return json_response(_answer(control, caller, tenant))
 
 
 async def change(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """PATCH changes the fields that are given, PUT sets all others to what a new tenant has."""
     tenant_of(control, caller, request.match_info["tenant"])
     ask = await read_json(control, request, caller, QuotaAsk)
     async with control.writing:
         tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
-        quota = merge(control.catalog.quotas[tenant], ask)
+        before = control.catalog.quotas[tenant]
+        quota = merge(TenantQuota() if request.method == "PUT" else before, ask)
+        check_promises(control, quota, before)
         await control.write([PutQuota(tenant, quota)])
     control.record("quota_set", tenant=tenant, detail=f"by key {caller.key_id}")
-    return json_response(_answer(control, tenant))
+    return json_response(_answer(control, caller, tenant))
 
 
 ROUTES = (
     Route("GET", "/api/v1/tenants/{tenant}/quota", Access.CALLER, show),
     Route("PATCH", "/api/v1/tenants/{tenant}/quota", Access.OPERATOR, change),
+    Route("PUT", "/api/v1/tenants/{tenant}/quota", Access.OPERATOR, change),
 )

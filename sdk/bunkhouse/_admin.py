@@ -88,7 +88,7 @@ def set_quota(tenant: str, **change: MaybeInt) -> Call[QuotaUse]:
         tier, _, part = name.partition("_")
         if value is UNSET:
             continue
-        if tier in ("device", "host", "disk"):
+        if tier in ("device", "host", "disk") and part in ("reserved", "max"):
             inner = body.setdefault(tier, {})
             assert isinstance(inner, dict)
             inner[part] = value

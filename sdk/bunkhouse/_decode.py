@@ -38,6 +38,7 @@ from bunkhouse._types import (
     Placements,
     Quota,
     QuotaUse,
+    RateUse,
     Restores,
     Served,
     Tenant,
@@ -276,12 +277,28 @@ def quota(row: Fields) -> Quota:
         concurrency=row.maybe_number("concurrency"),
         weight=row.number("weight", 1),
         priority=row.number("priority", 0),
+        tokens_per_minute=row.maybe_number("tokens_per_minute"),
+        restores_per_minute=row.maybe_number("restores_per_minute"),
+        device_seconds_per_day=row.maybe_number("device_seconds_per_day"),
     )
 
 
 def quota_use(row: Fields) -> QuotaUse:
     return QuotaUse(
-        row.text("tenant"), quota(row.inner("quota")), tuple(_usage(each) for each in row.each("usage"))
+        row.text("tenant"),
+        quota(row.inner("quota")),
+        tuple(_usage(each) for each in row.each("usage")),
+        tuple(str(each) for each in row.list("warnings")),
+    )
+
+
+def _rate_use(row: Fields) -> RateUse:
+    return RateUse(
+        name=row.text("name"),
+        limit=row.number("limit"),
+        burst=row.number("burst", 0),
+        remaining=row.number("remaining", 0),
+        reset_ms=row.number("reset_ms", 0),
     )
 
 
@@ -298,6 +315,7 @@ def _usage(row: Fields) -> Usage:
         refusals=row.number("refusals", 0),
         tokens=row.number("tokens", 0),
         device_ms=row.number("device_ms", 0),
+        rates=tuple(_rate_use(each) for each in row.each("rates")),
     )
 
 

@@ -145,6 +145,21 @@ class Quota:
     concurrency: int | None = None
     weight: int = 1
     priority: int = 0
+    tokens_per_minute: int | None = None
+    restores_per_minute: int | None = None
+    device_seconds_per_day: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RateUse:
+    """A limited rate on one node: ``name`` as in ``Quota``, ``burst`` may come at once after a silence,
+    ``remaining`` of it now, all of it in ``reset_ms``."""
+
+    name: str
+    limit: int
+    burst: int
+    remaining: int
+    reset_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +177,17 @@ class Usage:
     refusals: int
     tokens: int
     device_ms: int
+    rates: tuple[RateUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaUse:
-    """A tenant's quota and its use on each node."""
+    """A tenant's quota and its use on each node. ``warnings``: promises that can not all be kept."""
 
     tenant: str
     quota: Quota
     usage: tuple[Usage, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,9 @@ class _Limit:
     used: str
 
 
+_RATES = ("requests_per_minute", "tokens_per_minute", "restores_per_minute", "device_seconds_per_day")
+
+
 def _limits(shown: _types.QuotaUse) -> list[_Limit]:
     quota, usage = shown.quota, shown.usage
     limits = [
@@ -142,11 +145,23 @@ def _limits(shown: _types.QuotaUse) -> list[_Limit]:
     in_flight = str(max((row.in_flight for row in usage), default=0))
     return [
         *limits,
-        _Limit("requests per minute", "-", _rate(quota.requests_per_minute), "-"),
+        *(
+            _Limit(name.replace("_", " "), "-", _rate(getattr(quota, name)), _used(shown, name))
+            for name in _RATES
+        ),
         _Limit("concurrency", "-", _rate(quota.concurrency), in_flight),
         _Limit("weight", "-", str(quota.weight), "-"),
         _Limit("priority", "-", str(quota.priority), "-"),
     ]
+
+
+def _used(shown: _types.QuotaUse, name: str) -> str:
+    """What is used of what may come at once, where that is most."""
+    rates = [rate for row in shown.usage for rate in row.rates if rate.name == name]
+    if not rates:
+        return "-"
+    most = max(rates, key=lambda rate: rate.burst - rate.remaining)
+    return f"{most.burst - most.remaining} of {most.burst} at once"
 
 
 def _rate(limit: int | None) -> str:
@@ -157,6 +172,8 @@ def _print_quota(out: Output, shown: _types.QuotaUse) -> None:
     if out.json:
         out.document(shown, "")
         return
+    for warning in shown.warnings:
+        click.echo(f"warning: {warning}", err=True)
     out.rows(
         _limits(shown),
         [
@@ -200,6 +217,9 @@ _SIGNED = frozenset({"priority"})
 @click.option("--priority", type=int, help="Higher goes first.")
 @click.option("--weight", type=click.IntRange(min=1), help="Share of a busy device. Default 1.")
 @click.option("--concurrency", type=Rate(), help="Requests at once, or none.")
+@click.option("--device-seconds-per-day", type=Rate(), help="Of engines at work and restores, or none.")
+@click.option("--restores-per-minute", type=Rate(), help="Or none.")
+@click.option("--tokens-per-minute", "--tpm", type=Rate(), help="Read and written, or none.")
 @click.option("--requests-per-minute", "--rpm", type=Rate(), help="Or none.")
 @click.option("--disk-max", type=Size(none_allowed=True), help="Or none.")
 @click.option("--disk-reserved", type=Size())
