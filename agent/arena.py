@@ -9,11 +9,16 @@ A cpu image is a private mapping of ``/dev/zero``, so that ``/proc/PID/smaps`` t
 resident models apart from everything else that the process holds. Private memory is given back by
 ``MADV_DONTNEED`` at once, even if something still refers to the mapping, and the kernel zeroes every page
 before it hands it out again: no byte of one model can be found in the memory of another.
+
+Or it is a mapping of a raw host segment, private and not to be written: then a restore moves no byte, and
+pages stay in memory for as long as the segment does. Such an image starts in the segment up to some chunk,
+and goes on in memory of its own where later chunks were given back and restored from another copy.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from abc import ABC, abstractmethod
@@ -25,7 +30,7 @@ import torch
 
 from packer.codec import decode_into
 from packer.layout import PAGE_BYTES, ChunkSpan, ImageLayout, PlacedTensor
-from packer.types import MIB
+from packer.mapping import HUGE_PAGE_BYTES, MADV_POPULATE_WRITE, advise, map_over, populate_read
 
 if TYPE_CHECKING:
     from packer.codec import Workspace
@@ -50,10 +55,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 ARENA_FILE = "/dev/zero"
-# A huge page of x86-64 and arm64 with 4 KiB pages; elsewhere the alignment does no harm.
-HUGE_PAGE_BYTES = 2 * MIB
-# Linux 5.14; fills page tables in one call instead of one fault per page.
-_MADV_POPULATE_WRITE = 23
 _PROT_NONE = 0
 
 # Called through ctypes because the methods of mmap objects keep the GIL: threads that fill an image would
@@ -82,6 +83,16 @@ class Image(ABC):
         self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
     ) -> None:
         """Decode one opened chunk to where it belongs. Raises ``packer.codec.BadPlanes``."""
+
+    def lay_in(self, fd: int, start: int) -> bool:
+        """Have all bytes in a host segment from ``start`` on, to be filled there. What was here is gone.
+        False: this device can not, and nothing changed. Raises ``OSError``."""
+        return False
+
+    def map_from(self, fd: int, start: int) -> bool:
+        """Have all bytes of a host segment from ``start`` on, without a copy and not to be changed. What was
+        here is gone. False: this device can not, and nothing changed. Raises ``OSError``."""
+        return False
 
     @abstractmethod
     def settle(self) -> None:
@@ -115,34 +126,62 @@ def allocate_image(kind: str, layout: ImageLayout) -> Image:
 
 
 class CpuImage(Image):
-    """An image in private memory. Pages are there from the moment they are filled until they are released;
-    what is not there reads as zeros."""
+    """An image in private memory, or, from its start on, in a host segment. Pages are there from the moment
+    they are filled until they are released; what is not there reads as zeros."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        descriptor = os.open(ARENA_FILE, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            # Larger by what it takes to start on a huge page; that much more address space, no memory.
+        self._end = _up_to_page(nbytes)
+        with _zeros() as descriptor:
+            # Larger by what it takes to start where a large page does, or a segment's image in one; that
+            # much more address space, no memory.
             self._map = mmap.mmap(
                 descriptor,
-                nbytes + HUGE_PAGE_BYTES,
+                self._end + 2 * HUGE_PAGE_BYTES,
                 flags=mmap.MAP_PRIVATE,
                 prot=mmap.PROT_READ | mmap.PROT_WRITE,
             )
-        finally:
-            os.close(descriptor)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self._start = -address % HUGE_PAGE_BYTES
-        self._address = address + self._start
-        # The last huge page must end with the image, or the kernel would count up to 2 MiB too many.
-        end = _up_to_page(nbytes)
-        _protect(self._address + end, HUGE_PAGE_BYTES - self._start - (end - nbytes), _PROT_NONE)
-        _advise(self._address, end, mmap.MADV_HUGEPAGE)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        # Around the image nothing may be touched, or the last large page would count up to 2 MiB too many.
+        _protect(self._base, len(self._map), _PROT_NONE)
+        self._segment_bytes = 0  # what lies in a host segment, from the start on
+        self._start_at(0)
+        self.grow()
+
+    def _start_at(self, within: int) -> None:
+        """Choose where the image starts: so many bytes behind the start of a large page."""
+        self._start = -self._base % HUGE_PAGE_BYTES + within
+        self._address = self._base + self._start
         # Of a view, because torch keeps the object alive but not its buffer: through the view the mapping
         # knows that tensors refer to it, and is not closed under them.
         self._bytes: torch.Tensor | None = torch.frombuffer(
-            memoryview(self._map), dtype=torch.uint8, offset=self._start, count=nbytes
+            memoryview(self._map), dtype=torch.uint8, offset=self._start, count=self.nbytes
         )
+
+    # --- in a host segment ---
+
+    def lay_in(self, fd: int, start: int) -> bool:
+        self._lay(fd, start, mmap.PROT_READ | mmap.PROT_WRITE, shared=True)
+        return True
+
+    def map_from(self, fd: int, start: int) -> bool:
+        # Not to be written: weights never change, and a page that did would be charged to nobody.
+        self._lay(fd, start, mmap.PROT_READ, shared=False)
+        populate_read(self._address, self._end)
+        return True
+
+    def _lay(self, fd: int, start: int, protection: int, shared: bool) -> None:
+        if os.fstat(fd).st_size < start + self._end:
+            raise OSError(errno.EINVAL, "the host segment is shorter than the image")
+        if self._start != -self._base % HUGE_PAGE_BYTES + start % HUGE_PAGE_BYTES:
+            # A file's large page is mapped as one only at such an address.
+            self.release(0)
+            _protect(self._address, self._end, _PROT_NONE)
+            self._start_at(start % HUGE_PAGE_BYTES)
+        map_over(self._address, self._end, fd, start, protection, shared)
+        self._segment_bytes = self._end
+
+    # --- bytes ---
 
     @contextmanager
     def filling(self, offset: int, nbytes: int) -> Iterator[memoryview]:
@@ -150,7 +189,7 @@ class CpuImage(Image):
         start = offset - offset % PAGE_BYTES
         # Populating in the thread that will write spreads the faults over the restore threads. An older
         # kernel refuses; then every page faults on its own, as it would have anyway.
-        _advise(self._address + start, offset + nbytes - start, _MADV_POPULATE_WRITE)
+        advise(self._address + start, offset + nbytes - start, MADV_POPULATE_WRITE)
         with self.reading(offset, nbytes) as view:
             yield view
 
@@ -173,18 +212,28 @@ class CpuImage(Image):
         assert self._bytes is not None, "the image is closed"
         return view_of(self._bytes, placed)
 
+    # --- giving back ---
+
     def release(self, offset: int) -> None:
         assert offset % PAGE_BYTES == 0
-        end = _up_to_page(self.nbytes)
-        if offset >= end:
+        if offset >= self._end:
             return
-        _give_back(self._address + offset, end - offset)
-        # A limit of the process counts what could be written, so what was given back must not count; a
-        # stray read still finds zeros. It also keeps the kernel from joining what is left to a huge page.
-        _protect(self._address + offset, end - offset, mmap.PROT_READ)
+        own = max(offset, self._segment_bytes)
+        if offset < own:
+            with _zeros() as descriptor:
+                map_over(self._address + offset, own - offset, descriptor, 0, mmap.PROT_READ, shared=False)
+            self._segment_bytes = offset
+        if own < self._end:
+            _give_back(self._address + own, self._end - own)
+            # A limit of the process counts what could be written, so what was given back must not count; a
+            # stray read still finds zeros. It also keeps the kernel from joining what is left to a huge page.
+            _protect(self._address + own, self._end - own, mmap.PROT_READ)
 
     def grow(self) -> None:
-        _protect(self._address, _up_to_page(self.nbytes), mmap.PROT_READ | mmap.PROT_WRITE)
+        at, nbytes = self._address + self._segment_bytes, self._end - self._segment_bytes
+        if nbytes:
+            _protect(at, nbytes, mmap.PROT_READ | mmap.PROT_WRITE)
+            advise(at, nbytes, mmap.MADV_HUGEPAGE)
 
     def close(self) -> bool:
         if self._map.closed:
@@ -200,6 +249,15 @@ class CpuImage(Image):
         return True
 
 
+@contextmanager
+def _zeros() -> Iterator[int]:
+    descriptor = os.open(ARENA_FILE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def view_of(buffer: torch.Tensor, placed: PlacedTensor, start: int = 0) -> torch.Tensor:
     """A tensor of the model as a view of the buffer that holds the image from ``start`` on."""
     info = placed.info
@@ -210,11 +268,6 @@ def view_of(buffer: torch.Tensor, placed: PlacedTensor, start: int = 0) -> torch
 
 def _up_to_page(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def _advise(address: int, nbytes: int, advice: int) -> None:
-    """A hint: what an older kernel does not know is slower, never wrong."""
-    _libc.madvise(address, nbytes, advice)
 
 
 def _give_back(address: int, nbytes: int) -> None:

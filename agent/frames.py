@@ -163,6 +163,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     id: int
     restore_ms: int = 0
     host_filled: bool = False
+    mapped: bool = False  # the whole image lies in the host segment of this order
     restored_bytes: int = 0
     cached: bool | None = None  # most of what was read was in the page cache; None: no file was read
     disk_bytes: int = 0

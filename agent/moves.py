@@ -192,7 +192,8 @@ class Moves:
                 return Failed(order.id, message, True, False, error.chunks, False, reader.salt, extents)
         moved_bytes = sum(index.layout.chunk_bytes[first:])
         cached = 2 * facts.direct_bytes < facts.read_bytes if facts.read_bytes else None
-        return Done(order.id, _since_ms(started), facts.host_filled, moved_bytes, cached)
+        taken_ms = _since_ms(started)
+        return Done(order.id, taken_ms, facts.host_filled, facts.mapped, moved_bytes, cached)
 
     @contextmanager
     def _arriving(self, ref: ModelRef) -> Iterator[tuple[Held | None, threading.Event]]:

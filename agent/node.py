@@ -27,8 +27,9 @@ from agent.loop import Loop
 from agent.metering import MeteredLease
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
-from agent.packs import HostSegments, PackDirectory
+from agent.packs import PackDirectory
 from agent.reports import build_report
+from agent.segments import HostSegments
 from agent.sharing import Sharing
 from agent.spawning import Nursery
 from agent.spending import Spending

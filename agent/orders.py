@@ -22,9 +22,10 @@ from agent.journal import JournalFailed
 from agent.journal_thread import JournalThread as JournalThread
 from agent.origin import ControlFetch, OriginUnavailable, open_origin
 from agent.pack_making import Making, PackMaking
-from agent.packs import HostSegments, PackDirectory
+from agent.packs import PackDirectory
 from agent.peer_fetch import FetchedPack
 from agent.repairs import Repairs
+from agent.segments import Freeing, HostSegments
 from agent.sources import Obtained, Sources
 from agent.spawning import Nursery
 from agent.workers import LoadDone, PackCopy, Segment, WorkerDead, WorkerFailure, WorkerHandle
@@ -163,6 +164,8 @@ class Orders:
         if self._workers.get(at) is worker:
             del self._workers[at]
             self._held.pop(at, None)
+            for freeing in self._segments.give_all_back(*at):
+                await asyncio.to_thread(freeing.free)
         self.post(WorkerDied(*at))
 
     async def _close_parked(self) -> None:
@@ -231,7 +234,9 @@ class Orders:
         self, order: Restore, move: Callable[[WorkerHandle], Awaitable[Event]]
     ) -> Event | None:
         failed = partial(RestoreFailed, order.ref, order.device, order.from_tier, order=order.order)
-        kept = partial(failed, kept_chunks=order.first_chunk)
+        # A part whose image was to be moved into a segment may lie in either: then none of it is kept.
+        kept_chunks = 0 if order.from_tier is Tier.HOST else order.first_chunk
+        kept = partial(failed, kept_chunks=kept_chunks)
         # Held from here on, so that a worker that is just being forked for it is not taken for a parked one.
         self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
         try:
@@ -245,11 +250,11 @@ class Orders:
         except WorkerDead:
             return None
         except WorkerFailure as failure:
-            if not await self._keep_to(order, worker):
+            if not await self._keep_to(order, worker, kept_chunks):
                 return None
             return kept(failure.message, corrupt=failure.corrupt, broken=failure.broken)
         except (OriginUnavailable, OSError) as error:
-            if not await self._keep_to(order, worker):
+            if not await self._keep_to(order, worker, kept_chunks):
                 return None
             missing = isinstance(error, FileNotFoundError) and order.from_tier is Tier.DISK
             private = error.private if isinstance(error, OriginUnavailable) else str(error)
@@ -279,6 +284,7 @@ class Orders:
                 if (broken_off := origin.failure()) is not None:
                     raise broken_off from failure
                 raise
+        await self._note_image(order, worker, mapped=False)
         if making is not None:
             making.loaded = True
             self._keep(self._finish_pack(order, making, obtained, worker, done))
@@ -299,6 +305,7 @@ class Orders:
             if segment is None:
                 raise WorkerFailure("the host segment is gone", corrupt=True, broken=False)
             done = await worker.restore(spec, Segment(segment, self.host_form), order.first_chunk)
+            await self._note_image(order, worker, done.mapped)
             return restored(done.restore_ms, restored_bytes=done.restored_bytes)
         try:
             key = await self._journal.call(self._journal.journal.data_key, order.ref)
@@ -316,6 +323,7 @@ class Orders:
             copy = PackCopy(pack, key, direct)
             async with self._filling(order) as host:
                 done = await self._restore_pack(worker, spec, copy, order.first_chunk, host)
+                await self._note_image(order, worker, done.mapped)
                 filled = host is not None and done.host_filled and self._segments.seal(order.ref)
                 if host is not None and not filled:
                     await self._drop_segment(order.ref)
@@ -348,10 +356,20 @@ class Orders:
             raise
 
     async def _drop_segment(self, ref: ModelRef) -> None:
-        """Returns when the memory is free, without holding up the loop meanwhile."""
-        descriptor = self._segments.take(ref)
-        if descriptor is not None:
-            await asyncio.to_thread(os.close, descriptor)
+        await _free(self._segments.drop(ref))
+
+    async def _note_image(self, order: Restore, worker: WorkerHandle, mapped: bool) -> None:
+        """The worker's image may lie in the segment that it was given: then its memory outlives a drop."""
+        if not mapped:
+            await self._give_back(order.ref, order.first_chunk)
+        elif not worker.died.is_set():  # its end was noted, or will be
+            image_bytes = self._spec_of(order.ref).image_bytes
+            await _free(self._segments.lend(order.ref, order.device, image_bytes))
+
+    async def _give_back(self, ref: ModelRef, keep_chunks: int) -> None:
+        """Of an image only the first chunks are left on its device."""
+        image_bytes = sum(self._spec_of(ref).chunk_bytes[:keep_chunks]) if keep_chunks else 0
+        await _free(self._segments.give_back(ref, image_bytes))
 
     async def evict(self, order: Evict) -> Event | None:
         worker = self._workers.get((order.ref.tenant, order.device))
@@ -367,6 +385,7 @@ class Orders:
             log.error("evict %s on %s: %s; killing the worker", order.ref, order.device, failure.message)
             worker.kill()
             return None
+        await self._give_back(order.ref, order.keep_chunks)
         if not order.keep_chunks:
             self._forget_held(order.ref, order.device)
         return Evicted(order.ref, order.device, order.order)
@@ -462,16 +481,17 @@ class Orders:
         finally:
             await frames.aclose()  # type: ignore[attr-defined]  # an async generator
 
-    async def _keep_to(self, order: Restore, worker: WorkerHandle) -> bool:
+    async def _keep_to(self, order: Restore, worker: WorkerHandle, kept_chunks: int) -> bool:
         """After a failed restore: have the worker hold what the order said is there, and nothing else. A part
         that a whole load was to replace may be there still. False: the worker is gone with everything."""
         try:
             async with self._in_time(worker, EVICT_TIMEOUT_S):
-                await worker.evict(order.ref, order.first_chunk)
+                await worker.evict(order.ref, kept_chunks)
         except (WorkerDead, WorkerFailure):
             worker.kill()
             return False
-        if not order.first_chunk:
+        await self._give_back(order.ref, kept_chunks)
+        if not kept_chunks:
             self._forget_held(order.ref, order.device)
         return True
 
@@ -492,6 +512,12 @@ class Orders:
         task = asyncio.ensure_future(work)
         self._watches.add(task)
         task.add_done_callback(self._watches.discard)
+
+
+async def _free(freeing: Freeing | None) -> None:
+    """Returns when the memory is free, without holding up the loop meanwhile."""
+    if freeing is not None:
+        await asyncio.to_thread(freeing.free)
 
 
 async def _cancel(worker: WorkerHandle, ref: ModelRef) -> None:

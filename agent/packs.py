@@ -1,13 +1,13 @@
-"""The node's two cache tiers as files: pack files on disk, opened segments in host memory.
+"""The disk tier as files: packs by name.
 
 Covers: their names, creating, renaming, dropping, and sweeping what a crash left behind. Does not
-cover: what is in them (``packer/pack.py``), which to keep (``packer/residency.py``), or their keys
-(``agent/journal.py``). The agent hands descriptors to workers and never reads a byte of weights.
+cover: what is in them (``packer/pack.py``), which to keep (``packer/residency.py``), their keys
+(``agent/journal.py``), or the host tier (``segments``). The agent hands descriptors to workers and never
+reads a byte of weights.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable
@@ -113,54 +113,3 @@ def _temporary(path: Path) -> Path:
 
 def _progress(path: Path) -> Path:
     return path.with_name(path.name + ".part")
-
-
-class HostSegments:
-    """One memory file per model version, owned by the agent so that it survives the worker.
-
-    A segment is in use by nobody but the workers of its tenant, which get its descriptor for one
-    restore; closing the agent's descriptor then gives the memory back. Its size never changes, and once it
-    is sealed not even its tenant's workers can alter a byte of it.
-    """
-
-    def __init__(self) -> None:
-        self._segments: dict[ModelRef, int] = {}
-
-    def create(self, ref: ModelRef, size_bytes: int) -> int:
-        """A new, empty segment of ``size_bytes``; replaces what was there. Raises ``OSError``."""
-        if (stale := self.take(ref)) is not None:
-            os.close(stale)
-        descriptor = os.memfd_create("bunk-host", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.ftruncate(descriptor, size_bytes)
-            # Before a worker gets it: no worker can make the host tier larger than the ledger says.
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-        except OSError:
-            os.close(descriptor)
-            raise
-        self._segments[ref] = descriptor
-        return descriptor
-
-    def seal(self, ref: ModelRef) -> bool:
-        """Make a filled segment unchangeable; False if somebody still has it mapped to write."""
-        try:
-            fcntl.fcntl(self._segments[ref], fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
-        except OSError:
-            return False
-        return True
-
-    def get(self, ref: ModelRef) -> int | None:
-        return self._segments.get(ref)
-
-    def take(self, ref: ModelRef) -> int | None:
-        """The descriptor, which is the caller's to close: that takes a fifth of a second per GiB."""
-        return self._segments.pop(ref, None)
-
-    def allocated_bytes(self) -> int:
-        """Bytes that the kernel has really allocated to all segments."""
-        return sum(os.fstat(descriptor).st_blocks * 512 for descriptor in self._segments.values())
-
-    def close(self) -> None:
-        for descriptor in self._segments.values():
-            os.close(descriptor)
-        self._segments.clear()

@@ -108,13 +108,15 @@ class WorkerDead(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadDone:
-    """The model can answer. ``restored_bytes`` were moved; ``host_filled``: the segment is complete."""
+    """The model can answer. ``restored_bytes`` were moved; ``host_filled``: the segment is complete;
+    ``mapped``: the image lies in the segment."""
 
     restore_ms: int
     restored_bytes: int
     host_filled: bool = False
     pack_id: int = 0
     cached: bool | None = None  # see ``frames.Done``
+    mapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +285,9 @@ class WorkerHandle:
         descriptors += [host.fd] if host is not None else []
         order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form)
         done = await self._order(number, order, descriptors)
-        return LoadDone(done.restore_ms, done.restored_bytes, done.host_filled, cached=done.cached)
+        return LoadDone(
+            done.restore_ms, done.restored_bytes, done.host_filled, cached=done.cached, mapped=done.mapped
+        )
 
     async def pack(self, ref: ModelRef, files: PackFiles) -> PackDone:
         """Write a pack of a resident model into an empty file. Raises ``WorkerFailure``, ``WorkerDead``."""

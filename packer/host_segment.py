@@ -6,6 +6,10 @@ or reading a segment (``pack``, ``tiers``).
 
 A segment is a pack file that is not sealed, with offsets of its own. Like every pack it is nothing until
 its header, written last, says that it is complete.
+
+In raw form the chunks lie behind the header exactly as in the image, duplicates and constants too: a cpu
+device maps them instead of copying them (``image_start``), and a restore that fills such a segment may do so
+by placing its chunks there and nowhere else.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from packer.index import (
     up_to_page,
 )
 from packer.layout import ChunkSpan
+from packer.mapping import LargePages
 from packer.pack_file import NO_TAG, ZEROS, write_all, write_end
 from packer.seal import SALT_BYTES
 from packer.types import HostForm, HostSizes
@@ -38,7 +43,7 @@ def host_index(index: PackIndex, form: HostForm) -> PackIndex:
     chunks: list[StoredChunk] = []
     at = HEADER_BYTES
     for span, chunk in zip(index.layout.chunks, index.chunks, strict=True):
-        if chunk.same_as is not None:
+        if chunk.same_as is not None and form is not HostForm.RAW:
             chunks.append(replace(chunks[chunk.same_as], same_as=chunk.same_as))
             continue
         codec_id, sizes = _planes(span, chunk, form)
@@ -56,9 +61,9 @@ def _planes(span: ChunkSpan, chunk: StoredChunk, form: HostForm) -> tuple[int, S
 
     if form is HostForm.STORED:
         return chunk.codec_id, [plane.nbytes for plane in chunk.planes]
-    # Eight bytes that repeat stay that in every form: nothing is smaller, or faster to restore.
-    keeps = chunk.codec_id == CodecId.FILL or (form is HostForm.WIRE and has_wire_form(chunk.codec_id))
-    if not keeps:
+    # Eight bytes that repeat stay that on the wire: nothing is smaller, or faster to decode.
+    keeps = chunk.codec_id == CodecId.FILL or has_wire_form(chunk.codec_id)
+    if form is HostForm.RAW or not keeps:
         return CodecId.RAW, [span.nbytes]
     try:
         sizes = wire_sizes(chunk.codec_id, [plane.nbytes for plane in chunk.planes], span.nbytes)
@@ -67,6 +72,17 @@ def _planes(span: ChunkSpan, chunk: StoredChunk, form: HostForm) -> tuple[int, S
     if sum(sizes) > span.nbytes:
         raise PackError(f"chunk at {chunk.offset}: wire form is larger than the chunk", corrupt=True)
     return chunk.codec_id, sizes
+
+
+def image_start(index: PackIndex) -> int | None:
+    """Where in a file with this index the whole image lies as it is; None if it does not."""
+    from packer.codec import CodecId
+
+    for span, chunk in zip(index.layout.chunks, index.chunks, strict=True):
+        as_it_is = chunk.codec_id == CodecId.RAW and chunk.same_as is None
+        if not as_it_is or chunk.offset != HEADER_BYTES + span.image_offset:
+            return None
+    return HEADER_BYTES if index.chunks else None
 
 
 def _index_offset(index: PackIndex) -> int:
@@ -96,20 +112,38 @@ class HostWriter:
         if {path: len(data) for path, data in side_files.items()} != dict(index.files):
             raise PackError("the side files are not those of the pack")
         self.form = form
-        self._fd = fd
+        self.fd = fd
         self._index = host_index(index, form)
         self._side_files = side_files
         self._lock = threading.Lock()
-        self._missing = {number for number, chunk in enumerate(index.chunks) if chunk.same_as is None}
+        self._missing = {number for number, chunk in enumerate(self._index.chunks) if chunk.same_as is None}
+        size = os.fstat(fd).st_size
+        self._has_room = size >= _file_bytes(self._index)
+        self._pages = LargePages(fd, size)
 
     def missing(self) -> frozenset[int]:
-        """Chunks that must still be added. A duplicate is never one of them."""
+        """Chunks that must still be added: all with an extent of their own."""
         with self._lock:
             return frozenset(self._missing)
 
     def codec_id(self, i: int) -> int:
         """In which form chunk ``i`` is kept: the pack's own, or raw."""
         return self._index.chunks[i].codec_id
+
+    @property
+    def image_start(self) -> int | None:
+        """Where the image can be filled in place; None if it can not be."""
+        return image_start(self._index) if self._has_room else None
+
+    def prepare(self, i: int) -> None:
+        """Before chunk ``i`` is placed where it lies in the segment."""
+        chunk = self._index.chunks[i]
+        self._pages.prepare(chunk.offset, chunk.extent_bytes)
+
+    def note_placed(self, i: int) -> None:
+        """Chunk ``i`` lies in the segment: it was placed there."""
+        with self._lock:
+            self._missing.discard(i)
 
     def add_chunk(self, i: int, codec_id: int, planes: Sequence[memoryview | bytes]) -> None:
         """Store an opened chunk that is in the form of this segment. Raises ``PackError``."""
@@ -118,9 +152,9 @@ class HostWriter:
             return
         if codec_id != chunk.codec_id or [len(plane) for plane in planes] != [p.nbytes for p in chunk.planes]:
             raise PackError(f"chunk {i} is not in the form {self.form} of this segment")
+        self.prepare(i)
         self._write(planes, chunk.offset, chunk.stored_bytes, chunk.extent_bytes)
-        with self._lock:
-            self._missing.discard(i)
+        self.note_placed(i)
 
     def _write(
         self, parts: Sequence[memoryview | bytes], offset: int, nbytes: int, extent_bytes: int
@@ -128,13 +162,13 @@ class HostWriter:
         """One call for all planes and the padding; what it leaves over is written piece by piece."""
         pieces = [memoryview(part) for part in (*parts, ZEROS[: extent_bytes - nbytes]) if len(part)]
         try:
-            done = os.pwritev(self._fd, pieces, offset) if pieces else 0
+            done = os.pwritev(self.fd, pieces, offset) if pieces else 0
         except OSError as error:
             raise PackError(f"writing {extent_bytes} bytes at {offset} failed: {error.strerror}") from error
         at = 0
         for piece in pieces:
             skip = min(max(done - at, 0), len(piece))
-            write_all(self._fd, piece[skip:], offset + at + skip)
+            write_all(self.fd, piece[skip:], offset + at + skip)
             at += len(piece)
 
     def finish(self) -> None:
@@ -156,4 +190,9 @@ class HostWriter:
             index_tag=NO_TAG,
             index_sha256=hashlib.sha256(body).digest(),
         )
-        write_end(self._fd, header, body, sync=False)
+        write_end(self.fd, header, body, sync=False)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the memory file; the descriptor stays the caller's. Harmless when called twice."""
+        self._pages.close()

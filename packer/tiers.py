@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from packer.extents import ExtentReader, drop_mapped
-from packer.host_segment import HostWriter
-from packer.index import PackError, StoredChunk
+from packer.host_segment import HostWriter, image_start
+from packer.index import PackError, PackIndex, StoredChunk
 from packer.layout import CHUNK_BYTES, ChunkSpan
 from packer.pack import PackReader
 from packer.pack_file import SLOT_BYTES, Scratch, page_memory
@@ -87,15 +87,23 @@ class Image(Protocol):
         """Put one opened chunk into the image. The planes are the caller's again when this returns.
         Raises ``BadPlanes``."""
 
+    def lay_in(self, fd: int, start: int) -> bool:
+        """Lie in a memory file from ``start`` on, where chunks are placed from now on. False: it can not."""
+
+    def map_from(self, fd: int, start: int) -> bool:
+        """Have the bytes of a memory file from ``start`` on, without a copy. False: it can not."""
+
 
 @dataclass(frozen=True, slots=True)
 class RestoreFacts:
-    """What a restore did. ``direct_bytes`` of the ``read_bytes`` went past the page cache."""
+    """What a restore did. ``direct_bytes`` of the ``read_bytes`` went past the page cache; ``mapped``: all of
+    the image lies in the host segment."""
 
     read_bytes: int
     direct_bytes: int
     chunks: int
     host_filled: bool
+    mapped: bool = False
 
 
 # --- restore --------------------------------------------------------------------------------------
@@ -112,35 +120,57 @@ def restore(
 ) -> RestoreFacts:
     """Restore the chunks from ``first_chunk`` on, or ``only`` some, into the image, which has the others.
 
+    A raw host segment that is sealed for good is mapped, all of it, whatever the image has already.
+
     ``host`` is filled and finished: what it still misses of the others is read and opened like the rest,
-    and placed nowhere. A host segment that can not be written (no memory left) costs only itself.
+    and placed nowhere. A whole restore places its chunks in a raw segment, where the image lies from then on.
+    A host segment that can not be written (no memory left) costs only itself.
     ``cancelled`` is looked at before each chunk. Raises ``TierError``.
     """
     count = len(reader.index.chunks)
     wanted = range(first_chunk, count) if only is None else sorted(set(only))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < count:
         raise TierError(f"chunks {wanted[0]} to {wanted[-1]} are not all of {count}")
-    jobs: dict[int, list[int]] = {}
-    for number in wanted:
-        jobs.setdefault(reader.index.owner(number), []).append(number)
-    for owner in sorted(host.missing()) if host is not None else ():
-        jobs.setdefault(owner, [])
-    work = [_Job(owner, tuple(targets)) for owner, targets in jobs.items()]
+    if host is None and only is None and _is_final(reader):
+        start = image_start(reader.index)
+        if start is not None and image.map_from(reader.fd, start):
+            return RestoreFacts(0, 0, len(wanted), False, mapped=True)
     run = _Restore(reader, image, host, cancelled or threading.Event())
+    if host is not None and len(wanted) == count and host.image_start is not None:
+        run.in_place = image.lay_in(host.fd, host.image_start)
     try:
-        run.run(work)
+        run.run(_jobs(reader.index, wanted, host))
+        filled = run.finish_host()
+        if host is not None and run.in_place:
+            # From here on nobody can write it; it may be sealed.
+            assert host.image_start is not None
+            image.map_from(host.fd, host.image_start)
     except PackError as error:
         raise TierError(str(error), corrupt=error.corrupt) from error
-    return RestoreFacts(run.read_bytes, run.direct_bytes, len(wanted), run.finish_host())
+    finally:
+        if host is not None:
+            host.close()
+    return RestoreFacts(run.read_bytes, run.direct_bytes, len(wanted), filled, run.in_place)
+
+
+def _jobs(index: PackIndex, wanted: Sequence[int], host: HostWriter | None) -> list[_Job]:
+    targets: dict[int, list[int]] = {}
+    fills: dict[int, list[int]] = {}
+    for number in wanted:
+        targets.setdefault(index.owner(number), []).append(number)
+    for number in sorted(host.missing()) if host is not None else ():
+        fills.setdefault(index.owner(number), []).append(number)
+    owners = dict.fromkeys((*targets, *fills))
+    return [_Job(owner, tuple(targets.get(owner, ())), tuple(fills.get(owner, ()))) for owner in owners]
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One extent to read, and the chunks to place that have its bytes; none: only the host segment
-    wants it."""
+    """One extent to read, the chunks to place that have its bytes, and those that the host segment wants."""
 
     owner: int
     targets: tuple[int, ...]
+    fills: tuple[int, ...] = ()
 
 
 _Ready: TypeAlias = "tuple[_Job, memoryview] | None"
@@ -156,6 +186,7 @@ class _Restore:
     image: Image
     host: HostWriter | None
     cancelled: threading.Event
+    in_place: bool = False  # the image lies in the host segment
     read_bytes: int = 0
     direct_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -253,7 +284,7 @@ class _Restore:
             return None
         with self._lock:
             for job in source:
-                if job.targets or self.host is not None:
+                if job.targets or (job.fills and self.host is not None):
                     return job
         return None
 
@@ -347,6 +378,8 @@ class _Restore:
             raw_bytes = spans[job.owner].nbytes
             planes = wire_planes(codec_id, planes, raw_bytes, scratch.wire, scratch.workspace)
         for number in job.targets:
+            if host is not None and self.in_place:
+                host.prepare(number)
             self.image.place(spans[number], codec_id, planes, scratch.workspace)
         with self._lock:
             self._placed += bool(job.targets)
@@ -355,13 +388,16 @@ class _Restore:
 
     def _add_to_host(self, host: HostWriter, job: _Job, codec_id: int, planes: Sequence[memoryview]) -> None:
         try:
-            if host.codec_id(job.owner) == codec_id:
-                host.add_chunk(job.owner, codec_id, planes)
-                return
-            # Another codec than the pack's is always the raw one.
-            span = self.reader.index.layout.chunks[job.targets[0] if job.targets else job.owner]
-            with self.image.reading(span.image_offset, span.nbytes) as view:
-                host.add_chunk(job.owner, host.codec_id(job.owner), [view])
+            for number in job.fills:
+                if self.in_place:
+                    host.note_placed(number)
+                elif host.codec_id(number) == codec_id:
+                    host.add_chunk(number, codec_id, planes)
+                else:
+                    # Another codec than the pack's is always the raw one.
+                    span = self.reader.index.layout.chunks[number]
+                    with self.image.reading(span.image_offset, span.nbytes) as view:
+                        host.add_chunk(number, host.codec_id(number), [view])
         except PackError:
             # No memory left for it, most likely. The model itself does not need it.
             self.host = None
@@ -383,7 +419,7 @@ class _Restore:
         if not error.corrupt:
             raise error
         with self._lock:
-            self._bad.update(dict.fromkeys(job.targets or (job.owner,), str(error)))
+            self._bad.update(dict.fromkeys(job.targets or job.fills, str(error)))
             too_many = len(self._bad) > BAD_CHUNKS_MAX
         if too_many:
             self._stop()
@@ -428,14 +464,18 @@ class _Mapped:
 
 def _map(reader: PackReader) -> _Mapped | None:
     """The file as memory, when it is a memory file that is sealed for good."""
-    wanted = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK
+    return _Mapped(reader.fd, reader.file_bytes) if _is_final(reader) else None
+
+
+def _is_final(reader: PackReader) -> bool:
+    """Whether this is a host segment of which nobody can change a byte any more. Its end may be cut off by
+    its own tenant's workers, which then have only themselves to blame (see ``agent/packs.py``)."""
+    if reader.sealed:
+        return False
     try:
-        seals = fcntl.fcntl(reader.fd, fcntl.F_GET_SEALS)
+        return bool(fcntl.fcntl(reader.fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE)
     except OSError:
-        return None  # not a memory file
-    if reader.sealed or seals & wanted != wanted:
-        return None
-    return _Mapped(reader.fd, reader.file_bytes)
+        return False  # not a memory file
 
 
 # --- threads --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Watches the memory of an agent's workers from outside, through /proc, while something else runs.
 
 Covers: finding the nursery and its workers below an agent's process id, reading how much of each worker
-is weights (mappings of the arena's memory files) and how much is not, and keeping the greatest values
+is weights (arenas, and host segments that images lie in) and how much is not, and keeping the greatest values
 seen. Does not cover: what the agent's own ledger says, or memory on a GPU.
 
 The kernel's own books are the point: they count what is there, not what somebody meant to hold.
@@ -16,6 +16,7 @@ from pathlib import Path
 
 PROC = Path("/proc")
 ARENA = "/dev/zero"  # the file behind an arena; shared anonymous memory has " (deleted)" behind it
+SEGMENT = "/memfd:bunk-host (deleted)"  # a host segment, in which an image may lie; else it is only read
 WORKER = "bunk@"  # a worker's name in /proc/PID/comm, before its device
 NURSERY = b"agent.nursery"
 # Reading smaps makes the kernel walk the page tables, so samples may take this share of one core at most.
@@ -94,7 +95,8 @@ def parse_smaps(pid: int, name: str, text: str) -> WorkerMemory | None:
         head, _, rest = line.partition(" ")
         if "-" in head and not head.endswith(":"):
             # "7f00-7f10 rw-p 00000000 00:06 5   /dev/zero": permissions first, p for private.
-            in_arena = rest[3:4] == "p" and rest.endswith(ARENA)
+            of_segment = rest.endswith(SEGMENT) and (rest[3:4] == "p" or rest[1:2] == "w")
+            in_arena = of_segment or (rest[3:4] == "p" and rest.endswith(ARENA))
         elif head == "Rss:":
             size = int(rest.split()[0]) * 1024
             rss += size

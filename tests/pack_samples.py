@@ -188,6 +188,11 @@ class MemoryImage:
 
     reading = filling
 
+    def lay_in(self, fd: int, start: int) -> bool:
+        return False
+
+    map_from = lay_in
+
     def place(
         self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
     ) -> None:

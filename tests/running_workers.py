@@ -110,7 +110,7 @@ def private_bytes(worker: WorkerHandle) -> int:
 
 
 def memory_file(data: bytes = b"", size: int = 0) -> int:
-    descriptor = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    descriptor = os.memfd_create("bunk-host", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.write(descriptor, data)
     os.ftruncate(descriptor, max(size, len(data)))
     return descriptor

@@ -22,7 +22,8 @@ from agent.journal import Journal, JournalFailed, PackRow, load_node_key
 from agent.node import RunningNode
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
-from agent.packs import HostSegments, PackDirectory
+from agent.packs import PackDirectory
+from agent.segments import HostSegments
 from agent.spawning import Nursery
 from agent.workers import PackDone, PackFiles, WorkerHandle
 from packer.events import Drop, Dropped, Event, Pack, Packed, PackFailed

@@ -28,7 +28,7 @@ from pack_samples import (
 )
 
 from packer.codec import CodecId
-from packer.host_segment import HostWriter, host_index, host_sizes
+from packer.host_segment import HostWriter, host_index, host_sizes, image_start
 from packer.index import PackError
 from packer.layout import PAGE_BYTES, ImageLayout
 from packer.pack import PackReader
@@ -92,7 +92,9 @@ def test_forms_hold_what_they_say() -> None:
         index = PackReader(fd, KEY).index
     stored, wire, raw = (host_index(index, form) for form in FORMS)
     assert [c.codec_id for c in stored.chunks] == [c.codec_id for c in index.chunks]
-    assert {c.codec_id for c in raw.chunks} == {CodecId.RAW, CodecId.FILL}
+    assert CodecId.FILL in {c.codec_id for c in wire.chunks}
+    assert {c.codec_id for c in raw.chunks} == {CodecId.RAW}
+    assert [image_start(form) is None for form in (stored, wire, raw)] == [True, True, False]
     for plain, chunk, span in zip(index.chunks, wire.chunks, index.layout.chunks, strict=True):
         if plain.codec_id in (CodecId.N12, CodecId.N12_TOP):
             assert chunk.codec_id == plain.codec_id
@@ -101,20 +103,23 @@ def test_forms_hold_what_they_say() -> None:
         assert all(chunk.offset % PAGE_BYTES == 0 for chunk in form.chunks)
 
 
-def test_a_duplicate_takes_no_place_in_any_form() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_duplicate_takes_no_place_unless_the_image_is_mapped(form: HostForm) -> None:
+    """In raw form it has its own place, because there the segment is what the image is."""
     data, image = twin_pack()
-    with memory_file(data) as fd:
+    raw = form is HostForm.RAW
+    with memory_file(data) as fd, memory_file() as host_fd:
         reader = PackReader(fd, None)
-        for form in FORMS:
-            index = host_index(reader.index, form)
-            assert index.chunks[1].offset == index.chunks[0].offset
-            with memory_file() as host_fd:
-                writer = HostWriter(host_fd, reader.index, SIDE, form)
-                assert writer.missing() == {0, 2}
-                facts = restore(reader, MemoryImage(len(image)), host=writer)
-                assert facts.host_filled
-                assert os.fstat(host_fd).st_size == host_sizes(reader.index).of(form)
-                assert read_image(PackReader(host_fd, None)) == image
+        index = host_index(reader.index, form)
+        assert (index.chunks[1].offset == index.chunks[0].offset) is not raw
+        writer = HostWriter(host_fd, reader.index, SIDE, form)
+        assert writer.missing() == ({0, 1, 2} if raw else {0, 2})
+        facts = restore(reader, MemoryImage(len(image)), host=writer)
+        assert facts.host_filled
+        assert os.fstat(host_fd).st_size == host_sizes(reader.index).of(form)
+        assert read_image(PackReader(host_fd, None)) == image
+        start = image_start(index)
+        assert start is None or os.pread(host_fd, len(image), start) == image
 
 
 # --- filling it -----------------------------------------------------------------------------------

@@ -8,9 +8,13 @@ arena asks for. Does not cover: images inside workers (``test_worker_moves``).
 from __future__ import annotations
 
 import ctypes
+import faulthandler
+import fcntl
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -22,6 +26,7 @@ from pack_samples import (
     image_of,
     memory_file,
     model_of,
+    pack_bytes,
     small_model,
     write_pack,
 )
@@ -29,12 +34,14 @@ from process_memory import read_worker
 
 import agent.arena
 import agent.cuda_image
+import packer.mapping
 from agent.arena import DTYPES, CpuImage, Image, allocate_image
 from agent.cuda_image import CudaImage
+from packer.host_segment import HostWriter
 from packer.layout import CHUNK_BYTES, ImageLayout
 from packer.pack import PackReader
 from packer.tiers import restore
-from packer.types import KIB, MIB
+from packer.types import KIB, MIB, HostForm
 
 PAGE = 4 * KIB
 
@@ -223,7 +230,7 @@ def test_tensors_start_where_vectors_like_it() -> None:
 
 def test_a_kernel_without_huge_pages_or_populating_is_only_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hints that fail are ignored; giving memory back must not fail silently."""
-    monkeypatch.setattr(agent.arena, "_advise", lambda address, nbytes, advice: None)
+    monkeypatch.setattr(agent.arena, "advise", lambda address, nbytes, advice: False)
     file, layout = large_model()
     wanted = bytes(image_of(file, layout))
     image = CpuImage(layout.image_bytes)
@@ -234,3 +241,117 @@ def test_a_kernel_without_huge_pages_or_populating_is_only_slower(monkeypatch: p
     image.close()
     with pytest.raises(OSError, match="giving 4096 bytes"):
         agent.arena._give_back(PAGE + 1, PAGE)
+
+
+# --- cpu images in host segments ------------------------------------------------------------------
+
+
+@contextmanager
+def raw_segment(model: tuple[bytes, ImageLayout], large: bool = True) -> Iterator[tuple[int, CpuImage]]:
+    """A raw segment that a restore filled, the image lying in it, as agent and worker make them."""
+    data = pack_bytes(model=model)
+    fd = os.memfd_create("bunk-host", os.MFD_ALLOW_SEALING)
+    try:
+        with memory_file(data) as pack, pytest.MonkeyPatch.context() as patch:
+            if not large:
+                patch.setattr(packer.mapping, "_MADV_COLLAPSE", -1)
+            reader = PackReader(pack, KEY)
+            side_files = {path: reader.file(path) for path, _ in reader.index.files}
+            os.ftruncate(fd, reader.host_sizes.raw_bytes)
+            image = CpuImage(model[1].image_bytes)
+            facts = restore(reader, image, host=HostWriter(fd, reader.index, side_files, HostForm.RAW))
+        assert (facts.host_filled, facts.mapped) == (True, True)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+        yield fd, image
+        image.close()
+    finally:
+        os.close(fd)
+    assert arena_bytes() == 0
+
+
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("model", [small_model, every_codec_model, large_model])
+def test_a_raw_segment_is_the_image(model: Callable[[], tuple[bytes, ImageLayout]], large: bool) -> None:
+    """Filled in place and mapped again: every bit, no memory of its own, with large pages and without."""
+    file, layout = model()
+    wanted = bytes(image_of(file, layout))
+    with raw_segment((file, layout), large) as (fd, filled):
+        assert content(filled, layout) == wanted
+        assert os.fstat(fd).st_blocks * 512 == os.fstat(fd).st_size
+        image = CpuImage(layout.image_bytes)
+        before = private_bytes()
+        facts = restore(PackReader(fd, None), image)
+        assert (facts.mapped, facts.read_bytes, facts.chunks) == (True, 0, len(layout.chunks))
+        assert arena_bytes() == 2 * layout.image_bytes
+        assert content(image, layout) == wanted
+        assert private_bytes() - before < layout.image_bytes + MIB // 2
+        for placed in layout.tensors:
+            tensor, at = image.tensor(placed), placed.info.file_offset
+            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            assert data == file[at : at + placed.info.nbytes]
+        image.close()
+
+
+def test_what_lies_in_a_segment_is_given_back_and_comes_back_from_anywhere() -> None:
+    """Any part of it: by mapping all of it again, or as memory of the image's own behind what stayed."""
+    file, layout = large_model()
+    wanted = bytes(image_of(file, layout))
+    with raw_segment((file, layout)) as (fd, image), memory_file(pack_bytes(model=(file, layout))) as pack:
+        last = len(layout.chunks) - 1
+        for first, source in ((last, fd), (1, fd), (last, pack), (1, pack), (last, pack), (2, fd)):
+            start = layout.chunks[first].image_offset
+            image.release(start)
+            # A large page that is cut is mapped again when it is touched.
+            assert arena_bytes() <= start
+            assert content(image, layout, first) == wanted[:start]
+            assert arena_bytes() == start
+            with image.reading(start, layout.image_bytes - start) as view:
+                assert bytes(view) == bytes(layout.image_bytes - start), "what was given back reads as zeros"
+            assert arena_bytes() == start
+            image.grow()
+            restore(PackReader(source, KEY if source == pack else None), image, first_chunk=first)
+            assert content(image, layout) == wanted
+            assert arena_bytes() == layout.image_bytes
+
+
+def test_weights_in_a_segment_can_not_be_written() -> None:
+    """A write ends the process that tries; the segment and everybody else's image stay as they are."""
+    file, layout = small_model()
+    wanted = bytes(image_of(file, layout))
+    with raw_segment((file, layout)) as (_, image):
+        with image.reading(0, PAGE) as view:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        pid = os.fork()
+        if pid == 0:
+            faulthandler.disable()
+            ctypes.memset(address, 1, 1)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGSEGV
+        assert content(image, layout) == wanted
+
+
+def test_a_view_that_somebody_keeps_of_a_segment_holds_no_memory() -> None:
+    file, layout = large_model()
+    with raw_segment((file, layout)) as (_, image):
+        kept = image.tensor(layout.tensors[-1])
+        assert not image.close()
+        assert arena_bytes() == 0
+        assert not bool(kept.reshape(-1).view(torch.uint8).any()), "a stray read finds zeros"
+        del kept
+        assert image.close()
+
+
+def test_a_segment_shorter_than_the_image_is_refused() -> None:
+    """Mapped, its missing end would kill whoever touches it."""
+    file, layout = large_model()
+    with raw_segment((file, layout)) as (fd, image):
+        os.ftruncate(fd, layout.image_bytes)
+        with pytest.raises(OSError, match="shorter"):
+            image.map_from(fd, PAGE)
+        image.release(0)
+
+
+def private_bytes() -> int:
+    memory = read_worker(os.getpid())
+    assert memory is not None
+    return memory.private_bytes

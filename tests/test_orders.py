@@ -15,7 +15,8 @@ from running_workers import DEVICE
 from agent.facade import EngineFault, EngineFrame, EngineRequest, Refused
 from agent.journal import Journal, load_node_key
 from agent.orders import JournalThread, Orders
-from agent.packs import HostSegments, PackDirectory
+from agent.packs import PackDirectory
+from agent.segments import HostSegments
 from agent.spawning import Nursery
 from agent.workers import WorkerFailure, WorkerHandle
 from packer.events import RefusalReason

@@ -25,7 +25,8 @@ from agent.facade import EngineRequest
 from agent.journal import open_journal
 from agent.journal_thread import JournalThread
 from agent.orders import Orders
-from agent.packs import HostSegments, PackDirectory
+from agent.packs import PackDirectory
+from agent.segments import HostSegments
 from agent.spawning import Nursery
 from packer.events import (
     Drop,
@@ -40,6 +41,7 @@ from packer.events import (
     TierBudgetSeen,
     WorkerDied,
 )
+from packer.index import HEADER_BYTES
 from packer.types import GIB, MIB, HostForm, ModelRef, ModelSpec, Task, Tier
 
 pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
@@ -171,7 +173,12 @@ def flip(hands: Hands, model: Known, *shares: float) -> bytes:
     return whole
 
 
-async def test_a_model_lives_through_every_tier(hands: Hands, minilm: Known) -> None:
+FORMS = pytest.mark.parametrize("form", [HostForm.WIRE, HostForm.RAW])
+
+
+@FORMS
+async def test_a_model_lives_through_every_tier(hands: Hands, minilm: Known, form: HostForm) -> None:
+    hands.orders.host_form = form
     plan(hands, minilm)
     packed = await hands.load(minilm)
     wanted = await hands.answer(minilm)
@@ -189,8 +196,70 @@ async def test_a_model_lives_through_every_tier(hands: Hands, minilm: Known) -> 
     assert await hands.answer(minilm) == wanted
     await hands.orders.drop(Drop(minilm.ref, Tier.HOST, 3))
     assert hands.segments.allocated_bytes() == 0
+    assert await hands.answer(minilm) == wanted
     await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4))
     assert not list(hands.packs.path(minilm.ref).parent.iterdir())
+
+
+async def test_an_image_in_a_segment_is_free_when_nobody_is_charged_for_it(
+    hands: Hands, minilm: Known
+) -> None:
+    """The segment is dropped under the image; every way in which the image then goes frees the memory."""
+    hands.orders.host_form = HostForm.RAW
+    plan(hands, minilm)
+    host_bytes = (await hands.load(minilm)).host_bytes
+    wanted = await hands.answer(minilm)
+    await hands.evict(minilm)
+    image_bytes, kept = minilm.spec.image_bytes, sum(minilm.spec.chunk_bytes[:3])
+
+    async def drop_under_it() -> None:
+        restored = await hands.restore(minilm, Tier.DISK, host_bytes=host_bytes)
+        assert isinstance(restored, Restored)
+        assert restored.host_filled
+        assert (hands.segments.allocated_bytes(), hands.segments.lent_bytes()) == (host_bytes, 0)
+        await hands.orders.drop(Drop(minilm.ref, Tier.HOST, 3))
+        assert hands.segments.allocated_bytes() == 0
+        assert hands.segments.lent_bytes() == HEADER_BYTES + image_bytes
+        assert await hands.answer(minilm) == wanted
+
+    await drop_under_it()
+    await hands.evict(minilm, 3)
+    assert hands.segments.lent_bytes() == HEADER_BYTES + kept
+    # The rest comes from disk into memory of its own; the first part is where it was.
+    assert isinstance(await hands.restore(minilm, Tier.DISK, first_chunk=3), Restored)
+    assert hands.segments.lent_bytes() == HEADER_BYTES + kept
+    assert await hands.answer(minilm) == wanted
+    await hands.evict(minilm)
+    assert hands.segments.lent_bytes() == 0
+    await drop_under_it()
+    os.kill(hands.pids()[0], 9)
+    await hands.next(WorkerDied)
+    assert hands.segments.lent_bytes() == 0
+    await drop_under_it()
+    # The whole model comes again, from its origin: nothing of the old image stays.
+    await hands.evict(minilm, 3)
+    assert isinstance(await hands.restore(minilm, Tier.ORIGIN), Restored)
+    assert hands.segments.lent_bytes() == 0
+    assert await hands.answer(minilm) == wanted
+
+
+async def test_a_segment_that_its_worker_cut_short_costs_only_itself(hands: Hands, minilm: Known) -> None:
+    hands.orders.host_form = HostForm.RAW
+    plan(hands, minilm)
+    host_bytes = (await hands.load(minilm)).host_bytes
+    wanted = await hands.answer(minilm)
+    await hands.evict(minilm)
+    assert isinstance(await hands.restore(minilm, Tier.DISK, host_bytes=host_bytes), Restored)
+    await hands.evict(minilm)
+    segment = hands.segments.get(minilm.ref)
+    assert segment is not None
+    os.ftruncate(segment, host_bytes // 2)
+    failed = await hands.restore(minilm, Tier.HOST)
+    assert isinstance(failed, RestoreFailed)
+    assert (failed.corrupt, failed.kept_chunks) == (True, 0)
+    await hands.orders.drop(Drop(minilm.ref, Tier.HOST, 3))
+    assert isinstance(await hands.restore(minilm, Tier.DISK), Restored)
+    assert await hands.answer(minilm) == wanted
 
 
 @pytest.mark.parametrize("source", ["origin", "peer", "lying peer"])
@@ -358,9 +427,13 @@ def replace_ref(hands: Hands, model: Known) -> Known:
     return other
 
 
-async def test_many_swaps_with_failures_leave_everything_as_it_was(hands: Hands, llama: Known) -> None:
+@FORMS
+async def test_many_swaps_with_failures_leave_everything_as_it_was(
+    hands: Hands, llama: Known, form: HostForm
+) -> None:
     """Swaps through host and disk, bad chunks and killed workers among them: memory, descriptors and threads
     are back to where they were, here and in the worker."""
+    hands.orders.host_form = form
     other = replace_ref(hands, llama)
     plan(hands, llama)
     packed = {model.ref: await hands.load(model) for model in (llama, other)}
@@ -405,6 +478,8 @@ async def rounds(
         assert isinstance(await hands.restore(model, Tier.HOST, first_chunk=1), Restored)
         assert await hands.answer(model) == wanted
         await hands.orders.drop(Drop(model.ref, Tier.HOST, 3))
+    for model in models:
+        await hands.evict(model)
     (pid,) = hands.pids()
     status = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
@@ -414,5 +489,5 @@ async def rounds(
         len(os.listdir(f"/proc/{pid}/fd")),
         int(status["Threads"]),
         int(status["VmRSS"].split()[0]) * 1024,
-        hands.segments.allocated_bytes(),
+        hands.segments.allocated_bytes() + hands.segments.lent_bytes(),
     )

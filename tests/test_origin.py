@@ -21,7 +21,7 @@ from agent.origin import (
     OriginUnavailable,
     open_origin,
 )
-from agent.packs import HostSegments, PackDirectory
+from agent.packs import PackDirectory
 from packer.ingest import Ingest
 from packer.sources import ASK, FeedSource, SourceFailed, open_source
 from packer.types import MIB, ModelRef, ModelSpec, OriginFile, Task
@@ -389,21 +389,3 @@ def test_packs_are_published_whole_and_swept(tmp_path: Path) -> None:
     os.close(packs.open(REF))
     packs.drop(REF)
     assert packs.sweep([REF]) == [REF]
-
-
-def test_segments_give_their_memory_back() -> None:
-    """Closing the agent's descriptor frees what the kernel had allocated."""
-    segments = HostSegments()
-    descriptor = segments.create(REF, MIB)
-    os.pwrite(descriptor, b"x" * MIB, 0)
-    assert segments.allocated_bytes() == MIB
-    assert segments.get(REF) == descriptor
-    with pytest.raises(PermissionError):
-        os.ftruncate(descriptor, 2 * MIB)
-    assert segments.seal(REF)
-    with pytest.raises(PermissionError):
-        os.pwrite(descriptor, b"x", 0)
-    assert segments.take(REF) == descriptor
-    os.close(descriptor)
-    assert segments.get(REF) is None
-    assert segments.allocated_bytes() == 0

@@ -25,21 +25,29 @@ Private_Dirty:        20 kB
 7f40-7f50 r--p 00200000 00:06 5                          /dev/zero
 Rss:                  76 kB
 Private_Dirty:        76 kB
+7f50-7f60 r--p 00001000 00:01 13                         /memfd:bunk-host (deleted)
+Rss:                 500 kB
+7f60-7f70 rw-s 00001000 00:01 13                         /memfd:bunk-host (deleted)
+Rss:                  50 kB
+Private_Dirty:        50 kB
+7f70-7f80 r--s 00001000 00:01 13                         /memfd:bunk-host (deleted)
+Rss:                   5 kB
 VmFlags: rd wr
 """
 
 
 def test_smaps_are_split_into_arena_and_rest() -> None:
-    """Shared anonymous memory looks almost like an arena and is not one."""
+    """Shared anonymous memory looks almost like an arena and is not one; a host segment is one when an image
+    lies in it."""
     assert process_memory.parse_smaps(7, "bunk@cpu:1", SMAPS) == WorkerMemory(
-        7, "cpu:1", rss_bytes=1420 * 1024, arena_bytes=1100 * 1024, private_bytes=60 * 1024
+        7, "cpu:1", rss_bytes=1975 * 1024, arena_bytes=1650 * 1024, private_bytes=60 * 1024
     )
 
 
 def test_arena_of_a_process_with_another_name_is_still_an_arena() -> None:
     memory = process_memory.parse_smaps(7, "python", SMAPS)
     assert memory is not None
-    assert (memory.device, memory.arena_bytes) == ("", 1100 * 1024)
+    assert (memory.device, memory.arena_bytes) == ("", 1650 * 1024)
 
 
 def test_arena_bytes_of_a_real_process_follow_what_it_touches() -> None:

@@ -1,0 +1,125 @@
+"""Memory at fixed places: mapping files over reserved addresses, and large pages for memory files.
+
+Covers: the calls of the kernel that Python's ``mmap`` does not have, without the interpreter's lock, and
+making a memory file's pages large just before they are written. Does not cover: what lies in an image
+(``agent/arena.py``) or in a host segment (``host_segment``).
+
+A memory file gets pages of 4 KiB unless the administrator says otherwise: they are filled at 3 GB/s, mapped
+at 20 and freed at 5. ``MADV_COLLAPSE`` (Linux 6.1) joins 512 of them to one of 2 MiB whatever the
+administrator's default is; asked for when the first of them is there and nothing else, it costs no copy.
+Where the kernel refuses, everything works with small pages, only slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+
+from packer.types import MIB
+
+# A huge page of x86-64 and arm64 with 4 KiB pages; elsewhere the alignment does no harm.
+HUGE_PAGE_BYTES = 2 * MIB
+# Linux 5.14; they fill page tables in one call instead of one fault per page.
+MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23
+# Linux 6.1.
+_MADV_COLLAPSE = 25
+_MAP_FIXED = 0x10
+# One range is populated by several threads only when that takes longer than starting them.
+_SHARED_WORK_BYTES = 64 * MIB
+_POPULATE_THREADS = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+
+
+def map_over(address: int, nbytes: int, fd: int, offset: int, protection: int, shared: bool) -> None:
+    """Map a file over addresses that are the caller's; what was there is given back. Raises ``OSError``."""
+    flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+    if _libc.mmap(address, nbytes, protection, flags, fd, offset) != address:
+        number = ctypes.get_errno()
+        raise OSError(number, f"mapping {nbytes} bytes: {os.strerror(number)}")
+
+
+def advise(address: int, nbytes: int, advice: int) -> bool:
+    """A hint: what an older kernel does not know is slower, never wrong."""
+    return bool(_libc.madvise(address, nbytes, advice) == 0)
+
+
+def populate_read(address: int, nbytes: int) -> None:
+    """Make a mapped range readable without another fault."""
+    if nbytes < _SHARED_WORK_BYTES:
+        advise(address, nbytes, MADV_POPULATE_READ)
+        return
+    step = -(-nbytes // _POPULATE_THREADS // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    threads = [
+        threading.Thread(target=advise, args=(address + at, min(step, nbytes - at), MADV_POPULATE_READ))
+        for at in range(0, nbytes, step)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class LargePages:
+    """Large pages for the first ``nbytes`` of a memory file. ``prepare`` may be called from any thread."""
+
+    def __init__(self, fd: int, nbytes: int) -> None:
+        whole = nbytes // HUGE_PAGE_BYTES
+        self._states = bytearray(whole)  # _NEW, _BUSY or _READY by page
+        self._changed = threading.Condition()
+        self._refused = whole == 0
+        self._reserved: mmap.mmap | None = None
+        if whole:
+            # Addresses that start on a large page, which the kernel does not choose for a file of small ones.
+            self._reserved = mmap.mmap(
+                -1, (whole + 1) * HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+            start = ctypes.addressof(ctypes.c_char.from_buffer(self._reserved))
+            self._address = start + -start % HUGE_PAGE_BYTES
+            map_over(self._address, whole * HUGE_PAGE_BYTES, fd, 0, mmap.PROT_READ, shared=True)
+
+    def prepare(self, offset: int, nbytes: int) -> None:
+        """Before a range is written for the first time."""
+        last = min(-(-(offset + nbytes) // HUGE_PAGE_BYTES), len(self._states))
+        for number in range(offset // HUGE_PAGE_BYTES, last):
+            self._prepare(number)
+
+    def _prepare(self, number: int) -> None:
+        with self._changed:
+            # Two threads meet where one's bytes end and the other's begin.
+            self._changed.wait_for(lambda: self._states[number] != _BUSY)
+            if self._refused or self._states[number] == _READY:
+                return
+            self._states[number] = _BUSY
+        at = self._address + number * HUGE_PAGE_BYTES
+        # The kernel joins nothing where there is nothing yet.
+        joined = advise(at, mmap.PAGESIZE, MADV_POPULATE_READ) and advise(at, HUGE_PAGE_BYTES, _MADV_COLLAPSE)
+        with self._changed:
+            self._states[number] = _READY
+            # No free large page, or a kernel without: not asked again for this file.
+            self._refused = self._refused or not joined
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let go of the file: it can not be sealed while it is mapped. Nobody may be preparing."""
+        with self._changed:
+            self._refused = True
+            reserved, self._reserved = self._reserved, None
+        if reserved is not None:
+            reserved.close()
+
+
+_NEW, _BUSY, _READY = range(3)
