@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from packer.decisions import Forecast
 from packer.estimate import Rates
 from packer.types import HostForm, ModelRef, ModelSpec, TenantSpec, Tier
 
@@ -242,6 +243,15 @@ class DrainAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Somebody wants to know what a request for this model would meet now; answered by ``Answer``. It goes
+    through the core like a fact, so that the answer is of one moment, and changes nothing."""
+
+    question: str
+    ref: ModelRef
+
+
+@dataclass(frozen=True, slots=True)
 class Ticked:
     """Time passed; asked for by ``Wake``."""
 
@@ -267,6 +277,7 @@ Event = (
     | WorkerDied
     | FootprintSeen
     | DrainAsked
+    | Asked
     | Ticked
 )
 
@@ -359,4 +370,12 @@ class Wake:
     at_ms: int
 
 
-Action = Restore | Evict | Pack | Drop | Grant | Refuse | Wake
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """To ``Asked``: what a request would meet."""
+
+    question: str
+    forecast: Forecast
+
+
+Action = Restore | Evict | Pack | Drop | Grant | Refuse | Wake | Answer

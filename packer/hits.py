@@ -25,6 +25,8 @@ TIMERS_LOOKED_PAST = 128
 def is_quiet(node: Node, now_ms: int) -> bool:
     """Is nothing due at this moment, and would nobody have to be asked for another wake-up?"""
     timers = node.timers
+    if node.why:
+        return False  # the whole step takes away what the one before it explained
     if not timers:
         return not node.dirty
     at_ms, _, request = timers[0]

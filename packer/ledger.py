@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from packer import estimate
 from packer.chosen import Chosen
+from packer.decisions import Decision
 from packer.estimate import History, Learned
 from packer.events import RefusalReason
 from packer.intensity import Intensity, Shared
@@ -267,6 +268,8 @@ class Node:
     wake_ms: int | None = None
     # Something changed that may let a waiting model move; cleared when all were looked at.
     dirty: bool = False
+    # What the last whole step decided and why; nothing here reads it again.
+    why: list[Decision] = field(default_factory=list)
     # For ``invariants.check``: what changed since it last looked, and whether everything may have.
     touched: dict[ModelRef, None] = field(default_factory=dict)
     unproven: bool = True

@@ -15,8 +15,9 @@ rate of restores keeps its place, claims nothing and holds up nobody.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
-from packer import estimate, quota, room, victims
+from packer import choice, estimate, explain, quota, room, victims
 from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, Wake
 from packer.ledger import (
     Claim,
@@ -34,7 +35,7 @@ from packer.ledger import (
     next_order,
     pack_reservation_bytes,
 )
-from packer.turns import in_turn, startable
+from packer.turns import in_turn
 from packer.types import ModelRef, Tier
 
 # Waiting requests cost some 500 bytes each here and a socket in the gateway; a tenant that queues more
@@ -282,6 +283,7 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
     estimate.expect_fill(model.history, source, host_bytes or disk_bytes)
     model.charged_ms = room.restore_ms_from(node, model, source, model.moving_bytes)
     quota.charge(model.tenant, model.charged_ms)
+    explain.placed(node, model, device)
     out.append(
         Restore(model.ref, device.name, source, first_chunk, host_bytes, model.order, disk_bytes, pack_order)
     )
@@ -365,14 +367,7 @@ def order_drop(node: Node, model: Model, tier: Tier, out: list[Action]) -> None:
 def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
     """Start what can start, let the claims evict, refuse what can never fit."""
     before = node.condemned
-    earlier = room.Earlier({}, {})
-    claims: dict[str, Claim] = {}
-    # What was promised stays promised while the claims are looked at one after the other.
-    for device in node.devices.values():
-        claimant = node.queue.get(device.claim.ref) if device.claim is not None else None
-        if device.claim is not None and claimant is not None and startable(claimant, now_ms):
-            claims[device.name] = device.claim
-            earlier.add(device.name, claimant.tenant.spec.tenant, claimant.missing_bytes)
+    promises = choice.standing(node, now_ms)
     condemned: dict[Model, Model] = {}
     blocked = 0
     claiming: dict[str, int] = {}  # by tenant: models with a claim that will count as a restore
@@ -381,28 +376,20 @@ def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
             break
         if not model.startable:
             continue  # a model whose turn came first has taken its first chunks meanwhile
-        _lay_down_claims(model, earlier, claims)
+        promises.lay_down(model)
         if not _may_restore(node, model, claiming, now_ms):
             continue
-        if not _try_start(node, model, earlier, claims, condemned, now_ms, out):
+        if not _try_start(node, model, promises, condemned, now_ms, out):
             blocked += 1
-            if not model.counted and any(claim.ref == model.ref for claim in claims.values()):
+            if not model.counted and any(claim.ref == model.ref for claim in promises.claims.values()):
                 name = model.tenant.spec.tenant
                 claiming[name] = claiming.get(name, 0) + 1
     for device in node.devices.values():
-        device.claim = claims.get(device.name)
+        device.claim = promises.claims.get(device.name)
     node.condemned = {victim.ref: wanted.ref for victim, wanted in condemned.items()}
     for ref in before:
         if ref not in node.condemned:
             release_condemned(node, ref, now_ms, out)
-
-
-def _lay_down_claims(model: Model, earlier: room.Earlier, claims: dict[str, Claim]) -> None:
-    """The model's turn has come: it claims anew, if it still has to."""
-    for name, standing in list(claims.items()):
-        if standing.ref == model.ref:
-            del claims[name]
-            earlier.add(name, model.tenant.spec.tenant, -model.missing_bytes)
 
 
 def _may_restore(node: Node, model: Model, claiming: dict[str, int], now_ms: int) -> bool:
@@ -429,38 +416,48 @@ def release_condemned(node: Node, ref: ModelRef, now_ms: int, out: list[Action])
 def _try_start(
     node: Node,
     model: Model,
-    earlier: room.Earlier,
-    claims: dict[str, Claim],
+    promises: choice.Promises,
     condemned: dict[Model, Model],
     now_ms: int,
     out: list[Action],
 ) -> bool:
     """Start a restore if it fits, else claim a device; True when the model no longer waits for room."""
-    healthy = [device for device in node.devices.values() if device.healthy]
-    fitting = [device for device in healthy if victims.fits_now(model, device, earlier)]
-    if fitting:
-        # Best fit: the device with the least room left over, so that large holes stay whole.
-        start_restore(node, model, min(fitting, key=_left_over), now_ms, out)
+    chosen = choice.choose(node, model, promises, now_ms)
+    device = chosen.device
+    if chosen.turn is choice.Turn.START and device is not None:
+        start_restore(node, model, device, now_ms, out)
         return True
-    claim = _choose_claim(node, model, healthy, earlier, claims, now_ms)
-    if claim is None:
-        if model.state is State.PARTIAL and _serves_elsewhere(node, model, healthy, earlier, claims, now_ms):
-            order_evict(node, model, out, forced=True)
-            return False
-        hope = victims.hopeless(node, model, now_ms)
-        if hope is not None:
-            refuse_all(node, model, hope.reason, hope.detail, hope.retry_ms, out)
-            return True
-        return False
-    device, takings = claim
+    if chosen.turn is choice.Turn.GIVE_UP:
+        order_evict(node, model, out, forced=True)
+    if chosen.hope is not None:
+        refuse_all(node, model, chosen.hope.reason, chosen.hope.detail, chosen.hope.retry_ms, out)
+        return True
+    if device is not None:
+        _claim(node, model, device, chosen.takings, promises, condemned, now_ms, out)
+    return False
+
+
+def _claim(
+    node: Node,
+    model: Model,
+    device: Device,
+    takings: Sequence[victims.Taking],
+    promises: choice.Promises,
+    condemned: dict[Model, Model],
+    now_ms: int,
+    out: list[Action],
+) -> None:
+    """Claim the device, evict what may go there now, and lose patience with what is in use for too long."""
     held = device.claim
     if held is not None and held.ref == model.ref:
         since_ms = held.since_ms
     else:
         since_ms = now_ms
         wake_at(node, now_ms + CLAIM_PATIENCE_MS)
-    claims[device.name] = Claim(model.ref, since_ms)
+        explain.claimed(node, model, device, takings, now_ms)
     if all(taking.model.idle for taking in takings):
+        if takings and since_ms != now_ms:
+            explain.claimed(node, model, device, takings, now_ms)
         for taking in takings:
             order_evict(node, taking.model, out, taking.keep_chunks, taking.forced)
         if room.source_tier(model) is Tier.ORIGIN:
@@ -470,69 +467,8 @@ def _try_start(
     elif now_ms - since_ms >= CLAIM_PATIENCE_MS:
         busy = [taking.model for taking in takings if taking.model.state is State.RESIDENT]
         condemned.update((victim, model) for victim in busy)
-    earlier.add(device.name, model.tenant.spec.tenant, model.missing_bytes)
-    return False
-
-
-def _serves_elsewhere(
-    node: Node,
-    model: Model,
-    healthy: list[Device],
-    earlier: room.Earlier,
-    claims: dict[str, Claim],
-    now_ms: int,
-) -> bool:
-    """Could another device take the whole model at once, while the one with its first chunks can not take
-    the rest? Then these chunks lie in the wrong place."""
-    return any(
-        (device.account.limit_bytes or 0) >= model.need_bytes
-        and victims.device_victims(node, model, device, earlier, False, False, now_ms) is not None
-        for device in healthy
-        if device is not model.device and device.name not in claims
-    )
-
-
-def _left_over(device: Device) -> tuple[int, str]:
-    return ((device.account.limit_bytes or 0) - device.account.used_bytes, device.name)
-
-
-def _choose_claim(
-    node: Node,
-    model: Model,
-    healthy: list[Device],
-    earlier: room.Earlier,
-    claims: dict[str, Claim],
-    now_ms: int,
-) -> tuple[Device, list[victims.Taking]] | None:
-    """The device to make room on and whom to evict there: fewest bytes of idle models now; else, of
-    models in use, for later; else, as a last resort, beyond what slices allow. A claim that stands keeps
-    its device unless another can serve at once, and a model of which some chunks are there claims no
-    other."""
-    free = [device for device in healthy if device.name not in claims]
-    if model.device is not None:
-        free = [device for device in free if device is model.device]
-    for busy, reach in ((False, False), (True, False), (False, True), (True, True)):
-        if (
-            busy
-            and model.device is not None
-            and _serves_elsewhere(node, model, healthy, earlier, claims, now_ms)
-        ):
-            return None
-        best: tuple[tuple[bool, int, int, str], Device, list[victims.Taking]] | None = None
-        for device in free:
-            if (device.account.limit_bytes or 0) < model.need_bytes:
-                continue
-            takings = victims.device_victims(node, model, device, earlier, busy, reach, now_ms)
-            if takings is None:
-                continue
-            stands = device.claim is not None and device.claim.ref == model.ref
-            evicted = sum(taking.freed_bytes for taking in takings)
-            rank = (not stands, evicted, *_left_over(device))
-            if best is None or rank < best[0]:
-                best = (rank, device, takings)
-        if best is not None:
-            return best[1], best[2]
-    return None
+        explain.condemned(node, model, device, busy)
+    promises.add(device, model, Claim(model.ref, since_ms))
 
 
 def waiting_refusal(node: Node, model: Model, now_ms: int) -> victims.Hopeless | None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from packer import admission, estimate, hits, queueing, quota, room, turns, upkeep
 from packer.events import (
     Action,
+    Answer,
+    Asked,
     Cancelled,
     DeviceSeen,
     DrainAsked,
@@ -40,6 +42,7 @@ from packer.events import (
     TookLate,
     WorkerDied,
 )
+from packer.forecast import forecast
 from packer.intensity import note_use
 from packer.invariants import check
 from packer.ledger import (
@@ -111,6 +114,9 @@ def step(node: Node, event: Event, now_ms: int) -> list[Action]:
         lease = node.requests.get(event.request)
         if type(lease) is Lease and hits.finish_quietly(node, lease, event.device_ms, now_ms, event.tokens):
             return []
+    elif kind is Asked:
+        assert isinstance(event, Asked)
+        return [Answer(event.question, forecast(node, event.ref, now_ms))]
     return step_in_full(node, event, now_ms)
 
 
@@ -118,6 +124,7 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
     """``step`` without the shortcut for the common case, which makes the same changes."""
     now_ms = node.now_ms = max(node.now_ms, now_ms)
     out: list[Action] = []
+    node.why.clear()
     match event:
         case Requested():
             _requested(node, event, now_ms, out)

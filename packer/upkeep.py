@@ -7,7 +7,7 @@ written beside a load (``queueing``).
 
 from __future__ import annotations
 
-from packer import room, victims
+from packer import explain, room, victims
 from packer.events import Action, Pack
 from packer.ledger import (
     CopyState,
@@ -34,6 +34,8 @@ def retire(node: Node, out: list[Action]) -> None:
         return
     for model in list(node.removed.values()):
         if model.idle:
+            whole = victims.Taking(model, model.device_bytes)
+            explain.shed(node, (whole,), "it left the plan", node.now_ms)
             order_evict(node, model, out)
         for tier in (Tier.HOST, Tier.DISK):
             if room.droppable(model.copy(tier)):
@@ -63,7 +65,10 @@ def shed(node: Node, now_ms: int, out: list[Action]) -> None:
     """Evict and drop what is idle until every budget and every max is kept again."""
     for device in node.devices.values():
         if not device.healthy or device.account.excess_bytes:
-            for taking in victims.device_surplus(node, device, now_ms):
+            going = victims.device_surplus(node, device, now_ms)
+            why = "its budget sank" if device.healthy else "it is unhealthy"
+            explain.shed(node, going, f"{device.name}: {why}", now_ms)
+            for taking in going:
                 order_evict(node, taking.model, out, taking.keep_chunks, taking.forced)
     for tier in (Tier.HOST, Tier.DISK):
         if node.account(tier).excess_bytes:
@@ -71,7 +76,9 @@ def shed(node: Node, now_ms: int, out: list[Action]) -> None:
                 order_drop(node, model, tier, out)
     for tenant in node.tenants.values():
         if tenant.device.excess_bytes:
-            for taking in victims.tenant_surplus(node, tenant, now_ms):
+            going = victims.tenant_surplus(node, tenant, now_ms)
+            explain.shed(node, going, "its tenant's max sank", now_ms)
+            for taking in going:
                 order_evict(node, taking.model, out, taking.keep_chunks, taking.forced)
         for tier in (Tier.HOST, Tier.DISK):
             if tenant.account(tier).excess_bytes:
@@ -94,6 +101,8 @@ def expire(node: Node, now_ms: int, out: list[Action]) -> None:
             if at_ms > now_ms:
                 coming.append(at_ms)
             elif model.idle:
+                whole = victims.Taking(model, model.device_bytes)
+                explain.shed(node, (whole,), "its timer ran out", now_ms)
                 order_evict(node, model, out, forced=True)
             else:
                 busy = True

@@ -96,6 +96,14 @@ def _values(node: Node, members: _Class, now_ms: int) -> list[float]:
     return [rate * gain_ms / (held or 1) for rate, gain_ms, held in gains]
 
 
+def value_of(node: Node, model: Model, now_ms: int) -> float:
+    """What the model's bytes on its device are worth keeping, per byte, as candidates are ranked."""
+    if node.chosen is not None:
+        return node.chosen.values(Tier.DEVICE, now_ms)(model.ref)
+    held = model.device_bytes - model.leaving_bytes
+    return keep_index(Ranking(node.shared, now_ms), model.reuse, room.gains(node, model).device_ms, held)
+
+
 def _in_order(classes: list[tuple[int, _Class, list[float]]]) -> Iterator[_Candidate]:
     for rank, members, indices in classes:
         most = nsmallest(LOOKED_AT, indices)[-1] if indices else 0.0

@@ -1,0 +1,135 @@
+"""What a waiting model's turn leads to: start, make room on a device, refuse, or go on waiting. Pure.
+
+Covers: the choice of the device, of who goes for it and of what moves. One function answers the real turn
+(``queueing``) and the question what would be (``forecast``), so that a plan can not differ from the deed.
+Does not cover: whose turn it is (``turns``), victims on one device (``victims``), or acting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from packer import victims
+from packer.ledger import Claim, Device, Model, Node, State
+from packer.placement import Bin, Wanted, place
+from packer.room import Earlier
+from packer.turns import startable
+
+
+class Turn(StrEnum):
+    START = "start"
+    CLAIM = "claim"
+    GIVE_UP = "give_up"  # its first chunks, which lie where the rest can not come
+    REFUSE = "refuse"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """``device`` is set to start or to claim, ``takings`` to claim, ``hope`` to refuse."""
+
+    turn: Turn
+    device: Device | None = None
+    takings: tuple[victims.Taking, ...] = ()
+    hope: victims.Hopeless | None = None
+
+
+@dataclass(slots=True)
+class Promises:
+    """What is spoken for: claims by device, and the bytes that they were promised."""
+
+    claims: dict[str, Claim]
+    earlier: Earlier
+
+    def add(self, device: Device, model: Model, claim: Claim) -> None:
+        self.claims[device.name] = claim
+        self.earlier.add(device.name, model.tenant.spec.tenant, model.missing_bytes)
+
+    def lay_down(self, model: Model) -> None:
+        """The model's turn has come: it claims anew, if it still has to."""
+        for name, standing in list(self.claims.items()):
+            if standing.ref == model.ref:
+                del self.claims[name]
+                self.earlier.add(name, model.tenant.spec.tenant, -model.missing_bytes)
+
+
+def standing(node: Node, now_ms: int) -> Promises:
+    """The claims that stand: they stay promised while the others are looked at one after the other."""
+    promises = Promises({}, Earlier({}, {}))
+    for device in node.devices.values():
+        claim = device.claim
+        claimant = node.queue.get(claim.ref) if claim is not None else None
+        if claim is not None and claimant is not None and startable(claimant, now_ms):
+            promises.add(device, claimant, claim)
+    return promises
+
+
+def choose(node: Node, model: Model, promises: Promises, now_ms: int) -> Choice:
+    """What the model does in its turn."""
+    healthy = [device for device in node.devices.values() if device.healthy]
+    device = _fitting(model, healthy, promises.earlier)
+    if device is not None:
+        return Choice(Turn.START, device)
+    claim = _claim(node, model, healthy, promises, now_ms)
+    if claim is not None:
+        return claim
+    if model.state is State.PARTIAL and _serves_elsewhere(node, model, healthy, promises, now_ms):
+        return Choice(Turn.GIVE_UP)
+    hope = victims.hopeless(node, model, now_ms)
+    return Choice(Turn.WAIT) if hope is None else Choice(Turn.REFUSE, hope=hope)
+
+
+def _fitting(model: Model, healthy: list[Device], earlier: Earlier) -> Device | None:
+    """Best fit: the device with the least room left over, so that large holes stay whole."""
+    fitting = {each.name: each for each in healthy if victims.fits_now(model, each, earlier)}
+    bins = [
+        Bin(name, (each.account.limit_bytes or 0) - each.account.used_bytes) for name, each in fitting.items()
+    ]
+    placing = place(bins, Wanted(model.name, model.missing_bytes))
+    return fitting[placing.bins[0]] if placing is not None else None
+
+
+def _claim(node: Node, model: Model, healthy: list[Device], promises: Promises, now_ms: int) -> Choice | None:
+    """The device to make room on and whom to evict there: fewest bytes of idle models now; else, of
+    models in use, for later; else, as a last resort, beyond what slices allow. A claim that stands keeps
+    its device unless another can serve at once, and a model of which some chunks are there claims no
+    other."""
+    free = [device for device in healthy if device.name not in promises.claims]
+    if model.device is not None:
+        free = [device for device in free if device is model.device]
+    for busy, reach in ((False, False), (True, False), (False, True), (True, True)):
+        if busy and model.device is not None and _serves_elsewhere(node, model, healthy, promises, now_ms):
+            return None
+        best: tuple[tuple[bool, int, int, str], Device, list[victims.Taking]] | None = None
+        for device in free:
+            if (device.account.limit_bytes or 0) < model.need_bytes:
+                continue
+            takings = victims.device_victims(node, model, device, promises.earlier, busy, reach, now_ms)
+            if takings is None:
+                continue
+            stands = device.claim is not None and device.claim.ref == model.ref
+            evicted = sum(taking.freed_bytes for taking in takings)
+            rank = (not stands, evicted, *_left_over(device))
+            if best is None or rank < best[0]:
+                best = (rank, device, takings)
+        if best is not None:
+            return Choice(Turn.CLAIM, best[1], tuple(best[2]))
+    return None
+
+
+def _serves_elsewhere(
+    node: Node, model: Model, healthy: list[Device], promises: Promises, now_ms: int
+) -> bool:
+    """Could another device take the whole model at once, while the one with its first chunks can not take
+    the rest? Then these chunks lie in the wrong place."""
+    return any(
+        (device.account.limit_bytes or 0) >= model.need_bytes
+        and victims.device_victims(node, model, device, promises.earlier, False, False, now_ms) is not None
+        for device in healthy
+        if device is not model.device and device.name not in promises.claims
+    )
+
+
+def _left_over(device: Device) -> tuple[int, str]:
+    return ((device.account.limit_bytes or 0) - device.account.used_bytes, device.name)

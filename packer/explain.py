@@ -1,0 +1,86 @@
+"""Noting what the core decides, with its scores, as it decides it.
+
+Covers: one function per kind of decision; each adds to ``Node.why``, which lives until the next whole step.
+Does not cover: keeping them longer (``agent/decisions.py``). Nothing here decides or changes anything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from packer import victims
+from packer.decisions import Decision, Kind, Victim
+from packer.ledger import Device, Model, Node
+from packer.types import GIB
+
+
+def score(node: Node, model: Model, now_ms: int) -> float | None:
+    """The model's keep-index on its device, in ms of restoring per second and GiB; see ``decisions``."""
+    value = victims.value_of(node, model, now_ms)
+    if not math.isfinite(value):
+        return None
+    return value if node.chosen is not None else value * 1000 * GIB
+
+
+def victims_of(node: Node, takings: Sequence[victims.Taking], now_ms: int) -> tuple[Victim, ...]:
+    return tuple(
+        Victim(
+            taking.model.name,
+            taking.model.device.name if taking.model.device is not None else "",
+            taking.freed_bytes,
+            taking.keep_chunks,
+            score(node, taking.model, now_ms),
+            in_use=not taking.model.idle,
+        )
+        for taking in takings
+    )
+
+
+def placed(node: Node, model: Model, device: Device) -> None:
+    """Its restore starts; the bytes are held already."""
+    left = (device.account.limit_bytes or 0) - device.account.used_bytes
+    others = sum(other.healthy for other in node.devices.values()) - 1
+    chosen = f", the least of {others + 1} devices that have room for it" if others else ""
+    node.why.append(
+        Decision(
+            Kind.PLACED,
+            model.name,
+            f"leaves {left} bytes of {device.name} free{chosen}",
+            device.name,
+            from_tier=model.source.value,
+            nbytes=model.moving_bytes,
+            expected_ms=model.charged_ms,
+        )
+    )
+
+
+def claimed(node: Node, model: Model, device: Device, takings: Sequence[victims.Taking], now_ms: int) -> None:
+    """It needs room on the device: these go, at once if nobody uses them."""
+    busy = sum(not taking.model.idle for taking in takings)
+    if busy:
+        why = f"{busy} of {len(takings)} models that must go are in use; it waits for them"
+    elif takings:
+        why = "the least valuable bytes of the device that has to give the fewest"
+    else:
+        why = "what is leaving already is enough"
+    who = victims_of(node, takings, now_ms)
+    need = victims.need_on(model, device)
+    node.why.append(Decision(Kind.CLAIMED, model.name, why, device.name, nbytes=need, victims=who))
+
+
+def condemned(node: Node, model: Model, device: Device, busy: Sequence[Model]) -> None:
+    for other in busy:
+        if node.condemned.get(other.ref) != model.ref:
+            why = "new requests wait: its room was wanted for too long"
+            node.why.append(Decision(Kind.CONDEMNED, other.name, why, device.name, model.name))
+
+
+def shed(node: Node, takings: Sequence[victims.Taking], why: str, now_ms: int) -> None:
+    """These go although nobody waits for their room."""
+    for taking, victim in zip(takings, victims_of(node, takings, now_ms), strict=True):
+        device = taking.model.device
+        name = device.name if device is not None else ""
+        node.why.append(
+            Decision(Kind.SHED, victim.ref, why, name, nbytes=victim.freed_bytes, victims=(victim,))
+        )
