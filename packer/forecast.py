@@ -26,12 +26,12 @@ def forecast(node: Node, ref: ModelRef, now_ms: int) -> Forecast:
     known = [model for device in node.devices.values() for model in device.models.values()]
     known += [asked] if asked is not None else []
     # What is worked out on the way and remembered, the deed works out as well, and in its own order.
-    kept = [(model, model.gains, model.reuse, _memo(model.reuse)) for model in known]
+    kept = [(model, model.gains, model.shade.price, _memo(model.reuse)) for model in known]
     try:
         return _forecast(node, ref, now_ms)
     finally:
-        for model, gains, use, memo in kept:
-            model.gains = gains
+        for model, gains, price, memo in kept:
+            model.gains, model.shade.price, use = gains, price, model.reuse
             use.epoch_ms, use.factors, use.rated_ms, use.per_ms = memo
 
 

@@ -29,8 +29,12 @@ MODULES = (
     "room",
     "victims",
     "turns",
+    "explain",
+    "placement",
+    "choice",
     "queueing",
     "admission",
+    "forecast",
     "upkeep",
     "hits",
     "invariants",
@@ -173,8 +177,8 @@ MUTANTS = (
     Mutant(
         "a removed model that was restoring stays",
         "upkeep",
-        "        if model.idle:\n            order_evict(node, model, out)\n        for tier",
-        "        for tier",
+        "            order_evict(node, model, out)\n        for tier",
+        "            pass\n        for tier",
     ),
     Mutant(
         "a dead worker's pack reservation is freed while the file is written",
