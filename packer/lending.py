@@ -261,13 +261,15 @@ class Slice:
 
     def spared_bytes(self, shade: Shade, wanted_bytes: int, may_open_ms: int) -> int:
         """What must stay of a model of which ``wanted_bytes`` are wanted, when takings may widen the gaps by
-        ``may_open_ms``: nothing, or all but what is wanted, or whatever the slice has of it too."""
+        ``may_open_ms``: nothing, or all but what is wanted, or whatever the slice has of it too (or had,
+        for a use whose restore has not begun)."""
         if not self.reserved_bytes or shade.gap_with(0) - shade.gap_ms <= may_open_ms:
             return 0
         left_bytes = shade.prefix_bytes(max(shade.real_bytes - wanted_bytes, 0))
         if left_bytes and shade.gap_with(left_bytes) - shade.gap_ms <= may_open_ms:
             return left_bytes
-        return min(shade.real_bytes, shade.slice_bytes)
+        has_bytes = shade.slice_bytes if shade.owed_ms is None else shade.before_bytes
+        return min(shade.real_bytes, has_bytes)
 
     def is_over(self, terms: Terms) -> bool:
         """Are gaps open that the credit does not cover as it should?"""

@@ -147,7 +147,7 @@ MUTANTS = (
     Mutant(
         "reserves protect nobody",
         "lending",
-        "return min(shade.real_bytes, shade.slice_bytes)\n",
+        "return min(shade.real_bytes, has_bytes)\n",
         "return 0\n",
     ),
     Mutant(
@@ -341,12 +341,6 @@ MUTANTS = (
         "        if self.debt_ms >= 0:\n            return UNLIMITED_MS\n",
     ),
     Mutant(
-        "what was lent before is not counted",
-        "lending",
-        "// terms.margin_percent - self.gap_ms, 0)",
-        "// terms.margin_percent, 0)",
-    ),
-    Mutant(
         "the slice never evicts",
         "lending",
         "self.held_bytes > self.reserved_bytes or",
@@ -404,6 +398,77 @@ MUTANTS = (
         "what left the plan stays when its last lease ends quietly",
         "hits",
         "        or node.removed\n",
+        "",
+    ),
+)
+
+
+# Judged by comparing whole histories with what each tenant would pay alone (``lenders``).
+LENDING_MUTANTS = (
+    Mutant(
+        "what was lent before is not counted",
+        "lending",
+        "// terms.margin_percent - self.gap_ms, 0)",
+        "// terms.margin_percent, 0)",
+    ),
+    Mutant(
+        "debt counts the wrong way",
+        "lending",
+        "self._book(cost_ms - owed_ms, terms)",
+        "self._book(owed_ms - cost_ms, terms)",
+    ),
+    Mutant(
+        "the margin is not looked at",
+        "lending",
+        "-self.debt_ms * 100 // terms.margin_percent",
+        "-self.debt_ms * 100",
+    ),
+    Mutant(
+        "the slice evicts in the order of arrival",
+        "lending",
+        "        self.shades.pop(shade, None)\n        self.held_bytes += shade.size",
+        "        self.held_bytes += shade.size",
+    ),
+    Mutant(
+        "the slice pays twice for a model that waits",
+        "lending",
+        "            shade.owed_ms += cost_ms\n",
+        "            shade.owed_ms += 2 * cost_ms\n",
+    ),
+    Mutant(
+        "what a waiting model still has counts as nobody's",
+        "lending",
+        "has_bytes = shade.slice_bytes if shade.owed_ms is None else shade.before_bytes",
+        "has_bytes = shade.slice_bytes",
+    ),
+    Mutant(
+        "a slice never grows to its reserve",
+        "lending",
+        "self.held_bytes > self.reserved_bytes or",
+        "self.held_bytes > self.reserved_bytes // 2 or",
+    ),
+    Mutant(
+        "a taking opens no gap",
+        "lending",
+        "        self._set_gap(shade, shade.gap_with(real_bytes))\n\n    def lose",
+        "\n    def lose",
+    ),
+    Mutant(
+        "the shortcut does not tell the slice of a use",
+        "hits",
+        "    if tenant.slice.reserved_bytes:\n        use_slice(node, model)\n",
+        "",
+    ),
+    Mutant(
+        "the whole step does not tell the slice of a use",
+        "residency",
+        "    room.use_slice(node, model)\n",
+        "",
+    ),
+    Mutant(
+        "a choice counts each victim's gap alone",
+        "victims",
+        "        self._may_open_ms[name] = may_open_ms - max(opens_ms, 0)\n",
         "",
     ),
 )
