@@ -36,6 +36,7 @@ from agent.probes import PIECE_BYTES, CanNotMeasure, Probe, measure_probes, piec
 from packer import codec, kernels
 from packer.estimate import DecodeRates, Rates, dump_rates
 from packer.layout import CHUNK_BYTES
+from packer.mapping import LargePages, map_over, populate_read
 from packer.pack_file import page_memory
 from packer.seal import TAG_BYTES, ChunkSeal, Part, PartKind, new_key
 from packer.tiers import DECODE_THREADS_MAX, IO_THREADS, TIER_THREADS
@@ -227,6 +228,28 @@ def _copy_probe(name: str, source: U8, target: U8, threads: int) -> Probe:
     return Probe(name, len(source), copy, threads)
 
 
+def _large_segment(nbytes: int) -> int:
+    """A filled memory file with large pages where the kernel makes them, as a host segment has."""
+    descriptor = os.memfd_create("bunk-calibrate", os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, nbytes)
+    pages = LargePages(descriptor, nbytes)
+    pages.prepare(0, nbytes)
+    pages.close()
+    os.pwrite(descriptor, bytes(nbytes), 0)
+    return descriptor
+
+
+def _map_image_probe(descriptor: int, nbytes: int) -> Probe:
+    """A raw segment becoming an image, as the arena does it."""
+    memory = FreshMemory(nbytes)
+
+    def map_image(_: int) -> None:
+        map_over(memory.address, nbytes, descriptor, 0, mmap.PROT_READ, shared=False)
+        populate_read(memory.address, nbytes)
+
+    return Probe("map_image", nbytes, map_image, 1, memory.renew)
+
+
 def _map_in_probe(descriptor: int, nbytes: int, threads: int) -> Probe:
     """Pages of a filled memory file becoming readable in a new mapping, one touch per page."""
     maps: list[mmap.mmap] = []
@@ -245,12 +268,18 @@ def _map_in_probe(descriptor: int, nbytes: int, threads: int) -> Probe:
 def _segment_write_probe(descriptor: int, nbytes: int, threads: int) -> Probe:
     """Into a memory file that has no pages yet."""
     piece = memoryview(secrets.token_bytes(PIECE_BYTES))
+    large: list[LargePages] = []
 
     def renew() -> None:
+        for pages in large:
+            pages.close()
         os.ftruncate(descriptor, 0)
+        os.ftruncate(descriptor, nbytes)
+        large[:] = [LargePages(descriptor, nbytes)]
 
     def write(number: int) -> None:
         for start, length in pieces(nbytes, number, threads):
+            large[0].prepare(start, length)
             os.pwrite(descriptor, piece[:length], start)
 
     return Probe("segment_write", nbytes, write, threads, renew, fresh=True)
@@ -322,9 +351,8 @@ def _probes(directory: Path, bounds: Bounds, gpu: bool) -> Iterator[tuple[list[P
         if direct is not None:
             held.callback(os.close, direct)
             probes.append(_read_probe("disk_direct", direct, read_bytes, IO_THREADS))
-        segment = os.memfd_create("bunk-calibrate", os.MFD_CLOEXEC)
+        segment = _large_segment(nbytes)
         held.callback(os.close, segment)
-        os.pwrite(segment, bytes(nbytes), 0)
         fresh = os.memfd_create("bunk-calibrate", os.MFD_CLOEXEC)
         held.callback(os.close, fresh)
         memory = FreshMemory(nbytes)
@@ -336,6 +364,7 @@ def _probes(directory: Path, bounds: Bounds, gpu: bool) -> Iterator[tuple[list[P
             _copy_probe("memcpy_1", source, target, 1),
             _populate_probe(memory, threads),
             _map_in_probe(segment, nbytes, threads),
+            _map_image_probe(segment, nbytes),
             _segment_write_probe(fresh, nbytes, threads),
             _open_probe(nbytes // 2, threads),
             _sha256_probe(nbytes // 4),
@@ -374,6 +403,7 @@ def measure(directory: Path, bounds: Bounds, gpu: bool) -> Rates:
         fp32=fp32,
         other=other,
         device_copy=found.get("device_copy", 0),
+        map_image=found["map_image"],
         threads=bounds.threads,
         cores=len(os.sched_getaffinity(0)),
         measured_ms=time.time_ns() // 1_000_000,

@@ -92,7 +92,7 @@ class RunningNode:
             self._link,
         )
         self._calibrator.take_stored(self._journal.journal.calibration())
-        self.host_form = self._choose_host_form()
+        self.host_form = self._choose_host_form(None)
         self._packs = PackDirectory(config.data_dir / "packs")
         self._segments = HostSegments()
         self._identity = Identity(config.data_dir / "identity")
@@ -206,29 +206,35 @@ class RunningNode:
     def rates(self) -> Rates | None:
         return self._calibrator.rates
 
-    def _choose_host_form(self) -> HostForm:
-        """What the operator wants, else what the rates say; an unmeasured cpu box keeps the smallest."""
+    def _choose_host_form(self, plan: Plan | None) -> HostForm:
+        """What the operator wants, else what was measured; an unmeasured cpu box keeps the smallest."""
         if self.config.host_form is not None:
             return self.config.host_form
         rates = self.rates
         if rates is None and not self._on_cuda:
             return HostForm.STORED
-        return choose_host_form(rates or FIRST_RATES, self._on_cuda)
+        raw_bytes = sum(spec.image_bytes for spec in plan.models) if plan is not None else 0
+        host_share = self.config.host_budget_bytes / raw_bytes if raw_bytes else 1.0
+        return choose_host_form(rates or FIRST_RATES, self._on_cuda, host_share=host_share)
 
     @property
     def _on_cuda(self) -> bool:
         return any(device.kind == "cuda" for device in self._devices.values())
 
     async def _calibrated(self, rates: Rates) -> None:
-        """Estimates and the form of new segments follow at once; segments that are there stay readable."""
-        form = self._choose_host_form()
+        """Estimates and the form of new segments follow at once."""
+        self.accuracy.start_anew()
+        with self._keeper.journal_may_fail():
+            await self._journal.call(self._journal.journal.save_calibration, dump_rates(rates))
+        await self._use_form(self._choose_host_form(self._plan))
+
+    async def _use_form(self, form: HostForm) -> None:
+        """Make new segments in this form; those that are there stay readable."""
         if form is not self.host_form:
             log.info("the host tier keeps weights in %s form from now on", form.value)
         self.host_form = self.orders.host_form = form
-        self.accuracy.start_anew()
-        self.loop.post(RatesSeen(rates, form, self._on_cuda))
+        self.loop.post(RatesSeen(self.rates or FIRST_RATES, form, self._on_cuda))
         with self._keeper.journal_may_fail():
-            await self._journal.call(self._journal.journal.save_calibration, dump_rates(rates))
             for row in await self._journal.call(self._journal.journal.packs):
                 self._state_host_bytes(row)
 
@@ -279,6 +285,8 @@ class RunningNode:
         await self._keeper.accept(plan)
 
     async def _settle(self, plan: Plan) -> None:
+        if (form := self._choose_host_form(plan)) is not self.host_form:
+            await self._use_form(form)
         await self.orders.keep_only(frozenset(spec.ref for spec in plan.models))
         await self.orders.close_tenants(frozenset(tenant.tenant for tenant in plan.tenants))
 

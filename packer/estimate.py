@@ -68,7 +68,8 @@ class DecodeRates:
 class Rates:
     """What one node measured of itself: every figure is bytes per second, of ``threads`` together.
 
-    0 is "not there": ``link`` until something was fetched, ``device_copy`` without a GPU.
+    0 is "not there": ``link`` until something was fetched, ``device_copy`` without a GPU, ``map_image`` where
+    it was not measured: then a raw segment is copied.
     """
 
     disk_direct: int  # O_DIRECT; what the disk gives when nothing is cached
@@ -86,6 +87,7 @@ class Rates:
     other: DecodeRates
     link: int = 0  # the line that origins are fetched over
     device_copy: int = 0  # pinned memory to the GPU
+    map_image: int = 0  # a raw host segment becoming the image of a cpu device
     threads: int = RESTORE_THREADS
     cores: int = RESTORE_THREADS
     measured_ms: int = 0  # wall clock; 0: nobody measured, the figures are assumptions
@@ -129,10 +131,10 @@ def named_rates(rates: Rates) -> dict[str, int]:
 
 _PLAIN = (
     *("disk_direct", "disk_cached", "disk_write", "memcpy", "memcpy_1", "populate", "map_in"),
-    *("segment_write", "open", "sha256_1", "link", "device_copy"),
+    *("segment_write", "open", "sha256_1", "link", "device_copy", "map_image"),
 )
 _DECODE = ("stored_to_wire", "wire_to_final", "stored_to_final", "encode")
-_MAY_BE_ZERO = ("link", "device_copy")
+_MAY_BE_ZERO = ("link", "device_copy", "map_image")
 
 
 def dump_rates(rates: Rates) -> str:
@@ -171,7 +173,8 @@ class Mix:
 @dataclass(frozen=True, slots=True)
 class RestoreShape:
     """One restore of a whole model. ``stored_bytes`` is what is read from ``tier`` in its form: the pack
-    (always stored form), the host segment in ``form``, the origin's files."""
+    (always stored form), the host segment in ``form``, the origin's files. From disk ``form`` is that of the
+    segment that is filled on the way."""
 
     tier: Tier
     image_bytes: int
@@ -246,13 +249,17 @@ def _reading(rates: Rates, shape: RestoreShape) -> tuple[float, float]:
 
 def _decode_threads_s(rates: Rates, shape: RestoreShape) -> float:
     """Seconds that the restore threads need, working together, one stage after another."""
+    in_segment = shape.form is HostForm.RAW and not shape.on_cuda and rates.map_image > 0
+    if shape.tier is Tier.HOST and in_segment:
+        return shape.image_bytes / rates.map_image
     fresh_s = 0.0 if shape.on_cuda else shape.image_bytes / rates.populate
     match shape.tier:
         case Tier.ORIGIN:
             # One thread per file hashes and places; most models are one file.
             return fresh_s + shape.stored_bytes / rates.sha256_1 + shape.image_bytes / rates.memcpy_1
         case Tier.DISK:
-            fill_s = shape.fill_bytes / rates.segment_write
+            # The image may lie in the segment: then its fresh pages are the segment's.
+            fill_s = 0.0 if in_segment else shape.fill_bytes / rates.segment_write
             return fresh_s + fill_s + shape.stored_bytes / rates.open + _decode_s(rates, shape)
         case _:
             return fresh_s + shape.stored_bytes / rates.map_in + _decode_s(rates, shape)
@@ -314,19 +321,29 @@ def disk_shape(mix: Mix, cached: bool, on_cuda: bool = False) -> RestoreShape:
     return RestoreShape(Tier.DISK, image_bytes, pack_bytes, mix, cached=cached, on_cuda=on_cuda)
 
 
-def choose_host_form(rates: Rates, on_cuda: bool = False, mix: Mix = TYPICAL) -> HostForm:
+def choose_host_form(
+    rates: Rates, on_cuda: bool = False, mix: Mix = TYPICAL, host_share: float = 1.0
+) -> HostForm:
     """The form in which the host tier keeps weights on this node.
 
     A GPU decodes the wire form itself, at memory speed: fewer bytes and a faster copy, so always that.
-    A cpu device pays for every step back to weights: the smallest form is chosen whose restore is at
-    least ``FORM_RATE_SHARE_MIN`` times as fast as the fastest form's.
+    On a cpu device the raw form is mapped and costs next to nothing to restore, but takes half as much memory
+    again as the stored one, so that fewer models are in it. What counts is how long a model takes to come
+    on average: from the host tier as often as it is there, else from disk. ``host_share``: the host tier's
+    budget over the raw bytes of all models; from 1 on all of them fit in every form. The smallest form is
+    chosen that is at least ``FORM_RATE_SHARE_MIN`` times as fast as the fastest.
     """
     if on_cuda:
         return HostForm.WIRE
+    disk_ms = restore_stages(rates, disk_shape(mix, cached=False)).moving_ms
     smallest_first = (HostForm.STORED, HostForm.WIRE, HostForm.RAW)
-    taken_ms = [restore_stages(rates, host_shape(mix, form)).moving_ms for form in smallest_first]
-    fastest_ms = min(taken_ms)
-    for form, form_ms in zip(smallest_first, taken_ms, strict=True):
+    expected_ms = []
+    for form in smallest_first:
+        shape = host_shape(mix, form)
+        hits = min(1.0, host_share * shape.image_bytes / max(shape.stored_bytes, 1))
+        expected_ms.append(hits * restore_stages(rates, shape).moving_ms + (1.0 - hits) * disk_ms)
+    fastest_ms = min(expected_ms)
+    for form, form_ms in zip(smallest_first, expected_ms, strict=True):
         if form_ms * FORM_RATE_SHARE_MIN <= fastest_ms:
             return form
     return HostForm.RAW
@@ -405,7 +422,8 @@ def know_copies(
     origin = RestoreShape(Tier.ORIGIN, image_bytes, image_bytes, mix, on_cuda=on_cuda, remote=remote)
     know_shape(history, origin)
     if disk_bytes:
-        know_shape(history, RestoreShape(Tier.DISK, image_bytes, disk_bytes, mix, on_cuda=on_cuda))
+        form = learned.host_form
+        know_shape(history, RestoreShape(Tier.DISK, image_bytes, disk_bytes, mix, form, on_cuda=on_cuda))
         if cached is not None:
             history.shapes[Tier.DISK] = replace(history.shapes[Tier.DISK], cached=cached)
     if host_bytes:

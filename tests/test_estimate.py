@@ -204,12 +204,40 @@ def test_a_cpu_gets_raw_while_decoding_is_slow_and_the_smallest_as_soon_as_it_ha
     assert choose_host_form(stored) is HostForm.STORED
 
 
-@given(any_rates, any_mix)
-def test_the_chosen_form_is_the_smallest_that_is_nearly_as_fast_as_the_fastest(
-    rates: Rates, mix: Mix
+def test_a_segment_that_is_mapped_is_worth_its_bytes_unless_it_keeps_too_much_on_a_slow_disk() -> None:
+    """Mapping is next to free. On a fast disk that outweighs every miss; on a slow one misses count."""
+    mapped = replace(RATES, map_image=200 * G, disk_direct=4 * G)
+    for share in (0.5, 1.0, 2.0):
+        assert choose_host_form(mapped, host_share=share) is HostForm.RAW
+    slow = replace(mapped, disk_direct=G // 10)
+    assert choose_host_form(slow, host_share=2.0) is HostForm.RAW
+    assert choose_host_form(slow, host_share=0.3) is HostForm.STORED
+
+
+def test_a_mapped_image_costs_neither_copy_nor_pages_and_filling_its_segment_nothing() -> None:
+    mapped = replace(RATES, map_image=200 * G)
+    shape = host_shape(Mix(bf16_bytes=2 * G), HostForm.RAW)
+    assert restore_stages(mapped, shape).moving_ms == 10
+    assert restore_stages(RATES, shape).moving_ms > 200
+    disk = disk_shape(Mix(bf16_bytes=2 * G), cached=True)
+    filling = replace(disk, form=HostForm.RAW, fill_bytes=2 * G)
+    assert restore_stages(mapped, filling) == restore_stages(mapped, disk)
+    assert restore_stages(RATES, filling).cores_ms > restore_stages(RATES, disk).cores_ms + 600
+    on_cuda = replace(filling, on_cuda=True)
+    assert restore_stages(mapped, on_cuda) == restore_stages(RATES, on_cuda)
+
+
+@given(any_rates, any_mix, st.floats(0.0, 4.0))
+def test_the_chosen_form_is_the_smallest_with_which_models_come_nearly_as_fast_as_they_can(
+    rates: Rates, mix: Mix, share: float
 ) -> None:
-    chosen = choose_host_form(rates, mix=mix)
-    taken = {form: restore_stages(rates, host_shape(mix, form)).moving_ms for form in HostForm}
+    chosen = choose_host_form(rates, mix=mix, host_share=share)
+    disk_ms = restore_stages(rates, disk_shape(mix, cached=False)).moving_ms
+    taken = {}
+    for form in HostForm:
+        shape = host_shape(mix, form)
+        hits = min(1.0, share * shape.image_bytes / max(shape.stored_bytes, 1))
+        taken[form] = hits * restore_stages(rates, shape).moving_ms + (1 - hits) * disk_ms
     fastest_ms = min(taken.values())
     assert taken[chosen] * estimate.FORM_RATE_SHARE_MIN <= fastest_ms
     smaller = list(HostForm)[: list(HostForm).index(chosen)]
@@ -259,7 +287,7 @@ def test_every_rate_has_a_name() -> None:
     named = named_rates(RATES)
     assert named["bf16_stored_to_final"] == 4_500_000_000
     assert named["disk_direct"] == 1_200_000_000
-    assert len(named) == 12 + 3 * 4
+    assert len(named) == 13 + 3 * 4
 
 
 # --- learning -------------------------------------------------------------------------------------
@@ -374,7 +402,8 @@ def test_copies_are_known_by_their_sizes_and_one_that_is_gone_leaves_its_shape()
     learned, history = Learned(RATES, host_form=HostForm.WIRE), History()
     sizes = {"image_bytes": 1000, "disk_bytes": 833, "host_bytes": 875}
     know_copies(learned, history, **sizes, remote=False, cached=True)
-    assert history.shapes[Tier.DISK] == RestoreShape(Tier.DISK, 1000, 833, Mix(fp32_bytes=1000), cached=True)
+    disk = RestoreShape(Tier.DISK, 1000, 833, Mix(fp32_bytes=1000), HostForm.WIRE, cached=True)
+    assert history.shapes[Tier.DISK] == disk
     assert history.shapes[Tier.HOST].form is HostForm.WIRE
     assert history.shapes[Tier.HOST].stored_bytes == 875
     assert not history.shapes[Tier.ORIGIN].remote
