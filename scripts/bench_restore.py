@@ -146,7 +146,7 @@ def calibrate(cache: Path) -> Rates:
 
 @contextmanager
 def _memory_file(name: str) -> Iterator[int]:
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         yield descriptor
     finally:
@@ -321,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             log(f"section {name}")
             sections.append(SECTIONS[name](setup))
+            bench_suite.print_section(sections[-1], sys.stderr)
         facts = _facts(setup)
     facts["took"] = f"{time.monotonic() - started_s:.0f} s"
     report = bench_suite.report_of("restore", facts, sections)

@@ -107,12 +107,27 @@ def print_suite(report: SuiteReport, out: TextIO) -> None:
     for name, value in report.facts.items():
         print(f"{name}: {value}", file=out)
     for section in report.sections:
-        for table in section.tables:
-            _print_table(table, out)
-        for line in section.skipped:
-            print(f"\nskipped  {section.name}: {line}", file=out)
+        _print_tables(section, out)
     print(file=out)
-    for judgement in report.judgements:
+    _print_judgements(report.judgements, out)
+
+
+def print_section(section: Section, out: TextIO) -> None:
+    """What one section found, at once: the whole report may be minutes away."""
+    _print_tables(section, out)
+    _print_judgements(section.judgements, out)
+    out.flush()
+
+
+def _print_tables(section: Section, out: TextIO) -> None:
+    for table in section.tables:
+        _print_table(table, out)
+    for line in section.skipped:
+        print(f"\nskipped  {section.name}: {line}", file=out)
+
+
+def _print_judgements(judgements: Iterable[Judgement], out: TextIO) -> None:
+    for judgement in judgements:
         print(f"{'reached' if judgement.reached else 'MISSED '}  {judgement.text}", file=out)
 
 

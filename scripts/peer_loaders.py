@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("RUNAI_STREAMER_LOG_LEVEL", "ERROR")
 
 import torch
-from fresh_child import Reference, Settings, Stopwatch, serve
+from fresh_child import Reference, Settings, Stopwatch, read_every_byte, serve
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -36,9 +36,12 @@ def _warm_up(settings: Settings) -> str:
     return device
 
 
-def _finish(device: str) -> None:
+def _finish(device: str, tensors: Tensors, settings: Settings) -> None:
+    """Until everything is there; ``touch``: and was read once."""
     if device != "cpu":
         torch.cuda.synchronize()
+    elif settings.get("touch"):
+        read_every_byte((tensor.data_ptr(), tensor.nbytes) for tensor in tensors.values())
 
 
 def load_safetensors(settings: Settings, clock: Stopwatch) -> Tensors:
@@ -50,7 +53,7 @@ def load_safetensors(settings: Settings, clock: Stopwatch) -> Tensors:
         # Without the clone a cpu tensor is a page of the file: the first use pays, and memory pressure
         # takes it away again. On a GPU it is the caller's own already.
         tensors = {name: tensor.clone() for name, tensor in loaded.items()} if device == "cpu" else loaded
-        _finish(device)
+        _finish(device, tensors, settings)
     return tensors
 
 
@@ -68,7 +71,7 @@ def load_fastsafetensors(settings: Settings, clock: Stopwatch) -> Tensors:
         loader.add_filenames({0: [settings["path"]]})
         buffers = loader.copy_files_to_device()
         tensors = {name: buffers.get_tensor(name) for name in loader.get_keys()}
-        _finish(device)
+        _finish(device, tensors, settings)
     _KEPT.append((loader, buffers))
     return tensors
 
@@ -79,7 +82,7 @@ def load_runai(settings: Settings, clock: Stopwatch) -> Tensors:
     with clock, streamer_class() as streamer:
         streamer.stream_file(settings["path"], device=device)
         tensors = dict(streamer.get_tensors())
-        _finish(device)
+        _finish(device, tensors, settings)
     return tensors
 
 
@@ -94,7 +97,7 @@ def load_tensorizer(settings: Settings, clock: Stopwatch) -> Tensors:
             verify_hash=settings.get("verify_hash", False),
         )
         tensors = dict(loaded.items())
-        _finish(device)
+        _finish(device, tensors, settings)
     _KEPT.append(loaded)
     return tensors
 

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 import msgspec
 import torch
-from fresh_child import Reference, Settings, Stopwatch, serve
+from fresh_child import Reference, Settings, Stopwatch, read_every_byte, serve
 
 from agent.arena import CpuImage, allocate_image
 from packer import kernels, tiers
@@ -154,7 +154,7 @@ def _source(settings: Settings) -> Iterator[PackReader]:
 
 def restore(settings: Settings, clock: Stopwatch) -> Facts:
     """One restore as a worker makes it, until every tensor is there. ``populated``: into an image whose
-    pages are there before the clock starts."""
+    pages are there before the clock starts; ``touch``: until every byte was read once, too."""
     first_chunk, kind = settings.get("first_chunk", 0), settings.get("kind", "cpu")
     if kind == "cuda":
         torch.zeros(1, device=kind)  # the first context is nobody's restore
@@ -174,6 +174,8 @@ def restore(settings: Settings, clock: Stopwatch) -> Facts:
             facts = tiers.restore(reader, image, first_chunk=first_chunk)
             image.settle()
             tensors = [(placed, image.tensor(placed)) for placed in layout.tensors]
+            if settings.get("touch"):
+                read_every_byte((tensor.data_ptr(), tensor.nbytes) for _, tensor in tensors)
         start = layout.chunks[first_chunk].image_offset
         loaded = [
             (placed.info.name, tensor.cpu() if kind == "cuda" else tensor)
@@ -191,6 +193,7 @@ def restore(settings: Settings, clock: Stopwatch) -> Facts:
             "direct_bytes": facts.direct_bytes,
             "wanted_bytes": sum(sizes[offset] for offset in extents),
             "chunks": facts.chunks,
+            "mapped": facts.mapped,
         }
 
 

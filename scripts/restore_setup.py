@@ -7,6 +7,7 @@ settings at which each peer is measured. Does not cover: what the sections measu
 
 from __future__ import annotations
 
+import fcntl
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from packer.types import MIB, HostForm, ModelSpec
 PACK = "sealed pack"
 INGEST = "ingest: image and sealed pack"
 STREAMERS = ("fastsafetensors", "runai_model_streamer", "tensorizer")
+TOUCHED = ", then every byte read"
 FORM_NAMES = {form: f"host tier, {form.value} form" for form in HostForm}
 
 
@@ -98,7 +100,7 @@ class Setup:
         name = name or FORM_NAMES[form]
         return self.ours_once(name, "restore", watch, fd=self.segments[form], **settings)
 
-    def peer_once(self, peer: Peer, device: str = "cpu") -> float:
+    def peer_once(self, peer: Peer, device: str = "cpu", touch: bool = False) -> float:
         assert self.peers is not None
         settings = {
             "reference": self.reference,
@@ -106,10 +108,11 @@ class Setup:
             "path": str(self.weights),
             "tensorizer_path": str(self.tensors),
             "device": device,
+            "touch": touch,
             **peer.settings,
         }
         outcome = self.peers.run("load", settings, peer.environment, touch_bytes=self.touch_bytes)
-        self.cpu_ms.setdefault(peer.name, []).append(outcome.cpu_ms)
+        self.cpu_ms.setdefault(peer.name + TOUCHED * touch, []).append(outcome.cpu_ms)
         return outcome.taken_ms
 
     def drop_origin(self) -> None:
@@ -139,6 +142,8 @@ class Setup:
         for form, descriptor in self.segments.items():
             settings = {"path": str(self.pack), "key": self.key, "form": form, "segment_fd": descriptor}
             self.segment_bytes[form] = self.ours.run("segment", settings).facts["segment_bytes"]
+            # As the agent does: from here on nobody can change it, so workers map it.
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
 
     def free_memory(self) -> None:
         """Give the memory of host segments and reference back; sections that need them come before."""
@@ -158,6 +163,10 @@ class Setup:
 # --- tables ---------------------------------------------------------------------------------------
 
 
+def _short(taken_ms: float) -> str:
+    return f"{taken_ms:.0f}" if taken_ms >= 10 else f"{taken_ms:.1f}"
+
+
 def rate(nbytes: int, taken_ms: float) -> str:
     return f"{nbytes / taken_ms / 1e6:.2f}"
 
@@ -173,9 +182,9 @@ def timed_table(
         rows.append(
             (
                 row.case,
-                f"{row.median_ms:.0f} ms",
-                f"{row.least_ms:.0f}",
-                f"{row.greatest_ms:.0f}",
+                f"{_short(row.median_ms)} ms",
+                _short(row.least_ms),
+                _short(row.greatest_ms),
                 rate(nbytes, row.median_ms),
                 f"{statistics.median(cpu):.0f} ms" if cpu else "",
             )

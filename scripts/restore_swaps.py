@@ -283,9 +283,9 @@ class LeakRun:
         await asyncio.gather(asking, return_exceptions=True)
 
     async def _lose_segment(self, spec: ModelSpec) -> None:
-        descriptor = self._node.node._segments.take(spec.ref)
-        if descriptor is not None:
-            os.close(descriptor)
+        freeing = self._node.node._segments.drop(spec.ref)
+        if freeing is not None:
+            freeing.free()
 
     async def _damage_pack(self, spec: ModelSpec) -> None:
         path = self._node.node._packs.path(spec.ref)
