@@ -36,6 +36,7 @@ from packer.events import (
     Requested,
     Restore,
     Restored,
+    ServingBegun,
     Ticked,
     Wake,
 )
@@ -145,7 +146,7 @@ class Loop:
             case Grant():
                 # Who waited for these bytes is granted in the step that tells of their arrival.
                 moved_bytes = 0
-                if isinstance(event, Restored) and event.ref == action.ref:
+                if isinstance(event, Restored | ServingBegun) and event.ref == action.ref:
                     moved_bytes = event.restored_bytes
                 self._answer(action.request, (action, moved_bytes))
             case Refuse():

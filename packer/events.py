@@ -159,6 +159,18 @@ class Restored:
 
 
 @dataclass(frozen=True, slots=True)
+class ServingBegun:
+    """The model of a running ``Restore`` takes requests from now on: its worker computes on the layers that
+    are there while the others come. ``Restored`` or ``RestoreFailed`` still follows; ``restored_bytes`` are
+    what it will have moved."""
+
+    ref: ModelRef
+    device: str
+    order: int = 0
+    restored_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreFailed:
     """``corrupt``: the copy in ``from_tier`` is bad and must be dropped. ``broken``: the model itself
     can not be built whatever tier it comes from. Neither: a passing fault, another try may help.
@@ -269,6 +281,7 @@ Event = (
     | TookLate
     | SpentFound
     | Restored
+    | ServingBegun
     | RestoreFailed
     | Evicted
     | Packed

@@ -157,7 +157,10 @@ def _check_on_device(node: Node, model: Model) -> None:
     ):
         raise InvariantBroken(f"{ref} is {state} and {device.name} does not agree")
     loading = state is State.RESTORING and model.source is Tier.ORIGIN
-    if state is not State.RESIDENT and (model.leases or (model.packing and not loading)):
+    if model.serving and state is not State.RESTORING:
+        raise InvariantBroken(f"{ref} is {state} and serves as if it were coming")
+    leased = model.leases and not model.serving
+    if state is not State.RESIDENT and (leased or (model.packing and not loading)):
         raise InvariantBroken(f"{ref} is {state} with {model.leases} leases, packing: {model.packing}")
     _check_chunks(model)
     if model.packing and model.disk.state is not CopyState.FILLING:

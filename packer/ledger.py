@@ -126,6 +126,7 @@ class Model:
     started_ms: int = 0
     residency: int = 0
     leases: int = 0
+    serving: bool = False  # requests may run although its restore is still under way
     packing: bool = False  # a pack is being written from this stay on the device, or from its load
     host: Copy = field(default_factory=Copy)
     disk: Copy = field(default_factory=Copy)
@@ -172,6 +173,11 @@ class Model:
         """On a device and in nobody's use: it may be evicted now."""
         state = self.state
         return (state is State.RESIDENT and not self.leases and not self.packing) or state is State.PARTIAL
+
+    @property
+    def tier_now(self) -> Tier:
+        """Where the weights are as a new request sees it, if it may use the model."""
+        return self.source if self.serving else Tier.DEVICE
 
     @property
     def startable(self) -> bool:

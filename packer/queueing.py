@@ -114,7 +114,7 @@ def grantable(node: Node, model: Model) -> bool:
     """May a request use the model right now?"""
     device = model.device
     return (
-        model.state is State.RESIDENT
+        (model.state is State.RESIDENT or model.serving)
         and model.planned
         and device is not None
         and device.healthy

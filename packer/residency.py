@@ -36,6 +36,7 @@ from packer.events import (
     Requested,
     Restored,
     RestoreFailed,
+    ServingBegun,
     SpentFound,
     Ticked,
     TierBudgetSeen,
@@ -139,6 +140,8 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             _spent_found(node, event, now_ms)
         case Restored():
             _restored(node, event, now_ms, out)
+        case ServingBegun():
+            _serving_begun(node, event, now_ms, out)
         case RestoreFailed():
             _restore_failed(node, event, now_ms, out)
         case Evicted():
@@ -188,8 +191,8 @@ def _settle(node: Node, now_ms: int, out: list[Action]) -> None:
         upkeep.shed(node, now_ms, out)
         upkeep.expire(node, now_ms, out)
         for model in list(node.queue.values()):
-            if model.state is State.RESIDENT and queueing.grantable(node, model):
-                queueing.grant_waiters(node, model, Tier.DEVICE, now_ms, out)
+            if queueing.grantable(node, model):
+                queueing.grant_waiters(node, model, model.tier_now, now_ms, out)
         queueing.start_waiting(node, now_ms, out)
         upkeep.order_packs(node, now_ms, out)
 
@@ -211,7 +214,7 @@ def _requested(node: Node, event: Requested, now_ms: int, out: list[Action]) -> 
     note_use(model.reuse, node.shared, now_ms)
     room.use_slice(node, model)
     if queueing.grantable(node, model):
-        queueing.grant(node, event.request, model, Tier.DEVICE, 0, now_ms, out, tokens)
+        queueing.grant(node, event.request, model, model.tier_now, 0, now_ms, out, tokens)
     else:
         if not model.waiters:
             node.dirty = True
@@ -286,8 +289,10 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
         return
     model.state = State.RESIDENT
     _end_restore(node, model, event.host_filled)
-    model.residency += 1
-    model.leases = model.kept_chunks = 0
+    if not model.serving:
+        model.residency += 1
+        model.leases = 0
+    model.serving, model.kept_chunks = False, 0
     model.tries.clear()
     model.gains = None
     model.failure = None
@@ -303,6 +308,19 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     if model.disk.state is CopyState.ABSENT:
         node.unpacked[model.ref] = model
     # Leased in the same step, before anyone may evict it.
+    if queueing.grantable(node, model):
+        queueing.grant_waiters(node, model, model.source, now_ms, out)
+
+
+def _serving_begun(node: Node, event: ServingBegun, now_ms: int, out: list[Action]) -> None:
+    """The stay begins here: leases pin nothing while bytes come, but they count from now on."""
+    model = node.models.get(event.ref)
+    if model is None or model.serving or not _answers(model, State.RESTORING, event.device, event.order):
+        return
+    model.serving = True
+    model.residency += 1
+    model.leases = 0
+    node.touched[model.ref] = None
     if queueing.grantable(node, model):
         queueing.grant_waiters(node, model, model.source, now_ms, out)
 
@@ -333,6 +351,10 @@ def _give_up_restore(node: Node, model: Model, kept_chunks: int) -> None:
     left of the file, but pins nothing any more."""
     _end_restore(node, model, host_filled=False)
     model.packing = False
+    if model.serving:
+        # Who was let in ends with the worker's error; such a lease pins nothing any more.
+        model.serving, model.leases = False, 0
+        model.residency += 1
     release_device(node, model, kept_chunks)
 
 

@@ -196,9 +196,9 @@ MUTANTS = (
     Mutant(
         "a load that failed frees the room of its pack while the file is written",
         "residency",
-        "    model.packing = False\n    release_device(node, model, kept_chunks)",
+        "    model.packing = False\n    if model.serving:",
         "    if model.packing:\n        release_copy(node, model, Tier.DISK)\n"
-        "    model.packing = False\n    release_device(node, model, kept_chunks)",
+        "    model.packing = False\n    if model.serving:",
     ),
     Mutant(
         "a pack that is complete before its load is forgotten",
@@ -228,8 +228,8 @@ MUTANTS = (
     Mutant(
         "a model of which only the first chunks are there is granted",
         "queueing",
-        "        model.state is State.RESIDENT\n        and model.planned",
-        "        model.state in (State.RESIDENT, State.PARTIAL)\n        and model.planned",
+        "        (model.state is State.RESIDENT or model.serving)\n        and model.planned",
+        "        (model.state in (State.RESIDENT, State.PARTIAL) or model.serving)\n        and model.planned",
     ),
     Mutant(
         "the chunks that stay are not counted",
@@ -325,8 +325,20 @@ MUTANTS = (
     Mutant(
         "chunks of a model that left the plan stay",
         "ledger",
-        " or state is State.PARTIAL\n\n    @property\n    def startable",
-        "\n\n    @property\n    def startable",
+        " or state is State.PARTIAL\n\n    @property\n    def tier_now",
+        "\n\n    @property\n    def tier_now",
+    ),
+    Mutant(
+        "who was let in early is forgotten when the rest has come",
+        "residency",
+        "    if not model.serving:\n        model.residency += 1\n        model.leases = 0\n",
+        "    model.residency += 1\n    model.leases = 0\n",
+    ),
+    Mutant(
+        "who was let in early pins what failed to come",
+        "residency",
+        "model.serving, model.leases = False, 0",
+        "model.serving = False",
     ),
     Mutant(
         "a queue holds one more than its bound",

@@ -25,6 +25,7 @@ from packer.events import (
     Restore,
     Restored,
     RestoreFailed,
+    ServingBegun,
     WorkerDied,
 )
 from packer.residency import Node
@@ -68,6 +69,7 @@ class Stay:
     tee_bytes: int = 0
     leases: int = 0
     packing: bool = False
+    serving: bool = False  # restoring, and answering with the layers that are there
 
 
 class Hands:
@@ -156,6 +158,8 @@ class Hands:
         elif order.from_tier is Tier.DISK:
             self.require(not self._fits_host(ref), f"{ref} comes from disk and leaves no host copy")
         self.later(lambda: self._end_restore(stay))
+        if order.from_tier is not Tier.ORIGIN and self.rng.random() < 0.4:
+            self.later(lambda: self._begin_serving(stay))
         if order.disk_bytes:
             self.require(order.from_tier is Tier.ORIGIN, f"a pack beside a restore from {order.from_tier}")
             self._start_pack(stay, order.disk_bytes, order.pack_order)
@@ -177,6 +181,14 @@ class Hands:
         whole = tier is Tier.HOST or ref not in self.packing
         return ref in there and whole and (ref, tier) not in self.dropping
 
+    def _begin_serving(self, stay: Stay) -> Event | None:
+        event = ServingBegun(stay.ref, stay.device, stay.order)
+        if self.stays.get(stay.ref) is not stay or stay.state != "restoring":
+            return self._late(event)
+        stay.serving = True
+        self.reached["served while it came"] += 1
+        return event
+
     def _end_restore(self, stay: Stay) -> Event | None:
         if self.stays.get(stay.ref) is not stay:
             return self._late(Restored(stay.ref, stay.device, stay.source, 100, order=stay.order))
@@ -185,6 +197,7 @@ class Hands:
         corrupt = fail and self.rng.random() < self.faults.corrupt
         broken = fail and not corrupt and self.rng.random() < self.faults.broken
         if fail:
+            self.reached["failed while it was served from"] += bool(stay.serving and stay.leases)
             kept = stay.kept_chunks if self.rng.random() < 0.7 else self.rng.randrange(stay.kept_chunks + 1)
             self.keep_part(stay, kept)
             if stay.tee_bytes:
@@ -193,7 +206,8 @@ class Hands:
             self.reached["a failed restore left chunks"] += bool(kept)
             self.reached["a failed restore lost chunks"] += kept < stay.kept_chunks
             return RestoreFailed(ref, device, source, "a fault", corrupt, broken, order, kept)
-        stay.state = "resident"
+        stay.state, stay.serving = "resident", False
+        self.reached["leased before it was all there"] += bool(stay.leases)
         filled = bool(stay.tee_bytes) and self.rng.random() < 0.8
         if stay.tee_bytes and not filled:
             del self.host[ref]

@@ -404,7 +404,10 @@ class World(Hands):
             self._refused(call, action)
             return
         stay = self.stays.get(action.ref)
-        self.require(stay is not None and stay.state == "resident", f"granted {action.ref}, not there")
+        self.require(
+            stay is not None and (stay.state == "resident" or stay.serving),
+            f"granted {action.ref}, not there",
+        )
         assert stay is not None
         self.require(stay.device == action.device and call.ref == action.ref, "granted something else")
         self.require(action.ref in self.planned, f"granted {action.ref}, which left the plan")

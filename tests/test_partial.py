@@ -26,6 +26,7 @@ from packer.events import (
     Refuse,
     Restore,
     RestoreFailed,
+    ServingBegun,
     Ticked,
     TierBudgetSeen,
     WorkerDied,
@@ -433,3 +434,41 @@ def test_check_finds_a_chunk_that_is_not_counted() -> None:
     scene.node.models[A.ref].resident_chunks = 3
     with pytest.raises(InvariantBroken, match="3 of 4 chunks"):
         residency.check(scene.node, full=True)
+
+
+# --- serving while the rest comes -----------------------------------------------------------------
+
+
+def test_requests_run_while_layers_still_come_and_the_stay_is_one() -> None:
+    scene = Scene(A)
+    scene.warm(A)
+    scene.settle(scene.feed(DeviceSeen("cpu:0", 0)))
+    scene.feed(DeviceSeen("cpu:0", 100 * MIB))
+    order = the(scene.ask(A), Restore)
+    begun = scene.later(40).feed(ServingBegun(A.ref, order.device, order.order, 10))
+    grant = the(begun, Grant)
+    assert (grant.tier, grant.restore_ms) == (order.from_tier, 40)
+    # Who comes now sees where the weights were; nobody may take it away.
+    assert the(scene.ask(A), Grant).tier is order.from_tier
+    assert scene.feed(ServingBegun(A.ref, order.device, order.order)) == []
+    assert not of(scene.restored(order), Grant)
+    scene.settle(scene.finish(3))
+    assert scene.node.models[A.ref].leases == 1
+    scene.settle(scene.finish(2))
+    assert scene.node.models[A.ref].idle
+
+
+def test_a_restore_that_fails_after_all_pins_nothing_and_the_next_one_serves() -> None:
+    scene = Scene(A)
+    scene.warm(A)
+    scene.settle(scene.feed(DeviceSeen("cpu:0", 0)))
+    scene.feed(DeviceSeen("cpu:0", 100 * MIB))
+    order = the(scene.ask(A), Restore)
+    scene.feed(ServingBegun(A.ref, order.device, order.order))
+    failed = scene.feed(RestoreFailed(A.ref, order.device, order.from_tier, "a fault", order=order.order))
+    assert scene.node.models[A.ref].device is None
+    # The caller's request ends by itself, late, and is taken for nothing else.
+    scene.settle(failed + scene.later(60_000).ask(A))
+    assert scene.state(A) == "resident"
+    scene.finish(2)
+    assert scene.node.models[A.ref].leases == 1

@@ -24,7 +24,7 @@ from packer.residency import InvariantBroken
 
 # Small bounds, so that full queues are common; every seed then reaches them within seconds.
 TENANT_BOUND, NODE_BOUND = 6, 12
-SEEDS = range(60)
+SEEDS = range(110)
 # Fresh histories on every commit without a clock or randomness: another range can be named.
 SEED_FIRST = int(os.environ.get("BUNK_SEED_FIRST", "0"))
 MUTANT_SEEDS = range(150)
@@ -66,6 +66,9 @@ RARE = (
     "host copy filled",
     "host copy filled beside a part",
     "measured more where it is held",
+    "served while it came",
+    "leased before it was all there",
+    "failed while it was served from",
     "measured less where it is held",
     "joined a restore",
     "late answer",
