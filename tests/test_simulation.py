@@ -27,8 +27,8 @@ TENANT_BOUND, NODE_BOUND = 6, 12
 SEEDS = range(110)
 # Fresh histories on every commit without a clock or randomness: another range can be named.
 SEED_FIRST = int(os.environ.get("BUNK_SEED_FIRST", "0"))
-MUTANT_SEEDS = range(150)
-POLICY_SEEDS = range(15)
+MUTANT_SEEDS = range(250)
+POLICY_SEEDS = range(30)
 RARE_UNDER_ANY_POLICY = (
     "condemned",
     "dropped from disk",
