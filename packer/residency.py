@@ -436,9 +436,7 @@ def _dropped(node: Node, event: Dropped) -> None:
 
 def _worker_died(node: Node, event: WorkerDied, now_ms: int, out: list[Action]) -> None:
     device = node.devices.get(event.device)
-    if device is None:
-        return
-    for model in [m for m in device.models.values() if m.ref.tenant == event.tenant]:
+    for model in [m for m in (device.models.values() if device else ()) if m.ref.tenant == event.tenant]:
         if model.packing:
             # If it was the packing that killed the worker, the next load shall come through without.
             model.pack_not_before_ms = now_ms + upkeep.PACK_RETRY_MS
