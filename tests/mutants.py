@@ -36,6 +36,7 @@ MODULES = (
     "admission",
     "forecast",
     "upkeep",
+    "facts",
     "hits",
     "invariants",
     "residency",
@@ -229,7 +230,8 @@ MUTANTS = (
         "a model of which only the first chunks are there is granted",
         "queueing",
         "        (model.state is State.RESIDENT or model.serving)\n        and model.planned",
-        "        (model.state in (State.RESIDENT, State.PARTIAL) or model.serving)\n        and model.planned",
+        "        (model.state in (State.RESIDENT, State.PARTIAL) or model.serving)\n"
+        "        and model.planned",
     ),
     Mutant(
         "the chunks that stay are not counted",

@@ -63,6 +63,7 @@ PURE_FILES = (
     "packer/turns.py",
     "packer/rates.py",
     "packer/room.py",
+    "packer/facts.py",
     "packer/footprint.py",
     "packer/victims.py",
     "packer/views.py",
