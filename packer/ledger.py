@@ -23,6 +23,7 @@ from packer.intensity import Intensity, Shared
 from packer.lending import Shade, Terms, shade_of
 from packer.proof import Proof
 from packer.quota import Account, InvariantBroken, Tenant
+from packer.shortlist import Shortlist
 from packer.types import MIB, ModelRef, ModelSpec, Tier
 
 
@@ -80,6 +81,7 @@ class Device:
     models: dict[ModelRef, Model] = field(default_factory=dict)
     claim: Claim | None = None
     partial: bool = True  # can give memory back chunk by chunk
+    short: Shortlist[Model] = field(default_factory=Shortlist)
 
 
 @dataclass(slots=True, eq=False)
@@ -251,6 +253,8 @@ class Node:
     # Models with bytes in the host or disk tier.
     in_host: dict[ModelRef, Model] = field(default_factory=dict)
     in_disk: dict[ModelRef, Model] = field(default_factory=dict)
+    short_host: Shortlist[Model] = field(default_factory=Shortlist)
+    short_disk: Shortlist[Model] = field(default_factory=Shortlist)
     learned: Learned = field(default_factory=Learned)
     # What uses of all models have in common; see ``intensity``.
     shared: Shared = field(default_factory=Shared)

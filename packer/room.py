@@ -8,7 +8,7 @@ before. Does not cover: room on devices (``victims``), or acting on the answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop
 
@@ -19,6 +19,7 @@ from packer.keep import keep_index
 from packer.ledger import Copy, CopyState, Gains, Model, Node, State
 from packer.lending import Price
 from packer.quota import Tenant, may_take
+from packer.shortlist import BATCH, EXACT_MAX, SHORT_MAX
 from packer.types import MIB, Tier
 
 # A passing fault (a full pipe, a dropped connection) is usually over after one retry; a tier that fails
@@ -31,7 +32,7 @@ PROBE_BYTES = 256 * MIB
 PROBE_MOVED_PARTS = 4
 PROBE_PAUSE_MS = 10_000
 # Gains worked out anew in one ranking, at some 7 microseconds each; the others serve as they are.
-STALE_GAINS_MAX = 32
+STALE_GAINS_MAX = 12
 
 
 # --- what a restore costs -------------------------------------------------------------------------
@@ -199,6 +200,9 @@ def note_copy(node: Node, model: Model, tier: Tier) -> None:
         node.chosen.note_use(tier, model.ref, model.reuse.last_ms, max(gain_ms, 1.0), nbytes)
 
 
+# A copy: what it is worth, its name, its model.
+_Rated = tuple[float, str, Model]
+
 # --- victims among copies -------------------------------------------------------------------------
 
 
@@ -225,8 +229,31 @@ def copy_victims(
         worth = node.chosen.admits(tier, wanted.ref, wanted.reuse.last_ms)
     else:
         worth = copy_index(gains(node, wanted), wanted, tier, nbytes, Ranking(node.shared, now_ms))
+    below = math.inf if entitled else worth
+    few = None if short_own > 0 else _shortlisted_copies(node, tier, now_ms)
+    if few is not None:
+        ranked = [each for each in few if each[2] is not wanted and each[0] < below]
+        chosen = _pick(wanted, tier, ranked, worth, entitled, short, short_own)
+        # Where the last of the least is worth too much, all others are.
+        if chosen is not None or len(ranked) < len(few) - 1:
+            return chosen
     others = [model for model in node.copies(tier).values() if model is not wanted]
-    ranked = _ranked_copies(node, others, tier, now_ms, math.inf if entitled else worth)
+    return _pick(
+        wanted, tier, _ranked_copies(node, others, tier, now_ms, below), worth, entitled, short, short_own
+    )
+
+
+def _pick(
+    wanted: Model,
+    tier: Tier,
+    ranked: Iterable[_Rated],
+    worth: float,
+    entitled: bool,
+    short: int,
+    short_own: int,
+) -> list[Model] | None:
+    """Whole copies in the order of their rank until it is enough; None when it never is."""
+    tenant = wanted.tenant
     chosen: list[Model] = []
     kept: dict[str, int] = {}
     for index, _, model in ranked:
@@ -252,9 +279,22 @@ def copy_victims(
     return None if short > 0 or short_own > 0 else chosen
 
 
+def _shortlisted_copies(node: Node, tier: Tier, now_ms: int) -> list[_Rated] | None:
+    """Of very many copies those worth little, in order; None: look at all."""
+    copies = node.copies(tier)
+    if len(copies) <= EXACT_MAX or node.removed or node.chosen is not None:
+        return None
+    shortlist = node.short_host if tier is Tier.HOST else node.short_disk
+    few = shortlist.look(copies.values())
+    there = [model for model in few or copies.values() if model.copy(tier).state is CopyState.HELD]
+    ranked = list(_ranked_copies(node, there, tier, now_ms))
+    shortlist.keep(model for _, _, model in ranked)
+    return ranked
+
+
 def _ranked_copies(
     node: Node, models: Sequence[Model], tier: Tier, now_ms: int, below: float = math.inf
-) -> Iterator[tuple[float, str, Model]]:
+) -> Iterator[_Rated]:
     """Copies that may be dropped, least valuable first; put in order only as far as somebody looks.
     Of what is planned only copies that are worth less than ``below``."""
     if node.chosen is not None:
@@ -265,7 +305,7 @@ def _ranked_copies(
     ranking, gains_of, epoch = Ranking(node.shared, now_ms), Renewal(node).gains, node.gains_epoch
     in_host, held_state = tier is Tier.HOST, CopyState.HELD
     uses_per_ms = ranking.uses_per_ms
-    found: list[tuple[float, str, Model]] = []
+    found: list[_Rated] = []
     for model in models:
         copy = model.host if in_host else model.disk
         if copy.state is not held_state or copy.readers:
@@ -281,6 +321,9 @@ def _ranked_copies(
         index = rate * (gain_ms if gain_ms > 1 else 1) / (copy.held_bytes or 1)
         if index < below or not model.planned:
             found.append((index, model.name, model))
+    if len(found) <= SHORT_MAX + BATCH:
+        yield from sorted(found)
+        return
     heapify(found)
     while found:
         yield heappop(found)

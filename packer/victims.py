@@ -27,6 +27,7 @@ from packer.keep import keep_index
 from packer.ledger import CopyState, Device, Model, Node, State
 from packer.quota import Tenant
 from packer.room import Earlier
+from packer.shortlist import BATCH, EXACT_MAX, SHORT_MAX
 from packer.types import MIB, Tier
 
 # When no device is there, one may come back at the next look of the agent, which is within seconds.
@@ -46,8 +47,10 @@ class Taking:
 
 # What left the plan goes before all else; most candidates stand here, idle and condemned by nobody.
 PLANNED = 8
-# A choice seldom looks further than this down the order, so only as many are singled out at first.
+# A choice seldom looks further than this down the order, so only as many are singled out at first; as few
+# as a short list are simply sorted.
 LOOKED_AT = 16
+SORTED_MAX = SHORT_MAX + BATCH
 
 # A model that may have to go: the class of its standing (least protected first), its keep-index, its name,
 # the model, and its bytes that are not leaving already. A plain tuple, because there may be a thousand.
@@ -106,10 +109,14 @@ def value_of(node: Node, model: Model, now_ms: int) -> float:
 
 def _in_order(classes: list[tuple[int, _Class, list[float]]]) -> Iterator[_Candidate]:
     for rank, members, indices in classes:
+        if len(indices) <= SORTED_MAX:
+            found = zip(indices, members.models, members.held_bytes, strict=True)
+            yield from sorted((rank, index, m.name, m, held) for index, m, held in found)
+            continue
         most = nsmallest(LOOKED_AT, indices)[-1] if indices else 0.0
-        found = list(zip(indices, members.models, members.held_bytes, strict=True))
-        yield from sorted((rank, index, m.name, m, held) for index, m, held in found if index <= most)
-        rest = [(rank, index, m.name, m, held) for index, m, held in found if index > most]
+        every = list(zip(indices, members.models, members.held_bytes, strict=True))
+        yield from sorted((rank, index, m.name, m, held) for index, m, held in every if index <= most)
+        rest = [(rank, index, m.name, m, held) for index, m, held in every if index > most]
         heapify(rest)
         while rest:
             yield heappop(rest)
@@ -139,10 +146,35 @@ def fits_now(model: Model, device: Device, earlier: Earlier) -> bool:
 # --- candidates -----------------------------------------------------------------------------------
 
 
+def _shortlisted(
+    node: Node, wanted: Model, device: Device, own_elsewhere: bool, now_ms: int
+) -> _Ranked | None:
+    """What is idle on the device and worth little, of very many; None: look at everything."""
+    unusual = own_elsewhere or node.condemned or node.removed or node.chosen is not None
+    if unusual or len(device.models) <= EXACT_MAX:
+        return None
+    few = device.short.look(device.models.values())
+    there = [model for model in few or device.models.values() if model.device is device]
+    ranked = _candidates(node, wanted, device, there, own_elsewhere, False, now_ms)
+    device.short.keep(candidate[3] for candidate in ranked)
+    return ranked
+
+
+def _everything(node: Node, device: Device, own_elsewhere: bool) -> list[Model]:
+    devices = node.devices.values() if own_elsewhere else (device,)
+    return [model for other in devices for model in other.models.values()]
+
+
 def _candidates(
-    node: Node, wanted: Model, device: Device, own_elsewhere: bool, busy: bool, now_ms: int
+    node: Node,
+    wanted: Model,
+    device: Device,
+    models: Iterable[Model],
+    own_elsewhere: bool,
+    busy: bool,
+    now_ms: int,
 ) -> _Ranked:
-    """All that may be taken. ``busy``: also what is in use now and must end some day.
+    """Which of the models may be taken. ``busy``: also what is in use now and must end some day.
 
     What left the plan goes before all, then what was condemned for the same claim before, so that the
     choice does not wander while its leases end. What is in use comes last, and before it the chunks of
@@ -152,31 +184,30 @@ def _candidates(
     condemned, resident = node.condemned, State.RESIDENT
     usual = _Class()
     classes = {PLANNED: usual}
-    for other in node.devices.values() if own_elsewhere else (device,):
-        for model in other.models.values():
-            rank = PLANNED if model.planned else 0
-            if model.state is resident:
-                if model.leases or model.packing:
-                    if not busy:
-                        continue
-                    rank += 2
-            else:
-                standing = _standing_of_part(model, wanted, busy)
-                if standing is None:
+    for model in models:
+        rank = PLANNED if model.planned else 0
+        if model.state is resident:
+            if model.leases or model.packing:
+                if not busy:
                     continue
-                rank += standing
-            if other is not device and model.tenant is not wanted.tenant:
+                rank += 2
+        else:
+            standing = _standing_of_part(model, wanted, busy)
+            if standing is None:
                 continue
-            if condemned and condemned.get(model.ref) != wanted.ref:
-                rank += 4
-            known = model.gains
-            if known is None or known.epoch != epoch:
-                known = gains_of(model)
-            members = usual if rank == PLANNED else classes.setdefault(rank, _Class())
-            members.models.append(model)
-            members.uses.append(model.reuse)
-            members.gains_ms.append(known.device_ms * model.tenant.slice.weight)
-            members.held_bytes.append(model.device_bytes - model.leaving_bytes)
+            rank += standing
+        if own_elsewhere and model.device is not device and model.tenant is not wanted.tenant:
+            continue
+        if condemned and condemned.get(model.ref) != wanted.ref:
+            rank += 4
+        known = model.gains
+        if known is None or known.epoch != epoch:
+            known = gains_of(model)
+        members = usual if rank == PLANNED else classes.setdefault(rank, _Class())
+        members.models.append(model)
+        members.uses.append(model.reuse)
+        members.gains_ms.append(known.device_ms * model.tenant.slice.weight)
+        members.held_bytes.append(model.device_bytes - model.leaving_bytes)
     return _Ranked(classes, node, now_ms)
 
 
@@ -263,8 +294,15 @@ def device_victims(
     if short <= 0 and short_own <= 0:
         return []
     entitled = tenant.device.kept_bytes + need_own <= tenant.device.reserved_bytes
-    ranked = _candidates(node, wanted, device, short_own > 0, busy, now_ms)
-    chosen = _greedy(node, ranked, wanted, device, short, short_own, entitled, reach)
+    elsewhere = short_own > 0
+    ranked = None if busy else _shortlisted(node, wanted, device, elsewhere, now_ms)
+    chosen = None
+    if ranked is not None:
+        chosen = _greedy(node, ranked, wanted, device, short, short_own, entitled, reach)
+    if ranked is None or chosen is None or any(each.forced for each in chosen):
+        models = _everything(node, device, elsewhere)
+        ranked = _candidates(node, wanted, device, models, elsewhere, busy, now_ms)
+        chosen = _greedy(node, ranked, wanted, device, short, short_own, entitled, reach)
     if chosen is None:
         return None
     if len(chosen) > 1 and short_own <= 0 and not busy and not any(each.forced for each in chosen):
@@ -513,8 +551,11 @@ def hopeless(node: Node, model: Model, now_ms: int) -> Hopeless | None:
     if not any(tenant.device.reserved_bytes for tenant in node.tenants.values()):
         return None  # everything is takable once it is idle
     alone = Earlier({}, {})
-    if any(device_victims(node, model, device, alone, True, True, now_ms) is not None for device in healthy):
-        return None
+    for busy in (False, True):  # the first is the cheap question and mostly the last
+        if any(
+            device_victims(node, model, device, alone, busy, True, now_ms) is not None for device in healthy
+        ):
+            return None
     others = 0
     for other in largest.models.values():
         if other.tenant is not model.tenant and other.tenant.slice.reserved_bytes:

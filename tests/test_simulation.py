@@ -18,7 +18,7 @@ from mutants import MUTANTS, Mutant, load
 from simulated_hands import Violated
 from simulation import World
 
-from packer import residency
+from packer import residency, room, shortlist, victims
 from packer.policies import POLICY_NAMES
 from packer.residency import InvariantBroken
 
@@ -136,6 +136,22 @@ def test_every_history_is_safe_and_ends_well_under_every_policy(policy: str) -> 
     missed = [name for name in RARE_UNDER_ANY_POLICY if not reached[name]]
     assert not missed, f"these branches were never taken: {missed}"
     assert not [name for name in reached if "in part" in name], "the classic policies are about whole models"
+
+
+def test_every_history_is_safe_and_ends_well_when_not_everything_is_ranked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Short lists of two, so that worlds of a few models have more than is looked at."""
+    for module in (shortlist, victims, room):
+        monkeypatch.setattr(module, "EXACT_MAX", 2)
+    for name in ("SHORT_MAX", "BATCH"):
+        monkeypatch.setattr(shortlist, name, 2)
+    monkeypatch.setattr(shortlist, "SHORT_MIN", 1)
+    reached: Counter[str] = Counter()
+    for seed in range(20):
+        reached += world(SEED_FIRST + seed).reached
+    assert reached["evicted for a claim"] > 100
+    assert reached["dropped from host"]
 
 
 PRINT_DIGESTS = """

@@ -77,6 +77,7 @@ PURE_FILES = (
     "packer/policies.py",
     "packer/chosen.py",
     "packer/regret.py",
+    "packer/shortlist.py",
     "packer/estimate.py",
     "packer/layout.py",
     "packer/directory.py",
