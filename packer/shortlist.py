@@ -13,6 +13,7 @@ least ``SHORT_MAX`` others. Whoever finds that the short list is not enough rank
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -29,26 +30,24 @@ BATCH = 64
 SHORT_MIN = 32
 
 
+@dataclass(slots=True, eq=False)
 class Shortlist(Generic[T]):
     """The least valuable of one device or tier. What it remembers may be gone: look before you take."""
 
-    __slots__ = ("_place", "_round", "_short")
-
-    def __init__(self) -> None:
-        self._short: list[T] = []
-        self._round: list[T] = []
-        self._place = 0
+    least: list[T] = field(default_factory=list)
+    round: list[T] = field(default_factory=list)
+    place: int = 0
 
     def look(self, members: Collection[T]) -> list[T] | None:
         """Whom to rank now; None: all members."""
-        if len(members) <= EXACT_MAX or len(self._short) < SHORT_MIN:
+        if len(members) <= EXACT_MAX or len(self.least) < SHORT_MIN:
             return None
-        if self._place >= len(self._round):
-            self._round, self._place = list(members), 0
-        batch = self._round[self._place : self._place + BATCH]
-        self._place += BATCH
-        return list(dict.fromkeys([*self._short, *batch]))
+        if self.place >= len(self.round):
+            self.round, self.place = list(members), 0
+        batch = self.round[self.place : self.place + BATCH]
+        self.place += BATCH
+        return list(dict.fromkeys([*self.least, *batch]))
 
     def keep(self, ranked: Iterable[T]) -> None:
         """Remember the first of a ranking, least valuable first."""
-        self._short = list(islice(ranked, SHORT_MAX))
+        self.least = list(islice(ranked, SHORT_MAX))
