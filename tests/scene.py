@@ -90,13 +90,13 @@ class Scene:
         tenants = tuple(TenantSpec(name, self.quotas.get(name, TenantQuota())) for name in names)
         return self.feed(Planned(tenants, specs))
 
-    def ask(self, spec: ModelSpec, deadline_ms: int = DEADLINE_MS) -> list[Action]:
+    def ask(self, spec: ModelSpec, deadline_ms: int = DEADLINE_MS, tokens: int = 0) -> list[Action]:
         """The next request, named r1, r2 and so on."""
         self.requests += 1
-        return self.feed(Requested(f"r{self.requests}", spec.ref, self.now_ms + deadline_ms))
+        return self.feed(Requested(f"r{self.requests}", spec.ref, self.now_ms + deadline_ms, tokens))
 
-    def finish(self, number: int, device_ms: int = 0) -> list[Action]:
-        return self.feed(Finished(f"r{number}", device_ms))
+    def finish(self, number: int, device_ms: int = 0, tokens: int = 0) -> list[Action]:
+        return self.feed(Finished(f"r{number}", device_ms, tokens))
 
     def restored(self, order: Restore, restore_ms: int = 100, filled: bool = False) -> list[Action]:
         return self.feed(Restored(order.ref, order.device, order.from_tier, restore_ms, filled, order.order))
