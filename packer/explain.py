@@ -50,7 +50,7 @@ def placed(node: Node, model: Model, device: Device) -> None:
             device.name,
             from_tier=model.source.value,
             nbytes=model.moving_bytes,
-            expected_ms=model.charged_ms,
+            expected_ms=model.expected_ms,
         )
     )
 

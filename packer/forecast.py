@@ -50,7 +50,7 @@ def _forecast(node: Node, ref: ModelRef, now_ms: int) -> Forecast:
         return _resident(node, model)
     if model.state is State.RESTORING:
         assert model.device is not None
-        left_ms = max(model.charged_ms - (now_ms - model.started_ms), 0)
+        left_ms = max(model.expected_ms - (now_ms - model.started_ms), 0)
         return _with_source(
             node, model, Outcome.RESTORING, "it is on its way", model.device.name, restore_ms=left_ms
         )

@@ -322,7 +322,14 @@ def _check_requests(node: Node) -> None:
             raise InvariantBroken(
                 f"{model.ref} counts {model.leases} leases, {leases.get(model, 0)} are held"
             )
+    pending: dict[Tenant, int] = {}
+    for model in node.models.values():
+        pending[model.tenant] = pending.get(model.tenant, 0) + model.pending_us
+        if model.pending_us and model.state is not State.RESTORING:
+            raise InvariantBroken(f"{model.ref} is {model.state} and a restore of it is expected")
     for tenant in node.tenants.values():
+        if tenant.pending_us != pending.get(tenant, 0):
+            raise InvariantBroken(f"{tenant.spec.tenant} has {tenant.pending_us} us of restores pending")
         if tenant.granted != granted.get(tenant, 0):
             raise InvariantBroken(f"{tenant.spec.tenant} counts {tenant.granted} granted requests")
         reserved = tenant.rates.tokens.reserved

@@ -140,7 +140,8 @@ class Model:
     pack_not_before_ms: int = 0
     reuse: Intensity = field(default_factory=Intensity)
     history: History = field(default_factory=History)
-    charged_ms: int = 0
+    expected_ms: int = 0  # what the running restore will take, and what that is of its tenant's turns
+    pending_us: int = 0
     counted: bool = False  # of the restores per minute; one that is tried again is not counted again
     gains: Gains | None = None  # as last worked out; None: something that it depends on changed
     shade: Shade = field(init=False)

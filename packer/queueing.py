@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from packer import choice, estimate, explain, quota, room, victims
+from packer import choice, estimate, explain, room, turns, victims
 from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, Wake
 from packer.ledger import (
     Claim,
@@ -35,7 +35,6 @@ from packer.ledger import (
     next_order,
     pack_reservation_bytes,
 )
-from packer.turns import in_turn
 from packer.types import ModelRef, Tier
 
 # Waiting requests cost some 500 bytes each here and a socket in the gateway; a tenant that queues more
@@ -148,7 +147,7 @@ def enqueue(node: Node, request: str, model: Model, now_ms: int, deadline_ms: in
     """``tokens`` are reserved of the tenant's rate already."""
     tenant = model.tenant
     if not tenant.waiting:
-        tenant.virtual_us = min(tenant.virtual_us, node.virtual_us + quota.AHEAD_US_MAX)
+        turns.forgive(node, tenant)
     waiter = Waiter(request, model, now_ms, deadline_ms, tokens)
     node.requests[request] = waiter
     model.waiters[request] = waiter
@@ -212,7 +211,7 @@ def clamp_retry_ms(ms: int) -> int:
 def retry_ms(node: Node, model: Model, now_ms: int) -> int:
     """When to come back for a model: what its restore still takes, and those before it in the queue."""
     if model.state is State.RESTORING:
-        return clamp_retry_ms(model.charged_ms - (now_ms - model.started_ms))
+        return clamp_retry_ms(model.expected_ms - (now_ms - model.started_ms))
     expected_ms = room.restore_ms(node, model)
     if model.state is State.RESIDENT:
         return clamp_retry_ms(0)
@@ -281,8 +280,8 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
         if not disk_bytes:
             node.unpacked[model.ref] = model
     estimate.expect_fill(model.history, source, host_bytes or disk_bytes)
-    model.charged_ms = room.restore_ms_from(node, model, source, model.moving_bytes)
-    quota.charge(model.tenant, model.charged_ms)
+    model.expected_ms = room.restore_ms_from(node, model, source, model.moving_bytes)
+    turns.expect(model)
     explain.placed(node, model, device)
     out.append(
         Restore(model.ref, device.name, source, first_chunk, host_bytes, model.order, disk_bytes, pack_order)
@@ -371,7 +370,7 @@ def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
     condemned: dict[Model, Model] = {}
     blocked = 0
     claiming: dict[str, int] = {}  # by tenant: models with a claim that will count as a restore
-    for model in in_turn(node, now_ms) if not node.draining else ():
+    for model in turns.in_turn(node, now_ms) if not node.draining else ():
         if blocked >= BLOCKED_PER_STEP_MAX:
             break
         if not model.startable:

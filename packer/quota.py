@@ -13,10 +13,6 @@ from packer.lending import Slice
 from packer.rates import TenantRates
 from packer.types import TenantQuota, TenantSpec, Tier
 
-# How far a tenant's virtual time may be ahead of the node's when it comes back to the queue: what it used
-# earlier is held against it for two minutes of others' use, and less than a request may wait.
-AHEAD_US_MAX = 120_000_000
-
 
 class InvariantBroken(AssertionError):
     """The core's own books do not add up: a defect of Bunkhouse, never of its input."""
@@ -110,7 +106,8 @@ class Tenant:
     """Everything the core keeps about one tenant.
 
     ``virtual_us`` is the tenant's time in fair queueing: cost caused divided by weight, never behind
-    the node's own virtual time when it starts to wait. The least is served first.
+    the node's own virtual time when it comes. With ``pending_us``, what its running restores are expected
+    to add, it says whose turn it is: the least is served first.
     """
 
     spec: TenantSpec
@@ -124,6 +121,7 @@ class Tenant:
     granted: int = 0
     models: int = 0
     virtual_us: int = 0
+    pending_us: int = 0
     restores_wake_ms: int = 0  # when the core looks again whether this tenant may restore; past: never
     use_ms: int = 0  # moving mean of device time per request; the retry hint of a concurrency refusal
 

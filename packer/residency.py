@@ -11,7 +11,7 @@ and ``Cancelled`` of a request that is not known are ignored; ``Cancelled`` of a
 
 from __future__ import annotations
 
-from packer import admission, estimate, facts, hits, queueing, quota, room, turns, upkeep
+from packer import admission, estimate, facts, hits, queueing, room, turns, upkeep
 from packer.events import (
     Action,
     Answer,
@@ -267,8 +267,10 @@ def _answers(model: Model | None, state: State, device: str, order: int) -> bool
     )
 
 
-def _end_restore(node: Node, model: Model, host_filled: bool) -> None:
-    """The running restore is over: its source may go, its host reservation is a copy or is free."""
+def _end_restore(node: Node, model: Model, host_filled: bool, taken_ms: int) -> None:
+    """The running restore is over: its source may go, its host reservation is a copy or is free, and its
+    tenant pays for it."""
+    turns.end_restore(model, taken_ms)
     if model.source is not Tier.ORIGIN:
         model.copy(model.source).readers -= 1
     if model.host.state is CopyState.FILLING:
@@ -286,7 +288,8 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     if model is None or not _answers(model, State.RESTORING, event.device, event.order):
         return
     model.state = State.RESIDENT
-    _end_restore(node, model, event.host_filled)
+    taken_ms = max(event.restore_ms, 0)
+    _end_restore(node, model, event.host_filled, taken_ms)
     if not model.serving:
         model.residency += 1
         model.leases = 0
@@ -294,14 +297,11 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     model.tries.clear()
     model.gains = None
     model.failure = None
-    taken_ms = max(event.restore_ms, 0)
     # What was read for the host copy alone took its time as well.
     moved_bytes = max(event.restored_bytes, model.moving_bytes)
     estimate.note_restore(node.learned, model.history, model.source, moved_bytes, taken_ms, event.cached)
     room.watch_estimates(node, model.source, now_ms)
     room.gains(node, model)
-    # What was charged was an estimate; the tenant pays what it took.
-    quota.charge(model.tenant, taken_ms - model.charged_ms)
     turns.note_restore_time(model, taken_ms, now_ms)
     if model.disk.state is CopyState.ABSENT:
         node.unpacked[model.ref] = model
@@ -347,7 +347,7 @@ def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Act
 def _give_up_restore(node: Node, model: Model, kept_chunks: int) -> None:
     """A pack that was being written beside it keeps its reservation until its own answer says what is
     left of the file, but pins nothing any more."""
-    _end_restore(node, model, host_filled=False)
+    _end_restore(node, model, host_filled=False, taken_ms=node.now_ms - model.started_ms)
     model.packing = False
     if model.serving:
         # Who was let in ends with the worker's error; such a lease pins nothing any more.

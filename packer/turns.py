@@ -5,10 +5,12 @@ that wait. Does not cover: starting them (``queueing``), rates (``rates``), or w
 
 A tenant's virtual time is the cost that it caused, by its weight: measured device time of its requests, and
 the time of the restores that they needed. The least goes first. While two tenants both wait without a
-pause, what they were given differs, by weight, by no more than one restore and the requests in flight of
-each. Idle time saves nothing up: who comes back starts level with the least served of those in flight.
-Priorities decide among those that have not waited ``PRIORITY_PATIENCE_MS``; from then on virtual time alone
-does, so that a tenant of any priority gets its share.
+pause for the same room, neither gets ahead of the other, by weight, by more than two turns of its own and
+one of the other's, a turn being one restore and the requests that it serves: whose turn is next is chosen
+before the cost of the present one is known. Idle time saves nothing up: who comes back starts level with
+the least served of those in flight.
+Priorities decide until a model has waited ``PRIORITY_PATIENCE_MS``; from then on it has the highest priority
+of those that wait, so that virtual time decides and a tenant of any priority gets its share.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from packer.rates import REQUEST_DEVICE_MS_MAX, REQUEST_TOKENS_MAX, bounded
 # A higher priority goes first until the other has waited this long; from then on only virtual time
 # counts, so that nobody starves. A tenth of what the gateway lets a request wait.
 PRIORITY_PATIENCE_MS = 30_000
-PRIORITY_ABOVE_ALL = 2**31
+# How far a tenant's virtual time may be ahead of the node's when it comes back to the queue: what it used
+# earlier is held against it for two minutes of others' use, and less than a request may wait.
+AHEAD_US_MAX = 120_000_000
 
 
 def arrive(node: Node, tenant: Tenant) -> None:
@@ -45,6 +49,11 @@ def arrive(node: Node, tenant: Tenant) -> None:
     node.busy = busy
 
 
+def forgive(node: Node, tenant: Tenant) -> None:
+    """Before a tenant with nothing waiting waits: what it used is not held against it for ever."""
+    tenant.virtual_us = min(tenant.virtual_us, node.virtual_us + AHEAD_US_MAX)
+
+
 def in_turn(node: Node, now_ms: int) -> list[Model]:
     """Waiting models that could start, in the order of their turn; claims that stand come first."""
     claimed = [
@@ -63,11 +72,13 @@ def in_turn(node: Node, now_ms: int) -> list[Model]:
     for model in node.queue.values():
         if startable(model, now_ms) and model not in claimed:
             by_tenant.setdefault(model.tenant.spec.tenant, []).append(model)
+    top = max((models[-1].tenant.quota.priority for models in by_tenant.values()), default=0)
     heap: list[tuple[int, int, int, str]] = []
     for place, (name, models) in enumerate(by_tenant.items()):
         models.reverse()
-        virtual_us = models[-1].tenant.virtual_us + ahead_us.get(name, 0)
-        heap.append((_rank(models[-1], now_ms), virtual_us, place, name))
+        tenant = models[-1].tenant
+        virtual_us = tenant.virtual_us + tenant.pending_us + ahead_us.get(name, 0)
+        heap.append((_rank(models[-1], top, now_ms), virtual_us, place, name))
     heapq.heapify(heap)
     ordered = claimed
     while heap:
@@ -77,18 +88,18 @@ def in_turn(node: Node, now_ms: int) -> list[Model]:
         ordered.append(model)
         if models:
             virtual_us += _cost_us(node, model)
-            heapq.heapreplace(heap, (_rank(models[-1], now_ms), virtual_us, place, name))
+            heapq.heapreplace(heap, (_rank(models[-1], top, now_ms), virtual_us, place, name))
         else:
             heapq.heappop(heap)
     return ordered
 
 
-def _rank(model: Model, now_ms: int) -> int:
-    """The least goes first: what waited too long for priorities to matter, then by priority."""
+def _rank(model: Model, top: int, now_ms: int) -> int:
+    """The least goes first: by priority; what waited long has the highest there is, and no more than that,
+    so that weights decide between it and the others."""
     oldest = next(iter(model.waiters.values()))
-    if now_ms - oldest.arrived_ms >= PRIORITY_PATIENCE_MS:
-        return -PRIORITY_ABOVE_ALL
-    return -model.tenant.quota.priority
+    long = now_ms - oldest.arrived_ms >= PRIORITY_PATIENCE_MS
+    return -(top if long else model.tenant.quota.priority)
 
 
 def _cost_us(node: Node, model: Model) -> int:
@@ -119,6 +130,20 @@ def note_late_use(tenant: Tenant, device_ms: int, now_ms: int) -> None:
     device_ms = bounded(device_ms, REQUEST_DEVICE_MS_MAX)
     tenant.rates.device.take(now_ms, device_ms)
     quota.charge(tenant, device_ms)
+
+
+def expect(model: Model) -> None:
+    """A restore of ``expected_ms`` is ordered: until it is over it counts in the order of turns, and in
+    nothing else. A wrong estimate must not lift those who come meanwhile."""
+    model.pending_us = model.expected_ms * 1000 // max(model.tenant.quota.weight, 1)
+    model.tenant.pending_us += model.pending_us
+
+
+def end_restore(model: Model, taken_ms: int) -> None:
+    """The restore is over, well or not: its tenant pays what it took."""
+    model.tenant.pending_us -= model.pending_us
+    model.pending_us = 0
+    quota.charge(model.tenant, max(taken_ms, 0))
 
 
 def note_restore_time(model: Model, taken_ms: int, now_ms: int) -> None:

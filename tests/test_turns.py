@@ -12,16 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scene import Scene, model, of, the
 
-from packer import queueing, turns
-from packer.events import Evict, Finished, Grant, PackFound, Refuse, Restore, Restored
-from packer.quota import AHEAD_US_MAX
+from packer import queueing, residency, turns
+from packer.events import Action, Event, Evict, Finished, Grant, PackFound, Refuse, Restore, Restored
 from packer.types import MIB, ModelRef, ModelSpec, TenantQuota
 
 MODELS = 3
+# A history that breaks a bound is short enough to read; making it shorter still takes minutes.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 DEADLINE_MS = 10_000_000
 
 
@@ -46,6 +47,15 @@ class Thrasher:
         return max(self.restores_ms) + max(self.devices_ms)
 
 
+class QuickScene(Scene):
+    """Checked like a node in production; the full check of every step would take most of the time."""
+
+    def feed(self, event: Event) -> list[Action]:
+        actions = residency.step(self.node, event, self.now_ms)
+        residency.check(self.node)
+        return actions
+
+
 class Thrash:
     """One device with room for one model at a time, and tenants that all want it."""
 
@@ -55,7 +65,7 @@ class Thrash:
             each.specs = tuple(model(f"{each.name}/m{i}", 60) for i in range(MODELS))
         quotas = {each.name: TenantQuota(weight=each.weight, priority=each.priority) for each in tenants}
         specs = [spec for each in tenants for spec in each.specs]
-        self.scene = Scene(*specs, devices_mib=(100,), quotas=quotas)
+        self.scene = QuickScene(*specs, devices_mib=(100,), quotas=quotas)
         for spec in specs:
             self.scene.feed(PackFound(spec.ref, 30 * MIB, 30 * MIB))
         self.turn = 0
@@ -81,22 +91,22 @@ class Thrash:
                 case _:
                     pass
 
-    def _join(self) -> list:  # type: ignore[type-arg]
-        actions = []
+    def _join(self) -> list[Action]:
+        actions: list[Action] = []
         for each in self.tenants.values():
             if each.joins_at == self.turn:
                 for _ in range(MODELS - 1):
                     actions += self._ask(each)
         return actions
 
-    def _ask(self, tenant: Thrasher) -> list:  # type: ignore[type-arg]
+    def _ask(self, tenant: Thrasher) -> list[Action]:
         spec = tenant.specs[tenant.asked % MODELS]
         tenant.asked += 1
         actions = self.scene.ask(spec, DEADLINE_MS)
         self.waits[f"r{self.scene.requests}"] = self.scene.now_ms
         return actions
 
-    def _restored(self, order: Restore) -> list:  # type: ignore[type-arg]
+    def _restored(self, order: Restore) -> list[Action]:
         tenant = self.tenants[order.ref.tenant]
         took_ms = tenant.restores_ms[tenant.served % len(tenant.restores_ms)]
         tenant.given_ms += took_ms
@@ -104,7 +114,7 @@ class Thrash:
         event = Restored(order.ref, order.device, order.from_tier, took_ms, order.host_bytes > 0, order.order)
         return self.scene.feed(event)
 
-    def _serve(self, grant: Grant) -> list:  # type: ignore[type-arg]
+    def _serve(self, grant: Grant) -> list[Action]:
         tenant = self.tenants[grant.ref.tenant]
         waited_ms = self.scene.now_ms - self.waits.pop(grant.request)
         self.longest_ms[tenant.name] = max(self.longest_ms.get(tenant.name, 0), waited_ms)
@@ -131,15 +141,16 @@ def spread(one: Thrasher, two: Thrasher) -> float:
 
 
 def bound(one: Thrasher, two: Thrasher) -> float:
-    """One turn of each, by weight, on either side: start-time fair queueing's bound."""
-    return 2 * (one.most_ms / one.weight + two.most_ms / two.weight)
+    """Start-time fair queueing lets the one get ahead of the other by one turn of each, by weight; whose
+    claim stands is chosen before the last turn's cost is known, which is one turn more. On either side."""
+    return 3 * (one.most_ms / one.weight + two.most_ms / two.weight)
 
 
 COSTS = st.lists(st.integers(1, 3_000), min_size=1, max_size=4)
 TENANTS = st.lists(st.tuples(st.integers(1, 5), COSTS, COSTS), min_size=2, max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, phases=PHASES)
 @given(TENANTS)
 def test_everybody_who_waits_gets_its_share_by_weight(
     drawn: list[tuple[int, list[int], list[int]]],
@@ -151,7 +162,7 @@ def test_everybody_who_waits_gets_its_share_by_weight(
             assert spread(one, two) <= bound(one, two)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None, phases=PHASES)
 @given(TENANTS, st.lists(st.integers(0, 30), min_size=4, max_size=4))
 def test_who_comes_later_gets_its_share_from_then_on_and_nothing_for_the_time_before(
     drawn: list[tuple[int, list[int], list[int]]], joins: list[int]
@@ -193,10 +204,10 @@ def test_the_higher_priority_goes_first_while_the_lower_has_not_waited_long() ->
     low = Thrasher("low", 1, [100], [10])
     thrash = Thrash([low, high])
     thrash.run(turns.PRIORITY_PATIENCE_MS // 110)
-    assert thrash.granted.count("low") <= 1, "the one that found the device empty"
+    assert thrash.granted.count("low") <= 2, "one found the device empty, the claim of one stood already"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=20, deadline=None, phases=PHASES)
 @given(st.integers(1, 100), st.integers(1, 4), COSTS, COSTS)
 def test_no_priority_starves_another_tenant(
     priority: int, weight: int, restores_ms: list[int], devices_ms: list[int]
@@ -240,9 +251,9 @@ def test_who_used_it_while_others_waited_is_behind_by_a_bounded_time() -> None:
     for _ in range(50):
         scene.ask(hot)
         scene.finish(scene.requests, device_ms=60_000)
-    assert virtual(scene, "hot") > virtual(scene, "slow") + 2 * AHEAD_US_MAX
+    assert virtual(scene, "hot") > virtual(scene, "slow") + 2 * turns.AHEAD_US_MAX
     scene.ask(cold)
-    assert virtual(scene, "hot") <= scene.node.virtual_us + AHEAD_US_MAX + 1_000 * DEADLINE_MS
+    assert virtual(scene, "hot") <= scene.node.virtual_us + turns.AHEAD_US_MAX
 
 
 @settings(max_examples=60, deadline=None)
