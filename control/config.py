@@ -100,6 +100,8 @@ def parse_config(arguments: Sequence[str]) -> Config:
         metavar="SIZE",
         help="bytes that one tenant's uploads may take here, for example 100GiB (default %(default)s)",
     )
+    # Only for the list of commands: ``control.__main__`` sends it to its own module.
+    commands.add_parser("simulate", help="replay a trace on a fleet that you describe (--help for more)")
     given = parser.parse_args(arguments)
     try:
         return Config(

@@ -1,0 +1,209 @@
+"""Replay a trace through the production cores on a virtual clock: what would this fleet have cost?
+
+Covers: the clock, the requests of a trace and their ends, and the tally of who waited for what. The cores
+are the very ones that run in production: ``residency.step`` decides on every box, the caller's ``choose``
+between boxes (``control.simulate_command`` gives control's own). Does not cover: what orders take
+(``simulated_box``), files and tables (``control.simulate_command``).
+
+Pure: the same trace and fleet give the same outcome. Boxes report at once, nothing fails, and a caller who
+was refused does not come back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from packer import residency
+from packer.events import Finished, Grant, Refuse, Requested, Ticked
+from packer.fleet import Fleet
+from packer.hits import finish_quietly, grant_at_once
+from packer.ledger import Lease, State
+from packer.outcome import Outcome, Tally
+from packer.regret import UseLog, missing_bytes
+from packer.simulated_box import Box, Choice, Hands, Pipe, Transfer, spec_of
+from packer.traces import Trace
+from packer.types import Tier
+
+# The books are proved this often, besides at the end: a simulation of millions of steps need not look after
+# each, as production does.
+CHECK_STEPS = 4_096
+
+
+@dataclass(frozen=True, slots=True)
+class _Wake:
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class _PipeDue:
+    box: Box
+    pipe: Pipe
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _RestoreDone:
+    box: Box
+    transfer: Transfer
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    model: int
+    at_ms: int
+    duration_ms: int
+
+
+# What happens at a moment: a lease of a box ends, or one of the above.
+_Due = tuple[int, int, object, Box | None, int]
+
+
+def first_box(boxes: list[Box], model: int, now_ms: int) -> int:
+    """The choice where there is none."""
+    return 0
+
+
+class Simulation(Hands):
+    """One replay."""
+
+    def __init__(self, trace: Trace, fleet: Fleet, choose: Choice = first_box) -> None:
+        self.trace = trace
+        self.fleet = fleet
+        self._choose = choose
+        specs = tuple(spec_of(sized, number) for number, sized in enumerate(trace.catalog))
+        self.boxes = [Box(f"box{at}", at, fleet, specs) for at in range(fleet.boxes)]
+        for box in self.boxes:
+            box.attach(self)
+        self.tally = Tally(len(specs))
+        self._heap: list[_Due] = []
+        self._sequence = 0
+        self._waiting: dict[str, _Waiting] = {}
+        self._homes = [0] * len(specs)
+        self._checked_at = 0
+
+    # --- the clock --------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """The whole trace, and what it leaves under way."""
+        at_ms, models, durations = self.trace.at_ms, self.trace.models, self.trace.duration_ms
+        start_ms, service_ms = at_ms[0], self.fleet.service_ms
+        boxes, single = self.boxes, len(self.boxes) == 1
+        heap, box, hits = self._heap, self.boxes[0], self.tally.hits
+        for number, (at, model, duration_ms) in enumerate(zip(at_ms, models, durations, strict=True)):
+            now_ms = at - start_ms
+            while heap and heap[0][0] <= now_ms:
+                self._next()
+            if duration_ms < 0:
+                duration_ms = service_ms
+            if not single:
+                box = boxes[self._box_for(model, now_ms)]
+            lease = grant_at_once(box.node, str(number), box.models[model], now_ms)
+            if lease is not None:
+                hits[model] += 1
+                heappush(heap, (now_ms + duration_ms, number, lease, box, duration_ms))
+            else:
+                self._ask(box, str(number), model, now_ms, duration_ms)
+        while heap:
+            self._next()
+        for each in self.boxes:
+            residency.check(each.node, full=True)
+        assert not self._waiting, "a request was never answered"
+        return self._outcome()
+
+    def _next(self) -> None:
+        """The next thing that happens."""
+        at_ms, _, what, box, duration_ms = heappop(self._heap)
+        if type(what) is Lease:
+            assert box is not None
+            if not finish_quietly(box.node, what, duration_ms, at_ms):
+                box.feed(Finished(what.request, duration_ms), at_ms)
+            return
+        match what:
+            case _Wake():
+                what.box.feed(Ticked(), at_ms)
+            case _PipeDue():
+                if what.version == what.pipe.version:
+                    what.box.pipe_due(what.pipe, at_ms)
+            case _RestoreDone():
+                what.box.restored(what.transfer, at_ms)
+                self._check(what.box)
+
+    def _at(self, at_ms: int, what: object) -> None:
+        # Behind all leases that end at that moment, and in the order of their coming.
+        self._sequence += 1
+        heappush(self._heap, (at_ms, (1 << 60) + self._sequence, what, None, 0))
+
+    def _check(self, box: Box) -> None:
+        if box.steps - self._checked_at >= CHECK_STEPS or box.steps < self._checked_at:
+            self._checked_at = box.steps
+            residency.check(box.node)
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def _box_for(self, model: int, now_ms: int) -> int:
+        home = self._homes[model]
+        if self.boxes[home].models[model].state is not State.RESIDENT:
+            self._homes[model] = home = self._choose(self.boxes, model, now_ms)
+        return home
+
+    def _ask(self, box: Box, request: str, model: int, now_ms: int, duration_ms: int) -> None:
+        self._waiting[request] = _Waiting(model, now_ms, duration_ms)
+        ref = box.models[model].spec.ref
+        box.feed(Requested(request, ref, now_ms + self.fleet.deadline_s * 1000), now_ms)
+
+    def granted(self, box: Box, action: Grant, now_ms: int) -> None:
+        waiting = self._waiting.pop(action.request)
+        lease = box.node.requests[action.request]
+        self.tally.note_grant(waiting.model, now_ms - waiting.at_ms, action.tier, waiting.at_ms)
+        heappush(
+            self._heap, (now_ms + waiting.duration_ms, int(action.request), lease, box, waiting.duration_ms)
+        )
+
+    def refused(self, box: Box, action: Refuse, now_ms: int) -> None:
+        waiting = self._waiting.pop(action.request)
+        size = self.trace.catalog[waiting.model].size_bytes
+        self.tally.note_refusal(waiting.model, action.reason, size)
+
+    def wake(self, box: Box, at_ms: int) -> None:
+        self._at(at_ms, _Wake(box))
+
+    def pipe_changed(self, box: Box, pipe: Pipe) -> None:
+        due_ms = pipe.next_ms()
+        if due_ms is not None:
+            self._at(due_ms, _PipeDue(box, pipe, pipe.version))
+
+    def restored_at(self, box: Box, transfer: Transfer, at_ms: int) -> None:
+        self._at(at_ms, _RestoreDone(box, transfer))
+
+    def moved(self, tier: Tier, nbytes: int) -> None:
+        self.tally.moved_bytes[tier] = self.tally.moved_bytes.get(tier, 0) + nbytes
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def _outcome(self) -> Outcome:
+        least_ms = least_cold_ms(self.trace, self.fleet)
+        steps = sum(box.steps for box in self.boxes)
+        return self.tally.outcome(self.fleet, self.trace.catalog, least_ms, steps)
+
+
+def least_cold_ms(trace: Trace, fleet: Fleet) -> float:
+    """No policy that restores on demand makes callers wait less in sum, however well it knows the future.
+
+    What is missing on the devices crosses a link, what is missing in devices and RAM together comes from
+    disk; each of the two amounts has its own minimum (``regret.missing_bytes``), as if all boxes were one.
+    Every model's first use pays the fixed cost once; all others are let off.
+    """
+    sizes = [sized.size_bytes for sized in trace.catalog]
+    log = UseLog(trace.at_ms, trace.models, (), sizes)
+    ram_bytes = int(fleet.boxes * fleet.ram_bytes / fleet.ratio)
+    below = sum(missing_bytes(log, fleet.memory_bytes + ram_bytes))
+    off_devices = sum(missing_bytes(log, fleet.memory_bytes)) if ram_bytes else below
+    disk_ms = fleet.ratio / (fleet.disk_gbps * 1e6)
+    link_ms = min(fleet.ratio / (fleet.host_gbps * 1e6), disk_ms)
+    return (off_devices - below) * link_ms + below * disk_ms + fleet.fixed_ms * len(sizes)
+
+
+def simulate(trace: Trace, fleet: Fleet, choose: Choice = first_box) -> Outcome:
+    """What the fleet would have done with the trace."""
+    return Simulation(trace, fleet, choose).run()

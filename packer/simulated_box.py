@@ -1,0 +1,253 @@
+"""One box of the simulator: a production node, and pipes that carry its orders out on a virtual clock.
+
+Covers: starting a box as an agent would (budgets, rates, plan, packs), what every order takes, and who
+waits for what. Does not cover: the clock and the trace (``simulate``), or failures: here every order
+succeeds, evictions and drops at once.
+
+Restores share what they pass through: all reads of a box its disk, all fetches its line, all copies to one
+device that device's link. Each pipe gives every transfer in it the same part of its rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil
+
+from packer import residency
+from packer.estimate import DecodeRates, Rates
+from packer.events import (
+    Action,
+    DeviceSeen,
+    Drop,
+    Dropped,
+    Event,
+    Evict,
+    Evicted,
+    Grant,
+    Pack,
+    Packed,
+    PackFound,
+    Planned,
+    PolicyChosen,
+    RatesSeen,
+    Refuse,
+    Restore,
+    Restored,
+    TierBudgetSeen,
+    Wake,
+)
+from packer.fleet import Fleet
+from packer.ledger import Model
+from packer.traces import Sized
+from packer.types import ModelRef, ModelSpec, Task, TenantSpec, Tier
+
+# Chunks are some hundred to a model, so that what eviction takes is exact to a percent; production's are of
+# a few MiB, and a step costs by their number.
+CHUNKS_MAX = 96
+CHUNK_BYTES_MIN = 4 * 1024 * 1024
+# Nothing but the pipes takes time.
+_AT_ONCE = 10**13
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """One restore in a pipe."""
+
+    order: Restore
+    started_ms: int
+    moved_bytes: int  # of raw weights
+    left_bytes: float  # as they lie in the tier
+
+
+@dataclass(slots=True, eq=False)
+class Pipe:
+    """A disk, a line or a link. ``version`` counts up with every change: older wake-ups are stale."""
+
+    bytes_per_ms: float
+    transfers: list[Transfer] = field(default_factory=list)
+    seen_ms: float = 0.0
+    version: int = 0
+
+    def add(self, transfer: Transfer, now_ms: int) -> None:
+        self._advance(now_ms)
+        self.transfers.append(transfer)
+        self.version += 1
+
+    def done(self, now_ms: int) -> list[Transfer]:
+        """Take out what has passed by now."""
+        self._advance(now_ms)
+        done = [each for each in self.transfers if each.left_bytes <= 0.5]
+        if done:
+            self.transfers = [each for each in self.transfers if each.left_bytes > 0.5]
+            self.version += 1
+        return done
+
+    def next_ms(self) -> int | None:
+        """When the next transfer will have passed, if nothing changes."""
+        if not self.transfers:
+            return None
+        least = min(each.left_bytes for each in self.transfers)
+        return ceil(self.seen_ms + max(least, 0.0) * len(self.transfers) / self.bytes_per_ms)
+
+    def _advance(self, now_ms: int) -> None:
+        if self.transfers:
+            share = (now_ms - self.seen_ms) * self.bytes_per_ms / len(self.transfers)
+            for each in self.transfers:
+                each.left_bytes -= share
+        self.seen_ms = now_ms
+
+
+class Hands:
+    """What a box tells the simulation, which has the clock and keeps the tally."""
+
+    def granted(self, box: Box, action: Grant, now_ms: int) -> None:
+        raise NotImplementedError
+
+    def refused(self, box: Box, action: Refuse, now_ms: int) -> None:
+        raise NotImplementedError
+
+    def wake(self, box: Box, at_ms: int) -> None:
+        raise NotImplementedError
+
+    def pipe_changed(self, box: Box, pipe: Pipe) -> None:
+        raise NotImplementedError
+
+    def restored_at(self, box: Box, transfer: Transfer, at_ms: int) -> None:
+        raise NotImplementedError
+
+    def moved(self, tier: Tier, nbytes: int) -> None:
+        raise NotImplementedError
+
+
+def spec_of(sized: Sized, number: int) -> ModelSpec:
+    """The model as control would describe it."""
+    size = sized.size_bytes
+    chunk_bytes = max(CHUNK_BYTES_MIN, -(-size // CHUNKS_MAX))
+    full, rest = divmod(size, chunk_bytes)
+    chunks = (chunk_bytes,) * full + ((rest,) if rest else ())
+    ref = ModelRef(sized.tenant, sized.name, f"{number:016x}")
+    return ModelSpec(
+        ref, "control:", (), "transformers", Task.GENERATION, size, chunks, sized.workspace_bytes, 0
+    )
+
+
+class Box:
+    """A node of the fleet. ``models`` are its records in the order of the trace's catalog."""
+
+    def __init__(self, name: str, number: int, fleet: Fleet, specs: tuple[ModelSpec, ...]) -> None:
+        self.name = name
+        self.number = number
+        self.node = residency.Node()
+        self.fleet = fleet
+        self.steps = 0
+        self._hands = Hands()
+        self.disk = Pipe(fleet.disk_gbps * 1e6)
+        self.line = Pipe(fleet.origin_gbps * 1e6)
+        self.links = {f"gpu:{at}": Pipe(fleet.host_gbps * 1e6) for at in range(fleet.devices)}
+        self._begin(specs)
+        self.models: list[Model] = [self.node.models[spec.ref] for spec in specs]
+
+    def attach(self, hands: Hands) -> None:
+        self._hands = hands
+
+    def _begin(self, specs: tuple[ModelSpec, ...]) -> None:
+        fleet = self.fleet
+        disk, link = round(fleet.disk_gbps * 1e9), round(fleet.host_gbps * 1e9)
+        at_once = DecodeRates(_AT_ONCE, _AT_ONCE, _AT_ONCE)
+        rates = Rates(
+            disk, disk, disk, _AT_ONCE, _AT_ONCE, _AT_ONCE, link, _AT_ONCE, _AT_ONCE, _AT_ONCE,
+            at_once, at_once, at_once, link=round(fleet.origin_gbps * 1e9),
+        )  # fmt: skip
+        self.feed(RatesSeen(rates), 0)
+        self.feed(TierBudgetSeen(Tier.HOST, fleet.ram_bytes), 0)
+        self.feed(TierBudgetSeen(Tier.DISK, fleet.disk_bytes), 0)
+        for device in self.links:
+            self.feed(DeviceSeen(device, fleet.device_bytes), 0)
+        known = {spec.tenant: None for spec in fleet.tenants}
+        others = {spec.ref.tenant: None for spec in specs if spec.ref.tenant not in known}
+        tenants = (*fleet.tenants, *(TenantSpec(name) for name in others))
+        self.feed(Planned(tenants, specs), 0)
+        if fleet.policy != "keep":
+            self.feed(PolicyChosen(fleet.policy), 0)
+        left = fleet.disk_bytes if fleet.packs else 0
+        for spec in specs:
+            stored = self.stored_bytes(spec.image_bytes)
+            if stored <= left:
+                left -= stored
+                self.feed(PackFound(spec.ref, stored, stored), 0)
+
+    def stored_bytes(self, image_bytes: int) -> int:
+        """What a model takes in RAM and on disk."""
+        return max(1, round(image_bytes * self.fleet.ratio))
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def feed(self, event: Event, now_ms: int) -> None:
+        """A step of the core, and of whatever follows from it at this very moment."""
+        todo: list[Event] = [event]
+        for each in todo:
+            self.steps += 1
+            for action in residency.step(self.node, each, now_ms):
+                answer = self._carry_out(action, now_ms)
+                if answer is not None:
+                    todo.append(answer)
+
+    def _carry_out(self, action: Action, now_ms: int) -> Event | None:
+        """Begin what takes time; the answer of what does not."""
+        match action:
+            case Grant():
+                self._hands.granted(self, action, now_ms)
+            case Refuse():
+                self._hands.refused(self, action, now_ms)
+            case Restore():
+                self._restore(action, now_ms)
+            case Evict():
+                return Evicted(action.ref, action.device, action.order)
+            case Drop():
+                return Dropped(action.ref, action.tier, action.order)
+            case Pack():
+                return self._packed(action.ref, action.device, action.order)
+            case Wake():
+                self._hands.wake(self, action.at_ms)
+        return None
+
+    def _packed(self, ref: ModelRef, device: str, order: int) -> Packed:
+        stored = self.stored_bytes(self.node.models[ref].spec.image_bytes)
+        return Packed(ref, device, stored, stored, order)
+
+    def _restore(self, order: Restore, now_ms: int) -> None:
+        spec = self.node.models[order.ref].spec
+        there = sum(spec.chunk_bytes[: order.first_chunk])
+        # A host copy wants all chunks, so all are read for it.
+        moved = spec.image_bytes if order.host_bytes else spec.image_bytes - there
+        share = 1.0 if order.from_tier is Tier.ORIGIN else self.fleet.ratio
+        self._hands.moved(order.from_tier, moved)
+        pipe = self._pipe(order)
+        pipe.add(Transfer(order, now_ms, moved, moved * share), now_ms)
+        self._hands.pipe_changed(self, pipe)
+
+    def _pipe(self, order: Restore) -> Pipe:
+        if order.from_tier is Tier.HOST:
+            return self.links[order.device]
+        return self.disk if order.from_tier is Tier.DISK else self.line
+
+    def pipe_due(self, pipe: Pipe, now_ms: int) -> None:
+        """Something has passed: what every restore costs whatever its size comes on top."""
+        for transfer in pipe.done(now_ms):
+            self._hands.restored_at(self, transfer, now_ms + self.fleet.fixed_ms)
+        self._hands.pipe_changed(self, pipe)
+
+    def restored(self, transfer: Transfer, now_ms: int) -> None:
+        order = transfer.order
+        filled = order.host_bytes > 0
+        took_ms = now_ms - transfer.started_ms
+        done = Restored(
+            order.ref, order.device, order.from_tier, took_ms, filled, order.order, transfer.moved_bytes
+        )
+        self.feed(done, now_ms)
+        if order.disk_bytes:
+            self.feed(self._packed(order.ref, order.device, order.pack_order), now_ms)
+
+
+Choice = Callable[[list[Box], int, int], int]
