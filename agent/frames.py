@@ -71,20 +71,30 @@ class MoreFds(msgspec.Struct, frozen=True, tag=True):
     """Descriptors of the message that follows."""
 
 
+class BaseOffer(msgspec.Struct, frozen=True):
+    """A pack of the same tenant in which chunks of a new one are looked for. Descriptors: its file, then
+    ``bases`` files that extents of it lie in."""
+
+    ref: str
+    data_key: bytes
+    bases: int
+
+
 class PackBeside(msgspec.Struct, frozen=True):
     """Write a pack beside a load. ``id``: of a second answer, which comes after that of the load and says
-    what became of the pack. See ``packer.ingest.PackTarget`` for the rest."""
+    what became of the pack. See ``packer.packing.PackTarget`` for the rest."""
 
     id: int
     data_key: bytes
     limit_bytes: int
     floor_bytes: int
     resume: bool
+    offers: tuple[BaseOffer, ...] = ()
 
 
 class LoadOrigin(msgspec.Struct, frozen=True, tag=True):
     """Read the model from its origin. Descriptors: one per file, in order (files or feeds); with ``pack``
-    then its file and the file of its progress."""
+    then its file, the file of its progress, and those of its offers."""
 
     id: int
     spec: WireSpec
@@ -95,8 +105,9 @@ class LoadOrigin(msgspec.Struct, frozen=True, tag=True):
 class RestorePack(msgspec.Struct, frozen=True, tag=True):
     """Restore the chunks from ``first_chunk`` on from a pack (``data_key`` given) or a host segment.
 
-    Descriptors: it; with ``direct`` the same file opened with ``O_DIRECT``; with ``host_form`` an empty
-    memory file, to be filled with a host segment of that form.
+    Descriptors: it; with ``direct`` the same file opened with ``O_DIRECT``; the same of each of the ``bases``
+    that extents of it lie in; with ``host_form`` an empty memory file, to be filled with a host segment of
+    that form.
     """
 
     id: int
@@ -105,27 +116,30 @@ class RestorePack(msgspec.Struct, frozen=True, tag=True):
     first_chunk: int = 0
     direct: bool = False
     host_form: HostForm | None = None
+    bases: int = 0
 
 
 class WritePack(msgspec.Struct, frozen=True, tag=True):
-    """Write a pack of a resident model to the descriptor."""
+    """Write a pack of a resident model. Descriptors: its file, then those of the offers."""
 
     id: int
     ref: str
     data_key: bytes
     limit_bytes: int
     floor_bytes: int = 0
+    offers: tuple[BaseOffer, ...] = ()
 
 
 class RepairPack(msgspec.Struct, frozen=True, tag=True):
-    """Make bad chunks of a pack again from the origin. Descriptors: the pack to read and write, then one
-    per file. Answered by ``Done`` with the chunks that are still bad."""
+    """Make bad chunks of a pack again from the origin. Descriptors: the pack to read and write, each of its
+    ``bases`` likewise, then one per file. Answered by ``Done`` with the chunks that are still bad."""
 
     id: int
     ref: str
     data_key: bytes
     chunks: tuple[int, ...]
     files: tuple[OriginFile, ...]
+    bases: int = 0
 
 
 class EvictModel(msgspec.Struct, frozen=True, tag=True):
@@ -169,13 +183,15 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     disk_bytes: int = 0
     host: HostSizes | None = None
     deduplicated_bytes: int = 0
+    bases: tuple[bytes, ...] = ()  # salts of the files that extents of the pack lie in
     bad_chunks: tuple[int, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """An order failed and left things as they were. See ``packer.tiers.TierError`` for the flags.
 
-    With ``chunks`` also the salt of their pack and where their extents (offset, length) lie in it.
+    With ``chunks`` also the salt of their pack and where their extents (offset, length) lie in it; of an
+    extent in another file (-1, 0).
     """
 
     id: int

@@ -22,7 +22,7 @@ import os
 import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,11 @@ def m004_spent(db: Database) -> None:
     db.table("spent").create(columns, pk="tenant")
 
 
+@migrations()
+def m005_deduplicated_bytes(db: Database) -> None:
+    db.table("packs").add_column("deduplicated_bytes", int)
+
+
 class JournalFailed(OSError):
     """The journal can not be read or written now: most likely its disk is full."""
 
@@ -102,12 +107,19 @@ class JournalFailed(OSError):
 @dataclass(frozen=True, slots=True)
 class PackRow:
     """A complete pack on disk. ``host`` None: written by an earlier release, which knew ``host_bytes``
-    alone, the size of the stored form."""
+    alone, the size of the stored form. ``disk_bytes``: of its own file."""
 
     ref: ModelRef
     disk_bytes: int
     host_bytes: int
     host: HostSizes | None = None
+    deduplicated_bytes: int = 0
+    created_ms: int = field(default=0, compare=False)
+
+    @property
+    def read_bytes(self) -> int:
+        """What a restore reads: the size of a segment in stored form, wherever its extents lie on disk."""
+        return self.host.stored_bytes if self.host is not None else self.host_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +297,14 @@ class Journal:
 
     def packs(self) -> list[PackRow]:
         return [
-            PackRow(parse_ref(row["ref"]), row["disk_bytes"], row["host_bytes"], _host_sizes(row))
+            PackRow(
+                parse_ref(row["ref"]),
+                row["disk_bytes"],
+                row["host_bytes"],
+                _host_sizes(row),
+                row["deduplicated_bytes"] or 0,
+                row["created_ms"],
+            )
             for row in self._db.table("packs").rows_where(order_by="ref")
         ]
 
@@ -344,6 +363,7 @@ class Journal:
                     "host_raw_bytes": None if host is None else host.raw_bytes,
                     "wrapped_key": wrapped_key,
                     "created_ms": now_ms,
+                    "deduplicated_bytes": row.deduplicated_bytes,
                 },
                 pk="ref",
             )

@@ -12,17 +12,19 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from agent.arena import Image, allocate_image
 from agent.engines.transformers import BrokenModel, Model, build
 from agent.frames import (
     BadFrame,
+    BaseOffer,
     Done,
     EvictModel,
     Failed,
@@ -39,12 +41,14 @@ from agent.frames import (
     parse_wire_ref,
 )
 from agent.shelf import Held, NotResident, Shelf
+from packer.bases import BasePack, Bases
 from packer.host_segment import HostWriter
 from packer.index import PackError
 from packer.ingest import Ingest
 from packer.layout import ImageLayout
 from packer.origin_headers import ORIGIN_HEADERS
 from packer.pack import PackReader
+from packer.pack_file import FileFds
 from packer.pack_writer import PackSummary, PackWriter
 from packer.packing import PackTarget, write_pack
 from packer.repair import repair_chunks
@@ -135,13 +139,20 @@ class Moves:
         """The model answers as soon as every hash is right; its pack is finished after that."""
         started = time.monotonic()
         ref, spec, pack = parse_wire_ref(order.spec.ref), order.spec, order.pack
-        if len(fds) != len(order.files) + (2 if pack is not None else 0):
+        rest = fds[len(order.files) :]
+        if len(fds) < len(order.files) or (len(rest) < 2 if pack is not None else rest):
             raise BadFrame(f"{len(order.files)} files with {len(fds)} descriptors")
         sources = [(file, open_source(fd)) for file, fd in zip(order.files, fds, strict=False)]
         target = None
         if pack is not None:
             target = PackTarget(
-                fds[-2], fds[-1], pack.data_key, pack.limit_bytes, pack.resume, pack.floor_bytes
+                rest[0],
+                rest[1],
+                pack.data_key,
+                pack.limit_bytes,
+                pack.resume,
+                pack.floor_bytes,
+                _base_packs(pack.offers, rest[2:]),
             )
         ingest = Ingest(sources, ref, spec.engine, spec.task, target)
         with self._arriving(ref) as (parked, cancelled):
@@ -164,7 +175,7 @@ class Moves:
     def _restore(self, order: RestorePack, fds: list[int]) -> Done | Failed:
         started = time.monotonic()
         ref, first = parse_wire_ref(order.spec.ref), order.first_chunk
-        if len(fds) != 1 + order.direct + (order.host_form is not None):
+        if len(fds) != (1 + order.bases) * (1 + order.direct) + (order.host_form is not None):
             raise BadFrame(f"a restore with {len(fds)} descriptors")
         facts = RestoreFacts(0, 0, 0, False)
 
@@ -173,7 +184,8 @@ class Moves:
             facts = restore(reader, image, first_chunk=first, host=host, cancelled=cancelled)
 
         with self._arriving(ref) as (parked, cancelled):
-            reader = PackReader(fds[0], order.data_key, ref, fds[1] if order.direct else None)
+            own, *bases = _files(fds, 1 + order.bases, order.direct)
+            reader = PackReader(own.fd, order.data_key, ref, own.direct_fd, bases)
             index = reader.index
             if (index.engine, index.task) != (order.spec.engine, order.spec.task):
                 raise TierError(f"the copy is for {index.engine} {index.task}", corrupt=True)
@@ -187,7 +199,9 @@ class Moves:
                 if not error.chunks:
                     raise
                 bad = [index.chunks[number] for number in error.chunks]
-                extents = tuple((chunk.offset, chunk.extent_bytes) for chunk in bad)
+                extents = tuple(
+                    (chunk.offset, chunk.extent_bytes) if chunk.base is None else (-1, 0) for chunk in bad
+                )
                 message = cut(error.message)
                 return Failed(order.id, message, True, False, error.chunks, False, reader.salt, extents)
         moved_bytes = sum(index.layout.chunk_bytes[first:])
@@ -265,8 +279,9 @@ class Moves:
 
     def _pack(self, order: WritePack, fds: list[int]) -> Done:
         ref = parse_wire_ref(order.ref)
-        if len(fds) != 1:
-            raise BadFrame(f"a pack with {len(fds)} descriptors")
+        if not fds:
+            raise BadFrame("a pack without a descriptor")
+        bases = Bases(_base_packs(order.offers, fds[1:]), ref)
         with self._shelf.using(ref) as (held, image):
             writer = PackWriter(
                 fds[0],
@@ -277,16 +292,19 @@ class Moves:
                 order.data_key,
                 order.limit_bytes,
                 order.floor_bytes,
+                bases=bases,
             )
             write_pack(writer, image, held.layout, held.side_files)
         return _packed(order.id, writer.finish())
 
     def _repair(self, order: RepairPack, fds: list[int]) -> Done:
-        if len(fds) != 1 + len(order.files):
+        packs = 1 + order.bases
+        if len(fds) != packs + len(order.files):
             raise BadFrame(f"a repair from {len(order.files)} files with {len(fds)} descriptors")
-        sources = {file.path: open_source(fd) for file, fd in zip(order.files, fds[1:], strict=True)}
+        sources = {file.path: open_source(fd) for file, fd in zip(order.files, fds[packs:], strict=True)}
+        own, *bases = _files(fds, packs, direct=False)
         ref = parse_wire_ref(order.ref)
-        left = repair_chunks(fds[0], order.data_key, ref, order.chunks, sources)
+        left = repair_chunks(own.fd, order.data_key, ref, order.chunks, sources, bases)
         return Done(order.id, bad_chunks=left)
 
     def _evict(self, ref: ModelRef, keep_chunks: int) -> None:
@@ -303,12 +321,29 @@ class Moves:
                 image.close()
 
 
+def _files(fds: Sequence[int], count: int, direct: bool) -> list[FileFds]:
+    """The first ``count`` files of an order, each with a second descriptor if there are ``direct`` ones."""
+    step = 1 + direct
+    return [FileFds(fds[at], fds[at + 1] if direct else None) for at in range(0, count * step, step)]
+
+
+def _base_packs(offers: Sequence[BaseOffer], fds: Sequence[int]) -> tuple[BasePack, ...]:
+    if len(fds) != sum(1 + offer.bases for offer in offers):
+        raise BadFrame(f"{len(offers)} packs to look in with {len(fds)} descriptors")
+    left = iter(FileFds(fd) for fd in fds)
+    return tuple(
+        BasePack(parse_wire_ref(offer.ref), offer.data_key, next(left), tuple(islice(left, offer.bases)))
+        for offer in offers
+    )
+
+
 def _packed(number: int, summary: PackSummary) -> Done:
     return Done(
         number,
         disk_bytes=summary.disk_bytes,
         host=summary.host,
         deduplicated_bytes=summary.deduplicated_bytes,
+        bases=summary.bases,
     )
 
 

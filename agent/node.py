@@ -127,6 +127,7 @@ class RunningNode:
             wall_ms,
             lambda kind, ref, detail: self.counters.note(wall_ms(), kind, ref, detail, 1),
         )
+        self.sharing.may_give = self.orders.holdings.is_whole
         self.orders.sources = self.sharing.sources
         self.orders.repairs.fetch_extent = self.sharing.sources.fetch_extent
         self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
@@ -148,7 +149,7 @@ class RunningNode:
         """Find the packs, start the nursery, take up the last plan. Serves without control from here."""
         journal = self._journal.journal
         self._packs_found = await self._journal.call(journal.packs)
-        unfinished = await self.orders.start()  # states the disk tier's budget
+        unfinished = await self.orders.start(self._packs_found)  # states the disk tier's budget
         for ref in self._packs.sweep([row.ref for row in self._packs_found], unfinished):
             log.warning("the pack of %s is missing on disk; it will be made again from its origin", ref)
             with suppress(JournalFailed):  # the next start tries again
@@ -241,8 +242,10 @@ class RunningNode:
     def _state_host_bytes(self, row: PackRow) -> None:
         """Tell the core what a segment of this pack takes now, unless the pack is gone meanwhile."""
         view = residency.model_view(self.loop.core, row.ref)
-        if row.host is not None and view is not None and view.disk_bytes == row.disk_bytes:
-            self.loop.post(PackFound(row.ref, row.disk_bytes, row.host.of(self.host_form)))
+        charge = self.orders.holdings.charge(row.ref)
+        if row.host is not None and view is not None and view.disk_bytes == charge:
+            host_bytes = row.host.of(self.host_form)
+            self.loop.post(PackFound(row.ref, charge, host_bytes, row.read_bytes))
 
     def _held_workspace_bytes(self, ref: ModelRef) -> int | None:
         view = residency.model_view(self.loop.core, ref)
@@ -318,7 +321,8 @@ class RunningNode:
         self.footprints.planned(plan.models)
         for row in self._packs_found:
             host_bytes = row.host.of(self.host_form) if row.host else row.host_bytes
-            self.loop.post(PackFound(row.ref, row.disk_bytes, host_bytes))
+            charge = self.orders.holdings.charge(row.ref)
+            self.loop.post(PackFound(row.ref, charge, host_bytes, row.read_bytes))
         self._packs_found = []
         planned = frozenset(spec.ref for spec in plan.models)
         core = self.loop.core
@@ -386,6 +390,12 @@ class RunningNode:
 
     def report(self) -> Report:
         return build_report(self)
+
+    def deduplicated_bytes(self, ref: ModelRef) -> int:
+        return self.orders.holdings.deduplicated_bytes(ref)
+
+    def can_hand_on(self, ref: ModelRef) -> bool:
+        return self.orders.holdings.is_whole(ref)
 
     @property
     def peer_url(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from agent.devices import DeviceConfig
 from agent.facade import EngineFault, EngineFrame, EngineRequest, Refused
-from agent.journal import JournalFailed
+from agent.holdings import Holdings
+from agent.journal import JournalFailed, PackRow
 from agent.journal_thread import JournalThread as JournalThread
 from agent.origin import ControlFetch, OriginUnavailable, open_origin
 from agent.pack_making import Making, PackMaking
@@ -28,7 +29,15 @@ from agent.repairs import Repairs
 from agent.segments import Freeing, HostSegments
 from agent.sources import Obtained, Sources
 from agent.spawning import Nursery
-from agent.workers import LoadDone, PackCopy, Segment, WorkerDead, WorkerFailure, WorkerHandle
+from agent.workers import (
+    LoadDone,
+    PackCopy,
+    PackDone,
+    Segment,
+    WorkerDead,
+    WorkerFailure,
+    WorkerHandle,
+)
 from packer.events import (
     Drop,
     Dropped,
@@ -86,7 +95,8 @@ class Orders:
         # What the disk tier may hold; partial packs, which the core does not know of, are taken off it.
         self.disk_budget_bytes: int | None = None
         self.repairs = Repairs(packs, lambda spec: open_origin(spec, fetch, control_store))
-        self._making = PackMaking(packs, journal, clock_ms, self._lower_disk_budget)
+        self.holdings = Holdings(packs, journal, spec_of)
+        self._making = PackMaking(packs, journal, self.holdings, clock_ms, self._lower_disk_budget)
         self._nursery = nursery
         self._devices = devices
         self._packs = packs
@@ -109,9 +119,11 @@ class Orders:
         self._tenants: frozenset[str] | None = None
         self._planned: frozenset[ModelRef] | None = None
 
-    async def start(self) -> frozenset[ModelRef]:
+    async def start(self, rows: Sequence[PackRow]) -> frozenset[ModelRef]:
         """Take up what a crash left; returns the packs whose unfinished files must stay."""
-        return await self._making.find_partials()
+        partial_packs = await self._making.find_partials()
+        await self.holdings.find(rows, partial_packs)
+        return partial_packs
 
     def _lower_disk_budget(self, nbytes: int) -> None:
         if self.disk_budget_bytes is not None:
@@ -268,6 +280,7 @@ class Orders:
         if isinstance(answer, Restored):
             answer = replace(answer, restore_ms=answer.restore_ms + pack.fetch_ms)
         if not (isinstance(answer, RestoreFailed) and answer.corrupt):
+            self.holdings.add(order.ref, PackDone(pack.disk_bytes, pack.host), None)
             host_bytes = pack.host.of(self.host_form)
             self.post(Packed(order.ref, order.device, pack.disk_bytes, host_bytes, order.pack_order))
         return answer
@@ -320,7 +333,7 @@ class Orders:
             direct = self._packs.open_direct(order.ref)
             if direct is not None:
                 files.callback(os.close, direct)
-            copy = PackCopy(pack, key, direct)
+            copy = PackCopy(pack, key, direct, tuple(self._packs.open_bases(order.ref, files)))
             async with self._filling(order) as host:
                 done = await self._restore_pack(worker, spec, copy, order.first_chunk, host)
                 await self._note_image(order, worker, done.mapped)
@@ -399,7 +412,7 @@ class Orders:
         try:
             if worker is None:
                 raise WorkerDead("the worker is gone")
-            making = await self._making.begin(ref, order.disk_bytes, resume=False)
+            making = await self._making.begin(self._spec_of(ref), order.disk_bytes, resume=False)
             async with self._in_time(worker, MOVE_TIMEOUT_S):
                 done = await worker.pack(ref, making.files(order.disk_bytes))
             host_bytes = await self._making.publish(making, done, self.host_form)
@@ -408,12 +421,14 @@ class Orders:
                 await self._making.give_up(making)
             log.warning("no pack of %s: %s", ref, error)
             return PackFailed(ref, order.device, _public(error), order.order)
-        return Packed(ref, order.device, done.disk_bytes, host_bytes, order.order)
+        self._keep(self._making.end(making))
+        read_bytes = done.host.stored_bytes
+        return Packed(ref, order.device, done.disk_bytes, host_bytes, order.order, read_bytes)
 
     async def _begin_pack(self, order: Restore) -> Making | None:
         """The pack beside a load. None when there can be none: the load goes on without."""
         try:
-            return await self._making.begin(order.ref, order.disk_bytes)
+            return await self._making.begin(self._spec_of(order.ref), order.disk_bytes)
         except OSError as error:
             log.warning("no pack of %s: %s", order.ref, error)
             self._post_pack_failed(order, _public(error))
@@ -433,8 +448,19 @@ class Orders:
             obtained.end(packed=False)
             self._post_pack_failed(order, _public(error))
         else:
-            obtained.end(packed=True)
-            self.post(Packed(order.ref, order.device, done.disk_bytes, host_bytes, order.pack_order))
+            self.post(
+                Packed(
+                    order.ref,
+                    order.device,
+                    done.disk_bytes,
+                    host_bytes,
+                    order.pack_order,
+                    done.host.stored_bytes,
+                )
+            )
+            # Extents in other files can not be handed on: then somebody else should read the origin.
+            obtained.end(packed=not done.bases)
+            await self._making.end(making)
 
     def _post_pack_failed(self, order: Restore, message: str) -> None:
         self.post(PackFailed(order.ref, order.device, message, order.pack_order))
@@ -442,12 +468,15 @@ class Orders:
     async def drop(self, order: Drop) -> Event | None:
         if order.tier is Tier.HOST:
             await self._drop_segment(order.ref)
-        else:
-            await self._drop_pack(order.ref)
-        return Dropped(order.ref, order.tier, order.order)
+            return Dropped(order.ref, order.tier, order.order)
+        charged = await self._drop_pack(order.ref)
+        # Nothing may wait in between: a byte is always on somebody's account.
+        return Dropped(order.ref, order.tier, order.order, charged)
 
-    async def _drop_pack(self, ref: ModelRef) -> None:
-        """Returns when the file is gone; its bytes are held until then."""
+    async def _drop_pack(self, ref: ModelRef) -> tuple[tuple[ModelRef, int], ...]:
+        """Returns when the file is gone, or only what others need of it is left, with what these are charged
+        from now on; its bytes are held until then."""
+        await self.holdings.prepare_drop(ref)
         try:
             # The key first: from then on the file is noise, whatever happens to it.
             await self._journal.call(self._journal.journal.remove_pack, ref)
@@ -456,7 +485,7 @@ class Orders:
             log.error("the key of the pack of %s stays until the next start: %s", ref, error)
         while True:
             try:
-                return await asyncio.to_thread(self._packs.drop, ref)
+                return await self.holdings.drop(ref)
             except OSError as error:
                 log.error("the pack of %s can not be removed: %s", ref, error)
                 await asyncio.sleep(DROP_RETRY_S)

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from agent.holdings import Holdings, Offers, base_paths
 from agent.journal import JournalFailed, PackRow
 from agent.journal_thread import JournalThread
 from agent.packs import DISK_FREE_FLOOR_BYTES, PackDirectory
 from agent.workers import PackDone, PackFiles
-from packer.types import HostForm, ModelRef
+from packer.types import HostForm, ModelRef, ModelSpec
 
 log = logging.getLogger("bunk.orders")
 
@@ -32,7 +33,8 @@ PARTIALS_MAX = 4
 
 @dataclass(slots=True)
 class Making:
-    """One pack that is being written. ``resumed``: an earlier attempt may have left chunks in its file."""
+    """One pack that is being written. ``resumed``: an earlier attempt may have left chunks in its file.
+    ``offers``: packs that chunks of it are looked for in."""
 
     ref: ModelRef
     fd: int
@@ -40,12 +42,14 @@ class Making:
     data_key: bytes
     wrapped_key: bytes
     resumed: bool
+    offers: Offers | None = None
     loaded: bool = False  # the load beside which it is written has come to its end
 
     def files(self, limit_bytes: int) -> PackFiles:
         """What a worker needs to write it."""
+        offered = self.offers.packs if self.offers is not None else ()
         return PackFiles(
-            self.fd, self.part_fd, self.data_key, limit_bytes, DISK_FREE_FLOOR_BYTES, self.resumed
+            self.fd, self.part_fd, self.data_key, limit_bytes, DISK_FREE_FLOOR_BYTES, self.resumed, offered
         )
 
     def close(self) -> None:
@@ -62,11 +66,13 @@ class PackMaking:
         self,
         packs: PackDirectory,
         journal: JournalThread,
+        holdings: Holdings,
         clock_ms: Callable[[], int],
         lower: Callable[[int], None],
     ) -> None:
         self._packs = packs
         self._journal = journal
+        self._holdings = holdings
         self._clock_ms = clock_ms
         self._lower = lower
         self._partial_bytes: dict[ModelRef, int] = {}
@@ -84,8 +90,9 @@ class PackMaking:
         self._tell()
         return frozenset(self._partial_bytes)
 
-    async def begin(self, ref: ModelRef, limit_bytes: int, resume: bool = True) -> Making:
+    async def begin(self, spec: ModelSpec, limit_bytes: int, resume: bool = True) -> Making:
         """Files and key of a new pack, or of the one that was interrupted. Raises ``OSError``."""
+        ref = spec.ref
         kept_bytes = self._partial_bytes.get(ref, 0)
         if limit_bytes > self._packs.free_bytes() + kept_bytes:
             raise OSError(f"the file system has less than {limit_bytes} bytes free above its floor")
@@ -94,22 +101,34 @@ class PackMaking:
         # From here on its bytes are in the order's reservation.
         self._tell()
         fd, part_fd = self._packs.create_partial(ref, resumed)
-        return Making(ref, fd, part_fd, key, wrapped, resumed)
+        making = Making(ref, fd, part_fd, key, wrapped, resumed)
+        try:
+            making.offers = await self._holdings.offer(spec)
+        except BaseException:
+            making.close()
+            raise
+        return making
 
     async def publish(self, making: Making, done: PackDone, form: HostForm) -> int:
         """Make it the version's pack; returns the bytes of a host segment of it. Raises ``OSError``."""
         making.close()
         host_bytes = done.host.of(form)
         # Publish before the journal knows: a crash in between leaves a file that the next start sweeps.
-        await asyncio.to_thread(self._packs.publish, making.ref)
-        row = PackRow(making.ref, done.disk_bytes, done.host.stored_bytes, done.host)
+        await asyncio.to_thread(self._packs.publish, making.ref, base_paths(done, making.offers))
+        row = PackRow(making.ref, done.disk_bytes, done.host.stored_bytes, done.host, done.deduplicated_bytes)
         await self._journal.call(self._journal.journal.add_pack, row, making.wrapped_key, self._clock_ms())
         self._packs.abandon(making.ref)  # the records of its progress
+        self._holdings.add(making.ref, done, making.offers)
         return host_bytes
+
+    async def end(self, making: Making) -> None:
+        """The core knows of the published pack: what chunks were looked for in may go now."""
+        await self._holdings.release(making.offers)
 
     async def give_up(self, making: Making, keep: bool = False) -> None:
         """No pack came of it. ``keep``: a later load may go on from what is there."""
         making.close()
+        await self._holdings.release(making.offers)
         ref = making.ref
         nbytes = self._packs.partial_bytes(ref) if keep else None
         if nbytes is not None:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 
 from agent.origin import OpenOrigin, OriginUnavailable
 from agent.packs import PackDirectory
@@ -47,21 +47,22 @@ class Repairs:
         """Whether another restore is worth a try. Raises ``WorkerDead``."""
         ref, count = spec.ref, len(failure.chunks)
         self.note("chunk_corrupt", ref, f"chunks {list(failure.chunks)[:16]} of its pack", count)
-        descriptor = -1
+        files = ExitStack()
         try:
             descriptor = self._packs.open_to_mend(ref)
+            files.callback(os.close, descriptor)
+            bases = [base.fd for base in self._packs.open_bases(ref, files, os.O_RDWR)]
             left = failure.chunks
             if from_peers and self.fetch_extent is not None:
                 left = await self._from_peers(ref, descriptor, failure, self.fetch_extent)
             if left:
                 async with self._open_origin(spec) as origin:
-                    left = await worker.repair(spec, descriptor, key, left, origin.descriptors)
+                    left = await worker.repair(spec, [descriptor, *bases], key, left, origin.descriptors)
         except (OSError, OriginUnavailable, WorkerFailure) as error:
             log.warning("mending the pack of %s: %s", ref, error)
             return False
         finally:
-            if descriptor >= 0:
-                os.close(descriptor)
+            files.close()
         if left:
             log.warning("the pack of %s: %d of %d bad chunks can not be mended", ref, len(left), count)
             return False

@@ -14,7 +14,7 @@ from agent.devices import DeviceConfig
 from agent.loop import Loop
 from packer import residency
 from packer.estimate import Rates, named_rates
-from packer.types import HostForm, ModelSpec, Tier
+from packer.types import HostForm, ModelRef, ModelSpec, Tier
 from packer.wire import (
     AccuracyReport,
     CalibrationReport,
@@ -52,6 +52,8 @@ class ReportSource(Protocol):
     def contexts_bytes(self, device: str) -> int: ...
     def budget_bytes(self, tier: Tier) -> int: ...
     def now_ms(self) -> int: ...
+    def deduplicated_bytes(self, ref: ModelRef) -> int: ...
+    def can_hand_on(self, ref: ModelRef) -> bool: ...
 
 
 def build_report(node: ReportSource) -> Report:
@@ -125,7 +127,8 @@ def _model(node: ReportSource, spec: ModelSpec) -> ModelReport:
         restores=count.restore_reports(),
         last_used_ms=count.last_used_ms,
         restore_ms_estimate=residency.restore_ms_estimate(node.loop.core, spec.ref) if view else 0,
-        packed=view.packed if view else False,
+        packed=view is not None and view.packed and node.can_hand_on(spec.ref),
+        deduplicated_bytes=node.deduplicated_bytes(spec.ref) if view is not None and view.packed else 0,
         workspace_bytes=view.workspace_bytes if view else 0,
         workspace_measured=view.workspace_measured if view else False,
     )

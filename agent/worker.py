@@ -80,11 +80,12 @@ RESTORES_MAX = 2
 PACKS_MAX = 1
 REPAIRS_MAX = 1
 EVICTIONS_MAX = 8
-# Buffers of one load (four lanes of 1 MiB and two encoders of 15) and of one pack or repair.
-LOAD_BYTES_MAX = 40 * MIB
-PACK_BYTES_MAX = 36 * MIB
+# Buffers of one load (four lanes of 1 MiB and two encoders of 19) and of one pack or repair, and the indexes
+# of packs in which chunks are looked for.
+LOAD_BYTES_MAX = (48 + 48) * MIB
+PACK_BYTES_MAX = (44 + 48) * MIB
 # What all orders together may take beside images and skeletons; far below what a worker may have.
-SCRATCH_BYTES_MAX = 640 * MIB
+SCRATCH_BYTES_MAX = 1280 * MIB
 assert (
     RESTORES_MAX * RESTORE_BYTES_MAX
     + ORIGIN_LOADS_MAX * LOAD_BYTES_MAX

@@ -29,6 +29,7 @@ from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import (
     LENGTHS_BYTES,
     BadFrame,
+    BaseOffer,
     Bind,
     Broke,
     Cancel,
@@ -62,6 +63,7 @@ from agent.frames import (
     send_datagram,
     wire_spec,
 )
+from packer.pack_file import FileFds
 from packer.types import MIB, BadValue, HostForm, HostSizes, ModelRef, ModelSpec, parse_ref
 
 log = logging.getLogger("bunk.workers")
@@ -122,11 +124,12 @@ class LoadDone:
 @dataclass(frozen=True, slots=True)
 class PackCopy:
     """A pack to restore from: the file, its version's data key, and the file once more for direct reads
-    where its file system has them."""
+    where its file system has them; the same of each file that extents of it lie in."""
 
     fd: int
     data_key: bytes
     direct_fd: int | None = None
+    bases: tuple[FileFds, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +142,22 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class PackDone:
-    """Bytes of the finished pack, and of host segments of it."""
+    """Bytes of the finished pack, and of host segments of it. ``deduplicated_bytes`` of the image are not
+    in its file, because an equal chunk is stored; ``bases``: salts of other files that hold some."""
 
     disk_bytes: int
     host: HostSizes
+    deduplicated_bytes: int = 0
+    bases: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedPack:
+    """A pack of the same tenant in which chunks of a new one may be found, and the files of its bases."""
+
+    ref: ModelRef
+    data_key: bytes
+    fds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +170,11 @@ class PackFiles:
     limit_bytes: int
     floor_bytes: int = 0
     resume: bool = False
+    offers: tuple[OfferedPack, ...] = ()
+
+    @property
+    def offer_fds(self) -> list[int]:
+        return [fd for offer in self.offers for fd in offer.fds]
 
 
 async def send(sock: socket.socket, message: Message, fds: Sequence[int], lock: asyncio.Lock) -> None:
@@ -248,9 +268,14 @@ class WorkerHandle:
         beside = None
         if pack is not None:
             beside = PackBeside(
-                next(self._ids), pack.data_key, pack.limit_bytes, pack.floor_bytes, pack.resume
+                next(self._ids),
+                pack.data_key,
+                pack.limit_bytes,
+                pack.floor_bytes,
+                pack.resume,
+                _offers(pack),
             )
-            descriptors += [pack.fd, pack.part_fd]
+            descriptors += [pack.fd, pack.part_fd, *pack.offer_fds]
             self._replies[beside.id] = asyncio.get_running_loop().create_future()
         try:
             order = LoadOrigin(number, wire_spec(spec), spec.files, beside)
@@ -278,12 +303,18 @@ class WorkerHandle:
         """
         number = next(self._ids)
         descriptors, key, direct = [copy.fd], None, False
+        bases = 0
         if isinstance(copy, PackCopy):
-            key, direct = copy.data_key, copy.direct_fd is not None
-            descriptors += [copy.direct_fd] if copy.direct_fd is not None else []
+            files = (FileFds(copy.fd, copy.direct_fd), *copy.bases)
+            key, bases = copy.data_key, len(copy.bases)
+            # They lie on one file system, which has direct reads or not.
+            direct = all(file.direct_fd is not None for file in files)
+            descriptors = [
+                fd for file in files for fd in (file.fd, file.direct_fd)[: 1 + direct] if fd is not None
+            ]
         form = host.form if host is not None else None
         descriptors += [host.fd] if host is not None else []
-        order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form)
+        order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form, bases)
         done = await self._order(number, order, descriptors)
         return LoadDone(
             done.restore_ms, done.restored_bytes, done.host_filled, cached=done.cached, mapped=done.mapped
@@ -292,26 +323,29 @@ class WorkerHandle:
     async def pack(self, ref: ModelRef, files: PackFiles) -> PackDone:
         """Write a pack of a resident model into an empty file. Raises ``WorkerFailure``, ``WorkerDead``."""
         number = next(self._ids)
-        order = WritePack(number, str(ref), files.data_key, files.limit_bytes, files.floor_bytes)
-        done = await self._order(number, order, [files.fd])
+        order = WritePack(
+            number, str(ref), files.data_key, files.limit_bytes, files.floor_bytes, _offers(files)
+        )
+        done = await self._order(number, order, [files.fd, *files.offer_fds])
         return _pack_done(done)
 
     async def repair(
         self,
         spec: ModelSpec,
-        pack_fd: int,
+        pack_fds: Sequence[int],
         data_key: bytes,
         chunks: Sequence[int],
         fds: Mapping[str, int],
     ) -> tuple[int, ...]:
-        """Make chunks of a pack again from its origin; returns those that are still bad.
+        """Make chunks of a pack again from its origin; returns those that are still bad. ``pack_fds``: the
+        pack and its bases, open to read and write.
 
         Raises ``WorkerFailure`` and ``WorkerDead``.
         """
         number = next(self._ids)
         files = tuple(file for file in spec.files if file.path.endswith(".safetensors"))
-        order = RepairPack(number, str(spec.ref), data_key, tuple(chunks), files)
-        done = await self._order(number, order, [pack_fd, *(fds[file.path] for file in files)])
+        order = RepairPack(number, str(spec.ref), data_key, tuple(chunks), files, len(pack_fds) - 1)
+        done = await self._order(number, order, [*pack_fds, *(fds[file.path] for file in files)])
         return done.bad_chunks
 
     async def evict(self, ref: ModelRef, keep_chunks: int = 0) -> None:
@@ -549,4 +583,8 @@ class WorkerHandle:
 
 
 def _pack_done(done: Done) -> PackDone:
-    return PackDone(done.disk_bytes, done.host or HostSizes(0, 0, 0))
+    return PackDone(done.disk_bytes, done.host or HostSizes(0, 0, 0), done.deduplicated_bytes, done.bases)
+
+
+def _offers(files: PackFiles) -> tuple[BaseOffer, ...]:
+    return tuple(BaseOffer(str(offer.ref), offer.data_key, len(offer.fds) - 1) for offer in files.offers)

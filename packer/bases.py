@@ -15,16 +15,15 @@ from dataclasses import dataclass, field
 
 from packer.index import BaseFile, PackError, StoredChunk
 from packer.layout import ChunkSpan
-from packer.pack import PackReader
+from packer.pack import PackReader, read_header
 from packer.pack_file import FileFds, Scratch
 from packer.seal import Fingerprints, new_key
-from packer.types import ModelRef
+from packer.types import MIB, ModelRef
 
-# Packs in which chunks of one new pack are looked for. The first is nearly always the version before; each
-# costs its index in memory.
+# Packs in which chunks of one new pack are looked for. The first is nearly always the version before.
 PACKS_MAX = 4
-# Chunks that can be found, of all those packs together: those of a model of 256 GiB, some 20 MiB of table.
-CHUNKS_FINDABLE_MAX = 65_536
+# Their indexes together, which take some eight times that in memory: those of models of 200 GiB.
+INDEXES_BYTES_MAX = 6 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +53,14 @@ class Bases:
         # By fingerprint key: packs that came from another node, or from before all others, have their own.
         self._tables: dict[bytes, dict[tuple[str, int, bytes], tuple[PackReader, int]]] = {}
         self._by_place: dict[tuple[bytes, int], tuple[PackReader, int]] = {}
+        left_bytes = INDEXES_BYTES_MAX
         for pack in packs[:PACKS_MAX]:
             if pack.ref.tenant != ref.tenant:
                 continue
             try:
+                left_bytes -= read_header(pack.file.fd).index_bytes
+                if left_bytes < 0:
+                    break
                 self._add(PackReader(pack.file.fd, pack.data_key, pack.ref, bases=pack.bases))
             except PackError:
                 continue
@@ -74,8 +77,6 @@ class Bases:
         index = reader.index
         table = self._tables.setdefault(index.fingerprint_key, {})
         for number, (span, chunk) in enumerate(zip(index.layout.chunks, index.chunks, strict=True)):
-            if len(self._by_place) == CHUNKS_FINDABLE_MAX:
-                return
             if chunk.same_as is None:
                 table.setdefault((span.dtype, span.nbytes, chunk.fingerprint), (reader, number))
                 salt = _file(reader, chunk).salt

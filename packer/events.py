@@ -86,11 +86,13 @@ class PolicyChosen:
 
 @dataclass(frozen=True, slots=True)
 class PackFound:
-    """At start-up: a complete pack of this version is on disk. ``host_bytes``: its size when opened."""
+    """At start-up: a complete pack of this version is on disk. ``host_bytes``: its size when opened.
+    ``disk_bytes`` and ``read_bytes`` as in ``Packed``."""
 
     ref: ModelRef
     disk_bytes: int
     host_bytes: int
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +204,17 @@ class Evicted:
 class Packed:
     """A complete, fsynced, renamed pack is on disk. ``order`` is that of the ``Pack``, or the
     ``pack_order`` of the ``Restore`` beside which it was written: then it may come before, after or
-    without a ``Restored``."""
+    without a ``Restored``.
+
+    ``disk_bytes``: what its own file takes. ``read_bytes``: what a restore reads, which is more when parts of
+    it lie in files that other versions are charged for; 0: the same."""
 
     ref: ModelRef
     device: str
     disk_bytes: int
     host_bytes: int
     order: int = 0
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +230,15 @@ class PackFailed:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """The copy in a tier ordered away by ``Drop`` is gone for good."""
+    """The copy in a tier ordered away by ``Drop`` is gone for good.
+
+    ``charged``: packs of the same tenant that have parts in its file, and what each of them is charged on
+    disk from now on: what was kept of that file for their sake is on one of them."""
 
     ref: ModelRef
     tier: Tier
     order: int = 0
+    charged: tuple[tuple[ModelRef, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

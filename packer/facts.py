@@ -38,6 +38,7 @@ def pack_found(node: Node, event: PackFound) -> None:
     if model.disk.state not in (CopyState.ABSENT, CopyState.HELD):
         return
     model.opened_bytes = event.host_bytes
+    model.read_bytes = event.read_bytes or event.disk_bytes
     settle_copy(node, model, Tier.DISK, event.disk_bytes)
     know_copies(node, model)
     node.unpacked.pop(model.ref, None)

@@ -133,6 +133,7 @@ class Model:
     host: Copy = field(default_factory=Copy)
     disk: Copy = field(default_factory=Copy)
     opened_bytes: int = 0  # what the pack takes in the host tier; 0 until there was a pack
+    read_bytes: int = 0  # what a restore from the pack reads, where its bytes are charged or not
     waiters: dict[str, Waiter] = field(default_factory=dict)
     tries: dict[Tier, int] = field(default_factory=dict)
     not_before_ms: int = 0
@@ -431,6 +432,21 @@ def settle_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
     _changed(node, model)
 
 
+def charge_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
+    """A copy is charged other bytes than before: it pays for what another one left behind, or for less of it.
+    They are there already, so they are taken whether they fit or not."""
+    copy = model.copy(tier)
+    if copy.state not in (CopyState.HELD, CopyState.DROPPING):
+        raise InvariantBroken(f"{model.ref} is charged {nbytes} bytes of the {tier} tier and is not in it")
+    grown_bytes = nbytes - copy.held_bytes
+    for account in (node.account(tier), model.tenant.account(tier)):
+        account.hold_found(grown_bytes)
+        if copy.state is CopyState.DROPPING:
+            account.leaving_bytes += grown_bytes
+    copy.held_bytes = nbytes
+    _changed(node, model)
+
+
 def leave_copy(node: Node, model: Model, tier: Tier) -> None:
     """Note that the copy was ordered away; its bytes are held until ``release_copy``."""
     copy = model.copy(tier)
@@ -457,7 +473,7 @@ def release_copy(node: Node, model: Model, tier: Tier) -> None:
 
 def know_copies(node: Node, model: Model, cached: bool | None = None) -> None:
     """Tell the estimate what a restore from each tier would read now. ``cached``: the pack's file is."""
-    disk_bytes = model.disk.held_bytes if model.disk.state is CopyState.HELD else 0
+    disk_bytes = model.read_bytes if model.disk.state is CopyState.HELD else 0
     estimate.know_copies(
         node.learned,
         model.history,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from packer.bases import BasePack, Bases
 from packer.index import PackError
 from packer.layout import CHUNK_BYTES, ImageLayout
 from packer.pack_file import Scratch
@@ -33,7 +34,7 @@ class PackTarget:
 
     ``part_fd``: the file of progress records (None: an interrupted ingest starts over). ``resume``: what
     both files hold may be of an earlier ingest of this version with this data key. ``floor_bytes``: what
-    must stay free on the file system.
+    must stay free on the file system. ``bases``: packs of the same tenant to look for chunks in.
     """
 
     fd: int
@@ -42,6 +43,7 @@ class PackTarget:
     limit_bytes: int
     resume: bool = False
     floor_bytes: int = 0
+    bases: tuple[BasePack, ...] = ()
 
 
 class Pack:
@@ -52,7 +54,16 @@ class Pack:
     ) -> None:
         self._target, self._layout, self._image = target, layout, image
         self._make: Callable[[ProgressLog | None], PackWriter] = lambda log: PackWriter(
-            target.fd, ref, engine, task, layout, target.data_key, target.limit_bytes, target.floor_bytes, log
+            target.fd,
+            ref,
+            engine,
+            task,
+            layout,
+            target.data_key,
+            target.limit_bytes,
+            target.floor_bytes,
+            log,
+            Bases(target.bases, ref),
         )
         self._log: ProgressLog | None = None
         if target.part_fd is not None:

@@ -54,6 +54,7 @@ from packer.ledger import (
     Node,
     State,
     Waiter,
+    charge_copy,
     know_copies,
     measure_workspace,
     release_copy,
@@ -396,6 +397,7 @@ def _packed(node: Node, event: Packed) -> None:
         return
     model.packing = False
     model.opened_bytes = event.host_bytes
+    model.read_bytes = event.read_bytes or event.disk_bytes
     settle_copy(node, model, Tier.DISK, event.disk_bytes)
     room.note_copy(node, model, Tier.DISK)
     # It was written through the page cache a moment ago.
@@ -427,6 +429,8 @@ def _dropped(node: Node, event: Dropped) -> None:
     if copy.state is not CopyState.DROPPING or event.order not in (0, copy.order):
         return
     release_copy(node, model, event.tier)
+    for ref, nbytes in event.charged:
+        charge_copy(node, node.models[ref], event.tier, nbytes)
     if event.tier is Tier.DISK and model.state is State.RESIDENT:
         node.unpacked[model.ref] = model
     node.dirty = True

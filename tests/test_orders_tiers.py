@@ -162,8 +162,8 @@ def plan(hands: Hands, *models: Known) -> None:
 
 
 def flip(hands: Hands, model: Known, *shares: float) -> bytes:
-    """Turn a bit at each share of the pack's length; returns the pack as it was."""
-    path = hands.packs.path(model.ref)
+    """Turn a bit at each share of the file that holds the pack's extents; returns the file as it was."""
+    path = [*hands.packs.base_paths(model.ref), hands.packs.path(model.ref)][0]
     whole = path.read_bytes()
     with path.open("r+b") as file:
         for share in shares:
@@ -377,7 +377,7 @@ async def test_an_interrupted_load_goes_on_after_a_restart(
     weights.write_bytes(whole)
     hands = await open_hands(nursery, tmp_path)
     plan(hands, minilm)
-    unfinished = await hands.orders.start()
+    unfinished = await hands.orders.start([])
     assert unfinished == {minilm.ref}
     assert hands.packs.sweep([], unfinished) == []
     assert await hands.next(TierBudgetSeen) == lowered
