@@ -55,6 +55,24 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "what outlives its version is charged to nobody",
+        "residency",
+        "        charge_copy(node, node.models[ref], event.tier, nbytes)",
+        "        pass",
+    ),
+    Mutant(
+        "what is charged to a copy that goes does not go with it",
+        "ledger",
+        "            account.leaving_bytes += grown_bytes",
+        "            pass",
+    ),
+    Mutant(
+        "what outlives its version is charged to the node and not to its tenant",
+        "ledger",
+        "model.tenant.account(tier)):\n        account.hold_found(grown_bytes)",
+        "):\n        account.hold_found(grown_bytes)",
+    ),
+    Mutant(
         "leased models are evicted",
         "queueing",
         "if all(taking.model.idle for taking in takings):",

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from simulated_files import Files
+
 from packer.events import (
     Drop,
     Dropped,
@@ -94,7 +96,9 @@ class Hands:
         self.stays: dict[ModelRef, Stay] = {}
         # What requests of a model need beside its weights, where that was measured.
         self.workspaces: dict[ModelRef, int] = {}
+        # What each version is charged there, and the files.
         self.disk: dict[ModelRef, int] = {}
+        self.files = Files(seed)
         self.host: dict[ModelRef, int] = {}
         self.packing: dict[ModelRef, int] = {}
         self.dropping: dict[tuple[ModelRef, Tier], int] = {}
@@ -166,7 +170,7 @@ class Hands:
 
     def _fits_host(self, ref: ModelRef) -> bool:
         """Would a host copy of this pack fit in now, beside what is going?"""
-        nbytes, most = self.disk[ref], self.tenants[ref.tenant].quota.host.max
+        nbytes, most = self.models[ref].image_bytes, self.tenants[ref.tenant].quota.host.max
         own = sum(held for other, held in self.host.items() if other.tenant == ref.tenant)
         return (
             ref not in self.host
@@ -290,8 +294,10 @@ class Hands:
         if not alive:
             self.reached["packed after the worker died"] += 1
         self.reached["packed before it was restored"] += loading
-        self.disk[ref] = self.models[ref].image_bytes
-        return Packed(ref, stay.device, self.disk[ref], self.disk[ref], order)
+        image_bytes = self.models[ref].image_bytes
+        self.disk[ref] = self.files.write(ref, image_bytes)
+        self.reached["packed with parts in other files"] += self.disk[ref] < image_bytes
+        return Packed(ref, stay.device, self.disk[ref], image_bytes, order, image_bytes)
 
     def _drop(self, order: Drop) -> None:
         stay = self.stays.get(order.ref)
@@ -308,8 +314,23 @@ class Hands:
 
     def _end_drop(self, order: Drop) -> Event:
         del self.dropping[(order.ref, order.tier)]
-        del (self.disk if order.tier is Tier.DISK else self.host)[order.ref]
-        return Dropped(order.ref, order.tier, order.order)
+        if order.tier is Tier.HOST:
+            del self.host[order.ref]
+            return Dropped(order.ref, order.tier, order.order)
+        del self.disk[order.ref]
+        charged = self.files.drop(order.ref)
+        self.disk.update(charged)
+        self.reached["a file outlived its version"] += bool(charged)
+        self.reached["charged to one that goes as well"] += any(
+            (ref, Tier.DISK) in self.dropping for ref, _ in charged
+        )
+        packs = sum(self.charge_of(ref) for ref in self.disk)
+        self.require(self.files.used_bytes == packs, "bytes on disk that nobody is charged for")
+        return Dropped(order.ref, order.tier, order.order, charged)
+
+    def charge_of(self, ref: ModelRef) -> int:
+        """Of a complete pack; one in the making has its reservation."""
+        return 0 if ref in self.packing else self.disk[ref]
 
     def _kill(self, tenant: str, device: str) -> Event:
         for stay in list(self.stays.values()):

@@ -20,6 +20,7 @@ from random import Random
 from types import ModuleType
 
 import judges
+from simulated_files import File
 from simulated_hands import GRID_MS, Faults, Hands, Violated
 
 from packer import residency
@@ -214,6 +215,7 @@ class World(Hands):
                 and sum(self.disk.values()) + spec.image_bytes <= self.limits[Tier.DISK]
             ):
                 self.disk[ref] = spec.image_bytes
+                self.files.files.append(File(spec.image_bytes, ref))
                 self.feed(PackFound(ref, spec.image_bytes, spec.image_bytes))
         if found_first:
             self._plan()

@@ -88,7 +88,8 @@ class Hands:
         op = "embed" if model.spec.task is Task.EMBEDDING else "generate"
         fields = {"inputs": ["hello"]} if op == "embed" else {"prompt": "hello", "temperature": 0}
         request = EngineRequest(op, fields)  # type: ignore[arg-type]
-        frames = [frame async for frame in self.orders.run(model.ref, DEVICE.device, request)]
+        run = self.orders.run(model.ref, DEVICE.device, request, lambda nbytes: None)
+        frames = [frame async for frame in run]
         return frames[0].body + "".join(str(frame.header.get("delta", "")) for frame in frames).encode()
 
     def pids(self) -> list[int]:

@@ -43,11 +43,13 @@ RARE_UNDER_ANY_POLICY = (
 )
 
 RARE = (
+    "a file outlived its version",
     "a load failed beside its pack",
     "budget sank below what is leased",
     "budget sank while restoring",
     "cancelled after grant",
     "cancelled while waiting",
+    "charged to one that goes as well",
     "a failed restore left chunks",
     "a failed restore lost chunks",
     "condemned",
@@ -75,6 +77,7 @@ RARE = (
     "pack beside a load failed",
     "packed after the worker died",
     "packed before it was restored",
+    "packed with parts in other files",
     "passed a claim",
     "planned again",
     "refused: concurrency",
