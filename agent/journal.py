@@ -210,6 +210,9 @@ class Journal:
         migrations.apply(self._db)
         if self._meta("node_key_id") != node_key_id(node_key):
             self._set_meta("node_key_id", node_key_id(node_key))
+        # Tells this spool's numbers from those of another journal, such as the one before it was lost.
+        self.spool_id = self._meta("spool_id") or os.urandom(8).hex()
+        self._set_meta("spool_id", self.spool_id)
         with suppress(JournalFailed):  # it stays due
             self.scrub()
 

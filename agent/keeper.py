@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from agent.counters import Counters
 from agent.journal import JournalFailed
 from agent.journal_thread import JournalThread
-from packer.wire import Plan, Record
+from packer.wire import NO_PLAN, Plan, PlanNumber, Record
 
 log = logging.getLogger("bunk.keeper")
 
@@ -44,9 +44,9 @@ class Keeper:
     # --- plans ------------------------------------------------------------------------------------
 
     @property
-    def number(self) -> tuple[int, int]:
-        """Epoch and sequence of the plan in force; zeros before the first."""
-        return (self.plan.epoch, self.plan.seq) if self.plan else (0, 0)
+    def number(self) -> PlanNumber:
+        """Of the plan in force."""
+        return self.plan.number if self.plan else NO_PLAN
 
     async def take_up(self) -> None:
         """At a start: the plan that was in force before."""
@@ -60,7 +60,7 @@ class Keeper:
         Unless the disk is full: then revoked keys and deleted models, which make room, must not wait.
         """
         async with self._lock:
-            if (plan.epoch, plan.seq) <= self.number:
+            if plan.number <= self.number:
                 return
             self._kept = saved = False
             with self.journal_may_fail():
@@ -122,6 +122,10 @@ class Keeper:
             log.info("the journal works again")
             self._failing = False
         return True
+
+    @property
+    def spool_id(self) -> str:
+        return self._journal.journal.spool_id
 
     async def spooled(self, limit: int) -> tuple[Record, ...]:
         with suppress(JournalFailed):

@@ -50,7 +50,7 @@ from packer.events import (
 from packer.http import check_key
 from packer.rates import RateView
 from packer.types import BadValue, HostForm, KeySpec, ModelName, ModelRef, ModelSpec, Tier, parse_model
-from packer.wire import Plan, Record, Report
+from packer.wire import Plan, PlanNumber, Record, Report
 
 log = logging.getLogger("bunk.node")
 
@@ -280,7 +280,7 @@ class RunningNode:
     def _plan(self) -> Plan | None:
         return self._keeper.plan
 
-    def have_plan(self) -> tuple[int, int]:
+    def have_plan(self) -> PlanNumber:
         return self._keeper.number
 
     async def accept_plan(self, plan: Plan) -> None:
@@ -428,6 +428,10 @@ class RunningNode:
     @property
     def tenants(self) -> Sequence[str]:
         return [tenant.tenant for tenant in (self._plan.tenants if self._plan else ())]
+
+    @property
+    def spool_id(self) -> str:
+        return self._keeper.spool_id
 
     async def spooled(self, limit: int) -> tuple[Record, ...]:
         return await self._keeper.spooled(limit)

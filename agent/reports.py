@@ -99,6 +99,7 @@ def _calibration(node: ReportSource) -> str:
 
 def _device(node: ReportSource, device: DeviceConfig) -> DeviceReport:
     foreign_bytes = node.foreign_bytes(device.device)
+    known = node.loop.core.devices.get(device.device)
     return DeviceReport(
         device=device.device,
         kind=device.kind,
@@ -106,7 +107,7 @@ def _device(node: ReportSource, device: DeviceConfig) -> DeviceReport:
         budget_bytes=max(0, device.budget_bytes - foreign_bytes - node.contexts_bytes(device.device)),
         used_bytes=residency.device_bytes_used(node.loop.core, device.device),
         foreign_bytes=foreign_bytes,
-        healthy=True,
+        healthy=known is None or known.healthy,
     )
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -34,6 +36,7 @@ from packer.wire import (
     JoinAnswer,
     JoinAsk,
     Plan,
+    PlanNumber,
     Record,
     RenewAsk,
     Report,
@@ -66,8 +69,10 @@ class UplinkOwner(Protocol):
     """What the uplink asks of the node."""
 
     def report(self) -> Report: ...
-    def have_plan(self) -> tuple[int, int]: ...
-    async def accept_plan(self, plan: Plan) -> None: ...
+    @property
+    def spool_id(self) -> str: ...
+    def have_plan(self) -> PlanNumber: ...
+    async def accept_plan(self, plan: Plan) -> None: ...  # ignores one that is not newer
     async def spooled(self, limit: int) -> tuple[Record, ...]: ...
     async def acknowledge(self, acked_seq: int) -> None: ...
 
@@ -87,6 +92,9 @@ class Uplink:
         self._changed = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
         self._online = asyncio.Event()
+        # Beats overtake each other; control goes by the newest of this life.
+        self.life = secrets.token_hex(8)
+        self._beats = 0
 
     def changed(self) -> None:
         self._changed.set()
@@ -173,7 +181,7 @@ class Uplink:
                 log.warning(
                     "join: control at %s is not certified under this name; %s: %s", self._url, hint, error
                 )
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
                 log.warning("join: control at %s does not answer: %s", self._url, error)
             pause_s = await _pause(pause_s)
 
@@ -230,27 +238,43 @@ class Uplink:
 
     async def _push(self) -> None:
         """Short beats when something changed: reports and records."""
+        pause_s = RETRY_FIRST_S
         while True:
             await self._changed.wait()
             await asyncio.sleep(REPORT_PAUSE_S)
-            # The poll loop owns retrying; its first answer leads on here.
+            # The poll loop finds out when control is back; its first answer leads on here.
             await self._online.wait()
             self._changed.clear()
             try:
-                more = await self._beat(0)
+                left = await self._beat(0)
             except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
                 log.debug("report not delivered: %s", error)
-                more = True
-            if more:
-                self._changed.set()
+                left = _Left.STUCK
+            if left is _Left.NOTHING:
+                pause_s = RETRY_FIRST_S
+                continue
+            self._changed.set()
+            # A control that takes no records now is not asked again at once, with all of them.
+            pause_s = await _pause(pause_s) if left is _Left.STUCK else RETRY_FIRST_S
 
-    async def _beat(self, wait_ms: int) -> bool:
-        """One beat; true when more records wait."""
+    async def _beat(self, wait_ms: int) -> _Left:
+        """One beat; what is left to be told."""
         assert self._identity.answer is not None
         records = () if wait_ms else await self._owner.spooled(SPOOL_RECORDS_MAX)
-        epoch, seq = self._owner.have_plan()
+        have = self._owner.have_plan()
+        self._beats += 1
         beat = Beat(
-            WIRE_VERSION, self._identity.answer.node, epoch, seq, wait_ms, self._owner.report(), records
+            WIRE_VERSION,
+            self._identity.answer.node,
+            have.epoch,
+            have.seq,
+            wait_ms,
+            self._owner.report(),
+            records,
+            have.start,
+            self._owner.spool_id,
+            self.life,
+            self._beats,
         )
         timeout_s = wait_ms / 1000 + ANSWER_TIMEOUT_S
         answer = await self._post("/node/v1/beat", beat, timeout_s, CONNECT_TIMEOUT_S)
@@ -267,15 +291,15 @@ class Uplink:
             await self._owner.acknowledge(got.acked_seq)
         if got.plan is not None:
             await self._consider(got.plan)
-        return len(records) == SPOOL_RECORDS_MAX
+        if records and got.acked_seq < records[-1].seq:
+            return _Left.STUCK
+        return _Left.MORE if len(records) == SPOOL_RECORDS_MAX else _Left.NOTHING
 
     async def _consider(self, plan: Plan) -> None:
         mine = self._identity.answer
         assert mine is not None
         if plan.cluster != mine.cluster or plan.node != mine.node:
             log.error("ignored a plan for node %s of cluster %s", plan.node, plan.cluster)
-            return
-        if (plan.epoch, plan.seq) <= self._owner.have_plan():
             return
         await self._owner.accept_plan(plan)
 
@@ -333,6 +357,14 @@ class Uplink:
             raise OriginUnavailable(
                 f"{ref}: {path}: control does not send it now", f"{path}: {error}"
             ) from None
+
+
+class _Left(Enum):
+    """Records that wait after a beat: none, more than one beat carries, or what control did not take."""
+
+    NOTHING = "nothing"
+    MORE = "more"
+    STUCK = "stuck"
 
 
 class NodeDeleted(BadIdentity):

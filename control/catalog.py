@@ -83,7 +83,8 @@ class NodeRow:
     key_sha256: str  # of the SubjectPublicKeyInfo that its certificates carry
     gateway_url: str  # as told at the join; the newest is in its report
     joined_ms: int
-    acked_seq: int = 0  # highest spooled record stored
+    acked_seq: int = 0  # highest spooled record stored, of those that ``spool`` counts
+    spool: str = ""  # as told by the node; empty: a node of an earlier release
 
 
 @dataclass(frozen=True, slots=True)

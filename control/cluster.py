@@ -57,6 +57,8 @@ class NodeBeat:
     have_epoch: int
     have_seq: int
     waits: bool
+    life: str = ""  # of the node's process; empty: not stated
+    number: int = 0  # of the beats of one life, rising
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,8 @@ class NodeView:
     silent: bool = False
     waits: bool = False
     have: tuple[int, int] = (0, 0)
+    life: str = ""  # of the process whose report this is
+    number: int = 0
     in_flight: int = 0  # requests that this router has sent and not seen end
     avoid_until_ms: int = 0
 
@@ -234,18 +238,30 @@ def _beat(cluster: Cluster, event: NodeBeat, now_ms: int) -> list[Action]:
     actions: list[Action] = [NoteBack(event.node)] if view.silent else []
     view.silent = False
     view.heard_ms = now_ms
+    if not _is_late(view, event):
+        actions += _take_report(cluster, view, event)
+    if (event.have_epoch, event.have_seq) < cluster.newest:
+        actions.append(SendPlan(view.node, *cluster.newest))
+    elif event.waits:
+        view.waits = True
+    return actions
+
+
+def _is_late(view: NodeView, event: NodeBeat) -> bool:
+    """A node says several things at a time, and what it said earlier may come later. Of two processes nobody
+    can say which is the newer: then the later word counts, and the next one mends it."""
+    return bool(event.life) and event.life == view.life and event.number <= view.number
+
+
+def _take_report(cluster: Cluster, view: NodeView, event: NodeBeat) -> list[Action]:
+    view.life, view.number = event.life, event.number
     view.have = (event.have_epoch, event.have_seq)
     view.gateway_url = event.report.gateway_url
     view.peer_url = event.report.peer_url
     view.report = event.report
     view.by_ref = {model.ref: model for model in event.report.models}
     view.avoid_until_ms = 0
-    actions += _note_packs(cluster, view)
-    if view.have < cluster.newest:
-        actions.append(SendPlan(view.node, *cluster.newest))
-    elif event.waits:
-        view.waits = True
-    return actions
+    return _note_packs(cluster, view)
 
 
 def _answer_polls(cluster: Cluster) -> list[Action]:
@@ -287,6 +303,29 @@ def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
             break
         del cluster.expected[ref]
     return actions
+
+
+class FleetBroken(AssertionError):
+    """The books of the cluster core do not agree: a bug."""
+
+
+def check(cluster: Cluster) -> None:
+    """The invariants, after a step: bounds hold, and nothing is remembered of nodes that are no more."""
+    if len(cluster.expected) > EXPECTED_MAX or len(cluster.turns) > TURNS_MAX:
+        raise FleetBroken(f"{len(cluster.expected)} expectations, {len(cluster.turns)} turns")
+    for ref, (holder, _) in cluster.turns.items():
+        view = cluster.nodes.get(holder)
+        if view is None or view.silent:
+            raise FleetBroken(f"the turn at the origin of {ref} is {holder}'s, which is not there")
+        if not view.peer_url:
+            raise FleetBroken(f"nodes wait for {ref} from {holder}, which gives nothing")
+    for view in cluster.nodes.values():
+        if view.in_flight < 0:
+            raise FleetBroken(f"{view.in_flight} requests in flight to {view.node}")
+        if view.have > cluster.newest:
+            raise FleetBroken(f"{view.node} has plan {view.have}, the newest is {cluster.newest}")
+        if view.waits and view.have == cluster.newest and view.report is None:
+            raise FleetBroken(f"{view.node} waits and was never heard")
 
 
 # --- sources of packs -----------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from control.store import Meta, SpooledRecords, Store, StoreUnavailable
 from packer.durable import write_private
 from packer.http import BodyBudget, make_key
 from packer.types import ModelRef
-from packer.wire import WIRE_VERSION, Plan, Record
+from packer.wire import WIRE_VERSION, Plan, PlanNumber, Record
 
 log = logging.getLogger("bunk.control")
 
@@ -116,6 +116,7 @@ class Control:
         self._kept: set[asyncio.Task[object]] = set()
         self._background: list[asyncio.Task[None]] = []
         self.stopping = False
+        self.start_name = secrets.token_hex(8)
         # Set by start().
         self.meta: Meta
         self.authority: Authority
@@ -248,16 +249,23 @@ class Control:
             self.meta = replace(self.meta, seq=seq)
             self.act(fleet.step(self.cluster, fleet.Changed(self.meta.epoch, seq), self.now_ms()))
 
-    async def leap_epoch(self, have_epoch: int) -> bool:
-        """A node has a plan of a later epoch: this database is a restored backup. Overtake it."""
+    def is_behind(self, have: PlanNumber) -> bool:
+        """Does a node have a plan that this control did not make and could not overtake by counting on?"""
+        if have.epoch != self.meta.epoch:
+            return have.epoch > self.meta.epoch
+        return have.seq > self.meta.seq or have.start not in ("", self.start_name)
+
+    async def leap_epoch(self, have: PlanNumber) -> bool:
+        """A node has a plan that is not of this control's making: this database is a backup that was put
+        back, and counts numbers again that were counted before it was lost. Overtake them."""
         async with self.writing:
-            if have_epoch <= self.meta.epoch:
+            if not self.is_behind(have):
                 return True
-            if have_epoch - self.meta.epoch > EPOCH_LEAP_MAX:
+            if have.epoch - self.meta.epoch > EPOCH_LEAP_MAX:
                 return False
-            log.warning("a node has a plan of epoch %d, this is %d: overtaking", have_epoch, self.meta.epoch)
+            log.warning("a node has a plan of epoch %d, this is %d: overtaking", have.epoch, self.meta.epoch)
             self.meta = await self._on(
-                self._writer, lambda: self._store.start(self.meta.cluster, have_epoch + 1)
+                self._writer, lambda: self._store.start(self.meta.cluster, have.epoch + 1)
             )
             changed = fleet.Changed(self.meta.epoch, self.meta.seq)
             self.act(fleet.step(self.cluster, changed, self.now_ms()))
@@ -271,7 +279,14 @@ class Control:
         """The newest plan. Every node is told of everything; placement is not control's yet."""
         parts, peers = self.catalog.plan_parts(), self.catalog.plan_peers()
         return Plan(
-            WIRE_VERSION, self.meta.cluster, node, self.meta.epoch, self.meta.seq, *parts, peers=peers
+            WIRE_VERSION,
+            self.meta.cluster,
+            node,
+            self.meta.epoch,
+            self.meta.seq,
+            *parts,
+            peers=peers,
+            start=self.start_name,
         )
 
     # --- nodes ---
@@ -363,12 +378,13 @@ class Control:
             self._own_records.append(Record(0, wall_ms(), kind, tenant, model, detail))
             self._records_due.set()
 
-    async def store_spooled(self, row: NodeRow, records: tuple[Record, ...]) -> int:
+    async def store_spooled(self, row: NodeRow, records: tuple[Record, ...], spool: str = "") -> int:
         """Store a node's records with whatever else is waiting; the highest sequence stored."""
         if sum(len(item.spooled.records) for item in self._pending) + len(records) > RECORDS_PENDING_MAX:
             raise TooManyRecords
         stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        spooled = SpooledRecords(row.node, row.incarnation, row.acked_seq, records)
+        after_seq = row.acked_seq if row.spool in ("", spool) else 0
+        spooled = SpooledRecords(row.node, row.incarnation, after_seq, records, spool)
         self._pending.append(PendingRecords(spooled, stored))
         self._records_due.set()
         return await stored
@@ -398,13 +414,15 @@ class Control:
                     item.stored.set_exception(error)
                     item.stored.exception()  # its beat may have left
             raise
-        for node, row in list(self.catalog.nodes.items()):
-            if row.incarnation in acked:
-                high = max(row.acked_seq, acked[row.incarnation])
-                self.catalog.nodes[node] = replace(row, acked_seq=high)
         for item in batch:
+            spooled, high = item.spooled, acked[item.spooled.counted_by]
+            row = self.catalog.nodes.get(spooled.node)
+            if row is not None and row.incarnation == spooled.incarnation:
+                before = row.acked_seq if row.spool in ("", spooled.spool) else 0
+                row = replace(row, acked_seq=max(before, high), spool=spooled.spool)
+                self.catalog.nodes[spooled.node] = row
             if not item.stored.done():
-                item.stored.set_result(acked[item.spooled.incarnation])
+                item.stored.set_result(high)
 
     # --- time ---
 

@@ -71,6 +71,12 @@ def m001_first(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m002_spools(db: Database) -> None:
+    """Records are told apart by the spool that counts them, not by when their node joined."""
+    db.execute("alter table nodes add column spool text not null default ''")
+
+
 class StoreUnavailable(Exception):
     """The database could not be read or written (disk full, I/O error, held by another process)."""
 
@@ -105,6 +111,13 @@ class SpooledRecords:
     incarnation: str
     after_seq: int
     records: tuple[Record, ...]
+    spool: str = ""
+
+    @property
+    def counted_by(self) -> str:
+        """What tells these sequences from others: the node's own spool, which a node that was removed and
+        joins again goes on with. Under the node's name, so that no node can speak for another's."""
+        return f"{self.node}/{self.spool}" if self.spool else self.incarnation
 
 
 @contextmanager
@@ -182,7 +195,7 @@ class Store:
                 rows.UploadRow(upload_id, tenant, name, version, declared, created_ms, bool(committed))
             )
         for row in query(
-            "select node, incarnation, key_sha256, gateway_url, joined_ms, acked_seq from nodes"
+            "select node, incarnation, key_sha256, gateway_url, joined_ms, acked_seq, spool from nodes"
         ):
             yield rows.PutNode(rows.NodeRow(*row))
         for row in query(
@@ -253,6 +266,7 @@ class Store:
                     gateway_url=row.gateway_url,
                     joined_ms=row.joined_ms,
                     acked_seq=row.acked_seq,
+                    spool=row.spool,
                 )
             case rows.DropNode(node):
                 self._db.execute("delete from nodes where node = ?", (node,))
@@ -315,35 +329,36 @@ class Store:
     def write_records(self, batch: Sequence[SpooledRecords], own: Sequence[Record] = ()) -> dict[str, int]:
         """Store the records of many beats, and control's own, in one transaction.
 
-        Returns the highest sequence stored by incarnation. Delivered twice, a record is stored once:
-        its sequence is not above the one acknowledged.
+        Returns the highest sequence stored, by what counts them. Delivered twice, a record is stored once:
+        its sequence is not above the one acknowledged, or is there already.
         """
         acked: dict[str, int] = {}
         with _mapped(), self._db.atomic():
             for spooled in batch:
-                high = acked.get(spooled.incarnation, spooled.after_seq)
+                high = acked.get(spooled.counted_by, spooled.after_seq)
                 fresh = sorted((r for r in spooled.records if r.seq > high), key=lambda r: r.seq)
                 for record in fresh:
-                    self._insert_record(spooled.node, spooled.incarnation, record)
+                    self._insert_record(spooled.node, spooled.counted_by, record)
                     high = record.seq
-                acked[spooled.incarnation] = high
+                acked[spooled.counted_by] = high
                 self._db.execute(
-                    "update nodes set acked_seq = max(acked_seq, ?) where incarnation = ?",
-                    (high, spooled.incarnation),
+                    "update nodes set acked_seq = iif(spool in ('', ?), max(acked_seq, ?), ?), spool = ? "
+                    "where incarnation = ?",
+                    (spooled.spool, high, high, spooled.spool, spooled.incarnation),
                 )
             for record in own:
                 self._insert_record("control", "", record)
             self._prune()
         return acked
 
-    def _insert_record(self, node: str, incarnation: str, record: Record) -> None:
+    def _insert_record(self, node: str, counted_by: str, record: Record) -> None:
         self._until_prune -= 1
         self._db.execute(
             "insert or ignore into records (node, incarnation, seq, at_ms, kind, tenant, model, detail) "
             "values (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 node,
-                incarnation,
+                counted_by,
                 record.seq,
                 record.at_ms,
                 _storable(record.kind, WORD_CHARS_MAX),

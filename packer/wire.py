@@ -9,7 +9,7 @@ path; unknown fields are ignored, so that a newer peer may add some.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
@@ -74,6 +74,19 @@ class PeerSpec:
     peer_url: str = ""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class PlanNumber:
+    """Which plan is newer: a higher epoch, then a higher sequence. ``start`` is a name that control gives
+    itself at every start: a backup that was put back counts epochs again that others have counted."""
+
+    epoch: int
+    seq: int
+    start: str = field(default="", compare=False)
+
+
+NO_PLAN = PlanNumber(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Control's numbered wish. A node ignores a plan of another cluster or node, of a lower epoch, or
@@ -89,6 +102,11 @@ class Plan:
     models: tuple[ModelSpec, ...]
     draining: bool = False
     peers: tuple[PeerSpec, ...] = ()  # all nodes of the cluster: whom this node may give packs to
+    start: str = ""  # of the control that made it; see ``PlanNumber``
+
+    @property
+    def number(self) -> PlanNumber:
+        return PlanNumber(self.epoch, self.seq, self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +238,14 @@ class Beat:
     wait_ms: int
     report: Report
     records: tuple[Record, ...] = ()
+    have_start: str = ""  # of the plan that it has; empty: made by a control of an earlier release
+    spool: str = ""  # what counts the records; a node that joins again goes on with the same one
+    life: str = ""  # of the node's process: its beats count from 1
+    number: int = 0
+
+    @property
+    def have(self) -> PlanNumber:
+        return PlanNumber(self.have_epoch, self.have_seq, self.have_start)
 
 
 @dataclass(frozen=True, slots=True)

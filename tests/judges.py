@@ -192,7 +192,7 @@ def judge_patience(world: World) -> None:
     for device in world.node.devices.values():
         claim = device.claim
         waited_ms = world.now_ms - claim.since_ms if claim is not None else 0
-        world.require(waited_ms <= CLAIM_MS_MAX, f"{claim} stands since {waited_ms} ms")
+        world.require(waited_ms <= world.claim_ms_max, f"{claim} stands since {waited_ms} ms")
 
 
 def judge_end(world: World) -> None:

@@ -254,6 +254,7 @@ class FakeNode:
     chain_pem: str = ""
     ca_pem: str = ""
     have: tuple[int, int] = (0, 0)
+    have_start: str = ""
 
     def csr_pem(self) -> str:
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, self.name)])
@@ -316,6 +317,7 @@ class FakeNode:
         got = decode(answer.body, BeatAnswer)
         if got.plan is not None:
             self.have = (got.plan.epoch, got.plan.seq)
+            self.have_start = got.plan.start
         return got
 
     async def raw_beat(
@@ -334,5 +336,6 @@ class FakeNode:
             wait_ms,
             report or empty_report(self.gateway_url),
             records,
+            self.have_start,
         )
         return await self.call("POST", "/node/v1/beat", encode(message), folder=folder)

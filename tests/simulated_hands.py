@@ -161,12 +161,18 @@ class Hands:
             self.host[ref] = order.host_bytes
         elif order.from_tier is Tier.DISK:
             self.require(not self._fits_host(ref), f"{ref} comes from disk and leaves no host copy")
-        self.later(lambda: self._end_restore(stay))
+        self._await_restore(stay, order)
         if order.from_tier is not Tier.ORIGIN and self.rng.random() < 0.4:
             self.later(lambda: self._begin_serving(stay))
         if order.disk_bytes:
             self.require(order.from_tier is Tier.ORIGIN, f"a pack beside a restore from {order.from_tier}")
             self._start_pack(stay, order.disk_bytes, order.pack_order)
+
+    def _await_restore(self, stay: Stay, order: Restore) -> None:
+        self.later(lambda: self._end_restore(stay))
+
+    def _await_pack(self, stay: Stay, order: int) -> None:
+        self.later(lambda: self._end_pack(stay, order), 20)
 
     def _fits_host(self, ref: ModelRef) -> bool:
         """Would a host copy of this pack fit in now, beside what is going?"""
@@ -275,7 +281,7 @@ class Hands:
         self.require(order > 0, f"a pack of {ref} without a number")
         stay.packing = True
         self.disk[ref] = self.packing[ref] = disk_bytes
-        self.later(lambda: self._end_pack(stay, order), 20)
+        self._await_pack(stay, order)
 
     def _end_pack(self, stay: Stay, order: int) -> Event:
         """The end of a pack, written beside a load or from a resident model: in any order with the load's

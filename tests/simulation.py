@@ -90,6 +90,7 @@ class World(Hands):
         self.calls: dict[str, Call] = {}
         self.excused: dict[str, int] = {}
         self.wake_ms: int | None = None
+        self.claim_ms_max = judges.CLAIM_MS_MAX
         self._draw()
 
     # --- drawing a world --------------------------------------------------------------------------
@@ -186,6 +187,7 @@ class World(Hands):
         self.core.check(self.node)
         if self.steps % FULL_CHECK_STEPS == 0:
             self.core.check(self.node, full=True)
+        self.observe(event, actions)
         for action in actions:
             self._carry_out(action)
         self.reached["condemned"] += bool(self.node.condemned)
@@ -196,6 +198,9 @@ class World(Hands):
         judges.judge_bytes(self)
         judges.judge_chunks(self)
         judges.judge_patience(self)
+
+    def observe(self, event: Event, actions: list[Action]) -> None:
+        """Every step, before its orders are carried out."""
 
     # --- phases -----------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ Covers: scenarios as lists of events, on a clock that only the test moves. Does 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from running_control import empty_report, model_report
 
 from control.cluster import (
@@ -91,6 +93,32 @@ def test_a_change_answers_exactly_the_polls_that_wait() -> None:
 def test_a_short_beat_does_not_end_the_long_poll() -> None:
     cluster = cluster_of(beat("a", waits=True), beat("a"))
     assert step(cluster, Changed(1, 6), 1) == [SendPlan("a", 1, 6)]
+
+
+def test_a_late_beat_is_answered_and_changes_nothing() -> None:
+    """Beats overtake each other; a report that comes late hid a newer one for up to a poll's time. Found by
+    ``cluster_simulation``."""
+    here, gone = model_report(str(REF), "resident"), model_report(str(REF))
+    cluster = cluster_of(replace(beat("a", here), life="x", number=2))
+    late = replace(beat("a", gone, have=(1, 4)), life="x", number=1)
+    assert step(cluster, late, 1) == [SendPlan("a", 1, 5)]
+    assert cluster.nodes["a"].by_ref[str(REF)].state == "resident"
+    assert cluster.nodes["a"].have == (1, 5)
+    # Another process of the node counts from 1.
+    step(cluster, replace(beat("a", gone), life="y", number=1), 2)
+    assert cluster.nodes["a"].by_ref[str(REF)].state == "absent"
+    # A late word of the one before, and the next of the newer: nobody is shut out for good.
+    step(cluster, replace(beat("a", here), life="x", number=3), 3)
+    step(cluster, replace(beat("a", gone), life="y", number=2), 4)
+    assert cluster.nodes["a"].by_ref[str(REF)].state == "absent"
+    step(cluster, beat("a", here), 5)  # a node of an earlier release states neither
+    assert cluster.nodes["a"].by_ref[str(REF)].state == "resident"
+
+
+def test_a_late_beat_that_waits_still_gets_the_next_plan() -> None:
+    cluster = cluster_of(replace(beat("a"), life="x", number=2))
+    assert step(cluster, replace(beat("a", waits=True), life="x", number=1), 1) == []
+    assert step(cluster, Changed(1, 6), 2) == [SendPlan("a", 1, 6)]
 
 
 def test_a_poll_that_ended_is_not_answered() -> None:

@@ -460,17 +460,6 @@ async def test_plans_are_numbered_upwards_across_restarts(tmp_path: Path) -> Non
     assert len({seq for _, seq in seen}) == 3
 
 
-async def test_control_restored_from_a_backup_overtakes_its_nodes(control: Running, tmp_path: Path) -> None:
-    node = await control.join("n1")
-    node.have = (9, 1_000)
-    plan = (await node.beat(tmp_path)).plan
-    assert plan is not None
-    assert plan.epoch == 10
-    node.have = (10**6, 0)
-    refused = await node.raw_beat(tmp_path)
-    assert (refused.status, refused.error["code"]) == (409, "epoch_ahead")
-
-
 async def test_records_are_acknowledged_once_stored_and_shown_once(control: Running, tmp_path: Path) -> None:
     key = await control.tenant("acme")
     other = await control.tenant("globex")

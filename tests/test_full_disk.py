@@ -28,7 +28,7 @@ from agent.spawning import Nursery
 from agent.workers import PackDone, PackFiles, WorkerHandle
 from packer.events import Drop, Dropped, Event, Pack, Packed, PackFailed
 from packer.types import MIB, HostSizes, ModelRef, ModelSpec, Task, TenantSpec, Tier
-from packer.wire import WIRE_VERSION, Plan
+from packer.wire import WIRE_VERSION, Plan, PlanNumber
 
 REF = ModelRef("acme", "minilm", "0" * 16)
 SPEC = ModelSpec(REF, "control:", (), "transformers", Task.EMBEDDING, 4096, (4096,), 0, 1)
@@ -71,7 +71,7 @@ async def test_a_plan_is_in_force_on_a_full_disk_and_kept_when_there_is_room(
     await node.accept_plan(plan(1, 0))
     await node._journal.call(journal.fill)
     await node.accept_plan(plan(2, 2000))
-    assert node.have_plan() == (1, 2)
+    assert node.have_plan() == PlanNumber(1, 2)
     assert len(node.tenants) == 2001
     for number in range(100):
         node.counters.put_back([record(number)])

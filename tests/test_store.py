@@ -39,9 +39,9 @@ EVERY_KIND: tuple[rows.Change, ...] = (
 )
 
 
-def spooled(*seqs: int, after: int = 0, incarnation: str = "inc1") -> SpooledRecords:
+def spooled(*seqs: int, after: int = 0, incarnation: str = "inc1", spool: str = "") -> SpooledRecords:
     records = tuple(Record(seq, 100 + seq, "restored", "acme", "acme/m@x", f"#{seq}") for seq in seqs)
-    return SpooledRecords("n1", incarnation, after, records)
+    return SpooledRecords("n1", incarnation, after, records, spool)
 
 
 @pytest.fixture
@@ -133,6 +133,26 @@ def test_records_delivered_twice_are_stored_once(store: Store) -> None:
     assert store.write_records([spooled(4, 5, after=4), spooled(5, 6, after=4)]) == {"inc1": 6}
     assert [event.detail for event in store.events(0, 100)] == [f"#{n}" for n in (1, 2, 3, 4, 5, 6)]
     assert store.load().nodes["n1"].acked_seq == 6
+
+
+def test_records_of_a_node_that_was_removed_and_joined_again_are_stored_once(store: Store) -> None:
+    """Control had stored them and its answer was lost; found by ``cluster_simulation`` (seed 1)."""
+    store.write(EVERY_KIND, 1)
+    assert store.write_records([spooled(1, 2, spool="s")]) == {"n1/s": 2}
+    assert store.load().nodes["n1"].spool == "s"
+    store.write([rows.DropNode("n1"), rows.PutNode(rows.NodeRow("n1", "inc2", "e" * 64, "http://h:1", 9))], 2)
+    assert store.write_records([spooled(1, 2, 3, incarnation="inc2", spool="s")]) == {"n1/s": 3}
+    assert [event.detail for event in store.events(0, 100)] == ["#1", "#2", "#3"]
+
+
+def test_a_spool_that_was_lost_does_not_hide_the_next(store: Store) -> None:
+    """Another journal counts from 1 again; what it says is new."""
+    store.write(EVERY_KIND, 1)
+    store.write_records([spooled(1, 2, 3, spool="s")])
+    assert store.write_records([spooled(1, spool="t")]) == {"n1/t": 1}
+    row = store.load().nodes["n1"]
+    assert (row.acked_seq, row.spool) == (1, "t")
+    assert len(store.events(0, 100)) == 4
 
 
 def test_a_node_that_joined_afresh_starts_counting_again(store: Store) -> None:

@@ -21,7 +21,7 @@ from agent.sources import ControlAway
 from agent.uplink import NodeDeleted, Uplink
 from control.authority import Authority
 from packer.types import ModelRef
-from packer.wire import OriginTurn, Plan, Record, Report
+from packer.wire import NO_PLAN, BadMessage, OriginTurn, Plan, PlanNumber, Record, Report
 
 
 @dataclass(slots=True)
@@ -35,11 +35,13 @@ class Owner:
     def report(self) -> Report:
         return empty_report("http://127.0.0.1:9")
 
-    def have_plan(self) -> tuple[int, int]:
-        return (self.plan.epoch, self.plan.seq) if self.plan else (0, 0)
+    spool_id: str = "a spool"
+
+    def have_plan(self) -> PlanNumber:
+        return self.plan.number if self.plan else NO_PLAN
 
     async def accept_plan(self, plan: Plan) -> None:
-        assert (plan.epoch, plan.seq) > self.have_plan()
+        assert plan.number > self.have_plan()
         self.plan = plan
         self.news.set()
 
@@ -118,6 +120,28 @@ async def test_a_deleted_node_stops(tmp_path: Path) -> None:
             async with asyncio.timeout(PATIENCE_S):
                 await task
         assert not (tmp_path / "identity" / "identity.json").exists()
+
+
+async def test_a_join_whose_answer_is_cut_short_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended the agent; found by ``cluster_simulation``."""
+    async with running(tmp_path / "control") as control:
+        owner = Owner()
+        uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
+        join, tries = uplink._join, iter(range(9))
+
+        async def cut_short(token: Path) -> None:
+            if next(tries) == 0:
+                raise BadMessage("JoinAnswer: Input data was truncated")
+            await join(token)
+
+        monkeypatch.setattr(uplink, "_join", cut_short)
+        task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
+        await owner.until_versions(0)
+        assert next(tries) == 2
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_a_node_that_never_joined_says_what_it_needs(tmp_path: Path) -> None:

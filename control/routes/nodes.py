@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
@@ -44,6 +45,7 @@ from control.catalog import (
 )
 from control.routes.access import Access, Caller, Items, Route, not_found, read_json
 from control.state import Control, TooManyRecords, wall_ms
+from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
 from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile, parse_ref
 from packer.wire import (
@@ -73,6 +75,8 @@ JOIN_BYTES_MAX = 32 * KIB
 # A report of 20,000 models and 1,000 records is about 12 MB.
 BEAT_BYTES_MAX = 16 * MIB
 GATEWAY_URL_CHARS_MAX = 256
+# Names that a node repeats or makes up: of a start of control, of its spool. Ours have 16.
+NAME_CHARS_MAX = 64
 # What a node measures of itself is a few KiB; the agent keeps no more than this either.
 CALIBRATION_CHARS_MAX = 256 * KIB
 # Held open this long at most: shorter than what middleboxes cut, and than fleet.SILENT_AFTER_MS.
@@ -83,7 +87,6 @@ SOURCES_BYTES_MAX = 4 * KIB
 NUMBER_MAX = 2**53
 # Reported models and tenants; no node can hold more than the cluster has.
 REPORTED_MAX = 20_000
-RETRY_RECORDS_MS = 2_000
 
 
 # --- operators ------------------------------------------------------------------------------------
@@ -330,33 +333,36 @@ async def beat(control: Control, request: web.Request, caller: Caller) -> web.Re
 async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str | None) -> BeatAnswer:
     """What a beat that came from the address ``peer`` means; ``row`` is the node as it was then."""
     _check_beat(message, row)
-    if message.have_epoch > control.meta.epoch and not await control.leap_epoch(message.have_epoch):
+    if control.is_behind(message.have) and not await control.leap_epoch(message.have):
         raise ApiError(
             409,
             "epoch_ahead",
             f"The node has a plan of epoch {message.have_epoch}, control is at {control.meta.epoch}; is this "
             "the right control server?",
         )
-    acked_seq = row.acked_seq
+    acked_seq = 0
     if message.records:
-        try:
-            acked_seq = await control.store_spooled(row, message.records)
-        except TooManyRecords:
-            raise ApiError(
-                503, "records_full", "Too many records wait to be stored.", retry_ms=RETRY_RECORDS_MS
-            ) from None
+        # The node goes by what is acknowledged and brings the rest again; a disk of control's that is full
+        # must not make its nodes look silent.
+        with suppress(TooManyRecords, StoreUnavailable):
+            acked_seq = await control.store_spooled(row, message.records, message.spool)
     waits = message.wait_ms > 0 and not control.stopping
     url = dialled_gateway_url(message.report.gateway_url, peer)
     peer_url = dialled_gateway_url(message.report.peer_url, peer)
     report = replace(message.report, gateway_url=url, peer_url=peer_url)
-    due = control.hear(fleet.NodeBeat(row.node, report, message.have_epoch, message.have_seq, waits))
+    heard = fleet.NodeBeat(
+        row.node, report, message.have_epoch, message.have_seq, waits, message.life, message.number
+    )
+    due = control.hear(heard)
     if waits and not due:
         due = await control.poll(row.node, min(message.wait_ms, POLL_MS_MAX))
     current = control.catalog.nodes.get(row.node)
     if current is None or current.incarnation != row.incarnation:
         raise ApiError(403, "node_removed", f"The node {row.node!r} was removed from this cluster.")
     plan = control.plan_for(row.node) if due else None
-    return BeatAnswer(WIRE_VERSION, plan, max(acked_seq, current.acked_seq))
+    if current.spool in ("", message.spool):
+        acked_seq = max(acked_seq, current.acked_seq)
+    return BeatAnswer(WIRE_VERSION, plan, acked_seq)
 
 
 def _check_beat(message: Beat, row: NodeRow) -> None:
@@ -367,10 +373,12 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
     report = message.report
     if max(len(report.models), len(report.tenants), len(report.devices)) > REPORTED_MAX:
         raise BadValue("report", f"at most {REPORTED_MAX} models, tenants or devices")
-    numbers = [message.have_epoch, message.have_seq, message.wait_ms]
+    numbers = [message.have_epoch, message.have_seq, message.wait_ms, message.number]
     numbers += [number for record in message.records for number in (record.seq, record.at_ms)]
     if any(not 0 <= number <= NUMBER_MAX for number in numbers):
         raise BadValue("beat", f"numbers must be from 0 to {NUMBER_MAX}")
+    if max(len(message.have_start), len(message.spool), len(message.life)) > NAME_CHARS_MAX:
+        raise BadValue("have_start, spool, life", f"at most {NAME_CHARS_MAX} characters")
     check_gateway_url(report.gateway_url)
     if report.peer_url:
         _check_url(report.peer_url, "peer_url", ("https",))

@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import aiohttp
 import msgspec
@@ -119,7 +120,7 @@ async def route(control: Control, request: web.Request, caller: Caller) -> web.S
     async with control.bodies.body(request, caller.owner, JSON_BYTES_MAX) as body:
         spec = _resolve(control, caller, decode_json(body, Names).model)
         call = Call(spec, path, request.query_string, _request_headers(request), body)
-        node, answer = await _first_answer(control, caller, call)
+        node, answer = await first_answer(control, caller, call, _send)
     reached = False
     try:
         response = await _pass_on(request, node, answer)
@@ -136,8 +137,25 @@ def _request_headers(request: web.Request) -> dict[str, str]:
     return {"Accept-Encoding": "identity", **{name: request.headers[name] for name in kept}}
 
 
-async def _first_answer(control: Control, caller: Caller, call: Call) -> tuple[str, aiohttp.ClientResponse]:
-    """The node that answers and the head of its answer; tries the next while nothing was passed on."""
+class Head(Protocol):
+    """The beginning of a node's answer."""
+
+    @property
+    def status(self) -> int: ...
+    def close(self) -> None: ...
+
+
+H = TypeVar("H", bound=Head)
+
+
+async def first_answer(
+    control: Control, caller: Caller, call: Call, send: Callable[[Control, str, Call], Awaitable[H]]
+) -> tuple[str, H]:
+    """The node that answers and the head of its answer; tries the next while nothing was passed on.
+
+    ``send`` brings the call to a node and raises ``NodeUnreachable``. Whoever calls this owes the cluster
+    core an ``Answered`` for the node that is returned.
+    """
     await _until_known(control, caller, call.spec)
     nodes = _candidates(control, caller, call.spec)[:TRIES_MAX]
     for position, node in enumerate(nodes):
@@ -145,7 +163,7 @@ async def _first_answer(control: Control, caller: Caller, call: Call) -> tuple[s
         control.act(fleet.step(control.cluster, fleet.Routed(node, call.spec.ref), control.now_ms()))
         answered, reached = False, False
         try:
-            answer = await _send(control, node, call)
+            answer = await send(control, node, call)
             reached = True
             # 502 and 503 mean "not here, not now": it drains, or every tier failed it.
             if last or answer.status not in (502, 503):

@@ -12,7 +12,7 @@ from aiohttp import web
 from agent.identity import BadIdentity, Identity, read_token
 from agent.uplink import Uplink
 from control.authority import Authority, make_token
-from packer.wire import Plan, Record, Report
+from packer.wire import Plan, PlanNumber, Record, Report
 
 
 class NoNode:
@@ -21,7 +21,9 @@ class NoNode:
     def report(self) -> Report:
         raise AssertionError("nothing may be reported before joining")
 
-    def have_plan(self) -> tuple[int, int]:
+    spool_id = ""
+
+    def have_plan(self) -> PlanNumber:
         raise AssertionError("no beat before joining")
 
     async def accept_plan(self, plan: Plan) -> None:
