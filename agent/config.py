@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.devices import DeviceConfig, inventory
+from packer.lending import MARGIN_PERCENT, MARGIN_PERCENT_MAX
 from packer.policies import POLICY_NAMES
 from packer.types import GIB, MIB, BadValue, HostForm, parse_bytes
 
@@ -49,6 +50,7 @@ class AgentConfig:
     peer_url: str | None = None  # where other nodes reach that, when it differs
     peer_rate_bytes_s: int = GIB
     policy: str = "keep"
+    lending_margin_percent: int = MARGIN_PERCENT
     standbys: int = 1  # workers kept ready per device
 
 
@@ -162,6 +164,15 @@ def _add_memory_options(run: argparse.ArgumentParser) -> None:
         "idle minutes (default %(default)s)",
     )
 
+    run.add_argument(
+        "--lending-margin",
+        type=int,
+        default=MARGIN_PERCENT,
+        metavar="PERCENT",
+        help="reserved device bytes are lent while credit covers this share of what their tenant may lose: "
+        "100 never leaves it worse off than alone on them, 0 lends on any credit (default %(default)s)",
+    )
+
 
 def load(argv: Sequence[str]) -> AgentConfig:
     """Parse ``bunk-agent run …``; raises ``BadValue`` naming the option."""
@@ -178,6 +189,8 @@ def load(argv: Sequence[str]) -> AgentConfig:
         raise BadValue("--threads", "must be 0 (all cores) to 1024")
     if not 0 <= options.standbys <= STANDBYS_MAX:
         raise BadValue("--standbys", f"must be 0 (none) to {STANDBYS_MAX} per device")
+    if not 0 <= options.lending_margin <= MARGIN_PERCENT_MAX:
+        raise BadValue("--lending-margin", f"must be 0 to {MARGIN_PERCENT_MAX} percent")
     disk_budget_bytes = parse_bytes(options.disk_bytes, "--disk-bytes")
     return AgentConfig(
         data_dir=options.data_dir,
@@ -201,6 +214,7 @@ def load(argv: Sequence[str]) -> AgentConfig:
         calibrate=options.calibrate == "auto",
         host_form=None if options.host_form == "auto" else HostForm(options.host_form),
         policy=options.policy,
+        lending_margin_percent=options.lending_margin,
         peer_listen=_peer_listen(options.peer_listen, host),
         peer_url=_peer_url(options.peer_url),
         peer_rate_bytes_s=_peer_rate(options.peer_rate),

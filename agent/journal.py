@@ -100,6 +100,11 @@ def m005_deduplicated_bytes(db: Database) -> None:
     db.table("packs").add_column("deduplicated_bytes", int)
 
 
+@migrations()
+def m006_debts(db: Database) -> None:
+    db.table("debts").create({"tenant": str, "debt_ms": int}, pk="tenant")
+
+
 class JournalFailed(OSError):
     """The journal can not be read or written now: most likely its disk is full."""
 
@@ -264,6 +269,18 @@ class Journal:
     def spent(self) -> list[SpentRow]:
         rows = self._db.table("spent").rows_where(order_by="tenant")
         return [SpentRow(row["tenant"], row["tokens"], row["device_ms"], row["at_ms"]) for row in rows]
+
+    def save_debts(self, debts: Mapping[str, int]) -> None:
+        """What tenants owe in cold milliseconds, in place of what was written before; a row per tenant."""
+        with self._db.atomic():
+            table = self._db.table("debts")
+            table.delete_where()
+            for tenant, debt_ms in debts.items():
+                table.insert({"tenant": tenant, "debt_ms": min(max(debt_ms, -SPENT_MAX), SPENT_MAX)})
+
+    def debts(self) -> dict[str, int]:
+        rows = self._db.table("debts").rows_where(order_by="tenant")
+        return {row["tenant"]: row["debt_ms"] for row in rows}
 
     def save_footprints(self, rows: Sequence[FootprintRow], planned: Collection[ModelRef]) -> None:
         """Keep what was measured; what is not planned any more is forgotten."""

@@ -85,6 +85,7 @@ class _Families:
             tokens.add_metric([name], tenant.tokens)
             device_s.add_metric([name], tenant.device_ms / 1000)
         yield from (tenant_bytes, requests, answers, tokens, device_s, limit)
+        yield from self._lending()
         refusals = CounterMetricFamily("bunkhouse_refusals", "Requests refused.", labels=["tenant", "reason"])
         for (name, reason), count in sorted(counters.refusals.items()):
             refusals.add_metric([name, reason], count)
@@ -103,6 +104,35 @@ class _Families:
         yield CounterMetricFamily(
             "bunkhouse_records_lost", "Records the journal did not get.", counters.records_lost
         )
+
+    def _lending(self) -> Iterator[Metric]:
+        debt = GaugeMetricFamily(
+            "bunkhouse_tenant_debt_seconds",
+            "What a tenant's restores took beyond those of a private slice; negative is credit.",
+            labels=["tenant"],
+        )
+        lent = GaugeMetricFamily(
+            "bunkhouse_tenant_lent_bytes", "Reserved device bytes that others hold.", labels=["tenant"]
+        )
+        borrowed = GaugeMetricFamily(
+            "bunkhouse_tenant_borrowed_bytes", "Device bytes held beyond the reserve.", labels=["tenant"]
+        )
+        protected = GaugeMetricFamily(
+            "bunkhouse_tenant_protected", "1: none of its reserved bytes may be lent now.", labels=["tenant"]
+        )
+        excused = CounterMetricFamily(
+            "bunkhouse_tenant_excused_seconds",
+            "Restores beyond the private slice's that no policy could have avoided.",
+            labels=["tenant"],
+        )
+        for tenant in self._report.tenants:
+            name, lending = [tenant.tenant], tenant.lending
+            debt.add_metric(name, lending.debt_ms / 1000)
+            lent.add_metric(name, lending.lent_bytes)
+            borrowed.add_metric(name, lending.borrowed_bytes)
+            protected.add_metric(name, int(lending.protected))
+            excused.add_metric(name, lending.excused_ms / 1000)
+        yield from (debt, lent, borrowed, protected, excused)
 
     def _estimate_errors(self) -> Metric:
         family = HistogramMetricFamily(

@@ -18,6 +18,7 @@ from agent.accuracy import Accuracy
 from agent.calibration import Calibrator, LinkMeter
 from agent.config import AgentConfig
 from agent.counters import Counters
+from agent.debts import Debts
 from agent.facade import Lease
 from agent.footprints import Footprints
 from agent.identity import BadIdentity, Identity
@@ -41,6 +42,7 @@ from packer.events import (
     DeviceSeen,
     DrainAsked,
     Event,
+    LendingChosen,
     PackFound,
     Planned,
     PolicyChosen,
@@ -136,6 +138,7 @@ class RunningNode:
         self._spending = Spending(
             self._journal.journal.spent(), lambda: residency.spent(self.loop.core, monotonic_ms()), wall_ms
         )
+        self._debts = Debts(self._journal.journal.debts(), self._owed_cold_ms, monotonic_ms)
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
         self._keys: dict[str, KeySpec] = {}
         self._specs: dict[ModelRef, ModelSpec] = {}
@@ -160,6 +163,7 @@ class RunningNode:
             self._nursery.keep_standbys(device)
         self.sharing.start()
         self.loop.post(PolicyChosen(self.config.policy))
+        self.loop.post(LendingChosen(self.config.lending_margin_percent))
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
         self._look_at_devices()
@@ -193,6 +197,7 @@ class RunningNode:
         await self._nursery.close()
         await self._flush_once()
         await self._keep_spent(at_once=True)
+        await self._keep_debts(at_once=True)
         self._segments.close()
         self._journal.close()
         devices.close()
@@ -309,6 +314,16 @@ class RunningNode:
             with self._keeper.journal_may_fail():
                 await self._journal.call(self._journal.journal.save_spent, rows)
 
+    def _owed_cold_ms(self) -> dict[str, int]:
+        return residency.debts(self.loop.core)
+
+    async def _keep_debts(self, at_once: bool = False) -> None:
+        debts = self._debts.due(at_once)
+        if debts is not None:
+            with self._keeper.journal_may_fail():
+                await self._journal.call(self._journal.journal.save_debts, debts)
+                self._debts.kept(debts)
+
     def _apply(self, plan: Plan) -> None:
         self.sharing.planned(plan)
         self._keys = {key.key_id: key for key in plan.keys}
@@ -318,6 +333,8 @@ class RunningNode:
         self.loop.post(Planned(plan.tenants, plan.models))
         for spent in self._spending.planned():
             self.loop.post(spent)
+        for debt in self._debts.planned():
+            self.loop.post(debt)
         self.footprints.planned(plan.models)
         for row in self._packs_found:
             host_bytes = row.host.of(self.host_form) if row.host else row.host_bytes
@@ -458,6 +475,7 @@ class RunningNode:
     async def _flush_once(self) -> None:
         await self._keep_footprints()
         await self._keep_spent()
+        await self._keep_debts()
         if await self._keeper.flush() and self.uplink is not None:
             self.uplink.changed()
 

@@ -14,6 +14,7 @@ from agent.devices import DeviceConfig
 from agent.loop import Loop
 from packer import residency
 from packer.estimate import Rates, named_rates
+from packer.lending import LendingView
 from packer.types import HostForm, ModelRef, ModelSpec, Tier
 from packer.wire import (
     AccuracyReport,
@@ -150,4 +151,5 @@ def _tenant(node: ReportSource, tenant: str) -> TenantReport:
         tokens=count.tokens,
         device_ms=count.device_ms,
         rates=view.rates if view else (),
+        lending=view.lending if view else LendingView(),
     )

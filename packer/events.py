@@ -133,6 +133,22 @@ class TookLate:
 
 
 @dataclass(frozen=True, slots=True)
+class LendingChosen:
+    """The share of what takings may cost its owner that credit must cover, in percent; see ``lending``."""
+
+    margin_percent: int
+
+
+@dataclass(frozen=True, slots=True)
+class DebtFound:
+    """At start-up: what a tenant owed in cold milliseconds before the restart (negative: its credit).
+    After the first ``Planned``, which says what it has reserved."""
+
+    tenant: str
+    debt_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class SpentFound:
     """At start-up: what a tenant owed ``ago_ms`` ago, before the restart. After the first ``Planned``,
     which says its limits; a tenant that is not planned owes nothing."""
@@ -284,12 +300,14 @@ Event = (
     | TierBudgetSeen
     | RatesSeen
     | PolicyChosen
+    | LendingChosen
     | PackFound
     | Requested
     | Cancelled
     | Finished
     | TookLate
     | SpentFound
+    | DebtFound
     | Restored
     | ServingBegun
     | RestoreFailed

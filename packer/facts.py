@@ -6,9 +6,12 @@ Covers: what each of these events changes in the state. Does not cover: requests
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from packer import admission, estimate, queueing, quota, room, upkeep
 from packer.events import (
     Action,
+    DebtFound,
     DeviceSeen,
     DrainAsked,
     PackFound,
@@ -26,6 +29,7 @@ from packer.ledger import (
     renew_shade,
     settle_copy,
 )
+from packer.lending import MARGIN_PERCENT_MAX
 from packer.quota import Tenant
 from packer.types import ModelRef, ModelSpec, Task, TenantSpec, Tier
 
@@ -165,6 +169,19 @@ def policy_chosen(node: Node, policy: str) -> None:
     for model in node.models.values():
         renew_shade(node, model)
     _capacity_changed(node)
+
+
+def lending_chosen(node: Node, margin_percent: int) -> None:
+    node.terms = replace(node.terms, margin_percent=min(max(margin_percent, 0), MARGIN_PERCENT_MAX))
+    for tenant in node.tenants.values():
+        tenant.slice.agree(node.terms)
+    node.dirty = True
+
+
+def debt_found(node: Node, event: DebtFound) -> None:
+    tenant = node.tenants.get(event.tenant)
+    if tenant is not None:
+        tenant.slice.recall(event.debt_ms, node.terms)
 
 
 def drain_asked(node: Node, event: DrainAsked, out: list[Action]) -> None:

@@ -17,6 +17,7 @@ from packer.events import (
     Answer,
     Asked,
     Cancelled,
+    DebtFound,
     DeviceSeen,
     DrainAsked,
     Dropped,
@@ -25,6 +26,7 @@ from packer.events import (
     Finished,
     FootprintSeen,
     Grant,
+    LendingChosen,
     Packed,
     PackFailed,
     PackFound,
@@ -66,6 +68,7 @@ from packer.types import Tier
 from packer.views import (
     ModelView,
     TenantView,
+    debts,
     device_bytes_used,
     model_view,
     restore_ms_estimate,
@@ -80,6 +83,7 @@ __all__ = [
     "Node",
     "TenantView",
     "check",
+    "debts",
     "device_bytes_used",
     "model_view",
     "restore_ms_estimate",
@@ -165,6 +169,10 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             facts.rates_seen(node, event)
         case PolicyChosen():
             facts.policy_chosen(node, event.policy)
+        case LendingChosen():
+            facts.lending_chosen(node, event.margin_percent)
+        case DebtFound():
+            facts.debt_found(node, event)
         case FootprintSeen():
             measure_workspace(node, event.ref, event.workspace_bytes)
         case DrainAsked():

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from packer import room
 from packer.ledger import CopyState, Node, State
+from packer.lending import LendingView
+from packer.quota import Tenant
 from packer.rates import RateView
 from packer.types import ModelRef, Tier
 
@@ -39,6 +41,7 @@ class TenantView:
     disk_bytes: int
     in_flight: int
     rates: tuple[RateView, ...]
+    lending: LendingView
 
 
 def device_bytes_used(node: Node, device: str) -> int:
@@ -85,7 +88,33 @@ def tenant_view(node: Node, tenant: str, now_ms: int) -> TenantView | None:
         disk_bytes=known.disk.used_bytes,
         in_flight=known.in_flight,
         rates=tuple(known.rates.views(now_ms)),
+        lending=_lending_view(node, known),
     )
+
+
+def _lending_view(node: Node, tenant: Tenant) -> LendingView:
+    slice_, account = tenant.slice, tenant.device
+    beyond = account.kept_bytes - account.reserved_bytes
+    # What is free, or within another's own reserve, is not lent.
+    free_bytes = others_bytes = 0
+    if beyond < 0:
+        for device in node.devices.values():
+            free_bytes += max(-device.account.short_bytes(0), 0)
+        for other in node.tenants.values():
+            if other is not tenant:
+                others_bytes += max(other.device.kept_bytes - other.device.reserved_bytes, 0)
+    return LendingView(
+        debt_ms=slice_.debt_ms,
+        lent_bytes=min(max(-beyond - free_bytes, 0), others_bytes),
+        borrowed_bytes=max(beyond, 0),
+        excused_ms=slice_.excused_ms,
+        protected=slice_.reserved_bytes > 0 and not slice_.may_open_ms(node.terms),
+    )
+
+
+def debts(node: Node) -> dict[str, int]:
+    """By tenant, what it owes in cold milliseconds (negative: its credit), which must outlive a restart."""
+    return {name: tenant.slice.debt_ms for name, tenant in node.tenants.items() if tenant.slice.debt_ms}
 
 
 def spent(node: Node, now_ms: int) -> dict[str, tuple[int, int]]:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
+from packer.lending import LendingView
 from packer.rates import RateView
 from packer.types import KeySpec, ModelSpec, TenantSpec
 
@@ -170,6 +171,7 @@ class TenantReport:
     tokens: int
     device_ms: int
     rates: tuple[RateView, ...] = ()  # those that are limited
+    lending: LendingView = field(default_factory=LendingView)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from control.catalog import PutQuota
 from control.routes.access import Access, Caller, Route, read_json, tenant_of
 from control.state import Control
 from packer.http import json_response
+from packer.lending import LendingView
 from packer.rates import RateView
 from packer.types import BadValue, ByteQuota, TenantQuota
 from packer.wire import TenantReport
@@ -81,6 +82,7 @@ class Usage:
     tokens: int
     device_ms: int
     rates: Sequence[RateView]
+    lending: LendingView
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,7 @@ def _usage(node: str, report: TenantReport) -> Usage:
         report.tokens,
         report.device_ms,
         report.rates,
+        report.lending,
     )
 
 

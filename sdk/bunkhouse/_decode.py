@@ -29,6 +29,7 @@ from bunkhouse._types import (
     Events,
     Key,
     Label,
+    Lending,
     Model,
     ModelFile,
     NewKey,
@@ -302,6 +303,16 @@ def _rate_use(row: Fields) -> RateUse:
     )
 
 
+def _lending(row: Fields) -> Lending:
+    return Lending(
+        debt_ms=row.number("debt_ms", 0),
+        lent_bytes=row.number("lent_bytes", 0),
+        borrowed_bytes=row.number("borrowed_bytes", 0),
+        excused_ms=row.number("excused_ms", 0),
+        protected=row.flag("protected"),
+    )
+
+
 def _usage(row: Fields) -> Usage:
     return Usage(
         node=row.maybe_text("node"),
@@ -316,6 +327,7 @@ def _usage(row: Fields) -> Usage:
         tokens=row.number("tokens", 0),
         device_ms=row.number("device_ms", 0),
         rates=tuple(_rate_use(each) for each in row.each("rates")),
+        lending=_lending(row.inner("lending")),
     )
 
 

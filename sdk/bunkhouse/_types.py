@@ -163,6 +163,21 @@ class RateUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Lending:
+    """How a tenant stands with its reserved device bytes on one node.
+
+    ``debt_ms``: what its restores took beyond what they would have taken alone on its reserve; negative is
+    credit, for which ``lent_bytes`` of it are in others' hands. ``protected``: nothing may be lent now.
+    """
+
+    debt_ms: int = 0
+    lent_bytes: int = 0
+    borrowed_bytes: int = 0  # held beyond the reserve
+    excused_ms: int = 0  # lost to faults and to what can not be divided, and not counted as debt
+    protected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """A tenant's use of one node, counted since that node's agent started."""
 
@@ -178,6 +193,7 @@ class Usage:
     tokens: int
     device_ms: int
     rates: tuple[RateUse, ...] = ()
+    lending: Lending = field(default_factory=Lending)
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,6 +199,9 @@ def _print_quota(out: Output, shown: _types.QuotaUse) -> None:
             ("REFUSALS", lambda row: row.refusals),
             ("TOKENS", lambda row: row.tokens),
             ("DEVICE MS", lambda row: row.device_ms),
+            ("LENT", lambda row: size(row.lending.lent_bytes)),
+            ("BORROWED", lambda row: size(row.lending.borrowed_bytes)),
+            ("DEBT MS", lambda row: row.lending.debt_ms),
         ],
         "no use on any node yet",
     )
