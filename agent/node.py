@@ -135,9 +135,7 @@ class RunningNode:
         self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
         self.footprints.take_stored(self._journal.journal.footprints())
         self.orders.on_workspace = self._on_workspace
-        self._spending = Spending(
-            self._journal.journal.spent(), lambda: residency.spent(self.loop.core, monotonic_ms()), wall_ms
-        )
+        self._spending = Spending(self._journal.journal.spent(), self._owed_rates, wall_ms)
         self._debts = Debts(self._journal.journal.debts(), self._owed_cold_ms, monotonic_ms)
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
         self._keys: dict[str, KeySpec] = {}
@@ -313,6 +311,9 @@ class RunningNode:
         if rows is not None:
             with self._keeper.journal_may_fail():
                 await self._journal.call(self._journal.journal.save_spent, rows)
+
+    def _owed_rates(self) -> dict[str, tuple[int, int]]:
+        return residency.spent(self.loop.core, monotonic_ms())
 
     def _owed_cold_ms(self) -> dict[str, int]:
         return residency.debts(self.loop.core)
