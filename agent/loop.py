@@ -23,8 +23,11 @@ from typing import Protocol
 
 from agent.facade import EngineFrame, EngineRequest, Refused
 from packer import residency
+from packer.decisions import Forecast
 from packer.events import (
     Action,
+    Answer,
+    Asked,
     Cancelled,
     Drop,
     Event,
@@ -106,6 +109,7 @@ class Loop:
         self._inbox: deque[Event] = deque()
         self._draining = False
         self._waiting: dict[str, asyncio.Future[tuple[Grant, int]]] = {}
+        self._asked: dict[str, Forecast] = {}
         self._orders: set[asyncio.Task[None]] = set()
         self._wake: asyncio.TimerHandle | None = None
         self._wake_at_ms: int | None = None
@@ -152,6 +156,8 @@ class Loop:
             case Refuse():
                 refused = Refused(action.reason, action.detail, action.retry_ms)
                 self._answer(action.request, refused)
+            case Answer():
+                self._asked[action.question] = action.forecast
             case Wake():
                 self._wake_up_at(action.at_ms)
             case Restore():
@@ -227,6 +233,11 @@ class Loop:
             yield held
         finally:
             self.post(Finished(request, held.device_ms, held.tokens))
+
+    def forecast(self, question: str, ref: ModelRef) -> Forecast:
+        """What a request for the model would meet now; nothing changes. Not from within a step."""
+        self.post(Asked(question, ref))
+        return self._asked.pop(question)
 
     def dump(self, why: str) -> Path:
         """Write the ring as JSON lines; returns the file."""

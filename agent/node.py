@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 from agent import devices, metrics
 from agent.accuracy import Accuracy
@@ -19,6 +20,7 @@ from agent.calibration import Calibrator, LinkMeter
 from agent.config import AgentConfig
 from agent.counters import Counters
 from agent.debts import Debts
+from agent.decisions import Decisions
 from agent.facade import Lease
 from agent.footprints import Footprints
 from agent.identity import BadIdentity, Identity
@@ -36,6 +38,7 @@ from agent.spawning import Nursery
 from agent.spending import Spending
 from agent.uplink import Uplink
 from packer import residency
+from packer.decisions import shortened
 from packer.estimate import FIRST_RATES, Rates, choose_host_form, dump_rates
 from packer.events import (
     Action,
@@ -50,8 +53,19 @@ from packer.events import (
     TierBudgetSeen,
 )
 from packer.http import check_key
+from packer.questions import Asks, Question, Reply
 from packer.rates import RateView
-from packer.types import BadValue, HostForm, KeySpec, ModelName, ModelRef, ModelSpec, Tier, parse_model
+from packer.types import (
+    BadValue,
+    HostForm,
+    KeySpec,
+    ModelName,
+    ModelRef,
+    ModelSpec,
+    Tier,
+    parse_model,
+    parse_ref,
+)
 from packer.wire import Plan, PlanNumber, Record, Report
 
 log = logging.getLogger("bunk.node")
@@ -80,6 +94,7 @@ class RunningNode:
         self.name = config.name
         self.counters = Counters()
         self.accuracy = Accuracy()
+        self.decisions = Decisions(wall_ms)
         self.started_ms = wall_ms()
         self.gateway_url = ""
         self._devices = {device.device: device for device in config.devices}
@@ -457,10 +472,21 @@ class RunningNode:
     async def acknowledge(self, acked_seq: int) -> None:
         await self._keeper.acknowledge(acked_seq)
 
+    async def reply(self, question: Question) -> Reply:
+        if question.asks is not Asks.PLAN:
+            return self.decisions.reply(question)
+        try:
+            ref = parse_ref(question.subject)
+        except BadValue:
+            return Reply(question.question)
+        forecast = self.loop.forecast(question.question, ref)
+        return Reply(question.question, forecast=shortened(replace(forecast, at_ms=wall_ms())))
+
     # --- records ----------------------------------------------------------------------------------
 
     def _observe(self, now_ms: int, event: Event, actions: list[Action]) -> None:
         self.counters.observe(wall_ms(), event, actions)
+        self.decisions.observe(self.loop.core, event, actions)
         self.accuracy.observe(self.loop.core, event, actions)
         if self.uplink is not None:
             self.uplink.changed()

@@ -25,6 +25,7 @@ import aiohttp
 from agent.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
 from agent.origin import PIECE_BYTES, OriginUnavailable
 from agent.sources import ControlAway
+from packer.questions import QUESTIONS_MAX, Question, Replies, Reply
 from packer.types import ModelRef, ModelSpec
 from packer.wire import (
     MESSAGE_BYTES_MAX,
@@ -75,6 +76,7 @@ class UplinkOwner(Protocol):
     async def accept_plan(self, plan: Plan) -> None: ...  # ignores one that is not newer
     async def spooled(self, limit: int) -> tuple[Record, ...]: ...
     async def acknowledge(self, acked_seq: int) -> None: ...
+    async def reply(self, question: Question) -> Reply: ...
 
 
 class Uplink:
@@ -291,6 +293,8 @@ class Uplink:
             await self._owner.acknowledge(got.acked_seq)
         if got.plan is not None:
             await self._consider(got.plan)
+        if got.questions:
+            await self._reply(got.questions[:QUESTIONS_MAX])
         if records and got.acked_seq < records[-1].seq:
             return _Left.STUCK
         return _Left.MORE if len(records) == SPOOL_RECORDS_MAX else _Left.NOTHING
@@ -302,6 +306,15 @@ class Uplink:
             log.error("ignored a plan for node %s of cluster %s", plan.node, plan.cluster)
             return
         await self._owner.accept_plan(plan)
+
+    async def _reply(self, questions: Sequence[Question]) -> None:
+        """Answer what control asks. Nobody depends on it: who asked is told when no answer comes."""
+        replies = tuple([await self._owner.reply(question) for question in questions])
+        answer = await self._post(
+            "/node/v1/replies", Replies(WIRE_VERSION, replies), ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+        )
+        if answer.status not in (200, 204):
+            log.debug("control took no replies: %s: %s", answer.status, _text(answer.body))
 
     async def _renew(self) -> None:
         ask = RenewAsk(WIRE_VERSION, self._identity.csr_pem(self._name))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from control.config import Address, Config
-from control.routes import about, keys, models, nodes, ps, quotas, router, tenants, uploads
+from control.routes import about, keys, models, nodes, plans, ps, quotas, router, tenants, uploads
 from control.routes.access import Access, Caller, Route, add_routes, render_error
 from control.state import STOP_S, Control
 from packer.durable import write_private
@@ -46,6 +46,7 @@ PUBLIC_ROUTES = (
     *models.ROUTES,
     *nodes.ROUTES,
     *ps.ROUTES,
+    *plans.ROUTES,
     *router.ROUTES,
 )
 

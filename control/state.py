@@ -45,6 +45,7 @@ from control.catalog import (
 )
 from control.config import Config
 from control.model_store import ModelStore
+from control.questions import Questions
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
 from packer.durable import write_private
 from packer.http import BodyBudget, make_key
@@ -115,6 +116,7 @@ class Control:
         self._source_waits: dict[ModelRef, asyncio.Event] = {}
         self._kept: set[asyncio.Task[object]] = set()
         self._background: list[asyncio.Task[None]] = []
+        self.questions = Questions(self._end_poll)
         self.stopping = False
         self.start_name = secrets.token_hex(8)
         # Set by start().
@@ -335,6 +337,12 @@ class Control:
             if self._polls.get(node) is poll:
                 del self._polls[node]
                 self.act(fleet.step(self.cluster, fleet.PollEnded(node), self.now_ms()))
+
+    def _end_poll(self, node: str) -> None:
+        """Answer the node's long poll without a plan, so that it comes again at once."""
+        poll = self._polls.get(node)
+        if poll is not None and not poll.done():
+            poll.set_result(False)
 
     async def end_polls(self) -> None:
         """Answer every long poll now: the server stops."""

@@ -10,8 +10,12 @@ another policy than ours it is whatever that policy ranks by, and None where it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TypeVar
+
+# Victims that an answer names; one that needs more shows these and how many there are beside them.
+VICTIMS_MAX = 32
 
 
 class Outcome(StrEnum):
@@ -65,7 +69,8 @@ class DeviceRoom:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What a request for this model would meet at this moment, decided by the same code."""
+    """What a request for this model would meet at this moment, decided by the same code. ``reason`` is in
+    words that name no other model: who may not know others is shown only the words."""
 
     ref: str
     outcome: Outcome
@@ -75,7 +80,9 @@ class Forecast:
     restore_bytes: int = 0
     restore_ms: int = 0  # expected, once it starts
     victims: tuple[Victim, ...] = ()
+    victims_left_out: int = 0
     devices: tuple[DeviceRoom, ...] = ()
+    by: str = ""  # the model that it waits for
     waiting_before: int = 0  # models that wait for room already
     refusal: str = ""  # the code of the refusal
     at_ms: int = 0  # wall clock of the node
@@ -90,10 +97,23 @@ class Decision:
     reason: str
     device: str = ""
     by: str = ""
+    left_bytes: int | None = None  # what stays free on the device
     request: str = ""
     from_tier: str = ""
     nbytes: int = 0
     expected_ms: int = 0
     took_ms: int = 0
     victims: tuple[Victim, ...] = ()
+    victims_left_out: int = 0
     at_ms: int = 0  # wall clock of the node
+
+
+Told = TypeVar("Told", Forecast, Decision)
+
+
+def shortened(what: Told) -> Told:
+    """With no more victims than ``VICTIMS_MAX``."""
+    left_out = len(what.victims) - VICTIMS_MAX
+    if left_out <= 0:
+        return what
+    return replace(what, victims=what.victims[:VICTIMS_MAX], victims_left_out=left_out)

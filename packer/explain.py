@@ -40,14 +40,15 @@ def victims_of(node: Node, takings: Sequence[victims.Taking], now_ms: int) -> tu
 def placed(node: Node, model: Model, device: Device) -> None:
     """Its restore starts; the bytes are held already."""
     left = (device.account.limit_bytes or 0) - device.account.used_bytes
-    others = sum(other.healthy for other in node.devices.values()) - 1
-    chosen = f", the least of {others + 1} devices that have room for it" if others else ""
+    only = sum(other.healthy for other in node.devices.values()) == 1
+    why = "the only device" if only else "the device with the least room that is enough"
     node.why.append(
         Decision(
             Kind.PLACED,
             model.name,
-            f"leaves {left} bytes of {device.name} free{chosen}",
+            why,
             device.name,
+            left_bytes=left,
             from_tier=model.source.value,
             nbytes=model.moving_bytes,
             expected_ms=model.expected_ms,
@@ -59,7 +60,7 @@ def claimed(node: Node, model: Model, device: Device, takings: Sequence[victims.
     """It needs room on the device: these go, at once if nobody uses them."""
     busy = sum(not taking.model.idle for taking in takings)
     if busy:
-        why = f"{busy} of {len(takings)} models that must go are in use; it waits for them"
+        why = f"waits: {busy} of the {len(takings)} that must go are in use"
     elif takings:
         why = "the least valuable bytes of the device that has to give the fewest"
     else:

@@ -7,6 +7,8 @@ something else happens first.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from packer import admission, choice, explain, queueing, room, victims
 from packer.choice import Promises, Turn
 from packer.decisions import DeviceRoom, Forecast, Outcome
@@ -46,7 +48,7 @@ def _forecast(node: Node, ref: ModelRef, now_ms: int) -> Forecast:
     if model is None or not model.planned or refusal is not None:
         assert refusal is not None
         return _refused(node, ref, model, refusal, now_ms)
-    if model.state is State.RESIDENT:
+    if model.state is State.RESIDENT or model.serving:
         return _resident(node, model)
     if model.state is State.RESTORING:
         assert model.device is not None
@@ -60,10 +62,15 @@ def _forecast(node: Node, ref: ModelRef, now_ms: int) -> Forecast:
 def _resident(node: Node, model: Model) -> Forecast:
     assert model.device is not None
     if queueing.grantable(node, model):
-        return Forecast(model.name, Outcome.RESIDENT, "it may be used at once", model.device.name)
+        why = "it may be used at once"
+        if model.serving:
+            why += ", while the rest of it comes"
+        return Forecast(model.name, Outcome.RESIDENT, why, model.device.name)
     wanted = node.condemned.get(model.ref)
-    why = f"its room is wanted for {wanted}" if wanted is not None else f"{model.device.name} is unhealthy"
-    return Forecast(model.name, Outcome.WAITS, why, model.device.name)
+    if wanted is None:
+        return Forecast(model.name, Outcome.WAITS, f"{model.device.name} is unhealthy", model.device.name)
+    why = "its room was wanted for too long; new requests wait"
+    return Forecast(model.name, Outcome.WAITS, why, model.device.name, by=str(wanted))
 
 
 def _startable(node: Node, model: Model, now_ms: int) -> Forecast:
@@ -96,25 +103,19 @@ def _chosen(node: Node, model: Model, chosen: choice.Choice, promises: Promises,
     elif chosen.turn is Turn.WAIT:
         outcome, why = Outcome.WAITS, "every device that it could go to is claimed by models before it"
     elif busy:
-        outcome, why = Outcome.WAITS, f"{busy} of {len(who)} models that must go are in use"
+        outcome, why = Outcome.WAITS, f"{busy} of {_models(len(who))} that must go are in use"
     elif who:
-        outcome, why = Outcome.EVICTS, f"{len(who)} models give bytes, the least valuable first"
+        outcome, why = Outcome.EVICTS, f"{_models(len(who))} must give bytes, the least valuable first"
     else:
         outcome, why = Outcome.WAITS, f"what is leaving {name} already is enough"
     found = _with_source(node, model, outcome, why, name)
     others = sum(1 for other in node.queue.values() if other is not model and other.startable)
-    return Forecast(
-        found.ref,
-        outcome,
-        why,
-        name,
-        found.from_tier,
-        found.restore_bytes,
-        found.restore_ms,
-        who,
-        _rooms(node, model, promises, name, now_ms),
-        others,
-    )
+    rooms = _rooms(node, model, promises, name, now_ms)
+    return replace(found, victims=who, devices=rooms, waiting_before=others)
+
+
+def _models(count: int) -> str:
+    return f"{count} model" if count == 1 else f"{count} models"
 
 
 def _refused(

@@ -16,6 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from packer.lending import LendingView
+from packer.questions import Question
 from packer.rates import RateView
 from packer.types import KeySpec, ModelSpec, TenantSpec
 
@@ -255,6 +256,7 @@ class BeatAnswer:
     version: int
     plan: Plan | None
     acked_seq: int  # highest record sequence that control has stored
+    questions: tuple[Question, ...] = ()  # answered by ``Replies`` at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,9 @@ class FakeControl:
         self.tokens: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.ps: dict[str, Any] = {"items": [], "devices": []}
+        self.plan: dict[str, Any] = {"model": "acme/m@0", "items": []}
+        self.explanation: dict[str, Any] = {"requests": [], "items": [], "silent": []}
+        self.asked: dict[str, str] = {}  # the query of the last plan or explanation
         self.about: dict[str, Any] = {"version": "0.1.0", "key_id": "op", "tenant": None, "expires_ms": None}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []  # method and raw path
@@ -96,6 +99,8 @@ class FakeControl:
                 web.delete("/api/v1/nodes/{node}", self.delete_node),
                 web.get("/api/v1/about", self.show_about),
                 web.get("/api/v1/ps", self.show_ps),
+                web.get("/api/v1/plan", self.show_plan),
+                web.get("/api/v1/explain", self.show_explanation),
                 web.get("/api/v1/events", self.list_events),
                 web.post("/v1/embeddings", self.embeddings),
                 web.post("/v1/classify", self.classify),
@@ -342,6 +347,14 @@ class FakeControl:
 
     async def show_about(self, request: web.Request) -> web.Response:
         return web.json_response({"now_ms": time.time_ns() // 1_000_000, **self.about})
+
+    async def show_plan(self, request: web.Request) -> web.Response:
+        self.asked = dict(request.query)
+        return web.json_response(self.plan)
+
+    async def show_explanation(self, request: web.Request) -> web.Response:
+        self.asked = dict(request.query)
+        return web.json_response(self.explanation)
 
     async def show_ps(self, request: web.Request) -> web.Response:
         return web.json_response(self.ps)

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import aiohttp
 from cryptography import x509
@@ -288,7 +288,7 @@ class FakeNode:
         self,
         method: str,
         path: str,
-        data: bytes | None = None,
+        data: bytes | BinaryIO | None = None,
         *,
         folder: Path | None = None,
         verify: bool = True,

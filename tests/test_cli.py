@@ -118,6 +118,9 @@ COMMANDS: list[Sequence[str]] = [
     ("ps",),
     ("events",),
     ("events", "--after", "2", "--limit", "2"),
+    ("plan", "acme/minilm"),
+    ("explain", "acme/minilm"),
+    ("explain", "req_1", "--node", "box"),
 ]
 
 
@@ -172,6 +175,58 @@ def test_tables_hold_sizes_restores_and_states(bunk: Bunk) -> None:
     assert "47 ms" in ps
     assert "FOREIGN" in ps
     assert "2023-11-14 22:13:20Z  -  restored  acme/m@0" in bunk("events").stdout
+
+
+VICTIM = {"ref": "acme/old@0", "device": "cpu:0", "freed_bytes": 2**20, "kept_chunks": 3, "keep_index": 0.125}
+
+
+def test_a_plan_shows_victims_scores_the_restore_and_every_device(bunk: Bunk, control: FakeControl) -> None:
+    room = {"device": "cpu:0", "budget_bytes": 96 * 2**20, "used_bytes": 90 * 2**20}
+    room |= {"needed_bytes": 7 * 2**20, "verdict": "chosen"}
+    forecast = {"ref": "acme/m@0", "outcome": "evicts", "reason": "1 models give bytes", "device": "cpu:0"}
+    forecast |= {"from_tier": "host", "restore_bytes": 7 * 2**20, "restore_ms": 12, "victims": [VICTIM]}
+    forecast |= {"devices": [room], "waiting_before": 2, "at_ms": 1}
+    item = {"node": "box", "forecast": forecast, "others": {"count": 2, "freed_bytes": 2**30}, "error": None}
+    mute = {"node": "mute", "forecast": None, "others": {}, "error": "it did not answer in time"}
+    control.plan = {"model": "acme/m@0", "items": [item, mute]}
+    out = bunk("plan", "acme/m", "--node", "box").stdout
+    assert control.asked == {"model": "acme/m", "node": "box"}
+    assert "box/cpu:0: evicts: 1 models give bytes" in out
+    assert "7 MiB from the host tier, about 12 ms" in out
+    assert "0.125" in out
+    assert "3 chunks" in out
+    assert "and 2 models of other tenants give 1 GiB" in out
+    assert "chosen" in out
+    assert "mute: no answer: it did not answer in time" in out
+    found = json.loads(bunk("plan", "acme/m", "-o", "json").stdout)
+    assert found["items"][0]["victims"][0]["keep_index"] == 0.125
+    assert found["items"][1]["outcome"] is None
+
+
+def test_an_explanation_tells_decisions_and_requests(bunk: Bunk, control: FakeControl) -> None:
+    decision = {
+        "kind": "claimed",
+        "ref": "",
+        "reason": "",
+        "device": "cpu:0",
+        "victims": [VICTIM],
+        "at_ms": 1,
+    }
+    story = {"request": "req_1", "ref": "acme/m@0", "asked_ms": 1, "outcome": "granted", "device": "cpu:0"}
+    story |= {"from_tier": "disk", "waited_ms": 30}
+    control.explanation["items"] = [{"node": "box", "decision": decision, "others": {}}]
+    control.explanation["requests"] = [{"node": "box", "story": story}]
+    control.explanation["silent"] = ["mute"]
+    out = bunk("explain", "req_1").stdout
+    assert control.asked == {"request": "req_1"}
+    assert "acme/m@0: granted after 30 ms on box/cpu:0, weights from the disk tier" in out
+    assert "claimed another tenant's model" in out
+    assert "acme/old@0" in out
+    assert "mute: no answer" in out
+    assert bunk("explain", "acme/m").exit_code == 0
+    assert control.asked == {"model": "acme/m"}
+    control.explanation = {"requests": [], "items": [], "silent": []}
+    assert "nothing was decided about acme/m lately" in bunk("explain", "acme/m").stdout
 
 
 def test_an_empty_list_is_an_empty_list(bunk: Bunk, control: FakeControl) -> None:

@@ -20,6 +20,7 @@ from agent.identity import BadIdentity, Identity, may_serve
 from agent.sources import ControlAway
 from agent.uplink import NodeDeleted, Uplink
 from control.authority import Authority
+from packer.questions import Question, Reply
 from packer.types import ModelRef
 from packer.wire import NO_PLAN, BadMessage, OriginTurn, Plan, PlanNumber, Record, Report
 
@@ -51,6 +52,9 @@ class Owner:
     async def acknowledge(self, acked_seq: int) -> None:
         self.records = [record for record in self.records if record.seq > acked_seq]
         self.news.set()
+
+    async def reply(self, question: Question) -> Reply:
+        return Reply(question.question)
 
     async def until_versions(self, count: int) -> Plan:
         async with asyncio.timeout(PATIENCE_S):

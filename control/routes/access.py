@@ -23,6 +23,7 @@ from aiohttp import web
 from control.authority import NotANode
 from control.catalog import NodeRow, TenantRow
 from control.model_store import ModelStoreError
+from control.questions import OPERATOR_OWNER
 from control.state import Control, wall_ms
 from control.store import StoreUnavailable
 from packer.http import (
@@ -40,7 +41,6 @@ from packer.types import BadValue, parse_tenant
 
 T = TypeVar("T")
 
-OPERATOR_OWNER = "operator!"
 RETRY_STORE_MS = 2_000
 
 

@@ -47,6 +47,7 @@ from control.routes.access import Access, Caller, Items, Route, not_found, read_
 from control.state import Control, TooManyRecords, wall_ms
 from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
+from packer.questions import QUESTIONS_MAX, Replies
 from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile, parse_ref
 from packer.wire import (
     PEERS_TRIED_MAX,
@@ -81,6 +82,8 @@ NAME_CHARS_MAX = 64
 CALIBRATION_CHARS_MAX = 256 * KIB
 # Held open this long at most: shorter than what middleboxes cut, and than fleet.SILENT_AFTER_MS.
 POLL_MS_MAX = 30_000
+# Eight answers of 32 decisions of 32 victims each are less.
+REPLIES_BYTES_MAX = 2 * MIB
 # A version's name and the names of a few nodes.
 SOURCES_BYTES_MAX = 4 * KIB
 # Numbers from nodes end up in 64-bit columns and in JSON that browsers read.
@@ -346,7 +349,7 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
         # must not make its nodes look silent.
         with suppress(TooManyRecords, StoreUnavailable):
             acked_seq = await control.store_spooled(row, message.records, message.spool)
-    waits = message.wait_ms > 0 and not control.stopping
+    waits = message.wait_ms > 0 and not control.stopping and not control.questions.pending(row.node)
     url = dialled_gateway_url(message.report.gateway_url, peer)
     peer_url = dialled_gateway_url(message.report.peer_url, peer)
     report = replace(message.report, gateway_url=url, peer_url=peer_url)
@@ -362,7 +365,7 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
     plan = control.plan_for(row.node) if due else None
     if current.spool in ("", message.spool):
         acked_seq = max(acked_seq, current.acked_seq)
-    return BeatAnswer(WIRE_VERSION, plan, acked_seq)
+    return BeatAnswer(WIRE_VERSION, plan, acked_seq, control.questions.take(row.node))
 
 
 def _check_beat(message: Beat, row: NodeRow) -> None:
@@ -391,6 +394,17 @@ def _decode(body: bytes, kind: type[T]) -> T:
         return decode(body, kind)
     except BadMessage as error:
         raise ApiError(400, "bad_message", str(error)[:500]) from None
+
+
+async def replies(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """What the node answers to the questions that its beats brought."""
+    row = _row(caller)
+    async with control.bodies.body(request, caller.owner, REPLIES_BYTES_MAX) as body:
+        message = _decode(body, Replies)
+    if len(message.replies) > QUESTIONS_MAX:
+        raise BadValue("replies", f"at most {QUESTIONS_MAX} in one message")
+    control.questions.settle(row.node, message.replies)
+    return web.Response(status=204)
 
 
 # --- sources of packs -----------------------------------------------------------------------------
@@ -487,6 +501,7 @@ NODE_ROUTES = (
     Route("POST", "/node/v1/join", Access.OPEN, join),
     Route("POST", "/node/v1/renew", Access.NODE, renew),
     Route("POST", "/node/v1/beat", Access.NODE, beat, stays=False),
+    Route("POST", "/node/v1/replies", Access.NODE, replies, stays=False),
     Route("POST", "/node/v1/sources", Access.NODE, sources, stays=False),
     Route("GET", "/node/v1/origins/{tenant}/{name}/{version}/{path:.+}", Access.NODE, origin, stays=False),
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
-from bunkhouse import _admin, _calls
+from bunkhouse import _admin, _calls, _plans
 from bunkhouse._admin import UNSET, Int, MaybeInt
 from bunkhouse._calls import EmbeddingInput, Message
 from bunkhouse._errors import BunkhouseError
@@ -27,6 +27,8 @@ from bunkhouse._types import (
     Completion,
     Embeddings,
     Events,
+    Explanation,
+    Forecasts,
     Key,
     Model,
     NewKey,
@@ -316,6 +318,16 @@ class Client:
     def about(self) -> About:
         """Which server answers, its clock, and what this client's key is."""
         return self._run(_admin.about())
+
+    def plan(self, model: str, *, node: str | None = None) -> Forecasts:
+        """What a request for the model would meet now, on one node or where the router would try first."""
+        return self._run(_plans.plan(model, node))
+
+    def explain(
+        self, model: str | None = None, *, request: str | None = None, node: str | None = None
+    ) -> Explanation:
+        """What nodes decided about a model lately, or about one request, and why."""
+        return self._run(_plans.explain(model, request, node))
 
     def ps(self) -> Placements:
         """Where every version's bytes are now, and what it has done."""

@@ -342,6 +342,121 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True)
+class Victim:
+    """A model that goes from its device, wholly or down to its first ``kept_chunks`` chunks.
+
+    ``keep_index``: the milliseconds of restoring that keeping one GiB of it saves per second.
+    """
+
+    ref: str
+    device: str
+    freed_bytes: int
+    kept_chunks: int
+    keep_index: float | None
+    in_use: bool
+    moves_to: str | None  # the device that it moves to; None: it is evicted
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """Models of other tenants among the victims: how many, and how many bytes they give."""
+
+    count: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRoom:
+    """A device in a forecast and why it is, or is not, the one. Operators only."""
+
+    device: str
+    budget_bytes: int
+    used_bytes: int
+    needed_bytes: int
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a request for a model would meet on one node at this moment.
+
+    ``outcome``: resident, restoring, fits, evicts, waits, refused, or None when the node did not answer
+    (``reason`` says so). The node goes on living: the next request meets this unless something else
+    happens first.
+    """
+
+    node: str
+    outcome: str | None
+    reason: str
+    device: str | None
+    from_tier: str | None
+    restore_bytes: int
+    restore_ms: int
+    victims: tuple[Victim, ...]
+    victims_left_out: int  # more than are named
+    others: Others
+    devices: tuple[DeviceRoom, ...]
+    by: str | None  # the model that it waits for
+    waiting_before: int
+    refusal: str | None
+    at_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forecasts:
+    """What ``plan`` returns: a forecast per node, in the order in which the router would try them."""
+
+    model: str
+    items: tuple[Forecast, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One decision of a node. ``ref`` None: about another tenant's model, shown for what it did to yours."""
+
+    node: str
+    at_ms: int
+    kind: str
+    ref: str | None
+    reason: str
+    device: str | None
+    by: str | None
+    left_bytes: int | None
+    request: str | None
+    from_tier: str | None
+    nbytes: int
+    expected_ms: int
+    took_ms: int
+    victims: tuple[Victim, ...]
+    victims_left_out: int
+    others: Others
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStory:
+    """What became of one request: waiting, granted, refused or left."""
+
+    node: str
+    request: str
+    ref: str
+    asked_ms: int
+    outcome: str
+    device: str | None
+    from_tier: str | None
+    waited_ms: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What ``explain`` returns, oldest first. ``silent``: nodes that did not answer."""
+
+    requests: tuple[RequestStory, ...]
+    items: tuple[Decision, ...]
+    silent: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far a push is.
 

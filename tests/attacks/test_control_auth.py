@@ -41,6 +41,8 @@ TENANT_ROUTES = {
     ("GET", "/api/v1/about"),
     ("GET", "/api/v1/ps"),
     ("GET", "/api/v1/events"),
+    ("GET", "/api/v1/plan"),
+    ("GET", "/api/v1/explain"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{ref}"),
     ("*", "/v1/{path}"),

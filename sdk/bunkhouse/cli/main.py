@@ -1,7 +1,7 @@
 """The root of the ``bunk`` command.
 
 Covers: the group and its subgroups. Does not cover: the commands, which live in ``accounts``,
-``models``, ``fleet``, ``doctor``, ``simulate`` and ``up`` and are added here.
+``models``, ``fleet``, ``plans``, ``doctor``, ``simulate`` and ``up`` and are added here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from bunkhouse.cli.accounts import key, quota, tenant
 from bunkhouse.cli.doctor import doctor
 from bunkhouse.cli.fleet import add_fleet_commands, node
 from bunkhouse.cli.models import model
+from bunkhouse.cli.plans import add_plan_commands
 from bunkhouse.cli.simulate import simulate
 from bunkhouse.cli.up import up
 
@@ -31,3 +32,4 @@ def bunk() -> None:
 for _command in (up, node, tenant, key, quota, model, doctor, simulate):
     bunk.add_command(_command)
 add_fleet_commands(bunk)
+add_plan_commands(bunk)
