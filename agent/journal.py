@@ -28,10 +28,12 @@ from typing import Any
 
 from agent.counters import PendingRecord
 from agent.footprints import FootprintRow
+from agent.remembering import REMEMBERED_MAX, Changed, RememberedNode, RememberedRow
 from agent.spending import SpentRow
-from packer import seal
+from packer import remember, seal
 from packer.database import Database, Migrations
 from packer.durable import sync_folder, write_private
+from packer.events import NodeRemembered, UsesRemembered
 from packer.footprint import Footprint
 from packer.types import HostSizes, ModelRef, parse_ref
 from packer.wire import BadMessage, Plan, Record, decode, encode
@@ -45,6 +47,9 @@ SPENT_MAX = 2**63 - 1
 BUSY_TIMEOUT_MS = 5_000
 # What a node measures of itself is a few KiB; more than this is not ours.
 CALIBRATION_CHARS_MAX = 256 * 1024
+
+# What is remembered of one model takes some 1.5 KB, at the most 6.
+REMEMBERED_CHARS_MAX = 24 * 1024
 
 NODE_KEY = "seal.key"
 NEXT_NODE_KEY = "seal.key.next"
@@ -103,6 +108,12 @@ def m005_deduplicated_bytes(db: Database) -> None:
 @migrations()
 def m006_debts(db: Database) -> None:
     db.table("debts").create({"tenant": str, "debt_ms": int}, pk="tenant")
+
+
+@migrations()
+def m007_remembered(db: Database) -> None:
+    columns = {"ref": str, "tenant": str, "uses": str, "restores": str, "at_ms": int, "used_ms": int}
+    db.table("remembered").create(columns, pk="ref")
 
 
 class JournalFailed(OSError):
@@ -282,6 +293,57 @@ class Journal:
         rows = self._db.table("debts").rows_where(order_by="tenant")
         return {row["tenant"]: row["debt_ms"] for row in rows}
 
+    def save_remembered(self, changed: Changed) -> None:
+        """Keep what was learned of uses; models that the node knows no more, or too many, are forgotten,
+        the longest unused first."""
+        with self._db.atomic():
+            table = self._db.table("remembered")
+            for row in changed.rows:
+                text = encode(row.uses.uses).decode()
+                if len(text) + len(row.uses.restores) > REMEMBERED_CHARS_MAX:
+                    continue
+                table.upsert(
+                    {
+                        "ref": str(row.uses.ref),
+                        "tenant": row.uses.ref.tenant,
+                        "uses": text,
+                        "restores": row.uses.restores,
+                        "at_ms": row.at_ms,
+                        "used_ms": row.used_ms,
+                    },
+                    pk="ref",
+                )
+            kept = {str(ref) for ref in changed.known}
+            for text in sorted({str(row["ref"]) for row in table.rows_where(select="ref")} - kept):
+                table.delete_where("ref = ?", [text])
+            self._db.execute(
+                "delete from remembered where ref in "
+                "(select ref from remembered order by used_ms desc, ref limit -1 offset ?)",
+                [REMEMBERED_MAX],
+            )
+            node = changed.node
+            self._set_meta("remembered", encode([node.at_ms, node.node.shared, node.node.restores]).decode())
+
+    def remembered(self) -> list[RememberedRow]:
+        """What can be read of it; a row of another version, or of nobody, is left out."""
+        found: list[RememberedRow] = []
+        for row in self._db.table("remembered").rows_where(order_by="ref", limit=REMEMBERED_MAX):
+            with suppress(ValueError, TypeError):
+                uses = decode(str(row["uses"]).encode(), tuple[float, ...])
+                event = UsesRemembered(parse_ref(row["ref"]), uses, str(row["restores"]), 0)
+                if remember.readable(event):
+                    found.append(RememberedRow(event, int(row["at_ms"]), int(row["used_ms"])))
+        return found
+
+    def remembered_node(self) -> RememberedNode | None:
+        text = self._meta("remembered")
+        with suppress(ValueError):
+            if text is not None:
+                at_ms, shared, restores = decode(text.encode(), tuple[int, tuple[float, ...], str])
+                event = NodeRemembered(shared, restores, 0)
+                return RememberedNode(event, at_ms) if remember.readable(event) else None
+        return None
+
     def save_footprints(self, rows: Sequence[FootprintRow], planned: Collection[ModelRef]) -> None:
         """Keep what was measured; what is not planned any more is forgotten."""
         with self._db.atomic():
@@ -417,6 +479,7 @@ class Journal:
                 self._db.table("packs").delete_where("tenant = ?", [tenant])
                 self._db.table("partial_packs").delete_where("tenant = ?", [tenant])
                 self._db.table("tenant_keys").delete_where("tenant = ?", [tenant])
+                self._db.table("remembered").delete_where("tenant = ?", [tenant])
                 self._set_meta("scrub", "due")
         self.scrub()
         return gone

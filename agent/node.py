@@ -31,6 +31,7 @@ from agent.metering import MeteredLease
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
 from agent.packs import PackDirectory
+from agent.remembering import Changed, Remembering
 from agent.reports import build_report
 from agent.segments import HostSegments
 from agent.sharing import Sharing
@@ -152,6 +153,13 @@ class RunningNode:
         self.orders.on_workspace = self._on_workspace
         self._spending = Spending(self._journal.journal.spent(), self._owed_rates, wall_ms)
         self._debts = Debts(self._journal.journal.debts(), self._owed_cold_ms, monotonic_ms)
+        self._remembering = Remembering(
+            self._journal.journal.remembered_node(),
+            self._journal.journal.remembered(),
+            lambda: self.loop.core,
+            monotonic_ms,
+            wall_ms,
+        )
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
         self._keys: dict[str, KeySpec] = {}
         self._specs: dict[ModelRef, ModelSpec] = {}
@@ -211,6 +219,7 @@ class RunningNode:
         await self._flush_once()
         await self._keep_spent(at_once=True)
         await self._keep_debts(at_once=True)
+        await self._keep_remembered(at_once=True)
         self._segments.close()
         self._journal.close()
         devices.close()
@@ -340,6 +349,13 @@ class RunningNode:
                 await self._journal.call(self._journal.journal.save_debts, debts)
                 self._debts.kept(debts)
 
+    async def _save_remembered(self, changed: Changed) -> None:
+        await self._journal.call(self._journal.journal.save_remembered, changed)
+
+    async def _keep_remembered(self, at_once: bool = False) -> None:
+        with self._keeper.journal_may_fail():
+            await self._remembering.keep(self._save_remembered, at_once)
+
     def _apply(self, plan: Plan) -> None:
         self.sharing.planned(plan)
         self._keys = {key.key_id: key for key in plan.keys}
@@ -351,6 +367,8 @@ class RunningNode:
             self.loop.post(spent)
         for debt in self._debts.planned():
             self.loop.post(debt)
+        for remembered in self._remembering.planned():
+            self.loop.post(remembered)
         self.footprints.planned(plan.models)
         for row in self._packs_found:
             host_bytes = row.host.of(self.host_form) if row.host else row.host_bytes
@@ -503,6 +521,7 @@ class RunningNode:
         await self._keep_footprints()
         await self._keep_spent()
         await self._keep_debts()
+        await self._keep_remembered()
         if await self._keeper.flush() and self.uplink is not None:
             self.uplink.changed()
 

@@ -353,7 +353,7 @@ def choose_host_form(
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample:
+class Sample:
     shape: RestoreShape
     moved_share: float
     restore_ms: int
@@ -364,7 +364,7 @@ class History:
     """One model's restores. ``shapes``: what a whole restore from each tier is, as far as known."""
 
     shapes: dict[Tier, RestoreShape] = field(default_factory=dict)
-    samples: dict[Tier, list[_Sample]] = field(default_factory=dict)
+    samples: dict[Tier, list[Sample]] = field(default_factory=dict)
     # Derived from the two above and the rates; thrown away when any of them changes.
     epoch: int = -1
     moving_ms: dict[Tier, float] = field(default_factory=dict)
@@ -456,7 +456,7 @@ def note_restore(
         if tier in history.shapes:
             history.shapes[tier] = shape
     moved_share = min(1.0, moved_bytes / max(shape.image_bytes, 1))
-    sample = _Sample(shape, moved_share, max(restore_ms, 1))
+    sample = Sample(shape, moved_share, max(restore_ms, 1))
     _push(history.samples.setdefault(tier, []), sample, SAMPLES_MAX)
     history.epoch = -1
     moving_ms = restore_stages(learned.rates, shape).moving_ms * moved_share

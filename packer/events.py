@@ -160,6 +160,26 @@ class SpentFound:
 
 
 @dataclass(frozen=True, slots=True)
+class UsesRemembered:
+    """At start-up: what was known of a model's uses and restores ``ago_ms`` ago, before the restart; see
+    ``remember``. After the first ``Planned``, before its ``PackFound``."""
+
+    ref: ModelRef
+    uses: tuple[float, ...]
+    restores: str
+    ago_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRemembered:
+    """At start-up: what all models had in common ``ago_ms`` ago. Before the first ``UsesRemembered``."""
+
+    shared: tuple[float, ...]
+    restores: str
+    ago_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class Restored:
     """The bytes ordered by ``Restore`` are on the device and the model can answer.
 
@@ -308,6 +328,8 @@ Event = (
     | TookLate
     | SpentFound
     | DebtFound
+    | UsesRemembered
+    | NodeRemembered
     | Restored
     | ServingBegun
     | RestoreFailed

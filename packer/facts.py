@@ -44,6 +44,7 @@ def pack_found(node: Node, event: PackFound) -> None:
     model.opened_bytes = event.host_bytes
     model.read_bytes = event.read_bytes or event.disk_bytes
     settle_copy(node, model, Tier.DISK, event.disk_bytes)
+    room.note_copy(node, model, Tier.DISK)
     know_copies(node, model)
     node.unpacked.pop(model.ref, None)
     node.dirty = True

@@ -17,7 +17,7 @@ Standard library only, no clock: times come in as milliseconds. The same uses gi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import exp
 
@@ -189,6 +189,25 @@ def _learn_shared(shared: Shared, now_ms: int) -> None:
             shared.uses - level + PRIOR_USES
         )
     shared.priors = tuple([SHARED_USES * share for share in shared.shares])
+
+
+def encode_shared(shared: Shared, shift_ms: int = 0) -> list[float]:
+    """What all models have in common, as plain numbers; its time moved by ``shift_ms``."""
+    uses = float(shared.uses + shared.pending)
+    return [uses, float(shared.last_ms + shift_ms), *shared.levels, *shared.explained]
+
+
+def decode_shared(numbers: Sequence[float], shift_ms: int = 0) -> Shared:
+    """The inverse of ``encode_shared``. Raises ``ValueError`` on anything that it does not write."""
+    if len(numbers) != 2 + 2 * KERNELS or any(not 0 <= value < 1e15 for value in numbers[2:]):
+        raise ValueError(f"{len(numbers)} numbers are not what a node has learned of uses")
+    uses, last_ms = numbers[:2]
+    if not 0 <= uses < 1e15 or not -1e15 < last_ms < 1e15 or max(numbers[2 : 2 + KERNELS]) > uses:
+        raise ValueError("what a node has learned of uses has impossible counts or times")
+    shared = Shared(int(uses), int(last_ms) + shift_ms)
+    shared.levels, shared.explained = list(numbers[2 : 2 + KERNELS]), list(numbers[2 + KERNELS :])
+    _learn_shared(shared, shared.last_ms)
+    return shared
 
 
 def _settle(known: Intensity, shared: Shared, epoch_ms: int) -> None:

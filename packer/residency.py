@@ -11,7 +11,7 @@ and ``Cancelled`` of a request that is not known are ignored; ``Cancelled`` of a
 
 from __future__ import annotations
 
-from packer import admission, estimate, facts, hits, queueing, room, turns, upkeep
+from packer import admission, estimate, facts, hits, queueing, remember, room, turns, upkeep
 from packer.events import (
     Action,
     Answer,
@@ -27,6 +27,7 @@ from packer.events import (
     FootprintSeen,
     Grant,
     LendingChosen,
+    NodeRemembered,
     Packed,
     PackFailed,
     PackFound,
@@ -43,6 +44,7 @@ from packer.events import (
     Ticked,
     TierBudgetSeen,
     TookLate,
+    UsesRemembered,
     WorkerDied,
 )
 from packer.forecast import forecast
@@ -141,6 +143,10 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
                 turns.note_late_use(tenant, event.device_ms, now_ms)
         case SpentFound():
             _spent_found(node, event, now_ms)
+        case UsesRemembered():
+            remember.take_up_uses(node, event, now_ms)
+        case NodeRemembered():
+            remember.take_up_node(node, event, now_ms)
         case Restored():
             _restored(node, event, now_ms, out)
         case ServingBegun():

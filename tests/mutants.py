@@ -37,6 +37,7 @@ MODULES = (
     "forecast",
     "upkeep",
     "facts",
+    "remember",
     "hits",
     "invariants",
     "residency",

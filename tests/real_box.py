@@ -112,6 +112,7 @@ class Box:
     control: Process | None = None
     agent: Process | None = None
     keys: dict[str, str] = field(default_factory=dict)
+    agent_module: str = "agent"  # what the agent's process runs
 
     @property
     def url(self) -> str:
@@ -141,7 +142,7 @@ class Box:
         words += ["--standbys", "0", "--disk-bytes", "1GiB", "--listen", f"127.0.0.1:{self.ports[2]}", *more]
         for device in self.devices:
             words += ["--device", device]
-        self.agent = Process("agent", *words)
+        self.agent = Process(self.agent_module, *words)
         self.agent.wait_for(wait)
 
     def operator(self) -> Client:

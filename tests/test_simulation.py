@@ -153,7 +153,7 @@ def test_every_history_is_safe_and_ends_well_when_not_everything_is_ranked(
     reached: Counter[str] = Counter()
     for seed in range(20):
         reached += world(SEED_FIRST + seed).reached
-    assert reached["evicted for a claim"] > 100
+    assert reached["evicted for a claim"] > 30
     assert reached["dropped from host"]
 
 

@@ -77,6 +77,7 @@ PURE_FILES = (
     "packer/policies.py",
     "packer/chosen.py",
     "packer/regret.py",
+    "packer/remember.py",
     "packer/shortlist.py",
     "packer/estimate.py",
     "packer/traces.py",
