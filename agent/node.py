@@ -148,24 +148,29 @@ class RunningNode:
         self.sharing.may_give = self.orders.holdings.is_whole
         self.orders.sources = self.sharing.sources
         self.orders.repairs.fetch_extent = self.sharing.sources.fetch_extent
-        self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
-        self.footprints.take_stored(self._journal.journal.footprints())
-        self.orders.on_workspace = self._on_workspace
-        self._spending = Spending(self._journal.journal.spent(), self._owed_rates, wall_ms)
-        self._debts = Debts(self._journal.journal.debts(), self._owed_cold_ms, monotonic_ms)
-        self._remembering = Remembering(
-            self._journal.journal.remembered_node(),
-            self._journal.journal.remembered(),
-            lambda: self.loop.core,
-            monotonic_ms,
-            wall_ms,
-        )
+        self._know_again()
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
         self._keys: dict[str, KeySpec] = {}
         self._specs: dict[ModelRef, ModelSpec] = {}
         self._latest: dict[ModelName, ModelSpec] = {}
         self._packs_found: list[PackRow] = []
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _know_again(self) -> None:
+        """Take up what the journal has kept of earlier lives; the core hears of it with the first plan."""
+        journal = self._journal.journal
+        self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
+        self.footprints.take_stored(journal.footprints())
+        self.orders.on_workspace = self._on_workspace
+        self._spending = Spending(journal.spent(), self._owed_rates, wall_ms)
+        self._debts = Debts(journal.debts(), self._owed_cold_ms, monotonic_ms)
+        self._remembering = Remembering(
+            journal.remembered_node(),
+            journal.remembered(),
+            lambda: self.loop.core,
+            monotonic_ms,
+            wall_ms,
+        )
 
     # --- start and stop ---------------------------------------------------------------------------
 
