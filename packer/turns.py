@@ -120,6 +120,7 @@ def note_use_of(lease: Lease, device_ms: int, tokens: int, now_ms: int) -> None:
         rates.tokens.take(now_ms, bounded(tokens, REQUEST_TOKENS_MAX))
         rates.device.take(now_ms, bounded(device_ms, REQUEST_DEVICE_MS_MAX))
     if device_ms > 0:
+        device_ms = min(device_ms, REQUEST_DEVICE_MS_MAX)
         quota.charge(tenant, device_ms)
         kept_of_four = keep.KEPT_OF_FOUR
         tenant.use_ms = device_ms if not tenant.use_ms else (kept_of_four * tenant.use_ms + device_ms) // 4

@@ -506,6 +506,58 @@ LENDING_MUTANTS = (
     ),
 )
 
+# What ``rate_judge`` must see.
+RATE_MUTANTS = (
+    Mutant(
+        "one more than the rate comes in",
+        "rates",
+        "over = self._used(now_ms) - (self.burst - units) * self.period_ms",
+        "over = self._used(now_ms) - (self.burst - units + 1) * self.period_ms",
+    ),
+    Mutant(
+        "what requests are expected to use does not count",
+        "rates",
+        "+ self.reserved * self.period_ms",
+        "+ 0 * self.reserved",
+    ),
+    Mutant(
+        "tokens that were used are not charged",
+        "turns",
+        "rates.tokens.take(now_ms, bounded(tokens,",
+        "rates.tokens.take(now_ms, 0 * bounded(tokens,",
+    ),
+    Mutant(
+        "device time is not charged",
+        "turns",
+        "        rates.device.take(now_ms, bounded(device_ms, REQUEST_DEVICE_MS_MAX))\n    if",
+        "    if",
+    ),
+    Mutant(
+        "what was reserved for a request that never ran stays reserved",
+        "queueing",
+        "    model.tenant.rates.tokens.reserved -= waiter.tokens\n",
+        "",
+    ),
+    Mutant(
+        "restores are not counted",
+        "queueing",
+        "        model.tenant.rates.restores.take(now_ms)\n",
+        "",
+    ),
+    Mutant(
+        "a model's restores are counted once for ever",
+        "turns",
+        "    model.counted = False\n    model.tenant",
+        "    model.tenant",
+    ),
+    Mutant(
+        "a restore that is over is still expected",
+        "turns",
+        "    model.tenant.pending_us -= model.pending_us\n",
+        "",
+    ),
+)
+
 
 def load(mutant: Mutant) -> ModuleType:
     """The residency module of a core that has this bug; the real modules stay as they are."""

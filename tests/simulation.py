@@ -20,6 +20,7 @@ from random import Random
 from types import ModuleType
 
 import judges
+from rate_judge import RateJudge
 from simulated_files import File
 from simulated_hands import GRID_MS, Faults, Hands, Violated
 
@@ -83,6 +84,7 @@ class World(Hands):
         self.policy = policy
         # Rates are drawn apart, so that a history without them is the same with or without their figures.
         self.apart = Random(seed)
+        self.rates = RateJudge()
         self.steps = 0
         self.trace: list[str] = []
         self.node = self.core.Node()
@@ -134,7 +136,7 @@ class World(Hands):
             priority=rng.choice((0, 0, 1)),
             tokens_per_minute=self.apart.choice((None, None, None, 600)),
             restores_per_minute=self.apart.choice((None, None, None, 4, 20)),
-            device_seconds_per_day=self.apart.choice((None, None, None, None, 2)),
+            device_seconds_per_day=self.apart.choice((None, None, None, None, 1)),
         )
 
     def _add_spec(self, tenant: str, i: int) -> None:
@@ -191,6 +193,7 @@ class World(Hands):
         for action in actions:
             self._carry_out(action)
         self.reached["condemned"] += bool(self.node.condemned)
+        self.rates.judge(self, event, actions)
         judges.judge_passing(self, event, kept_before, claims_before)
         judges.judge_evictions(self, event, actions, kept_before)
         judges.judge_excuses(self, event, actions, kept_before, tenants_before, excused_before)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from mutants import MUTANTS, Mutant, load
+from mutants import MUTANTS, RATE_MUTANTS, Mutant, load
 from simulated_hands import Violated
 from simulation import World
 
@@ -100,6 +100,7 @@ RARE = (
     "restored from disk",
     "restored from host",
     "restored from origin",
+    "restored under a rate",
     "restored what was missing",
     "shed for a smaller budget",
     "took what a slice has",
@@ -181,7 +182,7 @@ def test_the_same_seed_gives_the_same_trace_whatever_the_hash_seed() -> None:
     assert digests[0] == digests[1]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what.replace(" ", "-"))
+@pytest.mark.parametrize("mutant", MUTANTS + RATE_MUTANTS, ids=lambda mutant: mutant.what.replace(" ", "-"))
 def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
     core = load(mutant)
     broken = vars(core)["InvariantBroken"]
