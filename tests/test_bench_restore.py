@@ -285,7 +285,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     directory = restore_data.model_directory(cache, TINY)
     reference = os.memfd_create("reference")
     os.write(reference, (directory / "model.safetensors").read_bytes())
-    segments = {form: os.memfd_create(form.value) for form in HostForm}
+    segments = {form: os.memfd_create(form.value, os.MFD_ALLOW_SEALING) for form in HostForm}
     fds = [reference, *segments.values()]
     with FreshChildren(Path(sys.executable), SCRIPTS / "restore_jobs.py", fds, {}) as ours:
         setup = Setup(
