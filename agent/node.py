@@ -47,6 +47,7 @@ from packer.events import (
     DrainAsked,
     Event,
     LendingChosen,
+    PackBegun,
     PackFound,
     Planned,
     PolicyChosen,
@@ -135,7 +136,6 @@ class RunningNode:
         self.loop = Loop(residency.Node(), self.orders, monotonic_ms, self._observe, config.data_dir)
         self.orders.post = self.loop.post
         self.orders.repairs.note = self._note
-        self.orders.disk_budget_bytes = config.disk_budget_bytes
         self.sharing = Sharing(
             config,
             self._identity,
@@ -154,6 +154,7 @@ class RunningNode:
         self._specs: dict[ModelRef, ModelSpec] = {}
         self._latest: dict[ModelName, ModelSpec] = {}
         self._packs_found: list[PackRow] = []
+        self._packs_begun: dict[ModelRef, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     def _know_again(self) -> None:
@@ -178,7 +179,7 @@ class RunningNode:
         """Find the packs, start the nursery, take up the last plan. Serves without control from here."""
         journal = self._journal.journal
         self._packs_found = await self._journal.call(journal.packs)
-        unfinished = await self.orders.start(self._packs_found)  # states the disk tier's budget
+        self._packs_begun = unfinished = await self.orders.start(self._packs_found)
         for ref in self._packs.sweep([row.ref for row in self._packs_found], unfinished):
             log.warning("the pack of %s is missing on disk; it will be made again from its origin", ref)
             with suppress(JournalFailed):  # the next start tries again
@@ -191,7 +192,8 @@ class RunningNode:
         self.loop.post(PolicyChosen(self.config.policy))
         self.loop.post(LendingChosen(self.config.lending_margin_percent))
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
-        self.loop.post(TierBudgetSeen(Tier.HOST, self.config.host_budget_bytes))
+        for tier in (Tier.HOST, Tier.DISK):
+            self.loop.post(TierBudgetSeen(tier, self.budget_bytes(tier)))
         self._look_at_devices()
         await self._keeper.take_up()
         if any(device.kind == "cuda" for device in self._devices.values()):
@@ -380,6 +382,9 @@ class RunningNode:
             charge = self.orders.holdings.charge(row.ref)
             self.loop.post(PackFound(row.ref, charge, host_bytes, row.read_bytes))
         self._packs_found = []
+        for ref, disk_bytes in self._packs_begun.items():
+            self.loop.post(PackBegun(ref, disk_bytes))
+        self._packs_begun = {}
         planned = frozenset(spec.ref for spec in plan.models)
         core = self.loop.core
         self._specs = {

@@ -45,13 +45,13 @@ from packer.events import (
     Evict,
     Evicted,
     Pack,
+    PackBegun,
     Packed,
     PackFailed,
     RefusalReason,
     Restore,
     Restored,
     RestoreFailed,
-    TierBudgetSeen,
     TookLate,
     WorkerDied,
 )
@@ -92,11 +92,11 @@ class Orders:
         self._control_store = control_store
         # In which form new host segments are kept.
         self.host_form = host_form
-        # What the disk tier may hold; partial packs, which the core does not know of, are taken off it.
-        self.disk_budget_bytes: int | None = None
         self.repairs = Repairs(packs, lambda spec: open_origin(spec, fetch, control_store))
         self.holdings = Holdings(packs, journal, spec_of)
-        self._making = PackMaking(packs, journal, self.holdings, clock_ms, self._lower_disk_budget)
+        self._making = PackMaking(
+            packs, journal, self.holdings, clock_ms, lambda ref: self.post(PackBegun(ref, 0))
+        )
         self._nursery = nursery
         self._devices = devices
         self._packs = packs
@@ -119,15 +119,11 @@ class Orders:
         self._tenants: frozenset[str] | None = None
         self._planned: frozenset[ModelRef] | None = None
 
-    async def start(self, rows: Sequence[PackRow]) -> frozenset[ModelRef]:
-        """Take up what a crash left; returns the packs whose unfinished files must stay."""
+    async def start(self, rows: Sequence[PackRow]) -> dict[ModelRef, int]:
+        """Take up what a crash left; returns the packs whose unfinished files stay, with what they take."""
         partial_packs = await self._making.find_partials()
         await self.holdings.find(rows, partial_packs)
         return partial_packs
-
-    def _lower_disk_budget(self, nbytes: int) -> None:
-        if self.disk_budget_bytes is not None:
-            self.post(TierBudgetSeen(Tier.DISK, max(0, self.disk_budget_bytes - nbytes)))
 
     # --- workers ----------------------------------------------------------------------------------
 
@@ -195,7 +191,7 @@ class Orders:
             for ref in held:
                 if worker is not None and ref not in planned:
                     self._keep(_cancel(worker, ref))
-        await self._making.forget(self._is_planned)
+        # The core, which has them in its books, orders the drop of what is half packed.
 
     def _is_planned(self, ref: ModelRef) -> bool:
         return self._planned is None or ref in self._planned
@@ -420,7 +416,8 @@ class Orders:
             if making is not None:
                 await self._making.give_up(making)
             log.warning("no pack of %s: %s", ref, error)
-            return PackFailed(ref, order.device, _public(error), order.order)
+            kept_bytes = self._making.partial_bytes(ref)
+            return PackFailed(ref, order.device, _public(error), order.order, kept_bytes)
         self._keep(self._making.end(making))
         read_bytes = done.host.stored_bytes
         return Packed(ref, order.device, done.disk_bytes, host_bytes, order.order, read_bytes)
@@ -463,7 +460,8 @@ class Orders:
             await self._making.end(making)
 
     def _post_pack_failed(self, order: Restore, message: str) -> None:
-        self.post(PackFailed(order.ref, order.device, message, order.pack_order))
+        kept_bytes = self._making.partial_bytes(order.ref)
+        self.post(PackFailed(order.ref, order.device, message, order.pack_order, kept_bytes))
 
     async def drop(self, order: Drop) -> Event | None:
         if order.tier is Tier.HOST:
@@ -474,8 +472,9 @@ class Orders:
         return Dropped(order.ref, order.tier, order.order, charged)
 
     async def _drop_pack(self, ref: ModelRef) -> tuple[tuple[ModelRef, int], ...]:
-        """Returns when the file is gone, or only what others need of it is left, with what these are charged
-        from now on; its bytes are held until then."""
+        """Returns when the file is gone, finished or not, or only what others need of it is left, with what
+        these are charged from now on; its bytes are held until then."""
+        await self._making.forget(lambda other: other != ref)
         await self.holdings.prepare_drop(ref)
         try:
             # The key first: from then on the file is noise, whatever happens to it.

@@ -4,8 +4,8 @@ Covers: beginning a pack, beginning one again where an interrupted load stopped,
 and what a crash left. Does not cover: its bytes (the worker writes them), which packs to make
 (``packer/residency.py``), or names and directories (``packs``).
 
-A partial pack is kept only after a load that may be tried again. Its bytes are not in the core's ledger, so
-the disk tier's budget is lowered by them for as long as they lie there.
+A partial pack is kept only after a load that may be tried again. Its bytes stay in the core's ledger, in its
+tenant's account, and the core drops it before anything else when it needs the room.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from packer.types import HostForm, ModelRef, ModelSpec
 
 log = logging.getLogger("bunk.orders")
 
-# Interrupted loads that can be gone on with; one more, and the oldest is given up. Each may be as large as
-# its model.
-PARTIALS_MAX = 4
+# Interrupted loads that can be gone on with; one more, and the oldest is given up. A load that nobody has
+# asked for again since so many others were interrupted is not worth its row in the journal.
+PARTIALS_MAX = 64
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Making:
 
 
 class PackMaking:
-    """``lower``: told by how many bytes the disk tier's budget is lowered, whenever that changes."""
+    """``gone``: told of a partial pack that was removed without the core having ordered it."""
 
     def __init__(
         self,
@@ -68,17 +68,18 @@ class PackMaking:
         journal: JournalThread,
         holdings: Holdings,
         clock_ms: Callable[[], int],
-        lower: Callable[[int], None],
+        gone: Callable[[ModelRef], None],
     ) -> None:
         self._packs = packs
         self._journal = journal
         self._holdings = holdings
         self._clock_ms = clock_ms
-        self._lower = lower
+        self._gone = gone
         self._partial_bytes: dict[ModelRef, int] = {}
 
-    async def find_partials(self) -> frozenset[ModelRef]:
-        """After a start: the partial packs that have their key and both files. Raises ``JournalFailed``."""
+    async def find_partials(self) -> dict[ModelRef, int]:
+        """After a start: the partial packs that have their key and both files, with what they take. Raises
+        ``JournalFailed``."""
         journal = self._journal.journal
         for ref in await self._journal.call(journal.partial_packs):
             nbytes = self._packs.partial_bytes(ref)
@@ -87,8 +88,11 @@ class PackMaking:
                     await self._journal.call(journal.forget_partial, ref)
             else:
                 self._partial_bytes[ref] = nbytes
-        self._tell()
-        return frozenset(self._partial_bytes)
+        return dict(self._partial_bytes)
+
+    def partial_bytes(self, ref: ModelRef) -> int:
+        """What is left on disk of a pack that was begun; 0: nothing."""
+        return self._partial_bytes.get(ref, 0)
 
     async def begin(self, spec: ModelSpec, limit_bytes: int, resume: bool = True) -> Making:
         """Files and key of a new pack, or of the one that was interrupted. Raises ``OSError``."""
@@ -98,8 +102,6 @@ class PackMaking:
             raise OSError(f"the file system has less than {limit_bytes} bytes free above its floor")
         key, wrapped = await self._journal.call(self._journal.journal.seal_partial_key, ref, self._clock_ms())
         resumed = self._partial_bytes.pop(ref, None) is not None and resume
-        # From here on its bytes are in the order's reservation.
-        self._tell()
         fd, part_fd = self._packs.create_partial(ref, resumed)
         making = Making(ref, fd, part_fd, key, wrapped, resumed)
         try:
@@ -135,20 +137,17 @@ class PackMaking:
             self._partial_bytes[ref] = nbytes
             for oldest in list(self._partial_bytes)[:-PARTIALS_MAX]:
                 await self._remove(oldest)
+                self._gone(oldest)
         else:
             await self._remove(ref)
             # Also the file that was published, if only the journal failed: nobody can open it.
             with suppress(OSError):
                 await asyncio.to_thread(self._packs.drop, ref)
-        self._tell()
 
     async def forget(self, kept: Callable[[ModelRef], bool]) -> None:
         """Remove the partial packs that are not wanted any more."""
-        gone = [ref for ref in self._partial_bytes if not kept(ref)]
-        for ref in gone:
+        for ref in [ref for ref in self._partial_bytes if not kept(ref)]:
             await self._remove(ref)
-        if gone:
-            self._tell()
 
     async def _remove(self, ref: ModelRef) -> None:
         self._partial_bytes.pop(ref, None)
@@ -156,6 +155,3 @@ class PackMaking:
             await asyncio.to_thread(self._packs.abandon, ref)
         with suppress(JournalFailed):  # the key of nothing; the next start forgets it
             await self._journal.call(self._journal.journal.forget_partial, ref)
-
-    def _tell(self) -> None:
-        self._lower(sum(self._partial_bytes.values()))

@@ -96,6 +96,15 @@ class PackFound:
 
 
 @dataclass(frozen=True, slots=True)
+class PackBegun:
+    """A pack that an interrupted load left takes this much on disk: at start-up, or 0 when its file was
+    removed without an order. A pack that is there or being written knows better."""
+
+    ref: ModelRef
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Requested:
     """A caller wants to use a model; ``request`` is unique for the life of the process.
 
@@ -255,13 +264,15 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class PackFailed:
-    """No pack was written (full disk, worker gone, load failed) and no file of it takes room.
-    The model goes on serving from the device, if it is there."""
+    """No pack was written (full disk, worker gone, load failed). Of its file ``kept_bytes`` lie there, for a
+    later load to go on with; 0: no file of it takes room. The model goes on serving from the device, if it
+    is there."""
 
     ref: ModelRef
     device: str
     message: str
     order: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +333,7 @@ Event = (
     | PolicyChosen
     | LendingChosen
     | PackFound
+    | PackBegun
     | Requested
     | Cancelled
     | Finished

@@ -14,6 +14,7 @@ from packer.events import (
     DebtFound,
     DeviceSeen,
     DrainAsked,
+    PackBegun,
     PackFound,
     Planned,
     RatesSeen,
@@ -25,7 +26,9 @@ from packer.ledger import (
     Device,
     Model,
     Node,
+    keep_begun,
     know_copies,
+    release_copy,
     renew_shade,
     settle_copy,
 )
@@ -39,7 +42,7 @@ def pack_found(node: Node, event: PackFound) -> None:
     if model is None:
         # Before the first plan nothing is known about it; afterwards it is nobody's and is dropped.
         model = _add_model(node, _unknown_spec(event.ref), planned=False)
-    if model.disk.state not in (CopyState.ABSENT, CopyState.HELD):
+    if model.disk.state not in (CopyState.ABSENT, CopyState.BEGUN, CopyState.HELD):
         return
     model.opened_bytes = event.host_bytes
     model.read_bytes = event.read_bytes or event.disk_bytes
@@ -47,6 +50,19 @@ def pack_found(node: Node, event: PackFound) -> None:
     room.note_copy(node, model, Tier.DISK)
     know_copies(node, model)
     node.unpacked.pop(model.ref, None)
+    node.dirty = True
+
+
+def pack_begun(node: Node, event: PackBegun) -> None:
+    model = node.models.get(event.ref)
+    if model is None and event.disk_bytes > 0:
+        model = _add_model(node, _unknown_spec(event.ref), planned=False)
+    if model is None or model.disk.state not in (CopyState.ABSENT, CopyState.BEGUN):
+        return
+    if event.disk_bytes > 0:
+        keep_begun(node, model, event.disk_bytes)
+    elif model.disk.state is CopyState.BEGUN:
+        release_copy(node, model, Tier.DISK)
     node.dirty = True
 
 

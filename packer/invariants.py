@@ -207,6 +207,8 @@ def _check_copy(node: Node, model: Model, tier: Tier, copy: Copy) -> None:
         raise InvariantBroken(f"{model.ref}: {copy.readers} restores count as readers of its {tier} copy")
     if tier is Tier.HOST and copy.state is CopyState.FILLING and model.state is not State.RESTORING:
         raise InvariantBroken(f"{model.ref}: a host segment is filled by no restore")
+    if copy.state is CopyState.BEGUN and (tier is not Tier.DISK or not copy.held_bytes or copy.readers):
+        raise InvariantBroken(f"{model.ref}: its {tier} copy of {copy.held_bytes} bytes is called begun")
     if copy.state is CopyState.ABSENT or node.copies(tier).get(model.ref) is not model:
         raise InvariantBroken(f"{model.ref}: its {tier} copy is {copy.state} and not in the tier's list")
 

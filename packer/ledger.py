@@ -42,6 +42,7 @@ class CopyState(StrEnum):
 
     ABSENT = "absent"
     FILLING = "filling"  # bytes are reserved: a pack is being written or a segment filled
+    BEGUN = "begun"  # what an interrupted load left of a pack: it takes room and restores nothing
     HELD = "held"
     DROPPING = "dropping"
 
@@ -305,6 +306,12 @@ PACK_GROWTH_PARTS = 16
 PACK_FIXED_BYTES = MIB
 
 
+def pack_room_bytes(model: Model) -> int:
+    """What must still be free on disk for a pack of this model to be reserved: its file may be begun."""
+    begun_bytes = model.disk.held_bytes if model.disk.state is CopyState.BEGUN else 0
+    return max(pack_reservation_bytes(model.spec) - begun_bytes, 0)
+
+
 def pack_reservation_bytes(spec: ModelSpec) -> int:
     """The most that a pack of this version may take on disk."""
     side = sum(file.size_bytes for file in spec.files if not file.path.endswith(".safetensors"))
@@ -412,11 +419,11 @@ def _changed(node: Node, model: Model) -> None:
 
 
 def hold_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
-    """Reserve room for a copy that is about to be made."""
+    """Reserve so much more room for a copy that is about to be made."""
     node.account(tier).hold(nbytes)
     model.tenant.account(tier).hold(nbytes)
     copy = model.copy(tier)
-    copy.state, copy.held_bytes = CopyState.FILLING, nbytes
+    copy.state, copy.held_bytes = CopyState.FILLING, copy.held_bytes + nbytes
     node.copies(tier)[model.ref] = model
     _changed(node, model)
 
@@ -445,6 +452,12 @@ def charge_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
             account.leaving_bytes += grown_bytes
     copy.held_bytes = nbytes
     _changed(node, model)
+
+
+def keep_begun(node: Node, model: Model, nbytes: int) -> None:
+    """Of the pack that was being written, or is found at start-up, so much lies on disk, unfinished."""
+    settle_copy(node, model, Tier.DISK, nbytes)
+    model.disk.state = CopyState.BEGUN
 
 
 def leave_copy(node: Node, model: Model, tier: Tier) -> None:

@@ -33,7 +33,7 @@ from packer.ledger import (
     leave_copy,
     leave_device,
     next_order,
-    pack_reservation_bytes,
+    pack_room_bytes,
 )
 from packer.types import ModelRef, Tier
 
@@ -316,7 +316,7 @@ def wants_pack(node: Node, model: Model, now_ms: int) -> bool:
         model.planned
         and not node.draining
         and node.disk.limit_bytes is not None
-        and model.disk.state is CopyState.ABSENT
+        and model.disk.state in (CopyState.ABSENT, CopyState.BEGUN)
         and now_ms >= model.pack_not_before_ms
     )
 
@@ -328,14 +328,14 @@ def make_pack_room(node: Node, model: Model, now_ms: int, out: list[Action]) -> 
     """
     if not wants_pack(node, model, now_ms):
         return
-    nbytes = pack_reservation_bytes(model.spec)
+    nbytes = pack_room_bytes(model)
     for victim in room.copy_victims(node, model, Tier.DISK, nbytes, 0, 0, now_ms) or ():
         order_drop(node, victim, Tier.DISK, out)
 
 
 def _reserve_pack(node: Node, model: Model, now_ms: int) -> int:
     """Take the room of a pack that is written beside the load; 0 when there is none."""
-    nbytes = pack_reservation_bytes(model.spec)
+    nbytes = pack_room_bytes(model)
     if (
         not wants_pack(node, model, now_ms)
         or not node.disk.fits(nbytes)
@@ -343,7 +343,7 @@ def _reserve_pack(node: Node, model: Model, now_ms: int) -> int:
     ):
         return 0
     hold_pack(node, model, nbytes)
-    return nbytes
+    return model.disk.held_bytes
 
 
 def hold_pack(node: Node, model: Model, nbytes: int) -> None:

@@ -28,6 +28,7 @@ from packer.events import (
     Grant,
     LendingChosen,
     NodeRemembered,
+    PackBegun,
     Packed,
     PackFailed,
     PackFound,
@@ -59,6 +60,7 @@ from packer.ledger import (
     State,
     Waiter,
     charge_copy,
+    keep_begun,
     know_copies,
     measure_workspace,
     release_copy,
@@ -165,6 +167,8 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             _worker_died(node, event, now_ms, out)
         case PackFound():
             facts.pack_found(node, event)
+        case PackBegun():
+            facts.pack_begun(node, event)
         case Planned():
             facts.planned(node, event, now_ms, out)
         case DeviceSeen():
@@ -318,7 +322,7 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     room.watch_estimates(node, model.source, now_ms)
     room.gains(node, model)
     turns.note_restore_time(model, taken_ms, now_ms)
-    if model.disk.state is CopyState.ABSENT:
+    if model.disk.state in (CopyState.ABSENT, CopyState.BEGUN):
         node.unpacked[model.ref] = model
     # Leased in the same step, before anyone may evict it.
     if queueing.grantable(node, model):
@@ -429,7 +433,11 @@ def _pack_failed(node: Node, event: PackFailed, now_ms: int) -> None:
         # The stay is there, so the disk is to blame. What a failed load took with it may be tried again.
         model.pack_not_before_ms = now_ms + upkeep.PACK_RETRY_MS
     model.packing = False
-    release_copy(node, model, Tier.DISK)
+    if event.kept_bytes > 0:
+        # Never more than was reserved, whoever says so.
+        keep_begun(node, model, min(event.kept_bytes, model.disk.held_bytes))
+    else:
+        release_copy(node, model, Tier.DISK)
     if model.state is State.RESIDENT:
         node.unpacked[model.ref] = model
     node.dirty = True

@@ -8,7 +8,7 @@ before. Does not cover: room on devices (``victims``), or acting on the answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop
 
@@ -20,7 +20,7 @@ from packer.ledger import Copy, CopyState, Gains, Model, Node, State
 from packer.lending import Price
 from packer.quota import Tenant, may_take
 from packer.shortlist import BATCH, EXACT_MAX, SHORT_MAX
-from packer.types import MIB, Tier
+from packer.types import MIB, ModelRef, Tier
 
 # A passing fault (a full pipe, a dropped connection) is usually over after one retry; a tier that fails
 # three times in a row is left alone and the next one is asked.
@@ -205,9 +205,16 @@ _Rated = tuple[float, str, Model]
 
 # --- victims among copies -------------------------------------------------------------------------
 
+# Below whatever a policy finds a copy worth: what an interrupted load left saves only a part of a load.
+BEGUN_INDEX = -math.inf
+
 
 def droppable(copy: Copy) -> bool:
-    return copy.state is CopyState.HELD and not copy.readers
+    return copy.state in (CopyState.HELD, CopyState.BEGUN) and not copy.readers
+
+
+def _begun_or(value: Callable[[ModelRef], float], model: Model, tier: Tier) -> float:
+    return BEGUN_INDEX if model.copy(tier).state is CopyState.BEGUN else value(model.ref)
 
 
 def copy_victims(
@@ -286,7 +293,7 @@ def _shortlisted_copies(node: Node, tier: Tier, now_ms: int) -> list[_Rated] | N
         return None
     shortlist = node.short_host if tier is Tier.HOST else node.short_disk
     few = shortlist.look(copies.values())
-    there = [model for model in few or copies.values() if model.copy(tier).state is CopyState.HELD]
+    there = [model for model in few or copies.values() if droppable(model.copy(tier))]
     ranked = list(_ranked_copies(node, there, tier, now_ms))
     shortlist.keep(model for _, _, model in ranked)
     return ranked
@@ -300,7 +307,7 @@ def _ranked_copies(
     if node.chosen is not None:
         value = node.chosen.values(tier, now_ms)
         free = [model for model in models if droppable(model.copy(tier))]
-        yield from sorted((value(model.ref), model.name, model) for model in free)
+        yield from sorted((_begun_or(value, model, tier), model.name, model) for model in free)
         return
     ranking, gains_of, epoch = Ranking(node.shared, now_ms), Renewal(node).gains, node.gains_epoch
     in_host, held_state = tier is Tier.HOST, CopyState.HELD
@@ -308,6 +315,9 @@ def _ranked_copies(
     found: list[_Rated] = []
     for model in models:
         copy = model.host if in_host else model.disk
+        if copy.state is CopyState.BEGUN:
+            found.append((BEGUN_INDEX, model.name, model))
+            continue
         if copy.state is not held_state or copy.readers:
             continue
         use = model.reuse

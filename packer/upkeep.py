@@ -14,7 +14,7 @@ from packer.ledger import (
     Model,
     Node,
     State,
-    pack_reservation_bytes,
+    pack_room_bytes,
 )
 from packer.queueing import hold_pack, order_drop, order_evict, wake_at, wants_pack
 from packer.quota import Tenant
@@ -136,7 +136,7 @@ def order_packs(node: Node, now_ms: int, out: list[Action]) -> None:
             if not (coming or model.state is State.RESIDENT) or model.disk.state is CopyState.HELD:
                 done.append(ref)
             continue
-        nbytes = pack_reservation_bytes(model.spec)
+        nbytes = pack_room_bytes(model)
         own = pending_by_tenant.get(ref.tenant, 0)
         going = room.copy_victims(node, model, Tier.DISK, nbytes, pending, own, now_ms)
         if going is None:
@@ -159,4 +159,4 @@ def order_packs(node: Node, now_ms: int, out: list[Action]) -> None:
 def _order_pack(node: Node, model: Model, nbytes: int, out: list[Action]) -> None:
     assert model.device is not None
     hold_pack(node, model, nbytes)
-    out.append(Pack(model.ref, model.device.name, nbytes, model.disk.order))
+    out.append(Pack(model.ref, model.device.name, model.disk.held_bytes, model.disk.order))

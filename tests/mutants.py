@@ -230,8 +230,20 @@ MUTANTS = (
     Mutant(
         "a second pack is reserved while the first is written",
         "queueing",
-        "        and model.disk.state is CopyState.ABSENT\n",
-        "        and model.disk.state in (CopyState.ABSENT, CopyState.FILLING)\n",
+        "        and model.disk.state in (CopyState.ABSENT, CopyState.BEGUN)\n",
+        "        and model.disk.state in (CopyState.ABSENT, CopyState.BEGUN, CopyState.FILLING)\n",
+    ),
+    Mutant(
+        "what is begun of a pack counts as free when the pack is gone on with",
+        "ledger",
+        "    begun_bytes = model.disk.held_bytes if model.disk.state is CopyState.BEGUN else 0\n",
+        "    begun_bytes = 2 * model.disk.held_bytes if model.disk.state is CopyState.BEGUN else 0\n",
+    ),
+    Mutant(
+        "what is begun of a pack is restored from",
+        "room",
+        "    return model.copy(tier).state is CopyState.HELD\n",
+        "    return model.copy(tier).state in (CopyState.HELD, CopyState.BEGUN)\n",
     ),
     Mutant(
         "a pack beside a load needs no room",

@@ -30,6 +30,7 @@ from packer.events import (
     ServingBegun,
     WorkerDied,
 )
+from packer.ledger import pack_reservation_bytes
 from packer.residency import Node
 from packer.types import ModelRef, ModelSpec, TenantSpec, Tier
 
@@ -101,6 +102,8 @@ class Hands:
         self.files = Files(seed)
         self.host: dict[ModelRef, int] = {}
         self.packing: dict[ModelRef, int] = {}
+        # What is on disk of packs that failed, and can be gone on with.
+        self.begun: set[ModelRef] = set()
         self.dropping: dict[tuple[ModelRef, Tier], int] = {}
 
     # --- time -------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ class Hands:
         if tier is Tier.ORIGIN:
             return True
         there = self.disk if tier is Tier.DISK else self.host
-        whole = tier is Tier.HOST or ref not in self.packing
+        whole = tier is Tier.HOST or (ref not in self.packing and ref not in self.begun)
         return ref in there and whole and (ref, tier) not in self.dropping
 
     def _begin_serving(self, stay: Stay) -> Event | None:
@@ -277,7 +280,11 @@ class Hands:
 
     def _start_pack(self, stay: Stay, disk_bytes: int, order: int) -> None:
         ref = stay.ref
-        self.require(ref not in self.disk, f"pack of {ref}, which has one")
+        self.require(ref not in self.disk or ref in self.begun, f"pack of {ref}, which has one")
+        room = pack_reservation_bytes(self.models[ref])
+        self.require(disk_bytes == room, f"{disk_bytes} bytes for a pack of {ref}, which may take {room}")
+        self.reached["went on with a pack"] += ref in self.begun
+        self.begun.discard(ref)
         self.require(order > 0, f"a pack of {ref} without a number")
         stay.packing = True
         self.disk[ref] = self.packing[ref] = disk_bytes
@@ -295,6 +302,10 @@ class Hands:
         # A worker's death usually fails its pack; a file that was complete by then still counts.
         if self.chance(self.faults.pack_fail) or (not alive and self.rng.random() < 0.5):
             self.reached[f"pack {beside}failed"] += 1
+            if self.rng.random() < 0.5:
+                self.begun.add(ref)
+                self.disk[ref] = self.rng.randrange(1, self.disk[ref] + 1)
+                return PackFailed(ref, stay.device, "no", order, self.disk[ref])
             del self.disk[ref]
             return PackFailed(ref, stay.device, "no", order)
         if not alive:
@@ -310,6 +321,9 @@ class Hands:
         reading = stay is not None and stay.state == "restoring" and stay.source is order.tier
         self.require(order.tier is not Tier.ORIGIN, f"drop of {order.ref} at its origin")
         self.require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being read")
+        begun = order.tier is Tier.DISK and order.ref in self.begun
+        self.reached["dropped what was begun"] += begun
+        self.begun.discard(order.ref) if begun else None
         self.require(self.readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
         self.require(
             not (stay and stay.tee_bytes and order.tier is Tier.HOST), "drop of a segment being filled"

@@ -30,6 +30,7 @@ from agent.segments import HostSegments
 from agent.spawning import Nursery
 from packer.events import (
     Drop,
+    Dropped,
     Event,
     Evict,
     Evicted,
@@ -38,7 +39,6 @@ from packer.events import (
     Restore,
     Restored,
     RestoreFailed,
-    TierBudgetSeen,
     WorkerDied,
 )
 from packer.index import HEADER_BYTES
@@ -128,7 +128,6 @@ async def open_hands(nursery: Nursery, folder: Path) -> Hands:
     hands = Hands(orders, packs, segments, specs)
     orders.post = hands.posted.put_nowait
     orders.repairs.note = lambda kind, ref, detail, count: hands.notes.append((kind, count))
-    orders.disk_budget_bytes = BUDGET_BYTES
     return hands
 
 
@@ -365,23 +364,19 @@ async def test_an_interrupted_load_goes_on_after_a_restart(
     failed = await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
     assert isinstance(failed, RestoreFailed)
     assert not failed.corrupt
-    lowered = await hands.next(TierBudgetSeen)
-    while isinstance(lowered, TierBudgetSeen) and lowered.budget_bytes == BUDGET_BYTES:
-        lowered = await hands.next(TierBudgetSeen)
-    assert isinstance(lowered, TierBudgetSeen)
     kept_bytes = hands.packs.partial_bytes(minilm.ref)
     assert kept_bytes
-    assert lowered.budget_bytes == BUDGET_BYTES - kept_bytes
-    assert isinstance(await hands.next(PackFailed), PackFailed)
+    no_pack = await hands.next(PackFailed)
+    assert isinstance(no_pack, PackFailed)
+    assert no_pack.kept_bytes == kept_bytes
     await close_hands(hands)
 
     weights.write_bytes(whole)
     hands = await open_hands(nursery, tmp_path)
     plan(hands, minilm)
     unfinished = await hands.orders.start([])
-    assert unfinished == {minilm.ref}
+    assert unfinished == {minilm.ref: kept_bytes}
     assert hands.packs.sweep([], unfinished) == []
-    assert await hands.next(TierBudgetSeen) == lowered
     await hands.load(minilm)
     wanted = await hands.answer(minilm)
     assert hands.packs.partial_bytes(minilm.ref) is None
@@ -398,6 +393,7 @@ async def test_a_version_that_left_the_plan_leaves_no_partial_pack(hands: Hands,
     await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
     assert hands.packs.partial_bytes(minilm.ref)
     await hands.orders.keep_only(frozenset())
+    assert await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4)) == Dropped(minilm.ref, Tier.DISK, 4)
     assert not list(hands.packs.path(minilm.ref).parent.iterdir())
     assert hands.orders._journal.journal.partial_packs() == []
 

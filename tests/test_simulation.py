@@ -75,6 +75,8 @@ RARE = (
     "late answer",
     "pack failed",
     "pack beside a load failed",
+    "went on with a pack",
+    "dropped what was begun",
     "packed after the worker died",
     "packed before it was restored",
     "packed with parts in other files",
