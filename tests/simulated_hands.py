@@ -323,8 +323,9 @@ class Hands:
         self.require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being read")
         begun = order.tier is Tier.DISK and order.ref in self.begun
         self.reached["dropped what was begun"] += begun
-        self.begun.discard(order.ref) if begun else None
-        self.require(self.readable(order.ref, order.tier), f"drop of a {order.tier} copy that is not there")
+        there = self.readable(order.ref, order.tier)
+        there = there or (begun and (order.ref, order.tier) not in self.dropping)
+        self.require(there, f"drop of a {order.tier} copy that is not there")
         self.require(
             not (stay and stay.tee_bytes and order.tier is Tier.HOST), "drop of a segment being filled"
         )
@@ -338,6 +339,9 @@ class Hands:
             del self.host[order.ref]
             return Dropped(order.ref, order.tier, order.order)
         del self.disk[order.ref]
+        if order.ref in self.begun:
+            self.begun.remove(order.ref)
+            return Dropped(order.ref, order.tier, order.order)
         charged = self.files.drop(order.ref)
         self.disk.update(charged)
         self.reached["a file outlived its version"] += bool(charged)
@@ -349,8 +353,8 @@ class Hands:
         return Dropped(order.ref, order.tier, order.order, charged)
 
     def charge_of(self, ref: ModelRef) -> int:
-        """Of a complete pack; one in the making has its reservation."""
-        return 0 if ref in self.packing else self.disk[ref]
+        """Of a complete pack; one in the making has its reservation, one that was begun a file of its own."""
+        return 0 if ref in self.packing or ref in self.begun else self.disk[ref]
 
     def _kill(self, tenant: str, device: str) -> Event:
         for stay in list(self.stays.values()):

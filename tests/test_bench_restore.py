@@ -332,7 +332,7 @@ def test_files_are_dropped_and_warmed_in_part(setup: Setup) -> None:
 def test_warm_section_without_peers_leaves_their_goals_unjudged(setup: Setup) -> None:
     section = restore_sections.warm(setup)
     unjudged = [judgement for judgement in section.judgements if judgement.value is None]
-    assert len(unjudged) == 3
+    assert len(unjudged) == 4
     assert all("this is a test" in judgement.why for judgement in unjudged)
     assert {row[0] for row in section.tables[0].rows} >= {*restore_setup.FORM_NAMES.values(), "sealed pack"}
 
@@ -347,17 +347,15 @@ def test_cold_restore_that_finds_a_cache_is_no_figure(setup: Setup, monkeypatch:
 
 
 def test_restore_of_other_bytes_is_no_figure(setup: Setup) -> None:
-    # The server knows no other descriptors, so one of the segments' holds the other bytes meanwhile.
-    other = setup.segments[HostForm.RAW]
-    data = bytearray(setup.weights.read_bytes())
-    data[-1] ^= 1
-    os.ftruncate(other, 0)
-    os.pwrite(other, data, 0)
+    # The server knows no other descriptors, so the reference holds the other bytes meanwhile.
+    size = setup.weights.stat().st_size
+    last = os.pread(setup.reference, 1, size - 1)
+    os.pwrite(setup.reference, bytes([last[0] ^ 1]), size - 1)
     try:
         with pytest.raises(LoadFailed, match="WrongBytes"):
-            setup.ours.run("restore", {"path": str(setup.pack), "key": setup.key, "reference": other})
+            setup.restore_pack()
     finally:
-        setup.pack_it()
+        os.pwrite(setup.reference, last, size - 1)
 
 
 def test_parts_section_moves_only_what_is_missing(setup: Setup) -> None:
@@ -402,9 +400,8 @@ def test_swaps_under_tenants_are_timed_and_predicted(setup: Setup, monkeypatch: 
     try:
         section = restore_swaps.swap(setup)
     finally:
-        # It gave all memory back, for the models of its tenants.
+        # It gave all memory back, for the models of its tenants; its segments are sealed and stay empty.
         os.pwrite(setup.reference, setup.weights.read_bytes(), 0)
-        setup.pack_it()
     assert len(section.runs["host"]) == 4
     assert len(section.runs["disk"]) == 2
     assert all(judgement.value is not None for judgement in section.judgements)
