@@ -180,7 +180,7 @@ def _print_outcome(outcome: Outcome, took_s: float) -> None:
     print(f"\n{fleet}; policy {fleet.policy}")
     print(
         f"assumed: link {fleet.host_gbps:g}, disk {fleet.disk_gbps:g}, origin {fleet.origin_gbps:g} GB/s; "
-        f"{fleet.fixed_ms} ms per restore; {fleet.ratio:g} of raw size in RAM and on disk; "
+        f"{fleet.fixed_ms} ms per restore; {fleet.ram_ratio:g} of raw size in RAM, {fleet.ratio:g} on disk; "
         f"{fleet.service_ms} ms of use where the trace has none"
     )
     rows = [("cold seconds of", *_HEADER), _row(f"all ({outcome.models} models)", outcome.all)]

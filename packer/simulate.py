@@ -196,11 +196,11 @@ def least_cold_ms(trace: Trace, fleet: Fleet) -> float:
     """
     sizes = [sized.size_bytes for sized in trace.catalog]
     log = UseLog(trace.at_ms, trace.models, (), sizes)
-    ram_bytes = int(fleet.boxes * fleet.ram_bytes / fleet.ratio)
+    ram_bytes = int(fleet.boxes * fleet.ram_bytes / fleet.ram_ratio)
     below = sum(missing_bytes(log, fleet.memory_bytes + ram_bytes))
     off_devices = sum(missing_bytes(log, fleet.memory_bytes)) if ram_bytes else below
     disk_ms = fleet.ratio / (fleet.disk_gbps * 1e6)
-    link_ms = min(fleet.ratio / (fleet.host_gbps * 1e6), disk_ms)
+    link_ms = min(fleet.ram_ratio / (fleet.host_gbps * 1e6), disk_ms)
     return (off_devices - below) * link_ms + below * disk_ms + fleet.fixed_ms * len(sizes)
 
 

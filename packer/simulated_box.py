@@ -172,14 +172,16 @@ class Box:
             self.feed(PolicyChosen(fleet.policy), 0)
         left = fleet.disk_bytes if fleet.packs else 0
         for spec in specs:
-            stored = self.stored_bytes(spec.image_bytes)
-            if stored <= left:
-                left -= stored
-                self.feed(PackFound(spec.ref, stored, stored), 0)
+            on_disk, in_ram = self._stored(spec)
+            if on_disk <= left:
+                left -= on_disk
+                self.feed(PackFound(spec.ref, on_disk, in_ram), 0)
 
-    def stored_bytes(self, image_bytes: int) -> int:
-        """What a model takes in RAM and on disk."""
-        return max(1, round(image_bytes * self.fleet.ratio))
+    def _stored(self, spec: ModelSpec) -> tuple[int, int]:
+        """What a model takes on disk and in RAM."""
+        fleet = self.fleet
+        on_disk, in_ram = (max(1, round(spec.image_bytes * part)) for part in (fleet.ratio, fleet.ram_ratio))
+        return on_disk, in_ram
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -213,15 +215,16 @@ class Box:
         return None
 
     def _packed(self, ref: ModelRef, device: str, order: int) -> Packed:
-        stored = self.stored_bytes(self.node.models[ref].spec.image_bytes)
-        return Packed(ref, device, stored, stored, order)
+        on_disk, in_ram = self._stored(self.node.models[ref].spec)
+        return Packed(ref, device, on_disk, in_ram, order)
 
     def _restore(self, order: Restore, now_ms: int) -> None:
         spec = self.node.models[order.ref].spec
         there = sum(spec.chunk_bytes[: order.first_chunk])
         # A host copy wants all chunks, so all are read for it.
         moved = spec.image_bytes if order.host_bytes else spec.image_bytes - there
-        share = 1.0 if order.from_tier is Tier.ORIGIN else self.fleet.ratio
+        fleet = self.fleet
+        share = {Tier.HOST: fleet.ram_ratio, Tier.DISK: fleet.ratio}.get(order.from_tier, 1.0)
         self._hands.moved(order.from_tier, moved)
         pipe = self._pipe(order)
         pipe.add(Transfer(order, now_ms, moved, moved * share), now_ms)
