@@ -1,8 +1,9 @@
 """How long the residency core thinks: step and proof together, by kind of decision and number of models.
 
 Covers: a seeded history of requests on one device that holds 95 of 100 models, with a full host tier; every
-step with its check is timed by the thread's own clock. Does not cover: carrying anything out, or whether
-the decisions are good (``replay.py``).
+step with its check is timed by the thread's own clock; and how many requests per second the simulator
+replays through the same core. Does not cover: carrying anything out, or whether the decisions are good
+(``replay.py``, ``bench_policies.py``).
 
 The same history is played several times. It takes the same decisions each time, so the least time of each
 is what the core needs for it; the rest is what other programs did to the machine meanwhile. Percentiles are
@@ -29,8 +30,9 @@ from bench_suite import (
     report_of,
     write_suite_json,
 )
+from request_traces import CATALOGUE_BYTES
 
-from packer import residency
+from packer import residency, traces
 from packer.events import (
     Action,
     DeviceSeen,
@@ -48,9 +50,11 @@ from packer.events import (
     Restored,
     TierBudgetSeen,
 )
+from packer.fleet import parse_fleet
+from packer.simulate import Simulation
 from packer.types import MIB, ModelRef, ModelSpec, Task, TenantSpec, Tier
 
-NODES = (1_000, 10_000)
+NODES = (1_000, 2_000, 5_000, 10_000)
 RESIDENT_PARTS = 20  # one of so many models is not resident
 TENANTS = 8
 CHUNKS = 64
@@ -64,6 +68,18 @@ SEED = 1
 # A decision to evict among this many models must not hold up the requests that need none.
 GOAL_MODELS = 1_000
 GOAL_MS = 1.0
+
+# The simulator: models, requests, and how much of the models the devices hold.
+REPLAY_MODELS = 300
+REPLAY_REQUESTS = 200_000
+REPLAY_REQUESTS_QUICK = 20_000
+REPLAY_FLEETS = (
+    ("all models fit", "64x141GB"),
+    ("devices hold two thirds of the bytes, RAM the rest", "24x141GB,ram=4TB"),
+    ("devices hold a fifth of the bytes, RAM two fifths", "8x141GB,ram=2TB"),
+)
+REPLAY_GAP_MS = 20_000
+REPLAY_GOAL = 100_000
 
 HIT, EVICTION, RESTORED = "hit", "decision to evict", "restored"
 
@@ -200,8 +216,58 @@ def section(models: int, requests: int, rounds: int, log: Callable[[str], None])
     return Section(f"{models} models", (table,), judgements, runs=took_us)
 
 
-def run(requests: int, rounds: int, nodes: Sequence[int], log: Callable[[str], None]) -> SuiteReport:
+# --- the simulator --------------------------------------------------------------------------------
+
+
+def replayed_trace(requests: int) -> traces.Trace:
+    """Zipf's law over the models, at random times."""
+    rng = random.Random(SEED)
+    weights = [1 / (rank + 1) for rank in range(REPLAY_MODELS)]
+    at_ms, now_ms = [], 0
+    for _ in range(requests):
+        now_ms += int(rng.expovariate(1 / REPLAY_GAP_MS))
+        at_ms.append(now_ms)
+    catalog = tuple(
+        traces.Sized(f"t{number % TENANTS}", f"m{number}", rng.choice(CATALOGUE_BYTES))
+        for number in range(REPLAY_MODELS)
+    )
+    models = tuple(rng.choices(range(REPLAY_MODELS), weights, k=requests))
+    return traces.Trace(tuple(at_ms), models, (-1,) * requests, catalog)
+
+
+def replay_section(requests: int, rounds: int, log: Callable[[str], None]) -> Section:
+    """Requests per second of one core's time, the best of the rounds, and where the rest goes."""
+    trace = replayed_trace(requests)
+    rows: list[tuple[str, ...]] = []
+    rates: dict[str, float] = {}
+    for name, spec in REPLAY_FLEETS:
+        took_s = []
+        for number in range(rounds):
+            log(f"simulator, {name}: play {number + 1}/{rounds}")
+            simulation = Simulation(trace, parse_fleet(spec))
+            gc.collect()
+            gc.disable()
+            started = time.thread_time()
+            outcome = simulation.run()
+            took_s.append(time.thread_time() - started)
+            gc.enable()
+        rates[name] = requests / min(took_s)
+        at_once = outcome.all.hit_shares["device"]
+        steps = outcome.steps / requests
+        rows.append((name, f"{rates[name]:,.0f}", f"{at_once:.2%}", f"{steps:.2f}"))
+    title = f"Simulator, {REPLAY_MODELS} models, {requests:,} requests"
+    columns = ("fleet", "requests per second", "found on a device", "whole steps per request")
+    first = REPLAY_FLEETS[0][0]
+    goal = f"simulated requests per second of a core, {REPLAY_MODELS} models, {first}"
+    judged = Judgement(goal, rates[first], REPLAY_GOAL)
+    return Section("simulator", (Table(title, columns, tuple(rows)),), (judged,))
+
+
+def run(
+    requests: int, replayed: int, rounds: int, nodes: Sequence[int], log: Callable[[str], None]
+) -> SuiteReport:
     sections = [section(models, requests, rounds, log) for models in nodes]
+    sections.append(replay_section(replayed, min(rounds, bench_harness.ROUNDS_QUICK), log))
     facts: dict[str, str | int | float] = {
         "history": f"{requests} requests, uniform over the models, seed {SEED}",
         "times": f"thread time, of each decision the least of {rounds} plays",
@@ -217,7 +283,8 @@ def main(arguments: Sequence[str] | None = None, nodes: Sequence[int] = NODES) -
     if options.rounds is not None and not 1 <= options.rounds <= bench_harness.ROUNDS_MAX:
         parser.error(f"--rounds {options.rounds}: use 1 to {bench_harness.ROUNDS_MAX}")
     requests = REQUESTS_QUICK if options.quick else REQUESTS
-    report = run(requests, rounds, nodes, lambda line: print(line, file=sys.stderr, flush=True))
+    replayed = REPLAY_REQUESTS_QUICK if options.quick else REPLAY_REQUESTS
+    report = run(requests, replayed, rounds, nodes, lambda line: print(line, file=sys.stderr, flush=True))
     print_suite(report, sys.stdout)
     if options.json is not None:
         write_suite_json(report, options.json)

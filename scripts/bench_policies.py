@@ -136,16 +136,24 @@ def jobs_of(quick: bool, stressed: bool, folder: Path) -> list[Job]:
     days = QUICK_DAYS if quick else dict.fromkeys(THINNINGS, 14.0)
     found: list[Job] = []
     for thinning in sorted(THINNINGS, reverse=True):
-        given = (f"{thinning:g}",)
+
+        def job(
+            kind: str,
+            what: str,
+            memory_gb: int,
+            seed: int,
+            source: str = f"{thinning:g}",
+            t: float = thinning,
+        ) -> Job:
+            return Job(kind, what, source, memory_gb, seed, days[t], str(folder))
+
         for seed in seeds:
-            rest = (seed, days[thinning], str(folder))
             for stack_thinning, device_gb, _, _, _ in STACKS:
                 if stack_thinning == thinning:
-                    found.append(Job("cores", CORES, *given, device_gb, *rest))
-                    found += [Job("stack", step.name, *given, device_gb, *rest) for step in STEPS]
+                    found.append(job("cores", CORES, device_gb, seed))
+                    found += [job("stack", step.name, device_gb, seed) for step in STEPS]
             for memory_gb in MEMORY_GB:
-                names = (KEEP, *PEERS, *CLAIRVOYANT)
-                found += [Job("policy", name, *given, memory_gb, *rest) for name in names]
+                found += [job("policy", name, memory_gb, seed) for name in (KEEP, *PEERS, *CLAIRVOYANT)]
     for shape in SHAPES if stressed else ():
         for seed in seeds:
             for share in (4, 2):
@@ -250,10 +258,10 @@ def stack_section(found: Sequence[Found], quick: bool) -> Section:
     )
     head = ("mean / p99 cold seconds", *(f"{t:g} on {d} + {r} GB" for t, d, r, _, _ in STACKS))
     notes = (
-        "Assumed: NVMe 7 GB/s, RAM to device 45 GB/s, 0.4 s per restore, 0.1 s with a parked worker, engine boot "
-        "25 s + 2 GB/s. Measured here (bench_codec): bf16 takes 0.667 of its size on disk, 0.75 in RAM.",
-        f"{CORES}: disk and links are shared by what runs at once, no model lies in two pieces; the rows above are "
-        "one pool.",
+        "Assumed: NVMe 7 GB/s, RAM to device 45 GB/s, 0.4 s per restore, 0.1 s with a parked worker, engine "
+        "boot 25 s + 2 GB/s. Measured here (bench_codec): bf16 takes 0.667 of its size on disk, 0.75 in RAM.",
+        f"{CORES}: disk and links are shared by what runs at once, no model lies in two pieces; the rows "
+        "above are one pool.",
     )
     judged = []
     for thinning, device_gb, ram_gb, _, goal_s in STACKS:

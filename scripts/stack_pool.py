@@ -38,21 +38,26 @@ class Step:
     disk_bytes_per_ms: float = DISK_BYTES_PER_MS
 
 
-# An engine's cold start: 25 s until it can load, then 2 GB/s from the loader.
-BOOT = {"ram": False, "fixed_ms": 25_000.0, "disk_bytes_per_ms": 2_000_000.0}
-COMPRESSED = {"ram_ratio": 0.75, "disk_ratio": 0.667}
 PARKED_MS = 100.0
+WIRE, STORED = 0.75, 0.667
+
+
+def _boot(name: str, policy: str) -> Step:
+    """An engine's cold start: 25 s until it can load, then 2 GB/s from its loader."""
+    return Step(name, policy, ram=False, fixed_ms=25_000.0, disk_bytes_per_ms=2_000_000.0)
+
+
 STEPS = (
-    Step("cold boot, unloaded after five minutes (TTL)", "ttl", **BOOT),  # type: ignore[arg-type]
-    Step("cold boot, LRU, no timer", "lru", **BOOT),  # type: ignore[arg-type]
+    _boot("cold boot, unloaded after five minutes (TTL)", "ttl"),
+    _boot("cold boot, LRU, no timer", "lru"),
     Step("snapshot restored from NVMe, LRU", "lru", ram=False),
     Step("+ RAM tier", "lru"),
     Step("+ keep-index", "keep"),
-    Step("+ partial residency", "keep", partial=True),
-    Step("+ compression", "keep", partial=True, **COMPRESSED),
-    Step("+ parked workers", "keep", partial=True, fixed_ms=PARKED_MS, **COMPRESSED),
+    Step("+ partial residency", "keep", True, partial=True),
+    Step("+ compression", "keep", True, True, WIRE, STORED),
+    Step("+ parked workers", "keep", True, True, WIRE, STORED, PARKED_MS),
     Step("clairvoyant, whole models, raw, 0.4 s", "belady"),
-    Step("clairvoyant, full stack", "belady", partial=True, fixed_ms=PARKED_MS, **COMPRESSED),
+    Step("clairvoyant, full stack", "belady", True, True, WIRE, STORED, PARKED_MS),
 )
 OURS = STEPS[7]
 

@@ -15,6 +15,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_core, "REQUESTS_QUICK", 60)
+    monkeypatch.setattr(bench_core, "REPLAY_REQUESTS_QUICK", 400)
     monkeypatch.setattr(bench_core, "GOAL_MODELS", 40)
 
 
@@ -26,10 +27,15 @@ def test_every_kind_of_decision_is_timed_and_reported(
     out = capsys.readouterr().out
     assert "Step and check, 60 models, 57 resident, microseconds" in out
     report = json.loads(file.read_text())
-    for section in report["sections"]:
+    *cores, simulator = report["sections"]
+    for section in cores:
         assert set(section["runs"]) == {bench_core.HIT, bench_core.EVICTION, bench_core.RESTORED}
         assert all(took_us > 0 for times in section["runs"].values() for took_us in times)
-    (verdict,) = report["verdicts"]
+    rows = simulator["tables"][0]["rows"]
+    assert [row[0] for row in rows] == [name for name, _ in bench_core.REPLAY_FLEETS]
+    assert rows[0][2] > rows[2][2], "the larger fleet finds more on its devices"
+    verdict, replayed = report["verdicts"]
+    assert replayed["value"] > 0
     assert verdict["goal"] == "decision to evict, 40 models, p99"
     assert verdict["value"] * 1000 <= max(report["sections"][0]["runs"][bench_core.EVICTION])
 
