@@ -79,6 +79,7 @@ async def run(config: AgentConfig) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     node = RunningNode(config)
+    loop.add_signal_handler(signal.SIGUSR2, node.meter.look_now)
     loop.add_signal_handler(signal.SIGUSR1, lambda: node.loop.dump("asked"))
     runner = http.runner(build_app(node, GatewayConfig(config.name, config.request_timeout_ms)))
     try:

@@ -50,6 +50,7 @@ class AgentConfig:
     peer_url: str | None = None  # where other nodes reach that, when it differs
     peer_rate_bytes_s: int = GIB
     policy: str = "keep"
+    regret_every_s: int = 3600
     lending_margin_percent: int = MARGIN_PERCENT
     standbys: int = 1  # workers kept ready per device
 
@@ -156,6 +157,14 @@ def _add_memory_options(run: argparse.ArgumentParser) -> None:
         help="auto: measure this box once it is idle, when its rates are not known yet (default %(default)s)",
     )
     run.add_argument(
+        "--regret-every",
+        type=int,
+        default=3600,
+        metavar="SECONDS",
+        help="how often the log of uses is replayed against the clairvoyant optimum (default %(default)s); "
+        "SIGUSR2 asks for it now",
+    )
+    run.add_argument(
         "--policy",
         default="keep",
         choices=POLICY_NAMES,
@@ -214,11 +223,18 @@ def load(argv: Sequence[str]) -> AgentConfig:
         calibrate=options.calibrate == "auto",
         host_form=None if options.host_form == "auto" else HostForm(options.host_form),
         policy=options.policy,
+        regret_every_s=_regret_every_s(options.regret_every),
         lending_margin_percent=options.lending_margin,
         peer_listen=_peer_listen(options.peer_listen, host),
         peer_url=_peer_url(options.peer_url),
         peer_rate_bytes_s=_peer_rate(options.peer_rate),
     )
+
+
+def _regret_every_s(seconds: int) -> int:
+    if not 1 <= seconds <= 7 * 86_400:
+        raise BadValue("--regret-every", "must be 1 to 604800 seconds (a week)")
+    return seconds
 
 
 def _peer_listen(text: str, host: str) -> tuple[str, int] | None:

@@ -21,7 +21,7 @@ from agent.accuracy import BUCKETS, Accuracy
 from agent.counters import Counters
 from packer.estimate import Rates, named_rates
 from packer.types import HostForm
-from packer.wire import Report
+from packer.wire import RegretReport, Report, decode
 
 
 class _Families:
@@ -93,6 +93,7 @@ class _Families:
         yield self._restores()
         yield self._estimate_errors()
         yield from self._calibration()
+        yield from self._regret()
         yield CounterMetricFamily("bunkhouse_evictions", "Models evicted from devices.", counters.evictions)
         yield CounterMetricFamily("bunkhouse_workers_died", "Worker processes gone.", counters.workers_died)
         yield CounterMetricFamily(
@@ -133,6 +134,36 @@ class _Families:
             protected.add_metric(name, int(lending.protected))
             excused.add_metric(name, lending.excused_ms / 1000)
         yield from (debt, lent, borrowed, protected, excused)
+
+    def _regret(self) -> Iterator[Metric]:
+        """From the node's own report, so that both say the same; of all tenants together."""
+        if not self._report.regret:
+            return
+        found = decode(self._report.regret.encode(), RegretReport)
+        cold = GaugeMetricFamily(
+            "bunkhouse_regret_cold_seconds",
+            "Restores in the window of the log: as they were, by LRU on whole models, by the clairvoyant "
+            "optimum, and the least that any schedule could take.",
+            labels=["schedule"],
+        )
+        for name, cold_ms in (
+            ("actual", found.actual_ms),
+            ("lru", found.lru_ms),
+            ("optimum", found.optimum_ms),
+            ("bound", found.bound_ms),
+        ):
+            cold.add_metric([name], cold_ms / 1000)
+        yield cold
+        if found.optimum_ms:
+            ratio = found.actual_ms / found.optimum_ms
+            yield GaugeMetricFamily("bunkhouse_regret_ratio", "Actual over optimum.", ratio)
+        yield GaugeMetricFamily("bunkhouse_regret_uses", "Uses that were judged.", found.counted)
+        yield GaugeMetricFamily(
+            "bunkhouse_regret_window_seconds", "From first to last.", found.window_ms / 1000
+        )
+        yield GaugeMetricFamily(
+            "bunkhouse_regret_timestamp_seconds", "When it was judged.", found.at_ms / 1000
+        )
 
     def _estimate_errors(self) -> Metric:
         family = HistogramMetricFamily(

@@ -31,6 +31,7 @@ from agent.metering import MeteredLease
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
 from agent.packs import PackDirectory
+from agent.regret import RegretMeter
 from agent.remembering import Changed, Remembering
 from agent.reports import build_report
 from agent.segments import HostSegments
@@ -38,6 +39,7 @@ from agent.sharing import Sharing
 from agent.spawning import Nursery
 from agent.spending import Spending
 from agent.uplink import Uplink
+from agent.use_log import UseLog
 from packer import residency
 from packer.decisions import shortened
 from packer.estimate import FIRST_RATES, Rates, choose_host_form, dump_rates
@@ -68,7 +70,7 @@ from packer.types import (
     parse_model,
     parse_ref,
 )
-from packer.wire import Plan, PlanNumber, Record, Report
+from packer.wire import Plan, PlanNumber, Record, RegretReport, Report
 
 log = logging.getLogger("bunk.node")
 
@@ -96,6 +98,8 @@ class RunningNode:
         self.name = config.name
         self.counters = Counters()
         self.accuracy = Accuracy()
+        self.uses = UseLog()
+        self.meter = RegretMeter(self.uses, lambda: self.loop.core, wall_ms, config.regret_every_s)
         self.decisions = Decisions(wall_ms)
         self.started_ms = wall_ms()
         self.gateway_url = ""
@@ -200,6 +204,7 @@ class RunningNode:
             self._tasks.append(asyncio.create_task(self._watch_devices()))
         self._tasks.append(asyncio.create_task(self._flush_records()))
         self._tasks.append(asyncio.create_task(self._calibrator.run()))
+        self._tasks.append(asyncio.create_task(self.meter.run()))
 
     async def run_uplink(self, gateway_url: str) -> None:
         """Beat until cancelled; raises ``BadIdentity`` when the node can not go on without a person."""
@@ -459,6 +464,10 @@ class RunningNode:
         return self.orders.holdings.is_whole(ref)
 
     @property
+    def regret(self) -> RegretReport | None:
+        return self.meter.last
+
+    @property
     def peer_url(self) -> str:
         return self.sharing.peer_url
 
@@ -516,6 +525,7 @@ class RunningNode:
         self.counters.observe(wall_ms(), event, actions)
         self.decisions.observe(self.loop.core, event, actions)
         self.accuracy.observe(self.loop.core, event, actions)
+        self.uses.observe(now_ms, event, actions)
         if self.uplink is not None:
             self.uplink.changed()
 

@@ -21,6 +21,7 @@ from packer.wire import (
     CalibrationReport,
     DeviceReport,
     ModelReport,
+    RegretReport,
     Report,
     TenantReport,
     encode,
@@ -39,6 +40,8 @@ class ReportSource(Protocol):
 
     @property
     def rates(self) -> Rates | None: ...
+    @property
+    def regret(self) -> RegretReport | None: ...
     @property
     def peer_url(self) -> str: ...
     @property
@@ -72,6 +75,7 @@ def build_report(node: ReportSource) -> Report:
         tenants=tuple(_tenant(node, tenant) for tenant in node.tenants),
         peer_url=node.peer_url,
         calibration=_calibration(node),
+        regret=encode(node.regret).decode() if node.regret is not None else "",
     )
 
 

@@ -17,7 +17,7 @@ bound.
 
 The first use of each model in the log counts for nobody: what was held before the log began is not known.
 So do uses of models that are larger than all devices together. Devices count as one pool, copies as
-divisible, leases as momentary: all of that can only lower the bound.
+divisible, leases as momentary, workspaces not at all: all of that can only lower the bound.
 
 Standard library only, no clock: the same log gives the same figures.
 """

@@ -200,6 +200,20 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RegretReport:
+    """What a node's restores took, and what they would have taken by other choices; see ``regret``."""
+
+    uses: int
+    counted: int
+    window_ms: int
+    actual_ms: int
+    lru_ms: int
+    optimum_ms: int
+    bound_ms: int
+    at_ms: int = 0  # wall clock of the replay
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A node's state, sent with every beat."""
 
@@ -215,6 +229,7 @@ class Report:
     tenants: tuple[TenantReport, ...]
     peer_url: str = ""  # where other nodes fetch packs from; empty when this node shares none
     calibration: str = ""  # what the node measured of itself, as JSON; empty before
+    regret: str = ""  # a ``RegretReport`` as JSON; empty before the first replay
 
 
 @dataclass(frozen=True, slots=True)

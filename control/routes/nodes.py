@@ -62,6 +62,7 @@ from packer.wire import (
     JoinAsk,
     OriginTurn,
     PeerSpec,
+    RegretReport,
     RenewAsk,
     SourcesAnswer,
     SourcesAsk,
@@ -80,6 +81,8 @@ GATEWAY_URL_CHARS_MAX = 256
 NAME_CHARS_MAX = 64
 # What a node measures of itself is a few KiB; the agent keeps no more than this either.
 CALIBRATION_CHARS_MAX = 256 * KIB
+# Eight numbers with their names.
+REGRET_CHARS_MAX = KIB
 # Held open this long at most: shorter than what middleboxes cut, and than fleet.SILENT_AFTER_MS.
 POLL_MS_MAX = 30_000
 # Eight answers of 32 decisions of 32 victims each are less.
@@ -123,6 +126,7 @@ class NodeAnswer:
     disk_budget_bytes: int
     disk_used_bytes: int
     calibration: CalibrationReport | None
+    regret: RegretReport | None
 
 
 async def make_join_token(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -172,16 +176,17 @@ def _node_answer(row: NodeRow, view: fleet.NodeView, now_ms: int) -> NodeAnswer:
         host_used_bytes=report.host_used_bytes if report else 0,
         disk_budget_bytes=report.disk_budget_bytes if report else 0,
         disk_used_bytes=report.disk_used_bytes if report else 0,
-        calibration=_calibration(report.calibration) if report else None,
+        calibration=_reported(report.calibration, CalibrationReport) if report else None,
+        regret=_reported(report.regret, RegretReport) if report else None,
     )
 
 
-def _calibration(text: str) -> CalibrationReport | None:
-    """What a node measured of itself; a node that reports nonsense must not break the list."""
+def _reported(text: str, kind: type[T]) -> T | None:
+    """What a node found out of itself; a node that reports nonsense must not break the list."""
     if not text or len(text) > CALIBRATION_CHARS_MAX:
         return None
     try:
-        return decode(text.encode(), CalibrationReport)
+        return decode(text.encode(), kind)
     except BadMessage:
         return None
 
@@ -385,6 +390,8 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
     check_gateway_url(report.gateway_url)
     if report.peer_url:
         _check_url(report.peer_url, "peer_url", ("https",))
+    if len(report.regret) > REGRET_CHARS_MAX:
+        raise BadValue("regret", f"at most {REGRET_CHARS_MAX} characters")
     if len(report.calibration) > CALIBRATION_CHARS_MAX:
         raise BadValue("calibration", f"at most {CALIBRATION_CHARS_MAX} characters")
 

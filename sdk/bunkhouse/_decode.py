@@ -40,6 +40,7 @@ from bunkhouse._types import (
     Quota,
     QuotaUse,
     RateUse,
+    Regret,
     Restores,
     Served,
     Tenant,
@@ -357,6 +358,20 @@ def node(row: Fields) -> Node:
         disk_budget_bytes=row.number("disk_budget_bytes", 0),
         disk_used_bytes=row.number("disk_used_bytes", 0),
         calibration=_calibration(row.inner("calibration")) if row.raw("calibration") else None,
+        regret=_regret(row.inner("regret")) if row.raw("regret") else None,
+    )
+
+
+def _regret(row: Fields) -> Regret:
+    return Regret(
+        at_ms=row.number("at_ms", 0),
+        window_ms=row.number("window_ms", 0),
+        uses=row.number("uses", 0),
+        counted=row.number("counted", 0),
+        actual_ms=row.number("actual_ms", 0),
+        lru_ms=row.number("lru_ms", 0),
+        optimum_ms=row.number("optimum_ms", 0),
+        bound_ms=row.number("bound_ms", 0),
     )
 
 

@@ -244,6 +244,26 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class Regret:
+    """What a node's restores took within a window, and what they would have taken: under LRU on whole
+    models, by the clairvoyant optimum, and by the least that any schedule could take."""
+
+    at_ms: int
+    window_ms: int
+    uses: int
+    counted: int  # of the uses: the first of each model is nobody's merit
+    actual_ms: int
+    lru_ms: int
+    optimum_ms: int
+    bound_ms: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Actual over optimum; None when a clairvoyant node would have paid nothing."""
+        return self.actual_ms / self.optimum_ms if self.optimum_ms else None
+
+
+@dataclass(frozen=True, slots=True)
 class About:
     """Which server answered, its clock, and the key that asked. ``tenant`` None: an operator's."""
 
@@ -269,6 +289,7 @@ class Node:
     disk_budget_bytes: int
     disk_used_bytes: int
     calibration: Calibration | None = None
+    regret: Regret | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ Covers: boxes, where bytes are, what happened. Does not cover: starting a stack 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from bunkhouse._client import Client
-from bunkhouse._types import Device, Event, Node, Placement
+from bunkhouse._types import Device, Event, Node, Placement, Regret
 from bunkhouse.cli.api import Span, api_command, confirm, save_option, yes_option
 from bunkhouse.cli.private import write_private
 from bunkhouse.cli.tables import Output, ago, moment, printable, size, span, table
@@ -105,8 +106,39 @@ def _expected(row: Placement) -> str | None:
     return f"{row.restore_ms_estimate} ms" if row.restore_ms_estimate else None
 
 
-def _ps(client: Client, out: Output) -> None:
+def _regrets(client: Client, out: Output) -> None:
+    """How far each node was from the clairvoyant optimum: figures of all tenants together."""
+    judged = [row for row in client.nodes() if row.regret is not None]
+
+    def of(show: Callable[[Regret], str | None]) -> Callable[[Node], str | None]:
+        return lambda row: show(row.regret) if row.regret is not None else None
+
+    def cold(total_ms: int) -> str:
+        return f"{total_ms / 1000:.1f} s"
+
+    out.rows(
+        judged,
+        [
+            ("NODE", lambda row: row.node),
+            ("WINDOW", of(lambda found: span(found.window_ms))),
+            ("USES", of(lambda found: str(found.counted))),
+            ("ACTUAL", of(lambda found: cold(found.actual_ms))),
+            ("LRU", of(lambda found: cold(found.lru_ms))),
+            ("OPTIMUM", of(lambda found: cold(found.optimum_ms))),
+            ("BOUND", of(lambda found: cold(found.bound_ms))),
+            ("RATIO", of(lambda found: f"{found.ratio:.2f}" if found.ratio is not None else None)),
+            ("JUDGED", of(lambda found: ago(found.at_ms))),
+        ],
+        "no node has judged itself yet: each does ten minutes after its start, and then every hour",
+    )
+
+
+@click.option("--regret", is_flag=True, help="Show how far each node was from the clairvoyant optimum.")
+def _ps(client: Client, out: Output, regret: bool) -> None:
     """Show where every version's bytes are and what it has done."""
+    if regret:
+        _regrets(client, out)
+        return
     now = client.ps()
     if out.json:
         out.document(now, "")
