@@ -44,7 +44,7 @@ class Files:
     def write(self, ref: ModelRef, nbytes: int) -> int:
         """A new pack, with luck a small one that has the rest in files of its tenant; returns its bytes."""
         others = [file for file in self.files if file.tenant == ref.tenant]
-        if others and self.rng.random() < 0.25:
+        if others and self.rng.random() < 0.4:
             for file in self.rng.sample(others, min(len(others), 2)):
                 file.parts[ref] = self.rng.randrange(1, file.nbytes + 1)
             nbytes //= 8
