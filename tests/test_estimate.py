@@ -310,6 +310,25 @@ def test_without_a_shape_the_usual_is_assumed() -> None:
         assert 20 < expect_ms(Learned(RATES), History(), tier, 2 * G) < 60_000
 
 
+def test_what_came_late_on_a_busy_machine_is_not_expected_again() -> None:
+    """Being late by chance is common and far; an estimate that follows it is off for every other restore."""
+    learned, history = Learned(RATES), known()
+    for restore_ms in (1500, 9000, 1520, 8000, 7000):
+        note_restore(learned, history, Tier.DISK, 2 * G, restore_ms)
+    assert expect_ms(learned, history, Tier.DISK, 2 * G) == pytest.approx(1520, rel=0.01)
+
+
+def test_restores_of_another_form_do_not_count_once_there_are_some_of_this_one() -> None:
+    learned, history = Learned(RATES), known()
+    wire, raw = (host_shape(Mix(bf16_bytes=2 * G), form) for form in (HostForm.WIRE, HostForm.RAW))
+    know_shape(history, wire)
+    for _ in range(4):
+        note_restore(learned, history, Tier.HOST, 2 * G, 4000)
+    know_shape(history, raw)
+    note_restore(learned, history, Tier.HOST, 2 * G, 30)
+    assert expect_ms(learned, history, Tier.HOST, 2 * G) == pytest.approx(30, rel=0.05)
+
+
 def test_a_models_own_restores_decide_and_two_odd_ones_do_not() -> None:
     learned, history = Learned(RATES), known()
     for restore_ms in (1500, 9000, 1520, 1490, 100):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -49,8 +50,10 @@ async def node_of(folder: Path, *words: str) -> AsyncIterator[RunningNode]:
     node._specs[REF] = SPEC
     await node._journal.call(node._journal.journal.add_pack, ROW, b"key", 1)
     node.loop.post(PackFound(REF, ROW.disk_bytes, ROW.host.of(node.host_form)))
+    charges = {REF: ROW.disk_bytes}
     try:
-        yield node
+        with patch.object(node.orders.holdings, "charge", lambda ref: charges.get(ref, 0)):
+            yield node
     finally:
         await node.loop.close()
         node._journal.close()
@@ -118,7 +121,8 @@ async def test_a_pack_that_is_gone_is_not_found_again_by_a_change_of_form(tmp_pa
         other = replace(ROW, ref=replace(REF, name="gone"))
         await node._journal.call(node._journal.journal.add_pack, other, b"key", 1)
         await node._journal.call(node._journal.journal.add_pack, replace(ROW, disk_bytes=601), b"key", 1)
-        await hand_over(node, WIRE_RATES)
+        with patch.object(node.orders.holdings, "charge", lambda ref: 601):
+            await hand_over(node, WIRE_RATES)
         assert other.ref not in node.loop.core.models
         assert node.loop.core.models[REF].opened_bytes == ROW.host.stored_bytes, "its file is another one"
 
