@@ -7,14 +7,15 @@ Does not cover: whose turn it is (``turns``), victims on one device (``victims``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from packer import victims
+from packer import moving, victims
 from packer.ledger import Claim, Device, Model, Node, State
 from packer.placement import Bin, Wanted, place
 from packer.room import Earlier
 from packer.turns import startable
+from packer.types import ModelRef
 
 
 class Turn(StrEnum):
@@ -37,10 +38,11 @@ class Choice:
 
 @dataclass(slots=True)
 class Promises:
-    """What is spoken for: claims by device, and the bytes that they were promised."""
+    """What is spoken for: claims by device, moves under way, and the bytes that both were promised."""
 
     claims: dict[str, Claim]
     earlier: Earlier
+    moves: dict[ModelRef, str] = field(default_factory=dict)
 
     def add(self, device: Device, model: Model, claim: Claim) -> None:
         self.claims[device.name] = claim
@@ -52,6 +54,14 @@ class Promises:
             if standing.ref == model.ref:
                 del self.claims[name]
                 self.earlier.add(name, model.tenant.spec.tenant, -model.missing_bytes)
+        target = self.moves.pop(model.ref, None)
+        if target is not None:
+            self.earlier.add(target, model.tenant.spec.tenant, -model.need_bytes)
+
+    def add_move(self, model: Model, target: str) -> None:
+        """The model will come to this device once it is evicted where it is."""
+        self.moves[model.ref] = target
+        self.earlier.add(target, model.tenant.spec.tenant, model.need_bytes)
 
 
 def standing(node: Node, now_ms: int) -> Promises:
@@ -62,6 +72,8 @@ def standing(node: Node, now_ms: int) -> Promises:
         claimant = node.queue.get(claim.ref) if claim is not None else None
         if claim is not None and claimant is not None and startable(claimant, now_ms):
             promises.add(device, claimant, claim)
+    for ref, move in node.moves.items():
+        promises.add_move(node.models[ref], move.target)
     return promises
 
 
@@ -113,6 +125,11 @@ def _claim(node: Node, model: Model, healthy: list[Device], promises: Promises, 
             rank = (not stands, evicted, *_left_over(device))
             if best is None or rank < best[0]:
                 best = (rank, device, takings)
+        if not busy and not reach:
+            instead = None if best is None else best[2]
+            moved = moving.propose(node, model, free, healthy, promises.earlier, instead, now_ms)
+            if moved is not None:
+                return Choice(Turn.CLAIM, moved[0], tuple(moved[1]))
         if best is not None:
             return Choice(Turn.CLAIM, best[1], tuple(best[2]))
     return None

@@ -35,7 +35,6 @@ class Kind(StrEnum):
     PLACED = "placed"  # a restore was started
     CLAIMED = "claimed"  # a device was chosen to make room on
     CONDEMNED = "condemned"  # new requests of a model wait, because a claim needs its room
-    MOVED = "moved"  # an idle model goes to another device
     SHED = "shed"  # evicted although nobody waits for its room
     REFUSED = "refused"
     RESTORED = "restored"

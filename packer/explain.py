@@ -32,16 +32,19 @@ def victims_of(node: Node, takings: Sequence[victims.Taking], now_ms: int) -> tu
             taking.keep_chunks,
             score(node, taking.model, now_ms),
             in_use=not taking.model.idle,
+            moves_to=taking.moves_to,
         )
         for taking in takings
     )
 
 
-def placed(node: Node, model: Model, device: Device) -> None:
+def placed(node: Node, model: Model, device: Device, moved: bool) -> None:
     """Its restore starts; the bytes are held already."""
     left = (device.account.limit_bytes or 0) - device.account.used_bytes
     only = sum(other.healthy for other in node.devices.values()) == 1
     why = "the only device" if only else "the device with the least room that is enough"
+    if moved:
+        why = "moved here to make room on another device"
     node.why.append(
         Decision(
             Kind.PLACED,
@@ -61,6 +64,8 @@ def claimed(node: Node, model: Model, device: Device, takings: Sequence[victims.
     busy = sum(not taking.model.idle for taking in takings)
     if busy:
         why = f"waits: {busy} of the {len(takings)} that must go are in use"
+    elif any(taking.moves_to for taking in takings):
+        why = "moving costs less than evicting"
     elif takings:
         why = "the least valuable bytes of the device that has to give the fewest"
     else:

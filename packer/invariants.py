@@ -60,6 +60,7 @@ def check(node: Node, full: bool = False) -> None:
     _check_budgets(node, proof)
     _check_removed(node)
     _check_waiting(node, proof)
+    _check_moves(node)
 
 
 def _require(holds: bool, what: str) -> None:
@@ -326,7 +327,8 @@ def _check_requests(node: Node) -> None:
             )
     pending: dict[Tenant, int] = {}
     for model in node.models.values():
-        pending[model.tenant] = pending.get(model.tenant, 0) + model.pending_us
+        payer = model.payer or model.tenant
+        pending[payer] = pending.get(payer, 0) + model.pending_us
         if model.pending_us and model.state is not State.RESTORING:
             raise InvariantBroken(f"{model.ref} is {model.state} and a restore of it is expected")
     for tenant in node.tenants.values():
@@ -344,6 +346,15 @@ def _check_removed(node: Node) -> None:
     for model in node.removed.values() if node.has_plan else ():
         if model.idle or model.empty or _droppable(model.host) or _droppable(model.disk):
             raise InvariantBroken(f"{model.ref} left the plan and is kept")
+
+
+def _check_moves(node: Node) -> None:
+    """Whoever is to move is on its way off the device that it leaves."""
+    for ref, move in node.moves.items():
+        model = node.models.get(ref)
+        leaves = model is not None and model.state is State.EVICTING and not model.kept_chunks
+        if not leaves or move.target not in node.devices:
+            raise InvariantBroken(f"{ref} is to move to {move.target} and does not leave")
 
 
 def _check_waiting(node: Node, proof: Proof) -> None:

@@ -94,6 +94,15 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Moving:
+    """An idle model that goes to ``target`` as soon as it is evicted, to make room for another one.
+    ``payer`` pays for its restore."""
+
+    target: str
+    payer: Tenant
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Why requests for a model are refused without trying, and until when."""
 
@@ -144,6 +153,7 @@ class Model:
     history: History = field(default_factory=History)
     expected_ms: int = 0  # what the running restore will take, and what that is of its tenant's turns
     pending_us: int = 0
+    payer: Tenant | None = None  # of the running restore, where it is a move for another tenant
     counted: bool = False  # of the restores per minute; one that is tried again is not counted again
     gains: Gains | None = None  # as last worked out; None: something that it depends on changed
     shade: Shade = field(init=False)
@@ -281,6 +291,8 @@ class Node:
     wake_ms: int | None = None
     # Something changed that may let a waiting model move; cleared when all were looked at.
     dirty: bool = False
+    # Models on their way to another device: being evicted, then restored there. To where, and for whom.
+    moves: dict[ModelRef, Moving] = field(default_factory=dict)
     # What the last whole step decided and why; nothing here reads it again.
     why: list[Decision] = field(default_factory=list)
     # For ``invariants.check``: what changed since it last looked, and whether everything may have.

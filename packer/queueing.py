@@ -25,6 +25,7 @@ from packer.ledger import (
     Device,
     Lease,
     Model,
+    Moving,
     Node,
     State,
     Waiter,
@@ -282,7 +283,7 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
     estimate.expect_fill(model.history, source, host_bytes or disk_bytes)
     model.expected_ms = room.restore_ms_from(node, model, source, model.moving_bytes)
     turns.expect(model)
-    explain.placed(node, model, device)
+    explain.placed(node, model, device, moved=not model.waiters)
     out.append(
         Restore(model.ref, device.name, source, first_chunk, host_bytes, model.order, disk_bytes, pack_order)
     )
@@ -383,12 +384,31 @@ def start_waiting(node: Node, now_ms: int, out: list[Action]) -> None:
             if not model.counted and any(claim.ref == model.ref for claim in promises.claims.values()):
                 name = model.tenant.spec.tenant
                 claiming[name] = claiming.get(name, 0) + 1
+    _finish_moves(node, promises, now_ms, out)
     for device in node.devices.values():
         device.claim = promises.claims.get(device.name)
     node.condemned = {victim.ref: wanted.ref for victim, wanted in condemned.items()}
     for ref in before:
         if ref not in node.condemned:
             release_condemned(node, ref, now_ms, out)
+
+
+def _finish_moves(node: Node, promises: choice.Promises, now_ms: int, out: list[Action]) -> None:
+    """Restore what was evicted to be moved where it was to go, if that is still possible; else it stays
+    away until somebody wants it."""
+    for ref, move in list(node.moves.items()):
+        model, device = node.models[ref], node.devices[move.target]
+        if model.state is State.EVICTING:
+            continue
+        del node.moves[ref]
+        promises.lay_down(model)
+        if model.state is not State.ABSENT or model.waiters or not model.planned or node.draining:
+            continue
+        if not device.healthy or room.source_tier(model) is not Tier.HOST:
+            continue
+        if turns.startable(model, now_ms) and victims.fits_now(model, device, promises.earlier):
+            model.counted, model.payer = True, move.payer
+            start_restore(node, model, device, now_ms, out)
 
 
 def _may_restore(node: Node, model: Model, claiming: dict[str, int], now_ms: int) -> bool:
@@ -424,6 +444,9 @@ def _try_start(
     chosen = choice.choose(node, model, promises, now_ms)
     device = chosen.device
     if chosen.turn is choice.Turn.START and device is not None:
+        if model.payer is not None:
+            # It was moved for somebody else and that failed: this is its own restore.
+            model.payer, model.counted = None, False
         start_restore(node, model, device, now_ms, out)
         return True
     if chosen.turn is choice.Turn.GIVE_UP:
@@ -459,6 +482,9 @@ def _claim(
             explain.claimed(node, model, device, takings, now_ms)
         for taking in takings:
             order_evict(node, taking.model, out, taking.keep_chunks, taking.forced)
+            if taking.moves_to:
+                node.moves[taking.model.ref] = Moving(taking.moves_to, model.tenant)
+                promises.add_move(taking.model, taking.moves_to)
         if room.source_tier(model) is Tier.ORIGIN:
             make_pack_room(node, model, now_ms, out)
         else:

@@ -136,18 +136,21 @@ def note_late_use(tenant: Tenant, device_ms: int, now_ms: int) -> None:
 def expect(model: Model) -> None:
     """A restore of ``expected_ms`` is ordered: until it is over it counts in the order of turns, and in
     nothing else. A wrong estimate must not lift those who come meanwhile."""
-    model.pending_us = model.expected_ms * 1000 // max(model.tenant.quota.weight, 1)
-    model.tenant.pending_us += model.pending_us
+    payer = model.payer or model.tenant
+    model.pending_us = model.expected_ms * 1000 // max(payer.quota.weight, 1)
+    payer.pending_us += model.pending_us
 
 
 def end_restore(model: Model, taken_ms: int) -> None:
-    """The restore is over, well or not: its tenant pays what it took."""
-    model.tenant.pending_us -= model.pending_us
+    """The restore is over, well or not: its tenant pays what it took, or for whom it was moved."""
+    payer = model.payer or model.tenant
+    payer.pending_us -= model.pending_us
     model.pending_us = 0
-    quota.charge(model.tenant, max(taken_ms, 0))
+    quota.charge(payer, max(taken_ms, 0))
 
 
 def note_restore_time(model: Model, taken_ms: int, now_ms: int) -> None:
     """A restore is over for good: it counts against the device time of whoever caused it."""
-    model.counted = False
-    model.tenant.rates.device.take(now_ms, bounded(taken_ms, REQUEST_DEVICE_MS_MAX))
+    payer = model.payer or model.tenant
+    model.counted, model.payer = False, None
+    payer.rates.device.take(now_ms, bounded(taken_ms, REQUEST_DEVICE_MS_MAX))

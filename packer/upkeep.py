@@ -47,6 +47,7 @@ def retire(node: Node, out: list[Action]) -> None:
 def forget(node: Node, model: Model) -> None:
     del node.removed[model.ref]
     del node.models[model.ref]
+    node.moves.pop(model.ref, None)
     if node.chosen is not None:
         node.chosen.forget(model.ref)
     node.touched[model.ref] = None

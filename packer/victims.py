@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, nsmallest
 from itertools import accumulate
+from math import exp
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Taking:
     freed_bytes: int
     keep_chunks: int = 0
     forced: bool = False
+    moves_to: str = ""  # the device that all of it moves to; empty: it is evicted
 
 
 # What left the plan goes before all else; most candidates stand here, idle and condemned by nobody.
@@ -105,6 +107,17 @@ def value_of(node: Node, model: Model, now_ms: int) -> float:
         return node.chosen.values(Tier.DEVICE, now_ms)(model.ref)
     held = model.device_bytes - model.leaving_bytes
     return keep_index(Ranking(node.shared, now_ms), model.reuse, room.gains(node, model).device_ms, held)
+
+
+def expected_ms(node: Node, taking: Taking, horizon_ms: int, now_ms: int) -> float:
+    """The restoring that taking these bytes is expected to cause within the horizon; under the keep-index."""
+    model = taking.model
+    gains = room.gains(node, model)
+    held = max(model.device_bytes - model.leaving_bytes, 1)
+    fixed_ms = gains.fixed_ms if model.state is State.RESIDENT else 0.0
+    cost_ms = fixed_ms + (gains.device_ms - fixed_ms) * min(taking.freed_bytes / held, 1.0)
+    uses = Ranking(node.shared, now_ms).uses_per_ms(model.reuse) * horizon_ms
+    return cost_ms * (1.0 - exp(-uses))
 
 
 def _in_order(classes: list[tuple[int, _Class, list[float]]]) -> Iterator[_Candidate]:

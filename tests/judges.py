@@ -71,6 +71,9 @@ def judge_evictions(world: World, event: Event, actions: list[Action], kept: dic
             evicted.setdefault(action.device, []).append(action)
     for name, orders in evicted.items():
         claim = world.node.devices[name].claim
+        if any(order.ref in world.node.moves for order in orders):
+            judge_moves(world, orders)
+            continue
         if claim is None or kept[name] > world.seen_budgets[name]:
             continue  # what a device holds above its budget goes whoever's it is
         world.reached["evicted for a claim"] += 1
@@ -82,7 +85,7 @@ def judge_evictions(world: World, event: Event, actions: list[Action], kept: dic
             # Chunks of a model that waits too: taken for the claim, or given up to go to another device.
             world.reached["evicted chunks of a waiting model"] += 1
             continue
-        need = _missing(world, claim.ref, name)
+        need = _missing(world, claim.ref, name) + _coming(world, name)
         freed = sum(_freed(world, order) for order in orders)
         # Who is held to a max may have to give up models of its own that take no room here.
         capped = any(world.tenants[name].quota.device.max is not None for name in claimants)
@@ -128,11 +131,33 @@ def judge_excuses(
         world.reached["took beyond a slice"] += not own
 
 
+def judge_moves(world: World, orders: list[Evict]) -> None:
+    """What moves goes wholly, to another device, is in host memory, and its tenant has nothing reserved."""
+    for order in orders:
+        move = world.node.moves.get(order.ref)
+        if move is None:
+            continue
+        world.reached["moved to another device"] += 1
+        world.require(move.target != order.device, f"{order.ref} moves to where it is")
+        world.require(not order.keep_chunks, f"{order.ref} moves in part")
+        world.require(world.readable(order.ref, Tier.HOST), f"{order.ref} moves and is not in host memory")
+        lent = world.node.tenants[order.ref.tenant].device.reserved_bytes
+        world.require(not lent, f"{order.ref} moves, whose tenant has reserved bytes")
+        world.moving[order.ref] = move.target
+    world.require(len(world.node.moves) <= 2 * len(world.node.devices), "more moves than two for each claim")
+
+
 def _missing(world: World, ref: ModelRef, device: str) -> int:
     """Bytes that a model must still get to be on a device as a whole."""
     stay = world.stays.get(ref)
     there = stay.nbytes if stay is not None and stay.device == device else 0
     return world.need_bytes(ref) - there
+
+
+def _coming(world: World, device: str) -> int:
+    """Bytes that are promised to models on their way to the device."""
+    coming = [world.models[ref] for ref, move in world.node.moves.items() if move.target == device]
+    return sum(spec.image_bytes + spec.workspace_bytes for spec in coming)
 
 
 def _freed(world: World, order: Evict) -> int:

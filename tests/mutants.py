@@ -31,6 +31,7 @@ MODULES = (
     "turns",
     "explain",
     "placement",
+    "moving",
     "choice",
     "queueing",
     "admission",

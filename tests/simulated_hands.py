@@ -105,6 +105,7 @@ class Hands:
         # What is on disk of packs that failed, and can be gone on with.
         self.begun: set[ModelRef] = set()
         self.dropping: dict[tuple[ModelRef, Tier], int] = {}
+        self.moving: dict[ModelRef, str] = {}  # ordered away to go to another device
 
     # --- time -------------------------------------------------------------------------------------
 
@@ -141,6 +142,11 @@ class Hands:
             self.reached["restored what was missing"] += bool(first_chunk)
             self.reached["gave up its chunks for the origin's"] += not first_chunk
         self.require(ref in self.planned, f"restore of {ref}, which left the plan")
+        target = self.moving.pop(ref, None)
+        if self.unasked(ref):
+            self.require(target == order.device, f"restore of {ref}, which nobody wants")
+            self.require(order.from_tier is Tier.HOST, f"{ref} moves by way of the {order.from_tier} tier")
+            self.reached["came where it was moved to"] += 1
         self.require(self.healthy[order.device], f"restore onto {order.device}, which is unhealthy")
         self.require(self.readable(ref, order.from_tier), f"restore from {order.from_tier}, nothing there")
         claim = self.node.devices[order.device].claim
@@ -228,6 +234,10 @@ class Hands:
         self.reached["host copy filled"] += filled
         self.reached["host copy filled beside a part"] += filled and bool(stay.kept_chunks)
         return Restored(ref, device, source, self.rng.randrange(1, 500), filled, order)
+
+    def unasked(self, ref: ModelRef) -> bool:
+        """Does nobody wait for the model?"""
+        return not self.node.models[ref].waiters
 
     def prefix_bytes(self, ref: ModelRef, chunks: int) -> int:
         return sum(self.models[ref].chunk_bytes[:chunks])

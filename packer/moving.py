@@ -1,0 +1,93 @@
+"""Moves: idle models that go to another device of the node, so that a waiting one fits.
+
+Covers: when moving costs less than evicting, and which models may be moved. Does not cover: the search for
+the moves (``placement``) or carrying them out: a move is an eviction whose model is restored on another
+device as soon as its bytes are gone (``queueing``).
+
+What a move costs is the restore of what moves, by the chance that somebody asks for it meanwhile, and a
+share of it in any case. What it is worth is the restoring that the eviction in its place is expected to
+cause within ``HORIZON_MS``. Only models that the host tier holds are moved, and none of a tenant with
+reserved bytes: a move takes a model away for a moment, which its slice would not have done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from packer import room, victims
+from packer.intensity import Ranking
+from packer.ledger import CopyState, Device, Model, Node, State
+from packer.placement import MOVES_MAX, Bin, Piece, Rule, Wanted, place
+from packer.room import Earlier
+from packer.types import Tier
+from packer.victims import Taking
+
+# How long what is evicted now would have been missed. Longer would move models for uses that a later
+# eviction makes worthless, shorter would forget what is used every few minutes.
+HORIZON_MS = 600_000
+# Of a restore that nobody waits for this share counts: it takes the link from those that somebody waits for.
+UNASKED_SHARE = 0.25
+# At most so many times the bytes of what comes may move: a link that copies is not free for restores.
+MOVED_PARTS = 2
+# Models of a device that may be moved; the others are too many to look at in one step.
+PIECES_MAX = 64
+
+
+def propose(
+    node: Node,
+    wanted: Model,
+    free: Sequence[Device],
+    healthy: Sequence[Device],
+    earlier: Earlier,
+    instead: Sequence[Taking] | None,
+    now_ms: int,
+) -> tuple[Device, list[Taking]] | None:
+    """Moves to make room on one of the ``free`` devices, if they cost less than evicting ``instead`` (None:
+    nothing idle would be enough). None: evict."""
+    if node.chosen is not None or len(healthy) < 2 or wanted.device is not None or not wanted.need_bytes:
+        return None
+    own, promised_own = wanted.tenant.device, earlier.tenants.get(wanted.ref.tenant, 0)
+    if own.short_bytes(wanted.need_bytes + promised_own) > 0:
+        return None  # its tenant has to give something up in any case
+    worth = math.inf if instead is None else _loss_ms(node, instead, now_ms)
+    bins = [_bin(node, device, device in free, earlier, now_ms) for device in healthy]
+    rule = Rule(MOVES_MAX, MOVED_PARTS * wanted.need_bytes)
+    found = place(bins, Wanted(wanted.name, wanted.need_bytes, worth=worth), rule)
+    if found is None or not found.moves or found.bins[0] not in [device.name for device in free]:
+        return None
+    takings = []
+    for move in found.moves:
+        there = node.devices[move.source].models.values()
+        model = next(model for model in there if model.name == move.piece)
+        takings.append(Taking(model, model.device_bytes, moves_to=move.target))
+    return node.devices[found.bins[0]], takings
+
+
+def _bin(node: Node, device: Device, may_give: bool, earlier: Earlier, now_ms: int) -> Bin:
+    """The device as placement sees it; what is leaving counts as gone, what was promised as taken."""
+    account = device.account
+    left = (account.limit_bytes or 0) - account.kept_bytes
+    movable = [model for model in device.models.values() if _may_move(model)] if may_give else []
+    ranking = Ranking(node.shared, now_ms)
+    pieces = []
+    for model in movable[:PIECES_MAX]:
+        away_ms = room.restore_ms_from(node, model, Tier.HOST)
+        asked = 1.0 - math.exp(-ranking.uses_per_ms(model.reuse) * away_ms)
+        pieces.append(Piece(model.name, model.device_bytes, away_ms * min(UNASKED_SHARE + asked, 1.0)))
+    return Bin(device.name, left, tuple(pieces), reserved_bytes=earlier.devices.get(device.name, 0))
+
+
+def _may_move(model: Model) -> bool:
+    return (
+        model.state is State.RESIDENT
+        and model.idle
+        and model.planned
+        and model.host.state is CopyState.HELD
+        and not model.tenant.device.reserved_bytes
+    )
+
+
+def _loss_ms(node: Node, takings: Sequence[Taking], now_ms: int) -> float:
+    """Restoring that evicting these is expected to cause within the horizon."""
+    return sum(victims.expected_ms(node, taking, HORIZON_MS, now_ms) for taking in takings)
