@@ -107,7 +107,7 @@ class RestorePack(msgspec.Struct, frozen=True, tag=True):
 
     Descriptors: it; with ``direct`` the same file opened with ``O_DIRECT``; the same of each of the ``bases``
     that extents of it lie in; with ``host_form`` an empty memory file, to be filled with a host segment of
-    that form.
+    that form. ``early``: requests may come, and be told of with ``Serving``, before all is there.
     """
 
     id: int
@@ -117,6 +117,7 @@ class RestorePack(msgspec.Struct, frozen=True, tag=True):
     direct: bool = False
     host_form: HostForm | None = None
     bases: int = 0
+    early: bool = False
 
 
 class WritePack(msgspec.Struct, frozen=True, tag=True):
@@ -187,6 +188,14 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     bad_chunks: tuple[int, ...] = ()
 
 
+class Serving(msgspec.Struct, frozen=True, tag=True):
+    """The model of this order takes requests already; ``Done`` or ``Failed`` follows. ``restored_bytes``:
+    what it will have moved."""
+
+    id: int
+    restored_bytes: int
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """An order failed and left things as they were. See ``packer.tiers.TierError`` for the flags.
 
@@ -247,7 +256,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 
 
 Order = MoreFds | LoadOrigin | RestorePack | WritePack | RepairPack | EvictModel | CancelMove | Ping | Bind
-Reply = Done | Failed
+Reply = Done | Failed | Serving
 NurseryOrder = MoreFds | Spawn
 NurseryReply = Ready | Spawned | SpawnFailed | Exited
 Message = Order | Reply | NurseryOrder | NurseryReply

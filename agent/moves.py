@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from agent.arena import Image, allocate_image
+from agent.early import EARLY_BYTES_MIN, EarlyStart, Gate, Watched
 from agent.engines.transformers import BrokenModel, Model, build
 from agent.frames import (
     BadFrame,
@@ -32,6 +33,7 @@ from agent.frames import (
     RepairPack,
     Reply,
     RestorePack,
+    Serving,
     Spawn,
     WireSpec,
     WritePack,
@@ -71,6 +73,42 @@ class Incoming:
     side_files: Mapping[str, bytes]
     fill: Callable[[Image], object]
     stop: Callable[[], object] = lambda: None
+    # What ``fill`` tells of itself, and whom to tell that requests may come before it is done.
+    watched: Watched | None = None
+    serving: Callable[[], None] = lambda: None
+
+
+class _Coming:
+    """A model that is on its way: its image, and its skeleton, parked or being built."""
+
+    def __init__(self, new: Incoming, parked: Held | None, image: Image) -> None:
+        self.new = new
+        self.image = image
+        self.building: Future[Model] | None = None
+        self._held = parked
+        self._lock = threading.Lock()
+
+    def held(self) -> Held:
+        """Waits for a skeleton that is being built. Raises what building it did."""
+        with self._lock:
+            if self._held is None:
+                assert self.building is not None
+                new = self.new
+                model = self.building.result()
+                self._held = Held(model, new.layout, new.spec.engine, new.spec.task, new.side_files)
+            return self._held
+
+    def begin(self, gate: Gate) -> Sequence[int] | None:
+        model = self.held().model
+        model.attach(self.image)
+        return model.serve_behind(gate, self.new.layout)
+
+    def forget(self) -> None:
+        """Nothing of the image is to be used any more."""
+        if self.building is not None:
+            self.building.cancel()
+        if self._held is not None:
+            self._held.model.detach()
 
 
 class Moves:
@@ -124,7 +162,7 @@ class Moves:
             case LoadOrigin():
                 self._load_origin(order, fds, reply)
             case RestorePack():
-                reply(self._restore(order, fds))
+                reply(self._restore(order, fds, reply))
             case WritePack():
                 reply(self._pack(order, fds))
             case RepairPack():
@@ -172,7 +210,7 @@ class Moves:
             finally:
                 self._shelf.let_go(held)
 
-    def _restore(self, order: RestorePack, fds: list[int]) -> Done | Failed:
+    def _restore(self, order: RestorePack, fds: list[int], reply: Callable[[Reply], None]) -> Done | Failed:
         started = time.monotonic()
         ref, first = parse_wire_ref(order.spec.ref), order.first_chunk
         if len(fds) != (1 + order.bases) * (1 + order.direct) + (order.host_form is not None):
@@ -181,7 +219,7 @@ class Moves:
 
         def fill(image: Image) -> None:
             nonlocal facts
-            facts = restore(reader, image, first_chunk=first, host=host, cancelled=cancelled)
+            facts = restore(reader, image, first_chunk=first, host=host, cancelled=cancelled, watch=watched)
 
         with self._arriving(ref) as (parked, cancelled):
             own, *bases = _files(fds, 1 + order.bases, order.direct)
@@ -193,8 +231,21 @@ class Moves:
             # A parked skeleton has the same files already: a version never changes.
             side_files = parked.side_files if parked else {path: reader.file(path) for path, _ in index.files}
             host = HostWriter(fds[-1], index, side_files, order.host_form) if order.host_form else None
+            moved_bytes = sum(index.layout.chunk_bytes[first:])
+            # Bytes of a GPU's image are on their way to it when they are placed, not there.
+            may = order.early and self._kind == "cpu" and moved_bytes >= EARLY_BYTES_MIN
+            watched = Watched(index.layout, first) if may else None
+            incoming = Incoming(
+                ref,
+                order.spec,
+                index.layout,
+                side_files,
+                fill,
+                watched=watched,
+                serving=lambda: reply(Serving(order.id, moved_bytes)),
+            )
             try:
-                self._bring_in(Incoming(ref, order.spec, index.layout, side_files, fill), parked, first)
+                self._bring_in(incoming, parked, first)
             except TierError as error:
                 if not error.chunks:
                     raise
@@ -204,7 +255,6 @@ class Moves:
                 )
                 message = cut(error.message)
                 return Failed(order.id, message, True, False, error.chunks, False, reader.salt, extents)
-        moved_bytes = sum(index.layout.chunk_bytes[first:])
         cached = 2 * facts.direct_bytes < facts.read_bytes if facts.read_bytes else None
         taken_ms = _since_ms(started)
         return Done(order.id, taken_ms, facts.host_filled, facts.mapped, moved_bytes, cached)
@@ -228,25 +278,29 @@ class Moves:
         are here again.
         """
         spec, layout = new.spec, new.layout
-        building: Future[Model] | None = None
+        early: EarlyStart | None = None
         image = self._room(new.ref, layout, parked, first_chunk)
+        coming = _Coming(new, parked, image)
         try:
             if parked is None:
                 own = {path: data for path, data in new.side_files.items() if path != ORIGIN_HEADERS}
-                building = self._builder.submit(
+                coming.building = self._builder.submit(
                     build, spec.task, own, layout, self._private, self._torch_device
                 )
+            if new.watched is not None:
+                early = EarlyStart(new.watched, coming.begin, partial(self._admit, coming))
             new.fill(image)
             image.settle()
-            if building is not None:
-                parked = Held(building.result(), layout, spec.engine, spec.task, new.side_files)
-            assert parked is not None
+            if early is not None and early.join():
+                return coming.held()
+            parked = coming.held()
             parked.model.attach(image)
         except BaseException:
-            if building is not None:
-                building.cancel()
-            if parked is not None:
-                parked.model.detach()
+            if early is not None and new.watched is not None:
+                new.watched.gate.fail()
+                if early.join():
+                    self._shelf.withdraw(coming.held(), first_chunk)
+            coming.forget()
             new.stop()  # nobody reads the image any more
             if first_chunk:
                 image.release(layout.chunks[first_chunk].image_offset)
@@ -257,6 +311,12 @@ class Moves:
         parked.users += pinned
         self._shelf.put(new.ref, parked)
         return parked
+
+    def _admit(self, coming: _Coming) -> None:
+        held, new = coming.held(), coming.new
+        held.image, held.kept_chunks = coming.image, len(new.layout.chunks)
+        self._shelf.put(new.ref, held)
+        new.serving()
 
     def _room(self, ref: ModelRef, layout: ImageLayout, parked: Held | None, first_chunk: int) -> Image:
         """An image of which the chunks before ``first_chunk`` are filled, and only they."""

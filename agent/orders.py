@@ -52,6 +52,7 @@ from packer.events import (
     Restore,
     Restored,
     RestoreFailed,
+    ServingBegun,
     TookLate,
     WorkerDied,
 )
@@ -313,7 +314,8 @@ class Orders:
             segment = self._segments.get(order.ref)
             if segment is None:
                 raise WorkerFailure("the host segment is gone", corrupt=True, broken=False)
-            done = await worker.restore(spec, Segment(segment, self.host_form), order.first_chunk)
+            source = Segment(segment, self.host_form)
+            done = await worker.restore(spec, source, order.first_chunk, serving=self._serving(order))
             await self._note_image(order, worker, done.mapped)
             return restored(done.restore_ms, restored_bytes=done.restored_bytes)
         try:
@@ -331,7 +333,7 @@ class Orders:
                 files.callback(os.close, direct)
             copy = PackCopy(pack, key, direct, tuple(self._packs.open_bases(order.ref, files)))
             async with self._filling(order) as host:
-                done = await self._restore_pack(worker, spec, copy, order.first_chunk, host)
+                done = await self._restore_pack(worker, spec, copy, order, host)
                 await self._note_image(order, worker, done.mapped)
                 filled = host is not None and done.host_filled and self._segments.seal(order.ref)
                 if host is not None and not filled:
@@ -339,18 +341,25 @@ class Orders:
         return restored(done.restore_ms, filled, restored_bytes=done.restored_bytes, cached=done.cached)
 
     async def _restore_pack(
-        self, worker: WorkerHandle, spec: ModelSpec, copy: PackCopy, first_chunk: int, host: Segment | None
+        self, worker: WorkerHandle, spec: ModelSpec, copy: PackCopy, order: Restore, host: Segment | None
     ) -> LoadDone:
         """Chunks that are bad are mended before the pack is given up: other nodes' bytes are tried once."""
+        first_chunk = order.first_chunk
+        serving: Callable[[int], None] | None = self._serving(order)
         for from_peers in (True, False):
             try:
-                return await worker.restore(spec, copy, first_chunk, host)
+                return await worker.restore(spec, copy, first_chunk, host, serving)
             except WorkerFailure as failure:
                 if not failure.chunks:
                     raise
                 if not await self.repairs.mend(worker, spec, copy.data_key, failure, from_peers):
                     raise
+            serving = None  # who was let in before was sent away again; now all must be there
         return await worker.restore(spec, copy, first_chunk, host)
+
+    def _serving(self, order: Restore) -> Callable[[int], None]:
+        """Tell the core when requests may come before all is there."""
+        return lambda nbytes: self.post(ServingBegun(order.ref, order.device, order.order, nbytes))
 
     @asynccontextmanager
     async def _filling(self, order: Restore) -> AsyncIterator[Segment | None]:

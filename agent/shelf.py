@@ -107,6 +107,15 @@ class Shelf:
             held.users -= 1
             self._changed.notify_all()
 
+    def withdraw(self, held: Held, keep_chunks: int) -> None:
+        """The rest of a model that was served from early will not come: nobody new gets in, and those who are
+        there have left when this returns."""
+        with self._changed:
+            held.kept_chunks = keep_chunks
+            if not keep_chunks:
+                held.image = None
+            self._changed.wait_for(lambda: held.users == 0)
+
     @contextmanager
     def leaving(self, ref: ModelRef, keep_chunks: int) -> Iterator[Held | None]:
         """Take the chunks from ``keep_chunks`` on off a model once nobody uses it; the skeleton stays.

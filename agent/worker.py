@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 import torch
 
+from agent.early import GateFailed
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import (
     LENGTHS_BYTES,
@@ -283,6 +284,8 @@ class Worker:
             return Broke(run.id, cut(str(error)), gone=True)
         except BadFrame as error:
             return Fault(run.id, "invalid_request", cut(f"the answer is too large: {error}"))
+        except GateFailed as error:
+            return Broke(run.id, str(error), gone=True)
         except (MemoryError, torch.OutOfMemoryError):
             return Broke(run.id, "the device has no memory left for this request")
         except Exception as error:

@@ -50,6 +50,7 @@ from agent.frames import (
     RepairPack,
     RestorePack,
     Run,
+    Serving,
     ToWorker,
     WritePack,
     close_fds,
@@ -232,6 +233,7 @@ class WorkerHandle:
         self._data = data
         self._pidfd = -1
         self._ids = itertools.count(1)
+        self._serving: dict[int, Callable[[int], None]] = {}
         self._replies: dict[int, asyncio.Future[Done]] = {}
         self._answers: dict[int, _Answer] = {}
         self._due = Due()
@@ -294,12 +296,18 @@ class WorkerHandle:
             self._forget_reply(load.pack_id)
 
     async def restore(
-        self, spec: ModelSpec, copy: PackCopy | Segment, first_chunk: int = 0, host: Segment | None = None
+        self,
+        spec: ModelSpec,
+        copy: PackCopy | Segment,
+        first_chunk: int = 0,
+        host: Segment | None = None,
+        serving: Callable[[int], None] | None = None,
     ) -> LoadDone:
         """Restore the chunks from ``first_chunk`` on from a pack or a host segment.
 
-        ``host``: an empty host segment to fill on the way. Raises ``WorkerFailure``, which leaves the chunks
-        before ``first_chunk`` where they are, and ``WorkerDead``.
+        ``host``: an empty host segment to fill on the way. ``serving`` is called, at most once, when requests
+        may come although not all is there, with the bytes that will have been moved. Raises
+        ``WorkerFailure``, which leaves the chunks before ``first_chunk`` where they are, and ``WorkerDead``.
         """
         number = next(self._ids)
         descriptors, key, direct = [copy.fd], None, False
@@ -314,8 +322,14 @@ class WorkerHandle:
             ]
         form = host.form if host is not None else None
         descriptors += [host.fd] if host is not None else []
-        order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form, bases)
-        done = await self._order(number, order, descriptors)
+        early = serving is not None
+        order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form, bases, early)
+        if serving is not None:
+            self._serving[number] = serving
+        try:
+            done = await self._order(number, order, descriptors)
+        finally:
+            self._serving.pop(number, None)
         return LoadDone(
             done.restore_ms, done.restored_bytes, done.host_filled, cached=done.cached, mapped=done.mapped
         )
@@ -416,6 +430,11 @@ class WorkerHandle:
             while (received := self._receiver.receive(replies_decoder)) is not None:
                 reply, fds = received
                 close_fds(fds)  # none is expected
+                if isinstance(reply, Serving):
+                    tell = self._serving.pop(reply.id, None)
+                    if tell is not None:
+                        tell(reply.restored_bytes)
+                    continue
                 future = self._replies.get(reply.id)
                 if future is None or future.done():
                     continue

@@ -308,17 +308,20 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
         return
     model.state = State.RESIDENT
     taken_ms = max(event.restore_ms, 0)
+    if model.serving:
+        # Requests have computed meanwhile, which they are charged for, and slowed it down.
+        taken_ms = min(taken_ms, model.charged_ms)
     _end_restore(node, model, event.host_filled, taken_ms)
     if not model.serving:
         model.residency += 1
         model.leases = 0
+        # What was read for the host copy alone took its time as well.
+        moved_bytes = max(event.restored_bytes, model.moving_bytes)
+        estimate.note_restore(node.learned, model.history, model.source, moved_bytes, taken_ms, event.cached)
     model.serving, model.kept_chunks = False, 0
     model.tries.clear()
     model.gains = None
     model.failure = None
-    # What was read for the host copy alone took its time as well.
-    moved_bytes = max(event.restored_bytes, model.moving_bytes)
-    estimate.note_restore(node.learned, model.history, model.source, moved_bytes, taken_ms, event.cached)
     room.watch_estimates(node, model.source, now_ms)
     room.gains(node, model)
     turns.note_restore_time(model, taken_ms, now_ms)

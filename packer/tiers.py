@@ -94,6 +94,18 @@ class Image(Protocol):
         """Have the bytes of a memory file from ``start`` on, without a copy. False: it can not."""
 
 
+class Watch(Protocol):
+    """Somebody who uses the image while it is filled. Called from several threads."""
+
+    urgent: frozenset[int]  # chunks to bring before the others
+
+    def laid(self) -> None:
+        """The image lies where it will stay."""
+
+    def placed(self, number: int) -> None:
+        """This chunk is in the image, and its bytes change no more."""
+
+
 @dataclass(frozen=True, slots=True)
 class RestoreFacts:
     """What a restore did. ``direct_bytes`` of the ``read_bytes`` went past the page cache; ``mapped``: all of
@@ -117,6 +129,7 @@ def restore(
     only: Sequence[int] | None = None,
     host: HostWriter | None = None,
     cancelled: threading.Event | None = None,
+    watch: Watch | None = None,
 ) -> RestoreFacts:
     """Restore the chunks from ``first_chunk`` on, or ``only`` some, into the image, which has the others.
 
@@ -125,7 +138,7 @@ def restore(
     ``host`` is filled and finished: what it still misses of the others is read and opened like the rest,
     and placed nowhere. A whole restore places its chunks in a raw segment, where the image lies from then on.
     A host segment that can not be written (no memory left) costs only itself.
-    ``cancelled`` is looked at before each chunk. Raises ``TierError``.
+    ``cancelled`` is looked at before each chunk; ``watch`` is told of each. Raises ``TierError``.
     """
     count = len(reader.index.chunks)
     wanted = range(first_chunk, count) if only is None else sorted(set(only))
@@ -135,9 +148,11 @@ def restore(
         start = image_start(reader.index)
         if start is not None and image.map_from(reader.fd, start):
             return RestoreFacts(0, 0, len(wanted), False, mapped=True)
-    run = _Restore(reader, image, host, cancelled or threading.Event())
+    run = _Restore(reader, image, host, cancelled or threading.Event(), watch)
     if host is not None and len(wanted) == count and host.image_start is not None:
         run.in_place = image.lay_in(host.fd, host.image_start)
+    if watch is not None:
+        watch.laid()
     try:
         run.run(_jobs(reader.index, wanted, host))
         filled = run.finish_host()
@@ -186,6 +201,7 @@ class _Restore:
     image: Image
     host: HostWriter | None
     cancelled: threading.Event
+    watch: Watch | None = None
     in_place: bool = False  # the image lies in the host segment
     read_bytes: int = 0
     direct_bytes: int = 0
@@ -206,7 +222,9 @@ class _Restore:
     def run(self, jobs: Sequence[_Job]) -> None:
         """Raises ``TierError`` and ``PackError``."""
         self._mapped = _map(self.reader)
-        warm, cold = (list(jobs), []) if self._mapped is not None else self._sort(jobs)
+        jobs = list(jobs)
+        self._bring_forward(jobs)
+        warm, cold = (jobs, []) if self._mapped is not None else self._sort(jobs)
         cores = len(os.sched_getaffinity(0))
         self._decoders = min(max(TIER_THREADS, cores), DECODE_THREADS_MAX, max(1, len(jobs)))
         self._is_cold = bool(cold)
@@ -241,7 +259,14 @@ class _Restore:
             (warm if cached else cold).append(job)
         # In the order of the files, which may be another one than that of execution.
         cold.sort(key=lambda job: _place(chunks[job.owner]))
+        self._bring_forward(cold)
         return warm, cold
+
+    def _bring_forward(self, jobs: list[_Job]) -> None:
+        """What somebody waits for comes first, else the order stays."""
+        if self.watch is not None:
+            urgent = self.watch.urgent
+            jobs.sort(key=lambda job: urgent.isdisjoint(job.targets))
 
     def _make_ring(self) -> None:
         slots = IO_THREADS + READY_SLOTS + self._decoders
@@ -381,6 +406,8 @@ class _Restore:
             if host is not None and self.in_place:
                 host.prepare(number)
             self.image.place(spans[number], codec_id, planes, scratch.workspace)
+            if self.watch is not None:
+                self.watch.placed(number)
         with self._lock:
             self._placed += bool(job.targets)
         if host is not None:

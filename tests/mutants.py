@@ -366,7 +366,7 @@ MUTANTS = (
         "who was let in early is forgotten when the rest has come",
         "residency",
         "    if not model.serving:\n        model.residency += 1\n        model.leases = 0\n",
-        "    model.residency += 1\n    model.leases = 0\n",
+        "    model.residency += 1\n    model.leases = 0\n    if not model.serving:\n",
     ),
     Mutant(
         "who was let in early pins what failed to come",

@@ -211,6 +211,35 @@ async def test_an_interrupted_load_goes_on_where_it_stopped(
         os.close(part)
 
 
+async def test_an_answer_that_began_in_the_middle_of_a_restore_is_the_same(
+    worker: WorkerHandle, minilm: Known
+) -> None:
+    """At the restore's own speed: whether anybody gets in before its end is the machine's business."""
+    async with packed(worker, minilm) as pack:
+        wanted = await embed(worker, minilm)
+        for first_chunk in (0, 3):
+            await worker.evict(minilm.ref, first_chunk)
+            told: list[int] = []
+
+            begun = asyncio.Event()
+
+            async def answer(begun: asyncio.Event = begun) -> bytes:
+                await begun.wait()
+                return await embed(worker, minilm)
+
+            def begin(nbytes: int, told: list[int] = told, begun: asyncio.Event = begun) -> None:
+                told.append(nbytes)
+                begun.set()
+
+            early = asyncio.create_task(answer())
+            copy = PackCopy(pack, KEY)
+            done = await worker.restore(minilm.spec, copy, first_chunk, serving=begin)
+            begun.set()
+            assert told in ([], [done.restored_bytes])
+            assert await early == wanted
+            assert await embed(worker, minilm) == wanted
+
+
 async def test_a_part_of_a_model_leaves_and_only_that_comes_back(worker: WorkerHandle, minilm: Known) -> None:
     """Evictions to the byte, from the tail; answers are the same once the missing chunks are back."""
     sizes = minilm.spec.chunk_bytes

@@ -24,9 +24,11 @@ import msgspec
 import torch
 import transformers
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from agent.arena import DTYPES, Image
+from agent.early import Gate, chunks_of
 from agent.engines.generation import GenerateFields, Sampling, generate, prompt_tokens, read_sampling
 from agent.engines.pooling import BadPooling, Pooling, read_pooling
 from agent.engines.side_files import BadSideFile, written
@@ -59,6 +61,10 @@ _ROUTES = {
 _Fields = TypeVar("_Fields", bound=msgspec.Struct)
 # Building patches a method of every module class, so one at a time.
 _building = threading.Lock()
+
+
+# A list of one layer has nothing to compute while the rest of it comes.
+LAYERS_MIN = 2
 
 
 class BrokenModel(Exception):
@@ -328,6 +334,8 @@ class Model:
         self._pooling = pooling
         self._sampling = sampling
         self._context = self._context_tokens()
+        self._hooks: list[RemovableHandle] = []
+        self._gate: Gate | None = None  # of a restore that may still bring layers
         self._vocabulary = int(getattr(module.config, "vocab_size", 0)) or len(tokenizer)
 
     def _context_tokens(self) -> int:
@@ -347,8 +355,40 @@ class Model:
 
     def detach(self) -> None:
         """Forget the weights; a stray use then fails instead of reading freed memory."""
+        self._stop_waiting()
         for slot in self._slots:
             slot.detach()
+
+    def serve_behind(self, gate: Gate, layout: ImageLayout) -> Sequence[int] | None:
+        """See ``agent.early.Gated``. The layers are the members of the list of modules that holds most
+        weights, as every transformer has one; what lies outside of it must be there from the start."""
+        layers = self._layers()
+        if layers is None:
+            return None
+        waits: list[tuple[nn.Module, frozenset[int]]] = []
+        inside: set[int] = set()
+        for layer in layers:
+            members = set(layer.modules())
+            slots = [slot for slot in self._slots if slot.owner in members]
+            inside.update(id(slot) for slot in slots)
+            waits.append((layer, _chunks_of(slots, layout)))
+        outside = [slot for slot in self._slots if id(slot) not in inside]
+        self._stop_waiting()
+        for layer, chunks in waits:
+            self._hooks.append(layer.register_forward_pre_hook(_Wait(gate, chunks)))
+        self._gate = gate
+        return sorted(_chunks_of(outside, layout))
+
+    def _layers(self) -> nn.ModuleList | None:
+        found = [module for module in self._module.modules() if isinstance(module, nn.ModuleList)]
+        found = [module for module in found if len(module) >= LAYERS_MIN]
+        return max(found, key=lambda module: sum(p.numel() for p in module.parameters()), default=None)
+
+    def _stop_waiting(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._gate = None
 
     def run(
         self,
@@ -357,6 +397,8 @@ class Model:
         cancelled: Callable[[], bool],
     ) -> None:
         """Answer a request through ``emit``. Raises ``EngineError``."""
+        if self._gate is not None and self._gate.is_open:
+            self._stop_waiting()  # here, because no other thread runs the module now
         task = _OPS.get(request.op)
         if task is not self.task:
             raise EngineError(
@@ -452,6 +494,24 @@ class Model:
     def _labels(self, count: int) -> list[str]:
         names = {int(index): str(name) for index, name in (self._module.config.id2label or {}).items()}
         return [names.get(index, f"LABEL_{index}") for index in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """Holds a layer back until its weights are there."""
+
+    gate: Gate
+    chunks: frozenset[int]
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        self.gate.wait(self.chunks)
+
+
+def _chunks_of(slots: Sequence[Slot], layout: ImageLayout) -> frozenset[int]:
+    found: set[int] = set()
+    for slot in slots:
+        found.update(chunks_of(layout, slot.stored.image_offset, slot.stored.info.nbytes))
+    return frozenset(found)
 
 
 def _convert(request: EngineRequest, kind: type[_Fields]) -> _Fields:
