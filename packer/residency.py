@@ -310,7 +310,7 @@ def _restored(node: Node, event: Restored, now_ms: int, out: list[Action]) -> No
     taken_ms = max(event.restore_ms, 0)
     if model.serving:
         # Requests have computed meanwhile, which they are charged for, and slowed it down.
-        taken_ms = min(taken_ms, model.charged_ms)
+        taken_ms = min(taken_ms, model.expected_ms)
     _end_restore(node, model, event.host_filled, taken_ms)
     if not model.serving:
         model.residency += 1
