@@ -18,7 +18,8 @@ from pathlib import Path
 
 from agent.devices import DeviceConfig
 from agent.frames import BadFrame, Exited, Ready, Receiver, Spawn, Spawned, close_fds, nursery_replies_decoder
-from agent.workers import WorkerDead, WorkerHandle, send
+from agent.sending import send
+from agent.workers import WorkerDead, WorkerHandle
 from packer.types import GIB
 
 log = logging.getLogger("bunk.workers")

@@ -57,13 +57,12 @@ from agent.frames import (
     decode,
     decode_lengths,
     encode_frame,
-    encode_message,
     encode_value,
     from_worker_decoder,
     replies_decoder,
-    send_datagram,
     wire_spec,
 )
+from agent.sending import send
 from packer.pack_file import FileFds
 from packer.types import MIB, BadValue, HostForm, HostSizes, ModelRef, ModelSpec, parse_ref
 
@@ -176,33 +175,6 @@ class PackFiles:
     @property
     def offer_fds(self) -> list[int]:
         return [fd for offer in self.offers for fd in offer.fds]
-
-
-async def send(sock: socket.socket, message: Message, fds: Sequence[int], lock: asyncio.Lock) -> None:
-    """Send on a non-blocking SOCK_SEQPACKET socket. The descriptors stay open here."""
-    loop = asyncio.get_running_loop()
-    async with lock:
-        for text, part in encode_message(message, fds):
-            while True:
-                try:
-                    send_datagram(sock, text, part)
-                    break
-                except BlockingIOError:
-                    await _writable(loop, sock)
-
-
-async def _writable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_writer(sock, wake)
-    try:
-        await ready
-    finally:
-        loop.remove_writer(sock)
 
 
 class _Answer:

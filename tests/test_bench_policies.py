@@ -6,6 +6,7 @@ cover: any figure, or the pool that policies are compared in (``test_policies``)
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_a_timer_throws_out_what_was_idle_for_five_minutes() -> None:
 def test_every_step_of_the_stack_is_no_worse_than_the_one_before_on_calm_traffic() -> None:
     trace = trace_of("abcdabcaabdcabcd" * 20)
     means = [replay_stack(trace, step, 20, 10).cold_s_mean for step in STEPS[1:8]]
-    assert all(later <= before * 1.02 for before, later in zip(means, means[1:], strict=False))
+    assert all(later <= before * 1.02 for before, later in itertools.pairwise(means))
 
 
 def test_the_optimum_is_below_every_policy_without_fixed_costs(monkeypatch: pytest.MonkeyPatch) -> None:
