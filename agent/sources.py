@@ -45,6 +45,8 @@ ASK_AGAIN_S = 0.2
 # A turn at the origin is not asked for again after this: as long as any load may take.
 TURN_S_MAX = 1_800.0
 RENEW_S_LEAST = 1.0
+# A report that says what this node has is with control by then, unless control is away.
+REPORTED_S = 3.0
 
 
 class ControlAway(Exception):
@@ -211,9 +213,9 @@ class Sources:
 
         def end(packed: bool) -> None:
             holding.cancel()
-            # With a pack, this node's next report ends the turn; ended before it, another would read.
-            if not packed:
-                self._keep(self._give_back(ref))
+            # With a pack, this node's next report ends the turn; ended before it, another would read. A pack
+            # that was dropped at once is in no report, and nobody shall wait for it.
+            self._keep(self._give_back(ref, REPORTED_S if packed else 0.0))
 
         return end
 
@@ -226,8 +228,9 @@ class Sources:
                     with suppress(ControlAway):
                         wait_ms = (await self._ask(ref, 0)).wait_ms
 
-    async def _give_back(self, ref: ModelRef) -> None:
+    async def _give_back(self, ref: ModelRef, after_s: float) -> None:
         assert self._ask is not None
+        await asyncio.sleep(after_s)
         with suppress(ControlAway):  # then it ends by itself
             await self._ask(ref, 0, ended=True)
 

@@ -44,6 +44,8 @@ from packer.wire import Plan
 FAULTS_S = 100
 # Faults have ended: every node is back, and has the newest plan, within this time.
 ARRIVE_S = 70
+# Without faults a change reaches every node by the poll that it holds open.
+NEWS_S = 2
 # Calls of the second phase come in waves that no queue's bound can refuse.
 WAVE_S = 30
 WAVE_CALLS = 4
@@ -90,7 +92,7 @@ class Fleet:
         self.crash = rng.choice((0.0, 0.02, 0.1))
         self.control_crash = rng.choice((0.0, 0.01, 0.05))
         self.fill = rng.choice((0.0, 0.05))
-        self.put_back = rng.choice((0.0, 0.0, 0.02))
+        self.put_back = rng.choice((0.0, 0.02, 0.05))
         self.operate = rng.choice((0.05, 0.3))
         self.members: dict[str, Member] = {}
         self.control: SimulatedControl
@@ -195,6 +197,9 @@ class Fleet:
             self._at(at_ms, self._mishap)
         await asyncio.sleep(FAULTS_S)
         await self._heal()
+        cluster_judges.judge_arrival(self)
+        await self._try(self._push())
+        await asyncio.sleep(NEWS_S)
         cluster_judges.judge_arrival(self)
         await self._ask_everything()
         for member in self.members.values():

@@ -11,16 +11,15 @@ journal (the real one, in memory), is there in the next.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from random import Random
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from simulated_control import Disk, DiskFaults, Reply
+from simulated_control import DiskFaults, Reply
+from simulated_edges import MemoryPath, Papers, SimulatedJournal, SimulatedSources, SimulatedUplink
+from simulated_files import File
 from simulated_hands import GRID_MS, Stay
 from simulated_network import Network, Process, of_the_living
 from simulation import Call, World
@@ -33,8 +32,7 @@ from agent.journal import Journal, JournalFailed, PackRow
 from agent.keeper import Keeper
 from agent.peer_fetch import FetchedPack
 from agent.reports import build_report
-from agent.sources import Obtained, Sources
-from agent.uplink import ANSWER_TIMEOUT_S, Uplink, _Answer
+from agent.sources import Obtained
 from control.routes.router import NodeUnreachable
 from packer.events import (
     Action,
@@ -56,109 +54,20 @@ from packer.events import (
 from packer.types import HostForm, HostSizes, ModelRef, ModelSpec, TenantSpec, Tier
 from packer.wire import (
     NO_PLAN,
-    WIRE_VERSION,
-    JoinAnswer,
-    JoinAsk,
-    PeerSpec,
     Plan,
     PlanNumber,
     Record,
     Report,
-    decode,
 )
 
 if TYPE_CHECKING:
     from cluster_simulation import Fleet
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 FLUSH_S = 1.0
 # A pack beside a load may wait for another node that reads the origin, one after another.
 OBTAIN_MS_MAX = 300_000
 # What a record of ours is told apart by.
 NOTED = "simulated"
-
-
-class MemoryPath(type(Path())):  # type: ignore[misc]
-    """``:memory:``, which has no mode to change."""
-
-    def chmod(self, mode: int, **_: Any) -> None:
-        pass
-
-
-class Papers:
-    """Stands in for ``agent.identity.Identity``: certificates are not of this world."""
-
-    def __init__(self) -> None:
-        self.answer: JoinAnswer | None = None
-        self.token: str | None = None
-
-    def expired(self) -> bool:
-        return False
-
-    def renew_due(self) -> bool:
-        return False
-
-    def forget(self) -> None:
-        self.answer = None
-
-    def exists(self) -> bool:
-        """As the token's file."""
-        return self.token is not None
-
-
-class SimulatedUplink(Uplink):
-    """The real one over the simulated network."""
-
-    def __init__(self, member: Member) -> None:
-        papers = cast(Any, member.papers)
-        super().__init__(member, papers, "", member.name, papers)
-        self.life = f"{member.name} {member.life}"
-        self._member = member
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[None]:
-        yield
-
-    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> _Answer:
-        return _Answer(*await self._member.network.to_control(self._member.name, path, message, timeout_s))
-
-    async def _join(self, token_file: Path) -> None:
-        papers = self._member.papers
-        ask = JoinAsk(WIRE_VERSION, "", papers.token or "", "", self._member.name, self._member.gateway_url)
-        answer = await self._post("/node/v1/join", ask, ANSWER_TIMEOUT_S, ANSWER_TIMEOUT_S)
-        if answer.status >= 300:
-            raise OSError(f"join: {answer.status}")
-        papers.answer = decode(answer.body, JoinAnswer)
-        papers.token = None
-
-
-class SimulatedJournal:
-    """The journal's thread: slow, and now and then its disk is full."""
-
-    def __init__(self, journal: Journal, rng: Random, faults: DiskFaults) -> None:
-        self.journal = journal
-        self._disk = Disk(rng, faults, lambda: JournalFailed("no space"))
-
-    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._disk.call(partial(function, *args, **kwargs))
-
-
-class SimulatedSources(Sources):
-    """The real search for packs; bytes come over the simulated network."""
-
-    def __init__(self, member: Member) -> None:
-        nothing = cast(Any, SimpleNamespace(refuse=lambda ref, peers: None))
-        super().__init__(
-            member.uplink.sources, nothing, nothing, nothing, lambda: 0, lambda ref: ref in member.planned
-        )
-        self._member = member
-
-    async def _fetch_from(
-        self, ref: ModelRef, peers: Sequence[PeerSpec], limit_bytes: int
-    ) -> FetchedPack | None:
-        return await self._member.fetch(ref, [peer.node for peer in peers], limit_bytes)
 
 
 @dataclass(slots=True)
@@ -182,7 +91,7 @@ class Member(World):
         self.slowness = 1
         self.steps_past = self.reports = 0
         self.number_before = NO_PLAN
-        super().__init__(seed, fleet.core)
+        super().__init__(seed, fleet.core, fleet.full)
         self.claim_ms_max += OBTAIN_MS_MAX
         self.faults.replan = 0.0
         self.journal_faults = DiskFaults(self.rng.choice((0, 3)), self.rng.choice((0.0, 0.1)))
@@ -279,7 +188,10 @@ class Member(World):
     def _begin_from_disk(self) -> None:
         rows = {row.ref: row for row in self.journal.packs()}
         # The core hears of them with its plan; until then nobody uses them.
-        self._found = [(ref, nbytes) for ref, nbytes in self.disk.items() if ref in rows]
+        for ref in [file.owner for file in self.files.files if file.owner is not None]:
+            if ref not in rows:
+                self.files.drop(ref)
+        self._found = [(ref, self.files.charge(ref)) for ref in self.disk if ref in rows]
         self.disk = {}
         self.excused = {}
         for tier in (Tier.HOST, Tier.DISK):
@@ -329,6 +241,7 @@ class Member(World):
         for (ref, tier), _ in self.dropping.items():
             if tier is Tier.DISK and self.rng.random() < 0.5:
                 self._forget_pack(ref)
+                self.files.drop(ref)
                 self.disk.pop(ref, None)
         for held in (self.stays, self.host, self.packing, self.dropping, self.workspaces, self.tickets):
             cast("dict[Any, Any]", held).clear()
@@ -348,7 +261,8 @@ class Member(World):
         for ref, nbytes in self._found:
             self.disk[ref] = nbytes
             self.excused[Tier.DISK] = self.tier_bytes(Tier.DISK)
-            self.feed(PackFound(ref, nbytes, nbytes))
+            image_bytes = self.models[ref].image_bytes
+            self.feed(PackFound(ref, nbytes, image_bytes, image_bytes))
         self._found = []
         self.counters.forget(
             frozenset(self.planned) | frozenset(self.node.models),
@@ -392,6 +306,8 @@ class Member(World):
             tenants=[t.tenant for t in (self.keeper.plan.tenants if self.keeper.plan else ())],
             foreign_bytes=lambda device: 0,
             contexts_bytes=lambda device: 0,
+            can_hand_on=self.is_whole,
+            deduplicated_bytes=lambda ref: 0,
             budget_bytes=lambda tier: self.seen_limits[tier],
             now_ms=self.clock_ms,
         )
@@ -457,7 +373,7 @@ class Member(World):
     def _end_load_pack(self, stay: Stay, order: int, obtained: Obtained) -> Event:
         event = self._end_pack(stay, order)
         self.fleet.reading.pop((stay.ref, self.name), None)
-        obtained.end(not isinstance(event, PackFailed))
+        obtained.end(not isinstance(event, PackFailed) and self.is_whole(stay.ref))
         return event
 
     def _adopted(self, stay: Stay, order: Restore) -> Event:
@@ -465,6 +381,7 @@ class Member(World):
         stay.packing = False
         del self.packing[order.ref]
         nbytes = self.disk[order.ref] = self.models[order.ref].image_bytes
+        self.files.files.append(File(nbytes, order.ref))
         self._keep_pack(order.ref, nbytes)
         return Packed(order.ref, order.device, nbytes, nbytes, order.pack_order)
 
@@ -485,8 +402,12 @@ class Member(World):
             self._forget_pack(order.ref)
         return super()._end_drop(order)
 
+    def is_whole(self, ref: ModelRef) -> bool:
+        """Packs with parts in other files can not be handed on."""
+        return not any(ref in file.parts for file in self.files.files)
+
     def readable_pack(self, ref: ModelRef) -> bool:
-        return ref in self.disk and self.readable(ref, Tier.DISK)
+        return ref in self.disk and self.readable(ref, Tier.DISK) and self.is_whole(ref)
 
     async def fetch(self, ref: ModelRef, peers: list[str], limit_bytes: int) -> FetchedPack | None:
         """From the first peer that gives it; each takes a while to say no."""

@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Plant one bug after the other and see whether the tests notice.
+
+Covers: every mutant of ``tests/mutants.py`` and ``tests/fleet_mutants.py``, each planted alone as its module
+is imported (nothing on disk changes), first under the simulations, then under the tests of its module, in
+processes of their own with a time limit. Does not cover: finding new mutants.
+
+A mutant whose text is not in the source exactly once is stale: an error. One that nothing notices is a
+survivor; those that are known, with the reason, are in SURVIVORS. Exit status: 0 all as it should be, 1 a
+survivor that is not known or a stale mutant, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+sys.path[:0] = [str(ROOT), str(TESTS)]
+
+from mutants import Mutant  # noqa: E402
+from planted import EVERY_MUTANT, anchors, module_of  # noqa: E402
+
+# A mutant may make its tests hang; that is noticed as well. Without one they take half a minute at most.
+LIMIT_S_DEFAULT = 300
+# Seeds of a simulation under each mutant: some bugs need a rare coincidence.
+NODE_SEEDS = 200
+CLUSTER_SEEDS = 150
+
+SIMULATE_NODE = """
+import sys
+from mutants import load
+from planted import find
+from test_simulation import world
+core = load(find(sys.argv[1]))
+for seed in range(int(sys.argv[2])):
+    world(seed, core)
+"""
+SIMULATE_CLUSTER = """
+import sys
+import planted
+if sys.argv[1]:
+    planted.install(planted.find(sys.argv[1]))
+from cluster_simulation import Fleet
+for seed in range(int(sys.argv[2])):
+    Fleet(seed).run()
+"""
+# Enough to see that the simulation of a cluster is whole: without a bug it must not break.
+BASELINE_SEEDS = 20
+
+# The tests of a module, quick ones first. The core's mutants without an entry get those of the core.
+CORE_TESTS = ("test_residency", "test_quota", "test_turns", "test_lending", "test_hits", "test_chosen")
+MODULE_TESTS = {
+    "packer.rates": ("test_rates", "test_node_rates", "test_residency"),
+    "packer.placement": ("test_placement", "test_residency"),
+    "packer.intensity": ("test_intensity", "test_keep", "test_policies"),
+    "packer.keep": ("test_keep", "test_policies", "test_residency"),
+    "packer.forecast": ("test_forecast", "test_residency"),
+    "packer.wire": ("test_cluster", "test_uplink", "test_control", "attacks/test_control_auth"),
+    "control.cluster": ("test_cluster", "test_sources_route", "test_router"),
+    "control.state": ("test_control", "test_control_recovers", "test_control_crash"),
+    "control.routes.nodes": ("test_control", "test_control_recovers", "attacks/test_control_auth"),
+    "control.routes.router": ("test_router",),
+    "control.store": ("test_store", "test_control"),
+    "agent.uplink": ("test_uplink", "attacks/test_join"),
+    "agent.keeper": ("test_full_disk", "test_uplink"),
+    "agent.sources": ("test_sources",),
+    "agent.journal": ("test_journal",),
+    "agent.reports": ("test_node_rates", "test_footprints"),
+}
+# Mutants that change nothing that anybody could notice, or that only a measurement would show, and why.
+SURVIVORS: dict[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``state``: killed, survived or stale. ``by``: what noticed it, in one line."""
+
+    what: str
+    module: str
+    state: str
+    by: str = ""
+    took_s: float = 0.0
+    known: str = ""  # why it may survive
+
+
+def judge(mutant: Mutant, limit_s: int) -> Verdict:
+    """Plant it and look for whoever notices."""
+    started_s = time.monotonic()
+    verdict = partial(Verdict, mutant.what, module_of(mutant), known=SURVIVORS.get(mutant.what, ""))
+    if (count := anchors(mutant)) != 1:
+        return verdict("stale", f"its text is {count} times in the source")
+    of_core = "." not in mutant.module
+    by = ""
+    if of_core:
+        by = _simulated("node", SIMULATE_NODE, mutant.what, NODE_SEEDS, limit_s)
+    if not by:
+        by = _simulated("cluster", SIMULATE_CLUSTER, mutant.what, CLUSTER_SEEDS, limit_s)
+    if not by:
+        by = _tested(mutant, limit_s)
+    return verdict("killed" if by else "survived", by, round(time.monotonic() - started_s, 1))
+
+
+def _simulated(world: str, program: str, what: str, seeds: int, limit_s: int) -> str:
+    ended = _run([sys.executable, "-c", program, what, str(seeds)], {}, limit_s)
+    if ended is None:
+        return f"simulation of the {world}: it hangs"
+    if not ended.returncode:
+        return ""
+    lines = ended.stderr.strip().splitlines()
+    return f"simulation of the {world}: {lines[-1][:150] if lines else 'it died'}"
+
+
+def _tested(mutant: Mutant, limit_s: int) -> str:
+    names = MODULE_TESTS.get(module_of(mutant), CORE_TESTS)
+    files = [str(TESTS / f"{name}.py") for name in names]
+    # What runs its own subprocesses or planted bugs is no judge of this one.
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "planted", "-p", "no:cacheprovider", *files]
+    ended = _run(command, {"BUNK_PLANTED": mutant.what}, limit_s)
+    if ended is None:
+        return "tests: they hang"
+    if not ended.returncode:
+        return ""
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", ended.stdout, re.MULTILINE)
+    return failed[1] if failed else f"tests: {(ended.stdout + ended.stderr).strip()[-150:]}"
+
+
+def _run(command: list[str], more: dict[str, str], limit_s: int) -> subprocess.CompletedProcess[str] | None:
+    path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0", **more}
+    try:
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def chosen(only: str | None) -> list[Mutant]:
+    return [m for m in EVERY_MUTANT if only is None or only in f"{module_of(m)}: {m.what}"]
+
+
+def is_wrong(verdict: Verdict) -> bool:
+    return verdict.state == "stale" or (verdict.state == "survived" and not verdict.known)
+
+
+def show(verdict: Verdict) -> None:
+    text = f"{verdict.state:>8}  {verdict.module}: {verdict.what}"
+    if verdict.by:
+        text += f"\n{'':>10}by {verdict.by}"
+    if verdict.known:
+        text += f"\n{'':>10}{'known' if verdict.state == 'survived' else 'no longer'}: {verdict.known}"
+    print(text, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--list", action="store_true", help="print the mutants and end")
+    made.add_argument("--only", metavar="TEXT", help="those whose module or name has this text")
+    made.add_argument("--json", type=Path, metavar="FILE", help="write the verdicts here")
+    made.add_argument("--limit-s", type=int, default=LIMIT_S_DEFAULT, help="seconds for each of two runs")
+    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="mutants at a time")
+    return made
+
+
+def main() -> int:
+    options = parser().parse_args()
+    mutants = chosen(options.only)
+    if not mutants or options.limit_s < 1 or options.workers < 1:
+        print("mutation: no such mutant, or a limit below 1; see --list", file=sys.stderr)
+        return 2
+    if options.list:
+        for mutant in mutants:
+            print(f"{module_of(mutant)}: {mutant.what}")
+        return 0
+    if broken := _simulated("cluster", SIMULATE_CLUSTER, "", BASELINE_SEEDS, options.limit_s):
+        print(f"mutation: without any bug: {broken}; mend that first", file=sys.stderr)
+        return 2
+    verdicts: list[Verdict] = []
+    with ThreadPoolExecutor(options.workers) as pool:
+        for verdict in pool.map(partial(judge, limit_s=options.limit_s), mutants):
+            verdicts.append(verdict)
+            show(verdict)
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
+    counts = {state: sum(v.state == state for v in verdicts) for state in ("killed", "survived", "stale")}
+    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    wrong = [verdict for verdict in verdicts if is_wrong(verdict)]
+    for verdict in wrong:
+        print(f"not as it should be: {verdict.state}: {verdict.what}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""Planting a bug in one module of the product as it is imported, so that any test can run against it.
+
+Covers: every module that has a mutant (``mutants``, ``fleet_mutants``), as a pytest plugin (``-p planted``,
+the bug named by ``BUNK_PLANTED``) or by ``install``. Nothing on disk changes. Does not cover: choosing
+tests or judging (``scripts/mutation.py``).
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from fleet_mutants import FLEET_MUTANTS
+from mutants import MUTANTS, Mutant
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERY_MUTANT = MUTANTS + FLEET_MUTANTS
+
+
+def module_of(mutant: Mutant) -> str:
+    """The full name: mutants of the node's core say the last part only."""
+    return mutant.module if "." in mutant.module else f"packer.{mutant.module}"
+
+
+def path_of(mutant: Mutant) -> Path:
+    return ROOT.joinpath(*module_of(mutant).split(".")).with_suffix(".py")
+
+
+def anchors(mutant: Mutant) -> int:
+    """How often the text to change is in the source; anything but 1 is an error."""
+    try:
+        return path_of(mutant).read_text().count(mutant.old)
+    except FileNotFoundError:
+        return 0
+
+
+def find(what: str) -> Mutant:
+    return next(mutant for mutant in EVERY_MUTANT if mutant.what == what)
+
+
+class Planter(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Finds the one module, and loads it changed; without bytecode, which would be kept for others."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.mutant = mutant
+        self.name = module_of(mutant)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, path_of(self.mutant), loader=self)  # type: ignore[arg-type]
+
+    def get_source(self, name: str) -> str:
+        source = path_of(self.mutant).read_text()
+        count = source.count(self.mutant.old)
+        assert count == 1, f"mutant {self.mutant.what!r}: its text is {count} times in {self.name}"
+        return source.replace(self.mutant.old, self.mutant.new)
+
+
+def install(mutant: Mutant) -> None:
+    """Before the module is imported for the first time."""
+    assert module_of(mutant) not in sys.modules, f"{module_of(mutant)} was imported before its bug"
+    sys.meta_path.insert(0, Planter(mutant))
+
+
+if os.environ.get("BUNK_PLANTED"):
+    install(find(os.environ["BUNK_PLANTED"]))
