@@ -217,7 +217,7 @@ FLEET_MUTANTS = (
         "a plan in an answer is dropped",
         UPLINK,
         "        if got.plan is not None:\n            await self._consider(got.plan)\n",
-        "        if got.plan is not None and not records:\n            await self._consider(got.plan)\n",
+        "        if got.plan is not None and records:\n            await self._consider(got.plan)\n",
     ),
     Mutant(
         "a turn at the origin is held after a load that failed",

@@ -308,6 +308,7 @@ class Member(World):
             contexts_bytes=lambda device: 0,
             can_hand_on=self.is_whole,
             deduplicated_bytes=lambda ref: 0,
+            regret=None,
             budget_bytes=lambda tier: self.seen_limits[tier],
             now_ms=self.clock_ms,
         )
