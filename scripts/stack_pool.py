@@ -118,7 +118,7 @@ class Stack:
         ranked.sort()
         for _, model in ranked:
             if self._free >= 0:
-                return
+                break
             held = self._on_device[model]
             taken = min(held, -self._free) if self.step.partial else held
             self._free += taken

@@ -15,7 +15,7 @@ import pytest
 from bench_policies import Found, Job, optimum_s, policies_section, stack_section
 from pool_model import BYTES_PER_MS, FIXED_MS, replay
 from request_traces import GB, Trace
-from stack_pool import STEPS, Step, replay_stack
+from stack_pool import STEPS, Stack, Step, replay_stack
 from stress_traces import MODELS, SHAPES, stress
 
 
@@ -39,6 +39,16 @@ def test_what_leaves_the_devices_is_found_in_ram() -> None:
     disk_ms, ram_ms = 100 + 10_000 / 7, 100 + 10_000 / 45
     assert cold.cold_s_mean == pytest.approx((2 * disk_ms + 2 * ram_ms) / 4 / 1000)
     assert cold.moved_bytes == 40 * GB
+
+
+@pytest.mark.parametrize("step", [step for step in STEPS if step.ram], ids=lambda step: step.name)
+def test_neither_memory_ever_holds_more_than_it_has(step: Step) -> None:
+    trace = trace_of("abcdefgabcgfedcbaabacadaeafag" * 3)
+    stack = Stack(step, trace, 30 * GB, 20 * GB)
+    for model, at_ms in zip(trace.models, trace.at_ms, strict=True):
+        stack.use(model, at_ms)
+        assert sum(stack._on_device.values()) <= 30 * GB
+        assert sum(stack._in_ram.values()) * step.ram_ratio <= 20 * GB + 1
 
 
 def test_without_ram_everything_comes_from_disk() -> None:
