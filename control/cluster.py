@@ -3,7 +3,7 @@
 ``step(cluster, event, now_ms)`` changes the state and returns orders; it has no clock, no I/O and no
 chance. Covers: liveness, who waits for a plan, routing by where a model's bytes are, and where a node gets
 a pack from (a peer that has one, or its turn at the origin). Does not cover: what goes into a plan (every
-node is told everything; placement comes with ``packer/placement.py``), delivery (``control.server``), or
+node is told everything), which device fits best (``packer.placement``), delivery (``control.server``), or
 what a node decides by itself.
 
 Nothing here is written to disk: after a restart of control the nodes report again within seconds.
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from packer.placement import Bin, Wanted, left_over, place
 from packer.types import ModelRef
 from packer.wire import PEERS_TRIED_MAX, ModelReport, Report
 
@@ -24,6 +25,10 @@ SILENT_AFTER_MS = 45_000
 EXPECTED_MS = 30_000
 # Expectations remembered; the oldest go first. One is about 200 bytes.
 EXPECTED_MAX = 10_000
+# Nodes whose requests in flight differ by less are as busy as each other when a cold model is placed.
+LOAD_BAND = 8
+# How far a model's bytes are from answering; see ``_distance``.
+COMING, NOWHERE = 1, 4
 # A node that could not be reached is asked last for this long.
 AVOID_MS = 5_000
 # A node's turn at the origin of one version, unless it asks again: three lost words before another may.
@@ -78,10 +83,11 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A request for ``ref`` was sent to ``node``."""
+    """A request for ``ref``, of ``image_bytes``, was sent to ``node``."""
 
     node: str
     ref: ModelRef
+    image_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +194,23 @@ class NodeView:
     avoid_until_ms: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A model was sent for at this node, which most likely holds ``nbytes`` of it soon."""
+
+    node: str
+    until_ms: int
+    nbytes: int
+
+
 @dataclass(slots=True)
 class Cluster:
     """All nodes by name, the number of the newest plan, and where requests were sent a moment ago."""
 
     nodes: dict[str, NodeView] = field(default_factory=dict)
     newest: tuple[int, int] = (0, 0)
-    expected: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # ref: (node, until ms)
-    turns: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # at the origin, as above
+    expected: dict[ModelRef, Expected] = field(default_factory=dict)
+    turns: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # at the origin: (node, until ms)
 
 
 def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
@@ -216,8 +231,8 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
         case Changed(epoch, seq):
             cluster.newest = (epoch, seq)
             return _answer_polls(cluster)
-        case Routed(node, ref):
-            _expect(cluster, node, ref, now_ms)
+        case Routed(node, ref, nbytes):
+            _expect(cluster, node, ref, nbytes, now_ms)
         case Answered(node, reached):
             if (view := cluster.nodes.get(node)) is not None:
                 view.in_flight = max(0, view.in_flight - 1)
@@ -273,11 +288,11 @@ def _answer_polls(cluster: Cluster) -> list[Action]:
     return actions
 
 
-def _expect(cluster: Cluster, node: str, ref: ModelRef, now_ms: int) -> None:
+def _expect(cluster: Cluster, node: str, ref: ModelRef, nbytes: int, now_ms: int) -> None:
     if (view := cluster.nodes.get(node)) is not None:
         view.in_flight += 1
     cluster.expected.pop(ref, None)
-    cluster.expected[ref] = (node, now_ms + EXPECTED_MS)
+    cluster.expected[ref] = Expected(node, now_ms + EXPECTED_MS, nbytes)
     while len(cluster.expected) > EXPECTED_MAX:
         del cluster.expected[next(iter(cluster.expected))]
 
@@ -298,8 +313,8 @@ def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
         del cluster.turns[ref]
         actions.append(WakeSources(ref))
     while cluster.expected:
-        ref, (_, until_ms) = next(iter(cluster.expected.items()))
-        if until_ms > now_ms:
+        ref, oldest = next(iter(cluster.expected.items()))
+        if oldest.until_ms > now_ms:
             break
         del cluster.expected[ref]
     return actions
@@ -402,19 +417,30 @@ def knows(cluster: Cluster, node: str, seq: int) -> bool:
 def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) -> Sequence[str]:
     """Nodes that may answer for ``ref``, best first.
 
-    Where the bytes are counts first (device, then on its way, host, disk), then free memory, then load.
-    Ties are broken by a hash of model and node, so that cold models spread and each goes home.
+    Where the bytes are counts first (device, then on its way, host, disk), then whether a device has room,
+    then load, roughly, then the best fit, so that large holes stay whole. Ties are broken by a hash of model
+    and node, so that cold models spread and each goes home.
     """
+    able = [
+        view
+        for view in cluster.nodes.values()
+        if not view.silent and view.report is not None and not view.report.draining and view.gateway_url
+    ]
+    distances = {view.node: _distance(cluster, view, ref, now_ms) for view in able}
+    # Where it is on a device already, or coming there, its room is there too.
+    cold = min(distances.values(), default=0) > COMING
+    left = _left_over(cluster, able, image_bytes, now_ms) if cold else {}
     ranked = []
-    for view in cluster.nodes.values():
-        if view.silent or view.report is None or view.report.draining or not view.gateway_url:
-            continue
+    for view in able:
+        room = left.get(view.node)
         spread = hashlib.sha256(f"{ref}|{view.node}".encode()).hexdigest()
         ranked.append(
             (
                 view.avoid_until_ms > now_ms,
-                _distance(cluster, view, ref, now_ms),
-                not _has_room(view.report, image_bytes),
+                distances[view.node],
+                room is None,
+                _load(view) // LOAD_BAND,
+                room if room is not None and distances[view.node] == NOWHERE else 0,
                 _load(view),
                 spread,
                 view.node,
@@ -423,23 +449,41 @@ def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) 
     return [entry[-1] for entry in sorted(ranked)]
 
 
+def _left_over(cluster: Cluster, views: Sequence[NodeView], image_bytes: int, now_ms: int) -> dict[str, int]:
+    """Of every node with room for the model, what its best device would have left. What was sent there a
+    moment ago and is in no report yet counts as there, where it fits best."""
+    bins = {
+        (view.node, device.device): Bin(device.device, device.budget_bytes - device.used_bytes, (), view.node)
+        for view in views
+        if view.report is not None
+        for device in view.report.devices
+        if device.healthy
+    }
+    for ref, expected in cluster.expected.items():
+        view = cluster.nodes.get(expected.node)
+        known = view.by_ref.get(str(ref)) if view is not None else None
+        if expected.until_ms <= now_ms or not expected.nbytes or (known is not None and known.device_bytes):
+            continue
+        there = [each for each in bins.values() if each.site == expected.node]
+        placing = place(there, Wanted(str(ref), expected.nbytes))
+        if placing is not None:
+            at = (expected.node, placing.bins[0])
+            bins[at] = replace(bins[at], reserved_bytes=bins[at].reserved_bytes + expected.nbytes)
+    return left_over(list(bins.values()), Wanted(str(image_bytes), image_bytes))
+
+
 def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, now_ms: int) -> int:
-    """0 on a device, 1 on its way there, 2 in host memory, 3 on disk, 4 nowhere."""
+    """0 on a device, 1 on its way there (``COMING``), 2 in host memory, 3 on disk, 4 ``NOWHERE``."""
     known = view.by_ref.get(str(ref))
     if known is not None and known.state == "resident":
         return 0
-    node, until_ms = cluster.expected.get(ref, ("", 0))
-    if (known is not None and known.state == "restoring") or (node == view.node and until_ms > now_ms):
-        return 1
+    sent = cluster.expected.get(ref)
+    there = sent is not None and sent.node == view.node and sent.until_ms > now_ms
+    if there or (known is not None and known.state == "restoring"):
+        return COMING
     if known is not None and known.host_bytes:
         return 2
-    return 3 if known is not None and known.disk_bytes else 4
-
-
-def _has_room(report: Report, image_bytes: int) -> bool:
-    return any(
-        device.healthy and device.budget_bytes - device.used_bytes >= image_bytes for device in report.devices
-    )
+    return 3 if known is not None and known.disk_bytes else NOWHERE
 
 
 def _load(view: NodeView) -> int:

@@ -116,12 +116,15 @@ def place(bins: Sequence[Bin], wanted: Wanted, rule: Rule = NO_MOVES) -> Placing
     return min(plans, key=_rank) if plans else None
 
 
-def ranked(bins: Sequence[Bin], wanted: Wanted) -> list[str]:
-    """Every site that can take it without a move, the best fit first; for who chooses among sites."""
-    found = [
-        (direct[0], site[0].site) for site in _sites_of(bins, wanted) if (direct := _direct(site, wanted))
-    ]
-    return [name for _, name in sorted(found)]
+def left_over(bins: Sequence[Bin], wanted: Wanted) -> dict[str, int]:
+    """Of every site that can take it without a move, the room that would be left in the bins it took: the
+    least is the best fit. For who has to choose among sites by more than their room."""
+    taken = wanted.share_bytes * wanted.devices
+    return {
+        site[0].site: direct[0] - taken
+        for site in _sites_of(bins, wanted)
+        if (direct := _direct(site, wanted)) is not None
+    }
 
 
 def _rank(plan: Placing) -> tuple[float, int, int, tuple[str, ...], tuple[str, ...]]:

@@ -13,6 +13,7 @@ from running_control import empty_report, model_report
 from control.cluster import (
     EXPECTED_MAX,
     EXPECTED_MS,
+    LOAD_BAND,
     SILENT_AFTER_MS,
     TURN_MS,
     TURNS_MAX,
@@ -232,6 +233,26 @@ def test_cold_models_spread_and_stay_home() -> None:
 def test_room_decides_between_nodes_that_have_nothing() -> None:
     cluster = cluster_of(beat("a", used=90 * MIB), beat("b", used=90 * MIB), beat("c", used=20 * MIB))
     assert order(cluster)[0] == "c"
+
+
+def test_a_cold_model_goes_where_it_fits_best_among_nodes_as_busy() -> None:
+    """The smallest hole that is enough, so that a large model finds a large one later."""
+    cluster = cluster_of(beat("a", used=10 * MIB), beat("b", used=80 * MIB), beat("c", used=90 * MIB))
+    assert order(cluster) == ["b", "a", "c"]
+    for _ in range(LOAD_BAND):
+        step(cluster, Routed("b", ModelRef("acme", "busy", "a" * 16)), 0)
+    assert order(cluster) == ["a", "b", "c"], "a node that has much to do is not the place for more"
+
+
+def test_what_is_on_its_way_to_a_node_takes_its_room_until_a_report_has_it() -> None:
+    cluster = cluster_of(beat("a", used=10 * MIB), beat("b", used=80 * MIB), beat("c", used=90 * MIB))
+    other = ModelRef("acme", "other", "a" * 16)
+    step(cluster, Routed("b", other, 10 * MIB), 0)
+    assert order(cluster)[0] == "a", "the hole of b is taken"
+    step(cluster, beat("b", model_report(str(other), "resident", device_bytes=10 * MIB), used=80 * MIB), 0)
+    assert order(cluster)[0] == "b"
+    step(cluster, Routed("b", other, 10 * MIB), 0)
+    assert order(cluster, now_ms=EXPECTED_MS)[0] == "b"
 
 
 def test_draining_and_silent_nodes_get_nothing() -> None:

@@ -160,7 +160,8 @@ async def first_answer(
     nodes = _candidates(control, caller, call.spec)[:TRIES_MAX]
     for position, node in enumerate(nodes):
         last = position == len(nodes) - 1
-        control.act(fleet.step(control.cluster, fleet.Routed(node, call.spec.ref), control.now_ms()))
+        routed = fleet.Routed(node, call.spec.ref, call.spec.image_bytes)
+        control.act(fleet.step(control.cluster, routed, control.now_ms()))
         answered, reached = False, False
         try:
             answer = await send(control, node, call)
