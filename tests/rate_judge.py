@@ -140,6 +140,10 @@ class RateJudge:
             if stay is not None and stay.state == "resident":
                 self._orders.pop(event.ref, None)
 
+    def forget(self, tenant: str, now_ms: int) -> None:
+        """The tenant is in no plan, until it is in one again: nothing is owed for the past."""
+        self._of(tenant, now_ms).set_limits(TenantQuota())
+
     def _of(self, tenant: str, now_ms: int) -> Books:
         books = self._books.setdefault(tenant, Books())
         books.pass_to(now_ms)

@@ -17,6 +17,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from rate_judge import RateJudge
 from simulated_control import DiskFaults, Reply
 from simulated_edges import MemoryPath, Papers, SimulatedJournal, SimulatedSources, SimulatedUplink
 from simulated_files import File
@@ -172,6 +173,7 @@ class Member(World):
         self.now_ms = self.clock_ms()
         self.steps_past, self.steps = self.steps_past + self.steps, 0
         self.node = self.core.Node()
+        self.rates = RateJudge()
         self.counters = Counters()
         self.accuracy = Accuracy()
         self.number_before = NO_PLAN
@@ -255,6 +257,10 @@ class Member(World):
 
     def _take_plan(self, plan: Plan) -> None:
         self.tenants = {name: TenantSpec(name) for name in self.tenants}
+        planned = {tenant.tenant for tenant in plan.tenants}
+        for name in self.tenants:
+            if name not in planned:
+                self.rates.forget(name, self.now_ms)
         self.tenants |= {tenant.tenant: tenant for tenant in plan.tenants}
         self.planned = {spec.ref: spec for spec in plan.models}
         self._plan()
