@@ -98,6 +98,9 @@ def gains(node: Node, model: Model) -> Gains:
 def price(node: Node, model: Model) -> Price:
     """What bringing all or part of it back to a device costs now."""
     source = source_tier(model) or Tier.ORIGIN
+    known = model.gains
+    if known is not None and known.epoch == node.gains_epoch and model.state is not State.PARTIAL:
+        return Price(int(known.fixed_ms), int(known.device_ms), source is not Tier.ORIGIN)
     return Price(
         restore_ms_from(node, model, source, 0),
         restore_ms_from(node, model, source),

@@ -26,6 +26,7 @@ from packer.events import RefusalReason
 from packer.intensity import Intensity, Ranking
 from packer.keep import keep_index
 from packer.ledger import CopyState, Device, Model, Node, State
+from packer.lending import Shade
 from packer.quota import Tenant
 from packer.room import Earlier
 from packer.shortlist import BATCH, EXACT_MAX, SHORT_MAX
@@ -160,7 +161,13 @@ def fits_now(model: Model, device: Device, earlier: Earlier) -> bool:
 
 
 def _shortlisted(
-    node: Node, wanted: Model, device: Device, own_elsewhere: bool, now_ms: int
+    node: Node,
+    wanted: Model,
+    device: Device,
+    wanted_bytes: int,
+    own_elsewhere: bool,
+    reach: bool,
+    now_ms: int,
 ) -> _Ranked | None:
     """What is idle on the device and worth little, of very many; None: look at everything."""
     unusual = own_elsewhere or node.condemned or node.removed or node.chosen is not None
@@ -168,7 +175,7 @@ def _shortlisted(
         return None
     few = device.short.look(device.models.values())
     there = [model for model in few or device.models.values() if model.device is device]
-    ranked = _candidates(node, wanted, device, there, own_elsewhere, False, now_ms)
+    ranked = _candidates(node, wanted, device, there, wanted_bytes, own_elsewhere, False, reach, now_ms)
     device.short.keep(candidate[3] for candidate in ranked)
     return ranked
 
@@ -183,11 +190,14 @@ def _candidates(
     wanted: Model,
     device: Device,
     models: Iterable[Model],
+    wanted_bytes: int,
     own_elsewhere: bool,
     busy: bool,
+    reach: bool,
     now_ms: int,
 ) -> _Ranked:
-    """Which of the models may be taken. ``busy``: also what is in use now and must end some day.
+    """Which of the models may be taken. ``busy``: also what is in use now and must end some day. Without
+    ``reach`` those of others are left out of which no slice allows a byte to go: there may be very many.
 
     What left the plan goes before all, then what was condemned for the same claim before, so that the
     choice does not wander while its leases end. What is in use comes last, and before it the chunks of
@@ -197,7 +207,11 @@ def _candidates(
     condemned, resident = node.condemned, State.RESIDENT
     usual = _Class()
     classes = {PLANNED: usual}
+    limits_ms = {} if reach else _may_open_ms(node, wanted.tenant)
     for model in models:
+        limit_ms = limits_ms.get(model.tenant)
+        if limit_ms is not None and _is_closed(model.shade, limit_ms, wanted_bytes):
+            continue
         rank = PLANNED if model.planned else 0
         if model.state is resident:
             if model.leases or model.packing:
@@ -222,6 +236,21 @@ def _candidates(
         members.gains_ms.append(known.device_ms * model.tenant.slice.weight)
         members.held_bytes.append(model.device_bytes - model.leaving_bytes)
     return _Ranked(classes, node, now_ms)
+
+
+def _may_open_ms(node: Node, but: Tenant) -> dict[Tenant, int]:
+    """How far the gaps of other tenants with a slice may be widened now."""
+    others = (each for each in node.tenants.values() if each.slice.reserved_bytes and each is not but)
+    return {each: each.slice.may_open_ms(node.terms) for each in others}
+
+
+def _is_closed(shade: Shade, may_open_ms: int, wanted_bytes: int) -> bool:
+    """The usual case of a model that is protected: its slice has all of it, and what is wanted of it costs
+    more than may be lent."""
+    if shade.slice_bytes < shade.real_bytes or shade.gap_ms or shade.owed_ms is not None:
+        return False
+    price = shade.price
+    return may_open_ms < price.fixed_ms or may_open_ms < price.of(wanted_bytes, shade.image_bytes)
 
 
 def _standing_of_part(model: Model, wanted: Model, busy: bool) -> int | None:
@@ -271,7 +300,9 @@ class _Choice:
             return 0
         may_open_ms = self._may_open_ms.get(name)
         if may_open_ms is None:
-            may_open_ms = slice_.may_open_ms(node.terms)
+            may_open_ms = self._may_open_ms[name] = slice_.may_open_ms(node.terms)
+        if _is_closed(shade, may_open_ms, wanted_bytes):
+            return shade.size_bytes
         slice_.price(shade, room.price(node, model))
         spared = slice_.spared_bytes(shade, wanted_bytes, may_open_ms)
         if spared and not _is_divisible(node, model):
@@ -308,13 +339,13 @@ def device_victims(
         return []
     entitled = tenant.device.kept_bytes + need_own <= tenant.device.reserved_bytes
     elsewhere = short_own > 0
-    ranked = None if busy else _shortlisted(node, wanted, device, elsewhere, now_ms)
+    ranked = None if busy else _shortlisted(node, wanted, device, short, elsewhere, reach, now_ms)
     chosen = None
     if ranked is not None:
         chosen = _greedy(node, ranked, wanted, device, short, short_own, entitled, reach)
     if ranked is None or chosen is None or any(each.forced for each in chosen):
         models = _everything(node, device, elsewhere)
-        ranked = _candidates(node, wanted, device, models, elsewhere, busy, now_ms)
+        ranked = _candidates(node, wanted, device, models, short, elsewhere, busy, reach, now_ms)
         chosen = _greedy(node, ranked, wanted, device, short, short_own, entitled, reach)
     if chosen is None:
         return None
