@@ -417,12 +417,6 @@ MUTANTS = (
         "        spared = 0 if wanted_bytes or not model.planned else",
     ),
     Mutant(
-        "whoever is above its reserve may take beyond slices",
-        "victims",
-        '(step != "others" or entitled)',
-        '(step != "others" or not entitled)',
-    ),
-    Mutant(
         "the shortcut grants on a condemned model",
         "hits",
         "or (node.condemned and model.ref in node.condemned)",

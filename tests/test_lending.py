@@ -284,6 +284,32 @@ def test_a_tenant_above_its_reserve_is_refused_at_once_when_nothing_is_lent() ->
     assert "not lent now" in the(scene.ask(b), Refuse).detail
 
 
+def test_who_has_nothing_reserved_does_not_reach_beyond_slices() -> None:
+    """Acme holds more than its reserve; what is beyond is in use, and would not be enough."""
+    a, x, b = model("acme/a", 30), model("acme/x", 40), model("beta/b", 80)
+    scene = Scene(a, x, b, devices_mib=(100,), quotas={"acme": device_quota(30)})
+    scene.settle(scene.ask(x))
+    scene.warm(a)
+    assert "not lent now" in the(scene.ask(b), Refuse).detail
+
+
+def test_promises_on_two_devices_reach_beyond_slices_at_last() -> None:
+    """Half of acme's slice lies on each device, so that beta's 60 MiB fit on none although both reserves
+    fit on the two: acme, which holds more than its own, gives some of its slice, and that is excused."""
+    x, a1, a2 = model("acme/x", 40), model("acme/a1", 50), model("acme/a2", 50)
+    b = model("beta/b", 60)
+    quotas = {"acme": device_quota(100), "beta": device_quota(60)}
+    scene = Scene(x, a1, a2, b, devices_mib=(100, 100), quotas=quotas)
+    scene.settle(scene.ask(x))
+    scene.warm(a1)
+    scene.warm(a2)
+    assert scene.device(x) == scene.device(a1) != scene.device(a2)
+    assert of(scene.settle(scene.ask(b)), Grant)
+    slice_ = scene.node.tenants["acme"].slice
+    assert (slice_.debt_ms, slice_.gap_ms) == (0, 0)
+    assert slice_.excused_ms > 0
+
+
 def test_the_same_request_is_served_once_the_owner_has_credit() -> None:
     a, b = model("acme/a", 50), model("beta/b", 70)
     scene = Scene(a, b, devices_mib=(100,), quotas={"acme": device_quota(50)})

@@ -24,7 +24,7 @@ from packer.residency import InvariantBroken
 
 # Small bounds, so that full queues are common; every seed then reaches them within seconds.
 TENANT_BOUND, NODE_BOUND = 6, 12
-SEEDS = range(110)
+SEEDS = range(130)
 # Fresh histories on every commit without a clock or randomness: another range can be named.
 SEED_FIRST = int(os.environ.get("BUNK_SEED_FIRST", "0"))
 MUTANT_SEEDS = range(200)
