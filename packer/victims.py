@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from packer import room
 from packer.events import RefusalReason
+from packer.giving import Candidate, Choice, Given, is_closed, is_divisible, may_open_ms
 from packer.intensity import Intensity, Ranking
 from packer.keep import keep_index
-from packer.ledger import CopyState, Device, Model, Node, State
-from packer.lending import Shade
+from packer.ledger import Device, Model, Node, State
 from packer.quota import Tenant
 from packer.room import Earlier
 from packer.shortlist import BATCH, EXACT_MAX, SHORT_MAX
@@ -55,10 +55,6 @@ PLANNED = 8
 LOOKED_AT = 16
 SORTED_MAX = SHORT_MAX + BATCH
 
-# A model that may have to go: the class of its standing (least protected first), its keep-index, its name,
-# the model, and its bytes that are not leaving already. A plain tuple, because there may be a thousand.
-_Candidate = tuple[int, float, str, Model, int]
-
 
 @dataclass(slots=True)
 class _Class:
@@ -74,12 +70,12 @@ class _Ranked:
     """Candidates, least valuable first; put in order only as far as somebody looks: seldom beyond a few."""
 
     def __init__(self, classes: dict[int, _Class], node: Node, now_ms: int) -> None:
-        self._ordered: list[_Candidate] = []
+        self._ordered: list[Candidate] = []
         ordered = sorted(classes.items(), key=itemgetter(0))
         valued = [(rank, members, _values(node, members, now_ms)) for rank, members in ordered]
         self._order = _in_order(valued)
 
-    def __iter__(self) -> Iterator[_Candidate]:
+    def __iter__(self) -> Iterator[Candidate]:
         ordered, order = self._ordered, self._order
         place = 0
         while True:
@@ -121,7 +117,7 @@ def expected_ms(node: Node, taking: Taking, horizon_ms: int, now_ms: int) -> flo
     return cost_ms * (1.0 - exp(-uses))
 
 
-def _in_order(classes: list[tuple[int, _Class, list[float]]]) -> Iterator[_Candidate]:
+def _in_order(classes: list[tuple[int, _Class, list[float]]]) -> Iterator[Candidate]:
     for rank, members, indices in classes:
         if len(indices) <= SORTED_MAX:
             found = zip(indices, members.models, members.held_bytes, strict=True)
@@ -207,10 +203,10 @@ def _candidates(
     condemned, resident = node.condemned, State.RESIDENT
     usual = _Class()
     classes = {PLANNED: usual}
-    limits_ms = {} if reach else _may_open_ms(node, wanted.tenant)
+    limits_ms = {} if reach else may_open_ms(node, wanted.tenant)
     for model in models:
         limit_ms = limits_ms.get(model.tenant)
-        if limit_ms is not None and _is_closed(model.shade, limit_ms, wanted_bytes):
+        if limit_ms is not None and is_closed(model.shade, limit_ms, wanted_bytes):
             continue
         rank = PLANNED if model.planned else 0
         if model.state is resident:
@@ -238,83 +234,11 @@ def _candidates(
     return _Ranked(classes, node, now_ms)
 
 
-def _may_open_ms(node: Node, but: Tenant) -> dict[Tenant, int]:
-    """How far the gaps of other tenants with a slice may be widened now."""
-    others = (each for each in node.tenants.values() if each.slice.reserved_bytes and each is not but)
-    return {each: each.slice.may_open_ms(node.terms) for each in others}
-
-
-def _is_closed(shade: Shade, may_open_ms: int, wanted_bytes: int) -> bool:
-    """The usual case of a model that is protected: its slice has all of it, and what is wanted of it costs
-    more than may be lent."""
-    if shade.slice_bytes < shade.real_bytes or shade.gap_ms or shade.owed_ms is not None:
-        return False
-    price = shade.price
-    return may_open_ms < price.fixed_ms or may_open_ms < price.of(wanted_bytes, shade.image_bytes)
-
-
 def _standing_of_part(model: Model, wanted: Model, busy: bool) -> int | None:
     """The rank of what is coming, going or there in part; None: it can not be taken."""
     if model.state is State.PARTIAL:
         return None if model is wanted else int(bool(model.waiters))
     return 2 if busy and (model.state is State.RESTORING or model.kept_chunks) else None
-
-
-# --- what may be taken ----------------------------------------------------------------------------
-
-
-class _Given(NamedTuple):
-    """A victim, how many of its bytes go, and how many stay because its tenant's slice has them too."""
-
-    candidate: _Candidate
-    nbytes: int
-    spared_bytes: int
-    forced: bool  # beyond what its tenant's slice allows
-
-
-class _Choice:
-    """Victims so far, and how far the gaps of their tenants may still be widened."""
-
-    __slots__ = ("_may_open_ms", "_node", "given")
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._may_open_ms: dict[str, int] = {}
-        self.given: dict[Model, _Given] = {}
-
-    def take(self, candidate: _Candidate, wanted_bytes: int, forced: bool = False) -> int:
-        """Add a victim, or more of one; returns by how many bytes more it gives."""
-        _, _, _, model, held = candidate
-        before = self.given.get(model)
-        spared = 0 if forced or not model.planned else self._spared_bytes(model, wanted_bytes)
-        gave = before.nbytes if before is not None else 0
-        if held - spared <= gave:
-            return 0
-        self.given[model] = _Given(candidate, held - spared, spared, forced)
-        return held - spared - gave
-
-    def _spared_bytes(self, model: Model, wanted_bytes: int) -> int:
-        node, tenant = self._node, model.tenant
-        slice_, shade, name = tenant.slice, model.shade, tenant.spec.tenant
-        if not slice_.reserved_bytes:
-            return 0
-        may_open_ms = self._may_open_ms.get(name)
-        if may_open_ms is None:
-            may_open_ms = self._may_open_ms[name] = slice_.may_open_ms(node.terms)
-        if _is_closed(shade, may_open_ms, wanted_bytes):
-            return shade.size_bytes
-        slice_.price(shade, room.price(node, model))
-        spared = slice_.spared_bytes(shade, wanted_bytes, may_open_ms)
-        if spared and not _is_divisible(node, model):
-            return shade.size_bytes
-        opens_ms = shade.gap_with(spared) - shade.gap_ms
-        self._may_open_ms[name] = may_open_ms - max(opens_ms, 0)
-        return spared
-
-    def kept_bytes(self, tenant: Tenant) -> int:
-        """What the choice so far leaves a tenant on devices."""
-        given = sum(each.nbytes for model, each in self.given.items() if model.tenant is tenant)
-        return tenant.device.kept_bytes - given
 
 
 # --- victims --------------------------------------------------------------------------------------
@@ -372,7 +296,7 @@ def _greedy(
     short_own: int,
     entitled: bool,
     reach: bool,
-) -> list[_Given] | None:
+) -> list[Given] | None:
     """Victims in the order of their rank until it is enough; None when it never is.
 
     First what may go by everybody's slice. Then the tenant's own models, whatever its slice says: alone it
@@ -380,7 +304,7 @@ def _greedy(
     leases it waits (unless ``reach``). Last, for a tenant within its reserve: whoever holds more than its
     own gives, since models, devices and bytes in use do not always divide as reserves do.
     """
-    choice = _Choice(node)
+    choice = Choice(node)
     tenant = wanted.tenant
     if short_own > 0:
         # Above its own max only the tenant's own models can help; those here help twice.
@@ -412,7 +336,7 @@ def _greedy(
 class _Helps(NamedTuple):
     """A victim, and what its bytes count for: the device's shortage, the tenant's own."""
 
-    given: _Given
+    given: Given
     here: bool
     own: bool
 
@@ -434,11 +358,11 @@ def _spare(node: Node, chosen: list[_Helps], surplus: int, surplus_own: int) -> 
     return takings
 
 
-def _cut(node: Node, given: _Given, spare_bytes: int) -> Taking:
+def _cut(node: Node, given: Given, spare_bytes: int) -> Taking:
     """Evict what a model gives, but as many of its first chunks as fit into ``spare_bytes``."""
     model, spared = given.candidate[3], given.spared_bytes
     chunks = model.spec.chunk_bytes
-    if not spared and (spare_bytes < (chunks or (0,))[0] or not model.idle or not _is_divisible(node, model)):
+    if not spared and (spare_bytes < (chunks or (0,))[0] or not model.idle or not is_divisible(node, model)):
         return Taking(model, given.nbytes, forced=given.forced)
     # One chunk at least goes, or it would not be a victim.
     ends = list(accumulate(chunks[: model.resident_chunks - 1]))
@@ -447,19 +371,7 @@ def _cut(node: Node, given: _Given, spare_bytes: int) -> Taking:
     return Taking(model, freed, kept, given.forced)
 
 
-def _is_divisible(node: Node, model: Model) -> bool:
-    """Can part of it go, and be brought back? The origin gives whole models only."""
-    device = model.device
-    return (
-        node.partial
-        and bool(model.spec.chunk_bytes)
-        and device is not None
-        and device.partial
-        and (model.host.state is CopyState.HELD or model.disk.state is CopyState.HELD)
-    )
-
-
-def _alone(node: Node, ranked: _Ranked, chosen: list[_Given], short: int) -> Taking | None:
+def _alone(node: Node, ranked: _Ranked, chosen: list[Given], short: int) -> Taking | None:
     """The one model that could give ``short`` bytes at a smaller loss than several together.
 
     Every victim's next restore costs something whatever its size, so many small ones may be dearer than
@@ -479,7 +391,7 @@ def _alone(node: Node, ranked: _Ranked, chosen: list[_Given], short: int) -> Tak
             break  # from here on each is worth more than all that it would save
         if held < short or _loss(node, candidate, short) >= limit:
             continue
-        choice = _Choice(node)
+        choice = Choice(node)
         if choice.take(candidate, short) < short:
             continue
         given = choice.given[model]
@@ -490,7 +402,7 @@ def _alone(node: Node, ranked: _Ranked, chosen: list[_Given], short: int) -> Tak
     return best
 
 
-def _loss(node: Node, candidate: _Candidate, freed_bytes: int) -> float:
+def _loss(node: Node, candidate: Candidate, freed_bytes: int) -> float:
     """Expected milliseconds of restoring per second that evicting so many bytes brings about."""
     _, index, _, model, held = candidate
     gains = model.gains or room.gains(node, model)
@@ -520,10 +432,10 @@ def tenant_surplus(node: Node, tenant: Tenant, now_ms: int) -> list[Taking]:
     return _until(node, idle, tenant.device.excess_bytes)
 
 
-def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: int) -> list[_Candidate]:
+def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: int) -> list[Candidate]:
     ranking = Ranking(node.shared, now_ms)
     value = None if node.chosen is None else node.chosen.values(Tier.DEVICE, now_ms)
-    found: list[_Candidate] = []
+    found: list[Candidate] = []
     for device in devices:
         for model in device.models.values():
             if model.idle and (tenant is None or model.tenant is tenant):
@@ -537,8 +449,8 @@ def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: 
     return found
 
 
-def _until(node: Node, candidates: list[_Candidate], excess_bytes: int) -> list[Taking]:
-    choice = _Choice(node)
+def _until(node: Node, candidates: list[Candidate], excess_bytes: int) -> list[Taking]:
+    choice = Choice(node)
     for forced in (False, True):
         for candidate in candidates:
             if excess_bytes <= 0:

@@ -27,6 +27,7 @@ MODULES = (
     "proof",
     "ledger",
     "room",
+    "giving",
     "victims",
     "turns",
     "explain",
@@ -291,7 +292,7 @@ MUTANTS = (
     ),
     Mutant(
         "part of a model stays that no copy can complete",
-        "victims",
+        "giving",
         "        and (model.host.state is CopyState.HELD or model.disk.state is CopyState.HELD)\n",
         "",
     ),
@@ -412,7 +413,7 @@ MUTANTS = (
     ),
     Mutant(
         "a claim takes from every slice",
-        "victims",
+        "giving",
         "        spared = 0 if forced or not model.planned else",
         "        spared = 0 if wanted_bytes or not model.planned else",
     ),
@@ -507,7 +508,7 @@ LENDING_MUTANTS = (
     ),
     Mutant(
         "a choice counts each victim's gap alone",
-        "victims",
+        "giving",
         "        self._may_open_ms[name] = may_open_ms - max(opens_ms, 0)\n",
         "",
     ),

@@ -66,6 +66,7 @@ PURE_FILES = (
     "packer/facts.py",
     "packer/footprint.py",
     "packer/victims.py",
+    "packer/giving.py",
     "packer/views.py",
     "packer/upkeep.py",
     "packer/invariants.py",
