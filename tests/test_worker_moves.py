@@ -302,7 +302,7 @@ async def test_bad_chunks_are_made_again_from_the_origin(worker: WorkerHandle, m
         assert len(bad.chunks) == len(bad.extents) == 2
         assert all(offset % 4096 == 0 and nbytes > 0 for offset, nbytes in bad.extents)
         with opened(minilm.directory, minilm.spec) as fds:
-            assert await worker.repair(minilm.spec, pack, KEY, bad.chunks, fds) == ()
+            assert await worker.repair(minilm.spec, [pack], KEY, bad.chunks, fds) == ()
         assert os.pread(pack, len(whole) + 1, 0) == whole
         await worker.restore(minilm.spec, PackCopy(pack, KEY))
         assert await embed(worker, minilm) == wanted
