@@ -31,7 +31,7 @@ UNASKED_SHARE = 0.25
 # At most so many times the bytes of what comes may move: a link that copies is not free for restores.
 MOVED_PARTS = 2
 # Models of a device that may be moved; the others are too many to look at in one step.
-PIECES_MAX = 64
+PIECES_MAX = 32
 
 
 def propose(
@@ -46,6 +46,10 @@ def propose(
     """Moves to make room on one of the ``free`` devices, if they cost less than evicting ``instead`` (None:
     nothing idle would be enough). None: evict."""
     if node.chosen is not None or len(healthy) < 2 or wanted.device is not None or not wanted.need_bytes:
+        return None
+    # In a full node nothing can move, and that is the usual case.
+    holes = sum(max(_left_bytes(device, earlier), 0) for device in healthy)
+    if not free or holes < wanted.need_bytes:
         return None
     own, promised_own = wanted.tenant.device, earlier.tenants.get(wanted.ref.tenant, 0)
     if own.short_bytes(wanted.need_bytes + promised_own) > 0:
@@ -65,9 +69,7 @@ def propose(
 
 
 def _bin(node: Node, device: Device, may_give: bool, earlier: Earlier, now_ms: int) -> Bin:
-    """The device as placement sees it; what is leaving counts as gone, what was promised as taken."""
-    account = device.account
-    left = (account.limit_bytes or 0) - account.kept_bytes
+    """The device as placement sees it, with what may move from it."""
     movable = [model for model in device.models.values() if _may_move(model)] if may_give else []
     ranking = Ranking(node.shared, now_ms)
     pieces = []
@@ -75,7 +77,13 @@ def _bin(node: Node, device: Device, may_give: bool, earlier: Earlier, now_ms: i
         away_ms = room.restore_ms_from(node, model, Tier.HOST)
         asked = 1.0 - math.exp(-ranking.uses_per_ms(model.reuse) * away_ms)
         pieces.append(Piece(model.name, model.device_bytes, away_ms * min(UNASKED_SHARE + asked, 1.0)))
-    return Bin(device.name, left, tuple(pieces), reserved_bytes=earlier.devices.get(device.name, 0))
+    return Bin(device.name, _left_bytes(device, earlier), tuple(pieces))
+
+
+def _left_bytes(device: Device, earlier: Earlier) -> int:
+    """What leaves counts as gone, and what was promised as taken."""
+    account = device.account
+    return (account.limit_bytes or 0) - account.kept_bytes - earlier.devices.get(device.name, 0)
 
 
 def _may_move(model: Model) -> bool:
