@@ -86,6 +86,7 @@ class _Families:
             device_s.add_metric([name], tenant.device_ms / 1000)
         yield from (tenant_bytes, requests, answers, tokens, device_s, limit)
         yield from self._lending()
+        yield self._deduplicated()
         refusals = CounterMetricFamily("bunkhouse_refusals", "Requests refused.", labels=["tenant", "reason"])
         for (name, reason), count in sorted(counters.refusals.items()):
             refusals.add_metric([name, reason], count)
@@ -164,6 +165,20 @@ class _Families:
         yield GaugeMetricFamily(
             "bunkhouse_regret_timestamp_seconds", "When it was judged.", found.at_ms / 1000
         )
+
+    def _deduplicated(self) -> Metric:
+        family = GaugeMetricFamily(
+            "bunkhouse_deduplicated_bytes",
+            "Bytes of weights that packs on disk do not store again, because equal ones are stored.",
+            labels=["tenant"],
+        )
+        totals: dict[str, int] = {}
+        for model in self._report.models:
+            tenant = model.ref.partition("/")[0]
+            totals[tenant] = totals.get(tenant, 0) + model.deduplicated_bytes
+        for tenant, nbytes in sorted(totals.items()):
+            family.add_metric([tenant], nbytes)
+        return family
 
     def _estimate_errors(self) -> Metric:
         family = HistogramMetricFamily(

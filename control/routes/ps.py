@@ -44,6 +44,7 @@ class PsItem:
     restore_ms_estimate: int
     workspace_bytes: int  # what requests need beside the weights
     workspace_measured: bool  # False: the first estimate
+    deduplicated_bytes: int  # of the image, not in the pack's file because an equal chunk is stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ def _item(node: str, report: ModelReport) -> PsItem | None:
         report.restore_ms_estimate,
         report.workspace_bytes,
         report.workspace_measured,
+        report.deduplicated_bytes,
     )
 
 

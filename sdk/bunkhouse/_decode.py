@@ -435,6 +435,7 @@ def _placement(row: Fields) -> Placement:
         restore_ms_estimate=row.number("restore_ms_estimate", 0),
         workspace_bytes=row.number("workspace_bytes", 0),
         workspace_measured=row.flag("workspace_measured"),
+        deduplicated_bytes=row.number("deduplicated_bytes", 0),
     )
 
 

@@ -331,6 +331,8 @@ class Placement:
     restore_ms_estimate: int = 0  # expected time until it could answer; 0 when it is on a device
     workspace_bytes: int = 0  # what requests need beside the weights
     workspace_measured: bool = False  # as requests were seen to need it; False: the first estimate
+    # Bytes of the weights that its pack does not store again: equal ones are stored for this tenant.
+    deduplicated_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

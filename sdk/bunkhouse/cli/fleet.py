@@ -153,6 +153,7 @@ def _ps(client: Client, out: Output, regret: bool) -> None:
             ("DEVICE", lambda row: size(row.device_bytes)),
             ("HOST", lambda row: size(row.host_bytes)),
             ("DISK", lambda row: size(row.disk_bytes)),
+            ("SHARED", lambda row: size(row.deduplicated_bytes) if row.deduplicated_bytes else None),
             ("LEASES", lambda row: row.leases),
             ("WAITING", lambda row: row.waiting),
             ("REQUESTS", lambda row: row.requests),
