@@ -97,6 +97,7 @@ class Holdings:
         self._packs: dict[ModelRef, _Pack] = {}
         self._files: dict[FileId, _File] = {}
         self._pins: dict[ModelRef, int] = {}
+        self._borrowed: dict[ModelRef, list[ModelRef]] = {}
         self._leaving: set[ModelRef] = set()
         self._unpinned = asyncio.Condition()
         self._dropping = asyncio.Lock()
@@ -123,15 +124,42 @@ class Holdings:
                     with suppress(OSError):
                         file.retained_bytes = _allocated(self._directory.base_path(ref, number))
 
-    def add(self, ref: ModelRef, done: PackDone, offers: Offers | None) -> None:
-        """A pack was published. Called in the same step in which the core hears of it, and before."""
+    def add(self, ref: ModelRef, own_bytes: int, deduplicated_bytes: int) -> int:
+        """A pack was published; returns what it is charged. Called in the same step in which the core hears
+        of it, and before."""
+        paths = self._directory.base_paths(ref)
         try:
-            own = _file_id(self._directory.path(ref))
-            bases = tuple(_file_id(path) for path in base_paths(done, offers))
+            own, bases = _file_id(self._directory.path(ref)), tuple(map(_file_id, paths))
         except OSError:
             # Somebody removed it this instant; whoever restores it finds that out.
             own, bases = (-1, self._count), ()
-        self._take_up(ref, own, bases, done.disk_bytes, done.deduplicated_bytes)
+        self._take_up(ref, own, bases, own_bytes, deduplicated_bytes)
+        for path, base in zip(paths, bases, strict=False):
+            # From a peer, without the version that it was written for.
+            if self._files[base].payer == ref:
+                with suppress(OSError):
+                    self._files[base].retained_bytes = _allocated(path)
+        return self.charge(ref)
+
+    def borrow(self, ref: ModelRef, salt: bytes, link: Path) -> bool:
+        """Give a whole file of the tenant with this salt another name, if it is here; it stays until
+        ``repay``."""
+        for other, pack in self._packs.items():
+            if other.tenant != ref.tenant or other in self._leaving or not self._directory.has_links:
+                continue
+            path = self._directory.path(other)
+            with suppress(OSError, PackError):
+                if _salt(path) != salt or len(self._files[pack.own].users) >= USERS_MAX:
+                    continue
+                os.link(path, link)
+                self._pins[other] = self._pins.get(other, 0) + 1
+                self._borrowed.setdefault(ref, []).append(other)
+                return True
+        return False
+
+    async def repay(self, ref: ModelRef) -> None:
+        """What was borrowed for this version is in its books now, or is not needed."""
+        await self._unpin(self._borrowed.pop(ref, []))
 
     def _take_up(
         self, ref: ModelRef, own: FileId, bases: tuple[FileId, ...], own_bytes: int, deduplicated_bytes: int
@@ -154,11 +182,6 @@ class Holdings:
         """Bytes of the image that the pack's own file does not hold, because an equal chunk is stored."""
         pack = self._packs.get(ref)
         return pack.deduplicated_bytes if pack is not None else 0
-
-    def is_whole(self, ref: ModelRef) -> bool:
-        """Whether a pack's own file holds all of it. Only such a file can be given to another node."""
-        pack = self._packs.get(ref)
-        return pack is not None and not pack.bases
 
     # --- packs to look in -------------------------------------------------------------------------
 
@@ -312,6 +335,14 @@ def base_paths(done: PackDone, offers: Offers | None) -> list[Path]:
 def _file_id(path: Path) -> FileId:
     state = path.stat()
     return (state.st_dev, state.st_ino)
+
+
+def _salt(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return read_header(descriptor).salt
+    finally:
+        os.close(descriptor)
 
 
 def _allocated(path: Path) -> int:

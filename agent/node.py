@@ -149,7 +149,7 @@ class RunningNode:
             wall_ms,
             lambda kind, ref, detail: self.counters.note(wall_ms(), kind, ref, detail, 1),
         )
-        self.sharing.may_give = self.orders.holdings.is_whole
+        self.sharing.sources.lender = self.orders.holdings
         self.orders.sources = self.sharing.sources
         self.orders.repairs.fetch_extent = self.sharing.sources.fetch_extent
         self._know_again()
@@ -459,9 +459,6 @@ class RunningNode:
 
     def deduplicated_bytes(self, ref: ModelRef) -> int:
         return self.orders.holdings.deduplicated_bytes(ref)
-
-    def can_hand_on(self, ref: ModelRef) -> bool:
-        return self.orders.holdings.is_whole(ref)
 
     @property
     def regret(self) -> RegretReport | None:

@@ -32,7 +32,6 @@ from agent.spawning import Nursery
 from agent.workers import (
     LoadDone,
     PackCopy,
-    PackDone,
     Segment,
     WorkerDead,
     WorkerFailure,
@@ -277,9 +276,10 @@ class Orders:
         if isinstance(answer, Restored):
             answer = replace(answer, restore_ms=answer.restore_ms + pack.fetch_ms)
         if not (isinstance(answer, RestoreFailed) and answer.corrupt):
-            self.holdings.add(order.ref, PackDone(pack.disk_bytes, pack.host), None)
-            host_bytes = pack.host.of(self.host_form)
-            self.post(Packed(order.ref, order.device, pack.disk_bytes, host_bytes, order.pack_order))
+            charge = self.holdings.add(order.ref, pack.disk_bytes, pack.deduplicated_bytes)
+            host_bytes, read_bytes = pack.host.of(self.host_form), pack.host.stored_bytes
+            self.post(Packed(order.ref, order.device, charge, host_bytes, order.pack_order, read_bytes))
+        await self.holdings.repay(order.ref)
         return answer
 
     async def _load(
@@ -464,8 +464,7 @@ class Orders:
                     done.host.stored_bytes,
                 )
             )
-            # Extents in other files can not be handed on: then somebody else should read the origin.
-            obtained.end(packed=not done.bases)
+            obtained.end(packed=True)
             await self._making.end(making)
 
     def _post_pack_failed(self, order: Restore, message: str) -> None:

@@ -120,7 +120,7 @@ class PackMaking:
         row = PackRow(making.ref, done.disk_bytes, done.host.stored_bytes, done.host, done.deduplicated_bytes)
         await self._journal.call(self._journal.journal.add_pack, row, making.wrapped_key, self._clock_ms())
         self._packs.abandon(making.ref)  # the records of its progress
-        self._holdings.add(making.ref, done, making.offers)
+        self._holdings.add(making.ref, done.disk_bytes, done.deduplicated_bytes)
         return host_bytes
 
     async def end(self, making: Making) -> None:

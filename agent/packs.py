@@ -101,6 +101,10 @@ class PackDirectory:
         """A read-only descriptor; raises ``FileNotFoundError`` when somebody removed the file."""
         return os.open(self.path(ref), os.O_RDONLY | os.O_CLOEXEC)
 
+    def open_base(self, ref: ModelRef, number: int) -> int:
+        """The same of a file that extents of the pack lie in."""
+        return os.open(self.base_path(ref, number), os.O_RDONLY | os.O_CLOEXEC)
+
     def open_direct(self, ref: ModelRef) -> int | None:
         """A second descriptor, for reads past the page cache; None where that is not possible."""
         with suppress(OSError):

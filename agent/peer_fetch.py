@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 from agent.identity import Identity
 from agent.peer_http import PIECE_BYTES, BadHead, Connection, Gone, Head, parse_content_range, parse_status
 from agent.peer_identity import Cluster, NotAPeer, read_peer
+from packer.holes import Range, ranges_in
 from packer.index import HEADER_BYTES, PackError
 from packer.pack import PackReader
 from packer.seal import KEY_BYTES, SALT_BYTES
@@ -97,7 +98,8 @@ class Later(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FetchedPack:
-    """A pack that lies complete in the caller's file; its header and index are authentic."""
+    """A pack whose own file lies complete in the caller's; its header and index are authentic. ``bases``: the
+    salts of other files that extents of it lie in, and which parts of these it needs."""
 
     data_key: bytes = field(repr=False)
     disk_bytes: int
@@ -105,6 +107,8 @@ class FetchedPack:
     host: HostSizes
     peers: tuple[str, ...]  # nodes that gave a part of it, first the one that named the key
     fetch_ms: int
+    bases: tuple[tuple[bytes, tuple[Range, ...]], ...] = ()
+    deduplicated_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,13 +202,22 @@ class PeerFetch:
             return await self._on_thread(lambda cancel: self._fetch(ref, peers, fd, limit_bytes, cancel))
 
     async def fetch_extent(
-        self, ref: ModelRef, peers: Sequence[PeerSpec], salt: bytes, offset: int, nbytes: int
+        self,
+        ref: ModelRef,
+        peers: Sequence[PeerSpec],
+        salt: bytes,
+        offset: int,
+        nbytes: int,
+        base: int | None = None,
     ) -> bytes | None:
-        """A piece of the very pack with this salt, as it lies on a peer's disk; None when nobody gives it.
-        Whoever asked checks its tags."""
+        """A piece of the very file with this salt, the pack or what it keeps for this base, as it lies on a
+        peer's disk; None when nobody gives it. Whoever asked checks its tags."""
         wanted = (offset, offset + nbytes)
+        path = _path(ref) + ("" if base is None else f"/base-{base}")
         async with self._extents:
-            return await self._on_thread(lambda cancel: self._fetch_extent(ref, peers, salt, wanted, cancel))
+            return await self._on_thread(
+                lambda cancel: self._fetch_extent(ref, peers, salt, wanted, path, cancel)
+            )
 
     def refuse(self, ref: ModelRef, peers: Sequence[str]) -> None:
         """What these nodes gave turned out corrupt: do not fetch this version from them for a while."""
@@ -479,15 +492,25 @@ class PeerFetch:
         """Header and index are checked completely here; every chunk is when it is restored."""
         described = job.described
         try:
-            reader = PackReader(job.fd, described.key, ref)
+            reader = PackReader(job.fd, described.key, ref, bases=None)
             if reader.salt != _salt(described.tag):
                 raise PackError("is not the pack that was announced")
-            host = reader.host_sizes
+            host, index = reader.host_sizes, reader.index
+            bases = tuple((base.salt, tuple(ranges_in(index, base.salt))) for base in index.bases)
         except PackError as error:
             log.error("refused the pack of %s from %s: %s", ref, ", ".join(job.gave), error)
             return None
         fetch_ms = round((time.monotonic() - job.began_s) * 1000)
-        return FetchedPack(described.key, described.size, reader.salt, host, tuple(job.gave), fetch_ms)
+        return FetchedPack(
+            described.key,
+            described.size,
+            reader.salt,
+            host,
+            tuple(job.gave),
+            fetch_ms,
+            bases,
+            index.deduplicated_bytes,
+        )
 
     # --- one extent -------------------------------------------------------------------------------
 
@@ -497,6 +520,7 @@ class PeerFetch:
         peers: Sequence[PeerSpec],
         salt: bytes,
         wanted: tuple[int, int],
+        path: str,
         cancel: Callable[[], bool],
     ) -> bytes | None:
         start, end = wanted
@@ -510,12 +534,14 @@ class PeerFetch:
                 connection = self._connect(peer, cancel)
                 with connection.tls:
                     asked = {"Range": f"bytes={start}-{end - 1}", "If-Match": tag}
-                    head, length = self._ask(connection, _path(ref), asked)
+                    head, length = self._ask(connection, path, asked)
                     given = parse_content_range(head.headers.get("content-range"))
                     if given is None or given[:2] != wanted or length != end - start:
                         raise PeerFailed("sends something else than was asked for", dead=True)
                     data = bytearray(length)
                     self._read_body(connection, memoryview(data), time.monotonic() + ANSWER_S)
+                    with self._lock:
+                        self.fetched_bytes += length
                     return bytes(data)
             except PeerFailed as error:
                 if not cancel() and (error.dead or error.broke):

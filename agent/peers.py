@@ -25,7 +25,7 @@ from typing import Protocol
 from agent.identity import Identity
 from agent.peer_http import PIECE_BYTES, BadHead, Connection, Gone, Head, parse_range, parse_request
 from agent.peer_identity import Cluster, NotAPeer, PeerIdentity, read_peer
-from packer.index import PackError
+from packer.index import BASES_MAX, PackError
 from packer.pack import read_header
 from packer.types import GIB, MIB, BadValue, ModelRef, parse_ref
 
@@ -60,8 +60,8 @@ PREFIX = "/peer/v1/packs/"
 class PackStore(Protocol):
     """What the server asks of the node; called on its threads."""
 
-    def open(self, ref: ModelRef) -> int:
-        """A descriptor of a complete pack. Raises ``OSError``."""
+    def open(self, ref: ModelRef, base: int | None = None) -> int:
+        """A descriptor of a complete pack, or of the file that it keeps for this base. Raises ``OSError``."""
 
     def data_key(self, ref: ModelRef) -> bytes | None:
         """The key of a complete pack; None when there is none, or when it can not be read now."""
@@ -299,10 +299,10 @@ class PeerServer:
         # Absent and not this node's answer alike.
         raise Refusal(404)
 
-    def _open(self, ref: ModelRef, head: Head) -> tuple[int, str, int]:
-        """Descriptor, entity tag and size of a complete pack that is the one asked for."""
+    def _open(self, ref: ModelRef, head: Head, base: int | None = None) -> tuple[int, str, int]:
+        """Descriptor, entity tag and size of a file of a complete pack that is the one asked for."""
         try:
-            descriptor = self._store.open(ref)
+            descriptor = self._store.open(ref, base)
         except OSError:
             raise Refusal(404) from None
         try:
@@ -316,8 +316,15 @@ class PeerServer:
             raise Refusal(412, ETag=tag)
         return descriptor, tag, size
 
-    def give_range(self, connection: Connection, peer: PeerIdentity, ref: ModelRef, head: Head) -> None:
-        descriptor, tag, size = self._open(ref, head)
+    def give_range(
+        self,
+        connection: Connection,
+        peer: PeerIdentity,
+        ref: ModelRef,
+        head: Head,
+        base: int | None = None,
+    ) -> None:
+        descriptor, tag, size = self._open(ref, head, base)
         try:
             asked = parse_range(head.headers.get("range"))
             if asked is None or not asked[0] < asked[1] <= size or asked[1] - asked[0] > RANGE_BYTES_MAX:
@@ -377,9 +384,20 @@ class PeerServer:
         connection.send(key, until_s)
 
 
+def _give_base(number: int) -> Callable[[PeerServer, Connection, PeerIdentity, ModelRef, Head], None]:
+    def give(
+        server: PeerServer, connection: Connection, peer: PeerIdentity, ref: ModelRef, head: Head
+    ) -> None:
+        server.give_range(connection, peer, ref, head, number)
+
+    return give
+
+
 ROUTES = (
     Route("GET", "", PeerServer.give_range),
     Route("GET", "/key", PeerServer.give_key),
+    # The files that extents of the pack lie in beside its own; of each only those extents are there for sure.
+    *(Route("GET", f"/base-{number}", _give_base(number)) for number in range(BASES_MAX)),
 )
 
 

@@ -57,7 +57,6 @@ class ReportSource(Protocol):
     def budget_bytes(self, tier: Tier) -> int: ...
     def now_ms(self) -> int: ...
     def deduplicated_bytes(self, ref: ModelRef) -> int: ...
-    def can_hand_on(self, ref: ModelRef) -> bool: ...
 
 
 def build_report(node: ReportSource) -> Report:
@@ -133,7 +132,7 @@ def _model(node: ReportSource, spec: ModelSpec) -> ModelReport:
         restores=count.restore_reports(),
         last_used_ms=count.last_used_ms,
         restore_ms_estimate=residency.restore_ms_estimate(node.loop.core, spec.ref) if view else 0,
-        packed=view is not None and view.packed and node.can_hand_on(spec.ref),
+        packed=view.packed if view else False,
         deduplicated_bytes=node.deduplicated_bytes(spec.ref) if view is not None and view.packed else 0,
         workspace_bytes=view.workspace_bytes if view else 0,
         workspace_measured=view.workspace_measured if view else False,

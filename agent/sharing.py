@@ -58,8 +58,6 @@ class Sharing:
         self.sources.note = note
         self.sources.files_of = lambda ref: self._files.get(ref)
         self.peer_url = ""
-        # Whether a pack's own file holds all of it.
-        self.may_give: Callable[[ModelRef], bool] = lambda ref: True
 
     @property
     def served_bytes(self) -> int:
@@ -108,10 +106,8 @@ class Sharing:
 
     # --- what the listener asks, on its threads (``agent.peers.PackStore``) -----------------------
 
-    def open(self, ref: ModelRef) -> int:
-        if not self.may_give(ref):
-            raise FileNotFoundError(f"the pack of {ref} is not in one file")
-        return self._packs.open(ref)
+    def open(self, ref: ModelRef, base: int | None = None) -> int:
+        return self._packs.open(ref) if base is None else self._packs.open_base(ref, base)
 
     def data_key(self, ref: ModelRef) -> bytes | None:
         assert self._loop is not None

@@ -24,11 +24,13 @@ from typing import Protocol
 from agent.journal import JournalFailed, PackRow
 from agent.journal_thread import JournalThread
 from agent.packs import PackDirectory
-from agent.peer_fetch import FetchedPack, PeerFetch
+from agent.peer_fetch import RANGE_BYTES, FetchedPack, PeerFetch
 from packer.durable import sync_folder
-from packer.index import PackError
+from packer.index import BASES_MAX, HEADER_BYTES, PackError, decode_header
+from packer.layout import IMAGE_BYTES_MAX
 from packer.origin_headers import ORIGIN_HEADERS
 from packer.pack import PackReader
+from packer.pack_file import base_name
 from packer.types import MIB, ModelRef, OriginFile
 from packer.wire import PEERS_TRIED_MAX, OriginTurn, PeerSpec, SourcesAnswer
 
@@ -38,6 +40,8 @@ log = logging.getLogger("bunk.peers")
 WAIT_S = 30.0
 WAIT_BYTES_S = 500 * MIB
 WAIT_S_MAX = 120.0
+# The size of a file of which parts are fetched: no pack is larger. It takes only what is written.
+FILE_BYTES_MAX = 2 * IMAGE_BYTES_MAX
 # One question to control is held open for at most this long.
 ASK_WAIT_MS = 20_000
 # Control may answer at once that there is nothing yet, when it stops for example.
@@ -59,6 +63,16 @@ class AskControl(Protocol):
     async def __call__(
         self, ref: ModelRef, wait_ms: int, failed: Sequence[str] = (), *, ended: bool = False
     ) -> SourcesAnswer: ...
+
+
+class Lender(Protocol):
+    """``agent.holdings.Holdings``."""
+
+    def borrow(self, ref: ModelRef, salt: bytes, link: Path) -> bool:
+        """Give the file of the tenant with this salt another name, if it is here."""
+
+    async def repay(self, ref: ModelRef) -> None:
+        """The names are in the books now, or gone."""
 
 
 @dataclass(slots=True)
@@ -95,6 +109,8 @@ class Sources:
         self._wanted = wanted
         # Told what is worth a record: the kind, whose pack, what happened.
         self.note: Callable[[str, ModelRef, str], None] = lambda kind, ref, detail: None
+        # Has files of the tenant that are here already; None: nothing is.
+        self.lender: Lender | None = None
         # The files that the plan names for a version; None: it is in no plan.
         self.files_of: Callable[[ModelRef], Sequence[OriginFile] | None] = lambda ref: None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -162,7 +178,7 @@ class Sources:
         # Not the name of a pack in the making: an interrupted load may go on from that one.
         arriving = path.with_name(path.name + ".peer")
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags, adopted = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, False
         descriptor = os.open(arriving, flags, 0o600)
         try:
             try:
@@ -177,26 +193,68 @@ class Sources:
                 os.close(descriptor)
             if pack is None or not self._wanted(ref):
                 return None
+            if pack.bases and not await self._bring_bases(ref, pack, peers, limit_bytes, arriving):
+                return None
             await self._adopt(ref, pack, arriving, path)
+            adopted = True
         finally:
-            with suppress(FileNotFoundError):
-                arriving.unlink()
+            if not adopted and self.lender is not None:
+                await self.lender.repay(ref)
+            for left in (arriving, *(_base(arriving, number) for number in range(BASES_MAX))):
+                with suppress(FileNotFoundError):
+                    left.unlink()
         told = f"{pack.disk_bytes} bytes from {', '.join(pack.peers)}"
         log.info("pack of %s: %s", ref, told)
         self.note("pack_fetched", ref, f"{told} in {pack.fetch_ms} ms")
         return pack
+
+    async def _bring_bases(
+        self, ref: ModelRef, pack: FetchedPack, peers: Sequence[PeerSpec], limit_bytes: int, arriving: Path
+    ) -> bool:
+        """Have what the pack needs of other files beside it: files that are here already, or those parts from
+        peers. False when nobody gives them. Raises ``OSError``."""
+        needed_bytes = sum(HEADER_BYTES + end - start for _, ranges in pack.bases for start, end in ranges)
+        if pack.disk_bytes + needed_bytes > limit_bytes:
+            self.refuse(ref, pack, f"its parts take more than {limit_bytes} bytes")
+            return False
+        started = asyncio.get_running_loop().time()
+        for number, (salt, ranges) in enumerate(pack.bases):
+            into = _base(arriving, number)
+            if self.lender is not None and self.lender.borrow(ref, salt, into):
+                continue
+            with into.open("xb") as file:
+                os.chmod(into, 0o600)
+                for start, end in ((0, HEADER_BYTES), *ranges):
+                    for at in range(start, end, RANGE_BYTES):
+                        size = min(RANGE_BYTES, end - at)
+                        data = await self._fetch.fetch_extent(ref, peers, salt, at, size, number)
+                        if data is None:
+                            return False
+                        if at == 0:
+                            await asyncio.to_thread(os.ftruncate, file.fileno(), _file_bytes(data, salt))
+                        await asyncio.to_thread(os.pwrite, file.fileno(), data, at)
+                await asyncio.to_thread(os.fsync, file.fileno())
+        log.info(
+            "pack of %s: %d parts in other files, %.1f s",
+            ref,
+            sum(len(ranges) for _, ranges in pack.bases),
+            asyncio.get_running_loop().time() - started,
+        )
+        return True
 
     async def _adopt(self, ref: ModelRef, pack: FetchedPack, arriving: Path, path: Path) -> None:
         journal = self._journal.journal
         _, wrapped = await self._journal.call(journal.wrap_data_key, ref, pack.data_key)
 
         def publish() -> None:
+            for number in range(len(pack.bases)):
+                os.replace(_base(arriving, number), self._packs.base_path(ref, number))
             os.replace(arriving, path)
             sync_folder(path.parent)
 
         # The file first: a crash in between leaves one that the next start sweeps.
         await asyncio.to_thread(publish)
-        row = PackRow(ref, pack.disk_bytes, pack.host.stored_bytes, pack.host)
+        row = PackRow(ref, pack.disk_bytes, pack.host.stored_bytes, pack.host, pack.deduplicated_bytes)
         try:
             await self._journal.call(journal.add_pack, row, wrapped, self._clock_ms())
         except JournalFailed:
@@ -241,6 +299,22 @@ class Sources:
         return task
 
 
+def _base(arriving: Path, number: int) -> Path:
+    return arriving.with_name(base_name(arriving.name, number))
+
+
+def _file_bytes(page: bytes, salt: bytes) -> int:
+    """The size of the file that this is the header of. Raises ``OSError`` when it is not that of the file."""
+    size = int.from_bytes(page[64:72], "little")
+    try:
+        header = decode_header(page, size)
+    except PackError as error:
+        raise OSError(f"a peer sent another file: {error}") from None
+    if header.salt != salt or not header.sealed or size > FILE_BYTES_MAX:
+        raise OSError("a peer sent another file than the pack names")
+    return size
+
+
 def _wrong_file(descriptor: int, key: bytes, ref: ModelRef, files: Sequence[OriginFile]) -> str | None:
     """What in a fetched pack is not of the registered version, as far as that can be told.
 
@@ -248,7 +322,7 @@ def _wrong_file(descriptor: int, key: bytes, ref: ModelRef, files: Sequence[Orig
     compared: every file that is parsed. Weights have none but that of their whole file.
     """
     try:
-        reader = PackReader(descriptor, key, ref)
+        reader = PackReader(descriptor, key, ref, bases=None)
         side_files = {file.path: file.sha256.lower() for file in files if not _is_weights(file)}
         if {path for path, _ in reader.index.files} - {ORIGIN_HEADERS} != set(side_files):
             return "other files than registered"

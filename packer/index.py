@@ -160,6 +160,14 @@ class PackIndex:
     def files(self) -> tuple[tuple[str, int], ...]:
         return tuple((stored.path, stored.nbytes) for stored in self.side_files)
 
+    @property
+    def deduplicated_bytes(self) -> int:
+        """Bytes of the image that are not in this file, because an equal chunk is, here or in another one."""
+        spans = zip(self.layout.chunks, self.chunks, strict=True)
+        return sum(
+            span.nbytes for span, chunk in spans if chunk.same_as is not None or chunk.base is not None
+        )
+
     def owner(self, number: int) -> int:
         """The chunk whose extent holds this chunk's bytes: itself, unless it is a duplicate."""
         same_as = self.chunks[number].same_as

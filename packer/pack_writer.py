@@ -393,13 +393,8 @@ class PackWriter:
             write_end(self._fd, header, body, sync=True)
         except OSError as error:
             raise PackError(f"finishing the pack failed: {error.strerror}") from error
-        saved = sum(
-            span.nbytes
-            for span, chunk in zip(self._layout.chunks, chunks, strict=True)
-            if chunk.same_as is not None or chunk.base is not None
-        )
         salts = tuple(base.salt for base in index.bases)
-        return PackSummary(header.file_bytes, host_sizes(index), saved, salts)
+        return PackSummary(header.file_bytes, host_sizes(index), index.deduplicated_bytes, salts)
 
 
 def _start_writing(fd: int, offset: int, nbytes: int) -> None:

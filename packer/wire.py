@@ -149,9 +149,7 @@ class ModelReport:
     restores: tuple[RestoreReport, ...]
     last_used_ms: int  # wall clock, 0 when never
     restore_ms_estimate: int = 0  # expected time until it could answer; 0 when it is resident
-    # A complete pack is on disk, in one file, so that it can be given to other nodes; ``disk_bytes`` counts
-    # others, and one in the making, as well.
-    packed: bool = False
+    packed: bool = False  # a complete pack is on disk; ``disk_bytes`` counts one in the making as well
     deduplicated_bytes: int = 0  # of the image, not in its pack's file because an equal chunk is stored
     workspace_bytes: int = 0  # what requests need beside the weights
     workspace_measured: bool = False  # as requests were seen to need it; False: the first estimate

@@ -36,7 +36,8 @@ class Store:
     keys: dict[ModelRef, bytes] = field(default_factory=dict)
     given: list[tuple[ModelRef, str]] = field(default_factory=list)
 
-    def open(self, ref: ModelRef) -> int:
+    def open(self, ref: ModelRef, base: int | None = None) -> int:
+        # Where parts in other files are asked for, the pack's own does as well: a file is given like another.
         return self.packs.open(ref)
 
     def data_key(self, ref: ModelRef) -> bytes | None:

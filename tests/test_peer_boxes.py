@@ -15,16 +15,20 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import safetensors.numpy
 from make_models import make_gpt2
 from real_box import PATIENCE_S, Box, Process, free_port, running_box
 from running_peers import dial, exchange, get
 
 from agent.identity import Identity
 from packer.pack import read_header
+from packer.pack_file import base_name
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 MODELS = ("plain", "index", "chunk", "away")
+# Of one family: the second and the third differ from the first in one tensor each.
+TWINS = ("twin-a", "twin-b", "twin-c")
 
 
 @dataclass(slots=True)
@@ -82,7 +86,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         for seed, name in enumerate(MODELS):
             model = make_gpt2(folder / f"model-{name}", seed, hidden=256, layers=4, heads=4)
             box.tenant("acme").push(f"acme/{name}", model)
-        box.wait_planned(len(MODELS))
+        for tensor, name in enumerate(TWINS):
+            model = make_gpt2(folder / f"model-{name}", 9, hidden=256, layers=4, heads=4)
+            if tensor:
+                change(model, f"transformer.h.{tensor}.mlp.c_fc.weight")
+            box.tenant("acme").push(f"acme/{name}", model)
+        box.wait_planned(len(MODELS) + len(TWINS))
         assert box.agent is not None
         found = next(line for line in box.agent.whole_log().splitlines() if "packs for other nodes" in line)
         token_file = folder / "second.token"
@@ -94,10 +103,43 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         words += ["--listen", f"127.0.0.1:{port}", "--device", "cpu:96MiB", "--calibrate", "off"]
         second = Process("agent", *words)
         try:
-            second.wait_for(rf"plan \d+\.\d+: \d+ tenants, {len(MODELS)} versions")
+            second.wait_for(rf"plan \d+\.\d+: \d+ tenants, {len(MODELS) + len(TWINS)} versions")
             yield Pair(box, second, port, found.rpartition(" ")[2])
         finally:
             second.stop()
+
+
+def change(directory: Path, tensor: str) -> None:
+    path = directory / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors[tensor] = -tensors[tensor]
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_a_pack_with_parts_in_other_files_comes_with_these_parts(pair: Pair) -> None:
+    """Without the version that they were written for, or out of it where it is; the origin is away."""
+    texts = {name: pair.load_first(name) for name in TWINS}
+    assert len(set(texts.values())) > 1
+    for name in ("twin-b", "twin-c"):
+        assert pair.pack("agent", name).stat().st_size < pair.pack("agent", "twin-a").stat().st_size // 2
+    origin = pair.folder / "control" / "models" / "acme"
+    origin.rename(pair.folder / "all-kept-away")
+    try:
+        for name in ("twin-b", "twin-a", "twin-c"):
+            assert pair.answer(name, second=True) == (texts[name], "origin")
+            pair.second.wait_for(rf"pack of acme/{name}@\S+: \d+ bytes from box")
+    finally:
+        (pair.folder / "all-kept-away").rename(origin)
+    whole = pair.pack("second", "twin-a")
+    assert whole.read_bytes() == pair.pack("agent", "twin-a").read_bytes()
+    # The first one that came had to bring its parts along; the last one found them here.
+    parts = {name: base_of(pair.pack("second", name)).stat() for name in ("twin-b", "twin-c")}
+    assert parts["twin-b"].st_ino != whole.stat().st_ino == parts["twin-c"].st_ino
+    assert 512 * parts["twin-b"].st_blocks < whole.stat().st_size
+
+
+def base_of(pack: Path) -> Path:
+    return pack.with_name(base_name(pack.name, 0))
 
 
 def test_a_second_node_is_served_from_the_first_without_the_origin(pair: Pair) -> None:
@@ -169,7 +211,7 @@ def test_a_deleted_node_is_refused_at_once(pair: Pair) -> None:
         assert answer is not None
         assert answer.status == 200
     pair.box.agent.wait_for("connected to control")
-    plan = rf"plan \d+\.\d+: \d+ tenants, {len(MODELS)} versions"
+    plan = rf"plan \d+\.\d+: \d+ tenants, {len(MODELS) + len(TWINS)} versions"
     pair.box.agent.wait_for(plan)
     pair.box.operator().delete_node("second")
     pair.second.wait_for("control deleted this node")

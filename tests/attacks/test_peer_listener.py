@@ -60,7 +60,8 @@ def nothing_given(giver: Node) -> bool:
 
 def test_every_route_is_known_here_and_answers_a_node(site: Site, giver: Node) -> None:
     """The list is written down: adding a route is a decision. And what follows does not refuse everybody."""
-    assert [(route.method, route.suffix) for route in ROUTES] == [("GET", ""), ("GET", "/key")]
+    bases = [("GET", f"/base-{number}") for number in range(8)]
+    assert [(route.method, route.suffix) for route in ROUTES] == [("GET", ""), ("GET", "/key"), *bases]
     asker = site.join("asker")
     for path in paths():
         answer = ask(giver, asker, get(path, Range=RANGE))
@@ -92,7 +93,7 @@ def bare_context(ca_pem: str) -> ssl.SSLContext:
 
 def test_nobody_without_a_certificate(giver: Node) -> None:
     """Also not with a tenant's API key, which every attempt here sends along."""
-    assert try_with(giver, bare_context(giver.cluster.ca_pem)) == [None, None]
+    assert try_with(giver, bare_context(giver.cluster.ca_pem)) == [None] * len(ROUTES)
     assert nothing_given(giver)
 
 
@@ -103,7 +104,7 @@ def test_nobody_of_another_cluster(tmp_path: Path, giver: Node) -> None:
         stranger = other.join("giver", listens=False)
         context = stranger.identity.peer_context(server=False)
         context.load_verify_locations(cadata=giver.cluster.ca_pem)
-        assert try_with(giver, context) == [None, None]
+        assert try_with(giver, context) == [None] * len(ROUTES)
     assert nothing_given(giver)
 
 
@@ -137,7 +138,7 @@ def test_nobody_with_a_certificate_of_their_own_making(tmp_path: Path, site: Sit
     path, der = self_made(tmp_path, "asker", issuer="Bunkhouse cluster c1")
     context = bare_context(giver.cluster.ca_pem)
     context.load_cert_chain(path)
-    assert try_with(giver, context) == [None, None]
+    assert try_with(giver, context) == [None] * len(ROUTES)
     assert nothing_given(giver)
     with pytest.raises(NotAPeer, match="another CA"):
         read_peer(der, giver.cluster)
@@ -157,7 +158,7 @@ def test_nobody_with_an_expired_certificate(site: Site, giver: Node) -> None:
         assert exchange(tls, get(PATH, Range=RANGE)) is None
     served = giver.server.served_bytes
     site.certify(asker.identity, "asker", life=timedelta(seconds=-1))
-    assert try_with(giver, asker.identity.peer_context(server=False)) == [None, None]
+    assert try_with(giver, asker.identity.peer_context(server=False)) == [None] * len(ROUTES)
     assert giver.server.served_bytes == served
 
 
@@ -202,7 +203,7 @@ def test_control_itself_is_no_node(site: Site, giver: Node) -> None:
     site.authority.server_context(["127.0.0.1"])
     context = bare_context(giver.cluster.ca_pem)
     context.load_cert_chain(site.folder / "server.pem")
-    assert try_with(giver, context) == [None, None]
+    assert try_with(giver, context) == [None] * len(ROUTES)
     der = x509.load_pem_x509_certificates((site.folder / "server.pem").read_bytes())[0]
     with pytest.raises(NotAPeer, match="not of a node"):
         read_peer(der.public_bytes(serialization.Encoding.DER), giver.cluster)
