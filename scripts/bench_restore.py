@@ -45,8 +45,8 @@ ROUNDS, ROUNDS_QUICK = 5, 3
 ROUNDS_MAX = 100
 SWAPS, SWAPS_QUICK = 10_000, 300
 SWAPS_MAX = 1_000_000
-# The full run holds the model three times in host form, once as reference and twice in a child.
-MEMORY_BYTES_MIN, MEMORY_BYTES_MIN_QUICK = 16 * GIB, 4 * GIB
+# The swaps hold the model of eight tenants in the host tier, raw, and one that is restored.
+MEMORY_BYTES_MIN, MEMORY_BYTES_MIN_QUICK = 18 * GIB, 6 * GIB
 DISK_BYTES_MIN, DISK_BYTES_MIN_QUICK = 12 * GIB, 4 * GIB
 COPY_BYTES = 16 * MIB
 CALIBRATE_TIMEOUT_S = 120

@@ -211,6 +211,10 @@ def test_report_says_the_same_to_people_documentation_and_programs(tmp_path: Pat
     assert "reached  ours to theirs: at least 3x, this run: 4x" in out.getvalue()
     assert "MISSED   ours to physics: at least 0.9, this run: 0.5 (open)" in out.getvalue()
     assert "skipped  gpu: no GPU" in out.getvalue()
+    at_once = io.StringIO()
+    bench_suite.print_section(report.sections[0], at_once)
+    assert all(line in out.getvalue() for line in at_once.getvalue().splitlines())
+    assert "MISSED   ours to physics" in at_once.getvalue()
     bench_suite.write_markdown(report, tmp_path / "bench.md", "2026-11-21", "bench --quick")
     text = (tmp_path / "bench.md").read_text()
     assert "| ours | 10 ms |" in text
