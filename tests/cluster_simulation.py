@@ -309,6 +309,8 @@ class Fleet:
             host=ByteQuota(0, rng.choice((None, 60 * MIB))),
             requests_per_minute=rng.choice((None, None, 60)),
             concurrency=rng.choice((None, 4)),
+            tokens_per_minute=rng.choice((None, 600)),
+            device_seconds_per_day=rng.choice((None, None, 60)),
             weight=rng.choice((1, 3)),
         )
 

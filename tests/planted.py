@@ -11,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,11 @@ def install(mutant: Mutant) -> None:
     assert module_of(mutant) not in sys.modules, f"{module_of(mutant)} was imported before its bug"
     sys.meta_path.insert(0, Planter(mutant))
 
+
+# A bug that never ends is ended by processor time, which a busy machine does not shorten.
+if os.environ.get("BUNK_CPU_LIMIT_S"):
+    limit_s = int(os.environ["BUNK_CPU_LIMIT_S"])
+    resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s))
 
 if os.environ.get("BUNK_PLANTED"):
     install(find(os.environ["BUNK_PLANTED"]))

@@ -25,6 +25,7 @@ from packer.events import (
     Requested,
     Restore,
     Restored,
+    SpentFound,
 )
 from packer.types import ModelRef, TenantQuota
 
@@ -73,6 +74,11 @@ class Bucket:
         if self.limit is not None:
             self.level += amount
 
+    def owe(self, amount: int, ago_ms: int) -> None:
+        """This was owed so long ago, before a restart."""
+        if self.limit is not None:
+            self.level += max(amount - Fraction(self.limit * ago_ms, self.period_ms), Fraction(0))
+
     def full(self, reserved: int = 0) -> bool:
         """Is there no room for one more?"""
         return self.limit is not None and self.level + reserved > self.burst - 1
@@ -116,6 +122,10 @@ class RateJudge:
             for tenant in event.tenants:
                 books = self._of(tenant.tenant, world.now_ms)
                 books.set_limits(tenant.quota)
+        if isinstance(event, SpentFound):
+            books = self._of(event.tenant, world.now_ms)
+            books.tokens.owe(event.tokens, event.ago_ms)
+            books.device.owe(event.device_ms, event.ago_ms)
         refused = {action.request: action.reason for action in actions if isinstance(action, Refuse)}
         if isinstance(event, Requested) and event.request not in self._open:
             self._requested(world, event, refused.get(event.request))

@@ -27,13 +27,16 @@ from simulation import Call, World
 
 from agent.accuracy import Accuracy
 from agent.counters import Counters
+from agent.debts import Debts
 from agent.devices import DeviceConfig
 from agent.identity import BadIdentity
 from agent.journal import Journal, JournalFailed, PackRow
 from agent.keeper import Keeper
 from agent.peer_fetch import FetchedPack
+from agent.remembering import Remembering
 from agent.reports import build_report
 from agent.sources import Obtained
+from agent.spending import Spending
 from control.routes.router import NodeUnreachable
 from packer.events import (
     Action,
@@ -150,7 +153,7 @@ class Member(World):
             self.uplink.changed()
 
     def observe(self, event: Event, actions: list[Action]) -> None:
-        wall_ms = self.fleet.wall_ms + self.skew_ms
+        wall_ms = self.clock_of_the_wall_ms()
         self.counters.observe(wall_ms, event, actions)
         for action in actions:
             if isinstance(action, Restore | Refuse):
@@ -180,12 +183,34 @@ class Member(World):
         self.process = Process(self.name, self.fleet.broke)
         self._thread = SimulatedJournal(self.journal, self.rng, self.journal_faults)
         self.keeper = Keeper(
-            cast(Any, self._thread), self.counters, lambda: self.fleet.wall_ms, self._apply, self._settle
+            cast(Any, self._thread), self.counters, self.clock_of_the_wall_ms, self._apply, self._settle
         )
+        self._know_again()
         self.uplink = SimulatedUplink(self)
         self.sources = SimulatedSources(self)
         self._begin_from_disk()
         self.process.spawn(self._run())
+
+    def _know_again(self) -> None:
+        """What the journal has kept of earlier lives, on a wall clock that may have jumped meanwhile."""
+        journal = self.journal
+        self.spending = Spending(
+            journal.spent(), lambda: self.core.spent(self.node, self.clock_ms()), self.clock_of_the_wall_ms
+        )
+        self.debts = Debts(journal.debts(), lambda: self.core.debts(self.node), self.clock_ms)
+        self.remembering = Remembering(
+            journal.remembered_node(),
+            journal.remembered(),
+            lambda: self.node,
+            self.clock_ms,
+            self.clock_of_the_wall_ms,
+        )
+        self.reached["knew again what was learned"] += bool(journal.remembered())
+        self.reached["knew again what was spent"] += bool(journal.spent())
+        self.reached["knew again what was owed"] += bool(journal.debts())
+
+    def clock_of_the_wall_ms(self) -> int:
+        return self.fleet.wall_ms + self.skew_ms
 
     def _begin_from_disk(self) -> None:
         rows = {row.ref: row for row in self.journal.packs()}
@@ -221,8 +246,22 @@ class Member(World):
     async def _flush(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_S)
+            await self._keep_what_is_known()
             if await self.keeper.flush():
                 self.uplink.changed()
+
+    async def _keep_what_is_known(self) -> None:
+        """As ``agent.node`` does it."""
+        journal, may_fail = self.journal, self.keeper.journal_may_fail
+        if (spent := self.spending.due()) is not None:
+            with may_fail():
+                await self._thread.call(journal.save_spent, spent)
+        if (debts := self.debts.due()) is not None:
+            with may_fail():
+                await self._thread.call(journal.save_debts, debts)
+                self.debts.kept(debts)
+        with may_fail():
+            await self.remembering.keep(lambda changed: self._thread.call(journal.save_remembered, changed))
 
     def crash(self) -> None:
         """The process is gone, and the machine with it: memory is lost, files that were not complete too."""
@@ -264,6 +303,8 @@ class Member(World):
         self.tenants |= {tenant.tenant: tenant for tenant in plan.tenants}
         self.planned = {spec.ref: spec for spec in plan.models}
         self._plan()
+        for known in (*self.spending.planned(), *self.debts.planned(), *self.remembering.planned()):
+            self.feed(known)
         for ref, nbytes in self._found:
             self.disk[ref] = nbytes
             self.excused[Tier.DISK] = self.tier_bytes(Tier.DISK)
