@@ -186,12 +186,6 @@ MUTANTS = (
         "        pass\n",
     ),
     Mutant(
-        "a moved model comes back to any device",
-        "queueing",
-        "model, device = node.models[ref], node.devices[move.target]",
-        "model, device = node.models[ref], next(iter(node.devices.values()))",
-    ),
-    Mutant(
         "a move is never finished",
         "queueing",
         "        if model.state is State.EVICTING:\n            continue\n        del node.moves[ref]",
