@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import os
 import threading
+import time
 
 from packer.types import MIB
 
@@ -27,8 +28,10 @@ MADV_POPULATE_WRITE = 23
 # Linux 6.1.
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
-# One range is populated by several threads only when that takes longer than starting them.
-_SHARED_WORK_BYTES = 64 * MIB
+# A range is populated by several threads if its start shows that it has small pages: 64 MiB of these take
+# some 5 ms, of large ones 0.1.
+_TRIAL_BYTES = 64 * MIB
+_TRIAL_S = 0.002
 _POPULATE_THREADS = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,13 +62,18 @@ def advise(address: int, nbytes: int, advice: int) -> bool:
 
 def populate_read(address: int, nbytes: int) -> None:
     """Make a mapped range readable without another fault."""
-    if nbytes < _SHARED_WORK_BYTES:
+    first = min(nbytes, _TRIAL_BYTES)
+    started_s = time.perf_counter()
+    advise(address, first, MADV_POPULATE_READ)
+    address, nbytes = address + first, nbytes - first
+    if time.perf_counter() - started_s < _TRIAL_S:
+        # Large pages: starting a thread could take longer than all the rest.
         advise(address, nbytes, MADV_POPULATE_READ)
         return
     step = -(-nbytes // _POPULATE_THREADS // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
     threads = [
         threading.Thread(target=advise, args=(address + at, min(step, nbytes - at), MADV_POPULATE_READ))
-        for at in range(0, nbytes, step)
+        for at in range(0, nbytes, max(step, 1))
     ]
     for thread in threads:
         thread.start()

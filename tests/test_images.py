@@ -271,8 +271,14 @@ def raw_segment(model: tuple[bytes, ImageLayout], large: bool = True) -> Iterato
 
 @pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("model", [small_model, every_codec_model, large_model])
-def test_a_raw_segment_is_the_image(model: Callable[[], tuple[bytes, ImageLayout]], large: bool) -> None:
-    """Filled in place and mapped again: every bit, no memory of its own, with large pages and without."""
+def test_a_raw_segment_is_the_image(
+    model: Callable[[], tuple[bytes, ImageLayout]], large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filled in place and mapped again: every bit, no memory of its own, with large pages and without; small
+    ones are mapped by several threads."""
+    if not large:
+        monkeypatch.setattr(packer.mapping, "_TRIAL_BYTES", PAGE)
+        monkeypatch.setattr(packer.mapping, "_TRIAL_S", 0)
     file, layout = model()
     wanted = bytes(image_of(file, layout))
     with raw_segment((file, layout), large) as (fd, filled):
