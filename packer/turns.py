@@ -6,8 +6,8 @@ that wait. Does not cover: starting them (``queueing``), rates (``rates``), or w
 A tenant's virtual time is the cost that it caused, by its weight: measured device time of its requests, and
 the time of the restores that they needed. The least goes first. While two tenants both wait without a
 pause for the same room, neither gets ahead of the other, by weight, by more than two turns of its own and
-one of the other's, a turn being one restore and the requests that it serves: whose turn is next is chosen
-before the cost of the present one is known. Idle time saves nothing up: who comes back starts level with
+one of the other's, a turn being one restore (as expected or as it was, whichever is longer) and the
+requests that it serves: whose turn is next is chosen before the cost of the present one is known. Idle time saves nothing up: who comes back starts level with
 the least served of those in flight.
 Priorities decide until a model has waited ``PRIORITY_PATIENCE_MS``; from then on it has the highest priority
 of those that wait, so that virtual time decides and a tenant of any priority gets its share.
@@ -36,17 +36,27 @@ def arrive(node: Node, tenant: Tenant) -> None:
     The node's virtual time is that of the least served tenant with requests in flight, so that nobody is
     behind who used the node alone; once nobody is in flight all start level.
     """
-    if tenant.in_flight:
+    if tenant.granted or tenant.waiting:
         return
-    busy = [known for known in node.busy if known.in_flight]
-    if busy:
-        level_us = min(known.virtual_us for known in busy)
+    busy = node.busy
+    if len(busy) == 1:  # as below, and most requests come by here
+        known = busy[0]
+        level_us = known.virtual_us
+        if known.granted or known.waiting:
+            busy.append(tenant)
+        else:
+            busy[0] = tenant
     else:
-        level_us = max((known.virtual_us for known in node.busy), default=0)
-    node.virtual_us = max(node.virtual_us, level_us)
-    tenant.virtual_us = max(tenant.virtual_us, node.virtual_us)
-    busy.append(tenant)
-    node.busy = busy
+        level_us = max((known.virtual_us for known in busy), default=0)
+        busy = [known for known in busy if known.granted or known.waiting]
+        if busy:
+            level_us = min(known.virtual_us for known in busy)
+        busy.append(tenant)
+        node.busy = busy
+    if level_us > node.virtual_us:
+        node.virtual_us = level_us
+    if node.virtual_us > tenant.virtual_us:
+        tenant.virtual_us = node.virtual_us
 
 
 def forgive(node: Node, tenant: Tenant) -> None:

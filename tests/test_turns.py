@@ -42,9 +42,12 @@ class Thrasher:
     given_ms: int = 0  # restore time and device time so far
     seen: list[tuple[int, int]] = field(default_factory=list)  # (turn, given) after each turn
 
+    expected_ms: int = 0  # of a restore, at the most
+
     @property
     def most_ms(self) -> int:
-        return max(self.restores_ms) + max(self.devices_ms)
+        """The longest turn; whose is next is chosen by what the present one is expected to take."""
+        return max(*self.restores_ms, self.expected_ms) + max(self.devices_ms)
 
 
 class QuickScene(Scene):
@@ -109,6 +112,7 @@ class Thrash:
     def _restored(self, order: Restore) -> list[Action]:
         tenant = self.tenants[order.ref.tenant]
         took_ms = tenant.restores_ms[tenant.served % len(tenant.restores_ms)]
+        tenant.expected_ms = max(tenant.expected_ms, self.scene.node.models[order.ref].expected_ms)
         tenant.given_ms += took_ms
         self.scene.later(took_ms)
         event = Restored(order.ref, order.device, order.from_tier, took_ms, order.host_bytes > 0, order.order)
