@@ -6,8 +6,8 @@ that wait. Does not cover: starting them (``queueing``), rates (``rates``), or w
 A tenant's virtual time is the cost that it caused, by its weight: measured device time of its requests, and
 the time of the restores that they needed. The least goes first. While two tenants both wait without a
 pause for the same room, neither gets ahead of the other, by weight, by more than two turns of its own and
-one of the other's, a turn being one restore (as expected or as it was, whichever is longer) and the
-requests that it serves: whose turn is next is chosen before the cost of the present one is known. Idle time saves
+one of the other's. A turn is one restore (as expected or as it was, whichever is longer) and the requests
+that it serves: whose turn is next is chosen before the cost of the present one is known. Idle time saves
 nothing up: who comes back starts level with the least served of those in flight.
 
 Priorities decide until a model has waited ``PRIORITY_PATIENCE_MS``; from then on it has the highest priority
