@@ -24,15 +24,15 @@ this keeps ``debt + gap <= 0`` for ever, so **debt is never above zero**, at no 
 And it never starves its owner: all slices together are at most the memory there is, so whoever needs room
 within its reserve finds enough bytes that are in nobody's slice. This needs bytes to be divisible as in the
 slice, which they are by chunks, and one device; where it fails (models that can not be cut, several
-devices, models pinned by leases) the core waits, or takes and excuses, so that real cost less the cost alone
-is never above ``excused_ms`` (``tests/test_lending.py`` compares whole histories). With a margin below 100 % the credit
-needs to cover that share of the gaps only: debt stays below the rest, at most ``100 % - margin`` of what
-restoring the whole slice costs.
+devices, models pinned by leases) the core waits, or takes and excuses, so that the real cost less the
+cost alone is never above ``excused_ms`` (``tests/test_lending.py`` compares whole histories). With a margin
+below 100 % the credit needs to cover that share of the gaps only: debt stays below the rest, at most
+``100 % - margin`` of what restoring the whole slice costs.
 
 What is counted: one price per restore, not the time spent in line: a request that waits for a device that
 others use is a matter of fair queueing. A use that joins a restore under way costs neither side anything.
-Both sides restore from the same source: copies in the host and disk tier are not lent, their reserves stay with
-whoever holds them. What a fault or a restart takes from the devices, the slice loses as well.
+Both sides restore from the same source: copies in the host and disk tier are not lent, their reserves stay
+with whoever holds them. What a fault or a restart takes from the devices, the slice loses as well.
 """
 
 from __future__ import annotations
