@@ -134,8 +134,7 @@ def _judge_view(fleet: Fleet, member: Member) -> None:
         assert core is not None
         fleet.require(known is not None and known.state == core.state, f"{ref} is {core.state}, not {known}")
         assert known is not None
-        packed = core.packed and member.is_whole(ref)
-        fleet.require(known.packed == packed, f"control takes {ref} for packed: {known.packed}")
+        fleet.require(known.packed == core.packed, f"control takes {ref} for packed: {known.packed}")
     assert view.report is not None
     for device in view.report.devices:
         fleet.require(device.healthy == member.healthy[device.device], f"{device} is taken for healthy")

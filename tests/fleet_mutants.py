@@ -96,7 +96,7 @@ FLEET_MUTANTS = (
     Mutant(
         "an expectation never ends",
         CLUSTER,
-        "        if until_ms > now_ms:\n            break\n        del cluster.expected[ref]",
+        "        if oldest.until_ms > now_ms:\n            break\n        del cluster.expected[ref]",
         "        break",
     ),
     Mutant(
@@ -120,8 +120,8 @@ FLEET_MUTANTS = (
     Mutant(
         "draining nodes are sent requests",
         CLUSTER,
-        "        if view.silent or view.report is None or view.report.draining or not view.gateway_url:\n",
-        "        if view.silent or view.report is None or not view.gateway_url:\n",
+        "and view.report is not None and not view.report.draining and view.gateway_url",
+        "and view.report is not None and view.gateway_url",
     ),
     # --- the wire
     Mutant(

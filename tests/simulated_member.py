@@ -353,7 +353,6 @@ class Member(World):
             tenants=[t.tenant for t in (self.keeper.plan.tenants if self.keeper.plan else ())],
             foreign_bytes=lambda device: 0,
             contexts_bytes=lambda device: 0,
-            can_hand_on=self.is_whole,
             deduplicated_bytes=lambda ref: 0,
             regret=None,
             budget_bytes=lambda tier: self.seen_limits[tier],
@@ -421,7 +420,7 @@ class Member(World):
     def _end_load_pack(self, stay: Stay, order: int, obtained: Obtained) -> Event:
         event = self._end_pack(stay, order)
         self.fleet.reading.pop((stay.ref, self.name), None)
-        obtained.end(not isinstance(event, PackFailed) and self.is_whole(stay.ref))
+        obtained.end(not isinstance(event, PackFailed))
         return event
 
     def _adopted(self, stay: Stay, order: Restore) -> Event:
@@ -450,12 +449,8 @@ class Member(World):
             self._forget_pack(order.ref)
         return super()._end_drop(order)
 
-    def is_whole(self, ref: ModelRef) -> bool:
-        """Packs with parts in other files can not be handed on."""
-        return not any(ref in file.parts for file in self.files.files)
-
     def readable_pack(self, ref: ModelRef) -> bool:
-        return ref in self.disk and self.readable(ref, Tier.DISK) and self.is_whole(ref)
+        return ref in self.disk and self.readable(ref, Tier.DISK)
 
     async def fetch(self, ref: ModelRef, peers: list[str], limit_bytes: int) -> FetchedPack | None:
         """From the first peer that gives it; each takes a while to say no."""
