@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,7 @@ def make_orders(folder: Path, journal: Journal, worker: WorkerHandle) -> Orders:
         HostSegments(),
         JournalThread(journal),
         fetch,  # type: ignore[arg-type]  # is never called
-        lambda ref: SPEC,
+        lambda ref: replace(SPEC, ref=ref),
         lambda: int(time.time()),
     )
     orders._workers[(REF.tenant, DEVICE.device)] = worker
