@@ -555,13 +555,13 @@ RATE_MUTANTS = (
     Mutant(
         "a model's restores are counted once for ever",
         "turns",
-        "    model.counted = False\n    model.tenant",
-        "    model.tenant",
+        "    model.counted, model.payer = False, None\n",
+        "    model.payer = None\n",
     ),
     Mutant(
         "a restore that is over is still expected",
         "turns",
-        "    model.tenant.pending_us -= model.pending_us\n",
+        "    payer.pending_us -= model.pending_us\n",
         "",
     ),
 )
