@@ -292,7 +292,6 @@ def test_a_raw_segment_is_the_image(
         assert private_bytes() - before < layout.image_bytes // 2 + 4 * MIB
         assert arena_bytes() == 2 * layout.image_bytes
         assert content(image, layout) == wanted
-        assert private_bytes() - before < layout.image_bytes + MIB // 2
         for placed in layout.tensors:
             tensor, at = image.tensor(placed), placed.info.file_offset
             data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
