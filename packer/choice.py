@@ -103,7 +103,7 @@ def _fitting(model: Model, healthy: list[Device], earlier: Earlier) -> Device | 
 
 
 def _claim(node: Node, model: Model, healthy: list[Device], promises: Promises, now_ms: int) -> Choice | None:
-    """The device to make room on and whom to evict there: fewest bytes of idle models now; else, of
+    """The device to make room on and whom to evict there: idle models whose going costs least, now; else
     models in use, for later; else, as a last resort, beyond what slices allow. A claim that stands keeps
     its device unless another can serve at once, and a model of which some chunks are there claims no
     other."""
@@ -113,7 +113,7 @@ def _claim(node: Node, model: Model, healthy: list[Device], promises: Promises, 
     for busy, reach in ((False, False), (True, False), (False, True), (True, True)):
         if busy and model.device is not None and _serves_elsewhere(node, model, healthy, promises, now_ms):
             return None
-        best: tuple[tuple[bool, int, int, str], Device, list[victims.Taking]] | None = None
+        best: tuple[tuple[bool, float, int, int, str], Device, list[victims.Taking]] | None = None
         for device in free:
             if (device.account.limit_bytes or 0) < model.need_bytes:
                 continue
@@ -122,7 +122,9 @@ def _claim(node: Node, model: Model, healthy: list[Device], promises: Promises, 
                 continue
             stands = device.claim is not None and device.claim.ref == model.ref
             evicted = sum(taking.freed_bytes for taking in takings)
-            rank = (not stands, evicted, *_left_over(device))
+            # A chosen policy knows an order of its victims and no loss to compare devices by.
+            loss = sum(taking.loss for taking in takings) if node.chosen is None else 0.0
+            rank = (not stands, loss, evicted, *_left_over(device))
             if best is None or rank < best[0]:
                 best = (rank, device, takings)
         if not busy and not reach:

