@@ -118,6 +118,8 @@ class RestorePack(msgspec.Struct, frozen=True, tag=True):
     host_form: HostForm | None = None
     bases: int = 0
     early: bool = False
+    # Weight files of the origin whose digests the restored bytes must have: the pack is another node's work.
+    proof: tuple[OriginFile, ...] = ()
 
 
 class WritePack(msgspec.Struct, frozen=True, tag=True):

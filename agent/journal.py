@@ -116,6 +116,11 @@ def m007_remembered(db: Database) -> None:
     db.table("remembered").create(columns, pk="ref")
 
 
+@migrations()
+def m008_unproven_packs(db: Database) -> None:
+    db.table("packs").add_column("unproven", int)
+
+
 class JournalFailed(OSError):
     """The journal can not be read or written now: most likely its disk is full."""
 
@@ -430,8 +435,9 @@ class Journal:
         """The pack in the making is given up; what lies on disk of it can not be opened from now on."""
         self._db.table("partial_packs").delete_where("ref = ?", [str(ref)])
 
-    def add_pack(self, row: PackRow, wrapped_key: bytes, now_ms: int) -> None:
-        """The pack is complete; it is no longer in the making."""
+    def add_pack(self, row: PackRow, wrapped_key: bytes, now_ms: int, proven: bool = True) -> None:
+        """The pack is complete; it is no longer in the making. Not ``proven``: another node made it, and
+        nobody has seen yet that it holds the registered weights."""
         host = row.host
         with self._db.atomic():
             self._db.table("packs").upsert(
@@ -446,10 +452,22 @@ class Journal:
                     "wrapped_key": wrapped_key,
                     "created_ms": now_ms,
                     "deduplicated_bytes": row.deduplicated_bytes,
+                    "unproven": int(not proven),
                 },
                 pk="ref",
             )
             self.forget_partial(row.ref)
+
+    def note_proven(self, ref: ModelRef) -> None:
+        """The pack was seen to hold the registered weights."""
+        self._db.table("packs").update(str(ref), {"unproven": 0})
+
+    def remove_unproven(self) -> list[ModelRef]:
+        """Forget the packs whose proof was cut short by a crash; returns them. Their files may go."""
+        refs = [parse_ref(row["ref"]) for row in self._db.table("packs").rows_where("unproven = 1")]
+        for ref in refs:
+            self.remove_pack(ref)
+        return refs
 
     def data_key(self, ref: ModelRef) -> bytes | None:
         """The key that opens a pack, or None when the journal knows no such pack."""

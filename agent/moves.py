@@ -48,7 +48,7 @@ from packer.host_segment import HostWriter
 from packer.index import PackError
 from packer.ingest import Ingest
 from packer.layout import ImageLayout
-from packer.origin_headers import ORIGIN_HEADERS
+from packer.origin_headers import ORIGIN_HEADERS, origin_digests, unpack_headers
 from packer.pack import PackReader
 from packer.pack_file import FileFds
 from packer.pack_writer import PackSummary, PackWriter
@@ -56,7 +56,7 @@ from packer.packing import PackTarget, write_pack
 from packer.repair import repair_chunks
 from packer.sources import open_source
 from packer.tiers import RestoreFacts, TierError, restore
-from packer.types import ModelRef
+from packer.types import ModelRef, OriginFile
 
 log = logging.getLogger("bunk.worker")
 
@@ -220,6 +220,8 @@ class Moves:
         def fill(image: Image) -> None:
             nonlocal facts
             facts = restore(reader, image, first_chunk=first, host=host, cancelled=cancelled, watch=watched)
+            if order.proof:
+                _prove(reader, image, order.proof)
 
         with self._arriving(ref) as (parked, cancelled):
             own, *bases = _files(fds, 1 + order.bases, order.direct)
@@ -405,6 +407,21 @@ def _packed(number: int, summary: PackSummary) -> Done:
         deduplicated_bytes=summary.deduplicated_bytes,
         bases=summary.bases,
     )
+
+
+def _prove(reader: PackReader, image: Image, files: Sequence[OriginFile]) -> None:
+    """A pack that another node made must hold the weights that were registered: its tags say only who had
+    the key. Raises ``TierError`` (corrupt)."""
+    wanted = {file.path: file.sha256 for file in files}
+    if ORIGIN_HEADERS not in dict(reader.index.files):
+        raise TierError("the pack can not be proven: it has no headers of the origin", corrupt=True)
+    try:
+        headers = unpack_headers(reader.file(ORIGIN_HEADERS))
+        found = origin_digests(reader.index.layout, headers, image)
+    except PackError as error:
+        raise TierError(f"the pack can not be proven: {error}", corrupt=True) from None
+    if found != wanted:
+        raise TierError("the pack does not hold the weights that were registered", corrupt=True)
 
 
 def _check_layout(spec: WireSpec, layout: ImageLayout, source: str, kind: TierError) -> None:

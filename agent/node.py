@@ -182,6 +182,8 @@ class RunningNode:
     async def start(self) -> None:
         """Find the packs, start the nursery, take up the last plan. Serves without control from here."""
         journal = self._journal.journal
+        for ref in await self._journal.call(journal.remove_unproven):
+            log.warning("the pack of %s came from another node and was not proven; it is given up", ref)
         self._packs_found = await self._journal.call(journal.packs)
         self._packs_begun = unfinished = await self.orders.start(self._packs_found)
         for ref in self._packs.sweep([row.ref for row in self._packs_found], unfinished):

@@ -106,6 +106,8 @@ class Orders:
         self._spec_of = spec_of
         self._clock_ms = clock_ms
         self.post: Callable[[Event], None] = lambda event: None
+        # Packs of other nodes whose weights nobody has compared with the registered ones yet.
+        self._unproven: set[ModelRef] = set()
         # Told of each measured request: model, device, the worker's process, bytes beside the weights.
         self.on_workspace: Callable[[ModelRef, str, int, int], None] = lambda *seen: None
         # Where packs come from; None: origins only.
@@ -272,6 +274,7 @@ class Orders:
     async def _restore_obtained(self, order: Restore, pack: FetchedPack) -> Event | None:
         """From the pack that another node gave: it lies in its place already."""
         await self._making.forget(lambda ref: ref != order.ref)
+        self._unproven.add(order.ref)
         answer = await self._restore(order, partial(self._restore_cached, order))
         if isinstance(answer, Restored):
             answer = replace(answer, restore_ms=answer.restore_ms + pack.fetch_ms)
@@ -334,6 +337,7 @@ class Orders:
             copy = PackCopy(pack, key, direct, tuple(self._packs.open_bases(order.ref, files)))
             async with self._filling(order) as host:
                 done = await self._restore_pack(worker, spec, copy, order, host)
+                await self._note_proven(order.ref)
                 await self._note_image(order, worker, done.mapped)
                 filled = host is not None and done.host_filled and self._segments.seal(order.ref)
                 if host is not None and not filled:
@@ -345,17 +349,24 @@ class Orders:
     ) -> LoadDone:
         """Chunks that are bad are mended before the pack is given up: other nodes' bytes are tried once."""
         first_chunk = order.first_chunk
-        serving: Callable[[int], None] | None = self._serving(order)
+        prove = order.ref in self._unproven
+        serving = None if prove else self._serving(order)
         for from_peers in (True, False):
             try:
-                return await worker.restore(spec, copy, first_chunk, host, serving)
+                return await worker.restore(spec, copy, first_chunk, host, serving, prove)
             except WorkerFailure as failure:
                 if not failure.chunks:
                     raise
                 if not await self.repairs.mend(worker, spec, copy.data_key, failure, from_peers):
                     raise
             serving = None  # who was let in before was sent away again; now all must be there
-        return await worker.restore(spec, copy, first_chunk, host)
+        return await worker.restore(spec, copy, first_chunk, host, prove=prove)
+
+    async def _note_proven(self, ref: ModelRef) -> None:
+        if ref in self._unproven:
+            self._unproven.discard(ref)
+            with suppress(JournalFailed):  # then the next start makes the pack anew
+                await self._journal.call(self._journal.journal.note_proven, ref)
 
     def _serving(self, order: Restore) -> Callable[[int], None]:
         """Tell the core when requests may come before all is there."""
@@ -482,6 +493,7 @@ class Orders:
     async def _drop_pack(self, ref: ModelRef) -> tuple[tuple[ModelRef, int], ...]:
         """Returns when the file is gone, finished or not, or only what others need of it is left, with what
         these are charged from now on; its bytes are held until then."""
+        self._unproven.discard(ref)
         await self._making.forget(lambda other: other != ref)
         await self.holdings.prepare_drop(ref)
         try:

@@ -256,7 +256,7 @@ class Sources:
         await asyncio.to_thread(publish)
         row = PackRow(ref, pack.disk_bytes, pack.host.stored_bytes, pack.host, pack.deduplicated_bytes)
         try:
-            await self._journal.call(journal.add_pack, row, wrapped, self._clock_ms())
+            await self._journal.call(journal.add_pack, row, wrapped, self._clock_ms(), False)
         except JournalFailed:
             self._packs.drop(ref)
             raise

@@ -274,11 +274,13 @@ class WorkerHandle:
         first_chunk: int = 0,
         host: Segment | None = None,
         serving: Callable[[int], None] | None = None,
+        prove: bool = False,
     ) -> LoadDone:
         """Restore the chunks from ``first_chunk`` on from a pack or a host segment.
 
         ``host``: an empty host segment to fill on the way. ``serving`` is called, at most once, when requests
-        may come although not all is there, with the bytes that will have been moved. Raises
+        may come although not all is there, with the bytes that will have been moved. ``prove``: the weights
+        must be those that were registered, byte by byte. Raises
         ``WorkerFailure``, which leaves the chunks before ``first_chunk`` where they are, and ``WorkerDead``.
         """
         number = next(self._ids)
@@ -295,7 +297,8 @@ class WorkerHandle:
         form = host.form if host is not None else None
         descriptors += [host.fd] if host is not None else []
         early = serving is not None
-        order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form, bases, early)
+        proof = tuple(file for file in spec.files if file.path.endswith(".safetensors")) if prove else ()
+        order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form, bases, early, proof)
         if serving is not None:
             self._serving[number] = serving
         try:

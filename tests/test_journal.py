@@ -182,3 +182,18 @@ def test_node_key_is_private_and_checked(tmp_path: Path) -> None:
     (tmp_path / "seal.key").write_bytes(b"short")
     with pytest.raises(ValueError, match="32 bytes"):
         load_node_key(tmp_path / "seal.key")
+
+
+def test_a_pack_whose_proof_was_cut_short_is_forgotten_at_the_next_start(tmp_path: Path) -> None:
+    first = open_journal(tmp_path)
+    for ref, proven in ((REF, False), (OTHER, True)):
+        _, wrapped = first.seal_new_key(ref)
+        first.add_pack(PackRow(ref, 10, 12), wrapped, 5, proven)
+    second = open_journal(tmp_path)
+    assert second.remove_unproven() == [REF]
+    assert [row.ref for row in second.packs()] == [OTHER]
+    # The same pack, proven in time.
+    _, wrapped = second.seal_new_key(REF)
+    second.add_pack(PackRow(REF, 10, 12), wrapped, 5, proven=False)
+    second.note_proven(REF)
+    assert open_journal(tmp_path).remove_unproven() == []

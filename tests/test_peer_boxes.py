@@ -19,14 +19,21 @@ import safetensors.numpy
 from make_models import make_gpt2
 from real_box import PATIENCE_S, Box, Process, free_port, running_box
 from running_peers import dial, exchange, get
+from tiny_models import describe, opened
 
+from agent.arena import allocate_image
 from agent.identity import Identity
+from agent.journal import open_journal
+from packer.ingest import Ingest
 from packer.pack import read_header
 from packer.pack_file import base_name
+from packer.packing import PackTarget
+from packer.sources import FileSource
+from packer.types import Task, parse_ref
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
-MODELS = ("plain", "index", "chunk", "away")
+MODELS = ("plain", "index", "chunk", "forged", "away")
 # Of one family: the second and the third differ from the first in one tensor each.
 TWINS = ("twin-a", "twin-b", "twin-c")
 
@@ -184,6 +191,41 @@ def test_a_bad_chunk_of_a_peers_copy_never_serves(pair: Pair) -> None:
     assert pair.answer("chunk", second=True) == (text, "origin")
     pair.second.wait_for(r"pack of acme/chunk@\S+: \d+ bytes from box")
     assert pair.pack("second", "chunk").read_bytes()[at] != good[at] ^ 1
+
+
+def forged(pair: Pair, name: str) -> bytes:
+    """What a node that was taken over can make: a sound pack of another model's weights, in the same layout,
+    with the registered side files, under the registered version's name and its own data key."""
+    ref = parse_ref(f"acme/{pair.pack('agent', name).name.removesuffix('.pack')}")
+    journal = open_journal(pair.folder / "agent")
+    key = journal.data_key(ref)
+    journal.close()
+    assert key is not None
+    other = make_gpt2(pair.folder / f"other-{name}", 99, hidden=256, layers=4, heads=4)
+    spec = describe(other, ref, Task.GENERATION)
+    path = pair.folder / "forged.pack"
+    with opened(other, spec) as fds, path.open("w+b") as file:
+        sources = [(item, FileSource(fds[item.path])) for item in spec.files]
+        ingest = Ingest(sources, ref, spec.engine, spec.task, PackTarget(file.fileno(), None, key, 2**30))
+        ingest.open()
+        image = allocate_image("cpu", ingest.layout)
+        ingest.fill(image)
+        ingest.finish_pack()
+        image.close()
+    return path.read_bytes()
+
+
+def test_weights_that_were_not_registered_never_serve_whoever_sealed_them(pair: Pair) -> None:
+    text = pair.load_first("forged")
+    pack = pair.pack("agent", "forged")
+    lie = forged(pair, "forged")
+    spare = pack.with_suffix(".spare")
+    spare.write_bytes(lie)
+    spare.rename(pack)
+    assert pair.answer("forged", second=True) == (text, "origin")
+    pair.second.wait_for(r"pack of acme/forged@\S+: \d+ bytes from box")
+    pair.second.wait_for(r"refused the pack of acme/forged@\S+ from box")
+    assert pair.pack("second", "forged").read_bytes() != lie
 
 
 def test_with_control_away_the_origin_is_read(pair: Pair) -> None:

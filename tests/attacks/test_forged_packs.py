@@ -2,7 +2,7 @@
 
 Whoever has a data key can make a pack with right tags for any model, so what is parsed on the other side (a
 configuration, a tokenizer) must be compared with the plan, and a transfer must end. Cut, changed and foreign
-packs are in ``tests/test_peers.py``. Not held, and said in THREATS.md: weights have no digest of their own.
+packs are in ``tests/test_peers.py``; forged weights, with real nodes, in ``tests/test_peer_boxes.py``.
 """
 
 from __future__ import annotations
