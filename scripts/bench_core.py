@@ -76,7 +76,7 @@ REPLAY_REQUESTS_QUICK = 60_000
 # One of so many requests is replayed on each fleet: cold ones take a thousand times as long.
 REPLAY_FLEETS = (
     ("all models fit", "64x141GB", 1),
-    ("8 devices, 1 of 10 requests cold", "8x360GB,ram=2TB", 10),
+    ("8 devices, 2 of 10 requests cold", "8x360GB,ram=2TB", 10),
     ("8 devices, 4 of 10 requests cold", "8x141GB,ram=2TB", 20),
 )
 REPLAY_GAP_MS = 20_000
