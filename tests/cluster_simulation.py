@@ -127,6 +127,8 @@ class Fleet:
         for process in [self.control_process, *(member.process for member in self.members.values())]:
             if process is not None:
                 process.kill()
+        for member in self.members.values():
+            member.journal.close()
 
     def broke(self, error: BaseException) -> None:
         if not self.broken.done():
@@ -202,8 +204,6 @@ class Fleet:
         await asyncio.sleep(NEWS_S)
         cluster_judges.judge_arrival(self)
         await self._ask_everything()
-        for member in self.members.values():
-            member.journal.close()
 
     def _at(self, at_ms: int, call: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_at(at_ms / 1000, self._safely, call)

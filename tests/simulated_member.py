@@ -104,6 +104,7 @@ class Member(World):
         self.journal = Journal(MemoryPath(":memory:"), bytes(32))
         self.journal.spool_id = f"spool of {name}"
         self.noted: dict[str, str] = {}  # records that are in the journal for good: detail to tenant
+        self.told: dict[str, str] = {}  # records of this life, which may be lost with it
         self.tickets: dict[str, Ticket] = {}
         self._found: list[tuple[ModelRef, int]] = []
         self.gateway_url = f"http://{name}:1"
@@ -159,7 +160,9 @@ class Member(World):
             if isinstance(action, Restore | Refuse):
                 self.fleet.notes += 1
                 ref = action.ref if isinstance(action, Restore) else self.calls[action.request].ref
-                self.counters.note(wall_ms, NOTED, ref, f"{self.name}#{self.fleet.notes}", 1)
+                detail = f"{self.name}#{self.fleet.notes}"
+                self.counters.note(wall_ms, NOTED, ref, detail, 1)
+                self.told[detail] = ref.tenant
 
     def clock_ms(self) -> int:
         return round(asyncio.get_running_loop().time() * 1000) + self.skew_ms
@@ -270,6 +273,7 @@ class Member(World):
         self.process.kill()
         self.process = None
         self.disk |= dict(self._found)
+        self.told.clear()
         self.reached["crashed with a lease"] += any(stay.leases for stay in self.stays.values())
         self.reached["crashed while packing"] += bool(self.packing)
         for call in self.calls.values():
@@ -358,7 +362,10 @@ class Member(World):
             budget_bytes=lambda tier: self.seen_limits[tier],
             now_ms=self.clock_ms,
         )
-        return build_report(cast(Any, view))
+        report = build_report(cast(Any, view))
+        for device in report.devices:
+            self.require(device.healthy == self.healthy[device.device], f"{device} is said to be healthy")
+        return report
 
     def have_plan(self) -> PlanNumber:
         return self.keeper.number

@@ -7,12 +7,13 @@ stored. Does not cover: kills of the process (``test_control_crash``), or histor
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from running_control import Running, running
+from running_control import Running, running, until
 
 from control.store import StoreUnavailable
 from packer.wire import Record
@@ -44,14 +45,30 @@ async def test_a_backup_that_counts_an_epoch_again_overtakes_the_plans_of_the_fi
     plan = (await node.beat(tmp_path)).plan
     assert plan is not None
     assert (await node.beat(tmp_path)).plan is None
-    for have in ((plan.epoch, plan.seq + 5, ""), (plan.epoch, plan.seq, "of another start")):
-        *number, node.have_start = have
-        node.have = (int(number[0]), int(number[1]))
+    for more, start in ((5, ""), (0, "of another start")):
+        node.have, node.have_start = (plan.epoch, plan.seq + more), start
         newer = (await node.beat(tmp_path)).plan
         assert newer is not None
-        assert newer.epoch > have[0]
+        assert newer.epoch > plan.epoch
         assert newer.models == plan.models
         plan = newer
+
+
+async def test_a_second_poll_of_a_node_is_answered_when_the_first_has_ended(
+    control: Running, tmp_path: Path
+) -> None:
+    """The first one's connection is dead most likely; its end must not take the second one's place."""
+    node = await control.join("n1")
+    await node.beat(tmp_path)
+    state = control.server.control
+    first = asyncio.create_task(node.beat(tmp_path, wait_ms=20_000))
+    await until(lambda: "n1" in state._polls)
+    held = state._polls["n1"]
+    second = asyncio.create_task(node.beat(tmp_path, wait_ms=20_000))
+    assert (await first).plan is None
+    await until(lambda: state._polls.get("n1") is not held)
+    await control.tenant("acme")
+    assert (await second).plan is not None
 
 
 async def test_a_node_is_heard_although_control_can_not_store_its_records(

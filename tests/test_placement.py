@@ -162,6 +162,25 @@ def test_moves_must_be_worth_it_and_within_the_byte_budget() -> None:
     assert place(bins, Wanted("w", 50), Rule(2, 20)) is not None
 
 
+def test_no_moves_put_two_shares_of_a_gang_into_one_bin() -> None:
+    """Although making room once more where the first share lies would be the cheapest."""
+    bins = [Bin("a", 60, (Piece("x", 45, 1.0),)), Bin("b", 20, (Piece("y", 40, 9.0),)), Bin("c", 45)]
+    placing = place(bins, Wanted("w", 50, devices=2), TWO)
+    assert placing is not None
+    assert placing.bins == ("a", "b")
+
+
+def test_the_site_with_the_cheapest_moves_is_chosen() -> None:
+    bins = [
+        Bin(f"{site}{name}", room, pieces, site=site)
+        for site, cost in (("s", 5.0), ("t", 2.0), ("u", 3.0))
+        for name, room, pieces in (("a", 30, (Piece("x", 20, cost),)), ("b", 25, ()))
+    ]
+    placing = place(bins, Wanted("w", 50), TWO)
+    assert placing is not None
+    assert (placing.bins, placing.cost) == (("ta",), 2.0)
+
+
 def test_what_is_in_use_stays() -> None:
     assert place([Bin("a", 30, (Piece("x", 20),)), Bin("b", 25)], Wanted("w", 50), TWO) is None
 
