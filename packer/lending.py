@@ -235,6 +235,9 @@ class Slice:
         more_bytes = size_bytes - shade.size_bytes
         if not more_bytes:
             return
+        if not shade.size_bytes:
+            shade.size_bytes = size_bytes  # known by its pack only: nothing of it is anywhere
+            return
         in_slice, is_there = shade.slice_bytes >= shade.size_bytes, shade.real_bytes >= shade.size_bytes
         if shade.before_bytes >= shade.size_bytes:
             shade.before_bytes = size_bytes

@@ -18,9 +18,10 @@ from mutants import LENDING_MUTANTS, Mutant, load
 from scene import Scene, device_quota, model, of, the
 
 from packer import residency
-from packer.events import Evict, Grant, Refuse, Restore, WorkerDied
+from packer.events import Evict, FootprintSeen, Grant, PackFound, Refuse, Restore, WorkerDied
 from packer.lending import Price, Shade, Slice, Terms, shade_of
 from packer.quota import InvariantBroken
+from packer.types import MIB
 
 SERIAL_SEEDS = range(40)
 BUSY_SEEDS = range(20)
@@ -348,3 +349,16 @@ def test_the_check_sees_a_slice_that_is_out_of_step() -> None:
     scene.node.touched[a.ref] = None
     with pytest.raises(InvariantBroken, match="its slice believes"):
         residency.check(scene.node)
+
+
+def test_a_measurement_of_a_model_that_only_its_pack_knows_is_taken() -> None:
+    """Its stand-in has no bytes, all of which seemed to be in the slice: the core broke. Found by
+    ``cluster_simulation`` under a planted bug."""
+    planned, found = model("t/a"), model("t/b")
+    scene = Scene(planned, quotas={"t": device_quota(20)})
+    scene.feed(PackFound(found.ref, 5 * MIB, 5 * MIB))
+    scene.feed(FootprintSeen(found.ref, MIB))
+    assert scene.node.tenants["t"].slice.held_bytes == 0
+    scene.plan(planned, found)
+    scene.warm(found)
+    assert scene.node.tenants["t"].slice.held_bytes == 11 * MIB
