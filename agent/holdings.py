@@ -183,6 +183,11 @@ class Holdings:
         pack = self._packs.get(ref)
         return pack.deduplicated_bytes if pack is not None else 0
 
+    def has_users(self, ref: ModelRef) -> bool:
+        """Whether other packs have extents in this one's file."""
+        pack = self._packs.get(ref)
+        return pack is not None and bool(self._files[pack.own].users)
+
     # --- packs to look in -------------------------------------------------------------------------
 
     async def offer(self, spec: ModelSpec) -> Offers | None:
@@ -236,10 +241,16 @@ class Holdings:
             if key is None:
                 return None
             fds: list[int] = []
+            found: dict[bytes, Path] = {}
             for path in (self._directory.path(ref), *self._directory.base_paths(ref)):
                 fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 held.callback(os.close, fds[-1])
-                paths.setdefault(read_header(fds[-1]).salt, path)
+                found[read_header(fds[-1]).salt] = path
+            if not all(path.samefile(paths.get(salt, path)) for salt, path in found.items()):
+                # From other nodes the same file came twice, once in parts: the new pack would be linked to
+                # one of the two, whichever its chunks were found in.
+                return None
+            paths.update(found)
             return OfferedPack(ref, key, tuple(fds))
         except (JournalFailed, BadSeal, PackError, OSError) as error:
             log.info("no chunks are looked for in the pack of %s: %s", ref, error)

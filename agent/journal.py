@@ -458,9 +458,9 @@ class Journal:
             )
             self.forget_partial(row.ref)
 
-    def note_proven(self, ref: ModelRef) -> None:
-        """The pack was seen to hold the registered weights."""
-        self._db.table("packs").update(str(ref), {"unproven": 0})
+    def note_proven(self, ref: ModelRef, proven: bool = True) -> None:
+        """The pack was seen to hold the registered weights; or foreign bytes are to come into it."""
+        self._db.table("packs").update(str(ref), {"unproven": int(not proven)})
 
     def remove_unproven(self) -> list[ModelRef]:
         """Forget the packs whose proof was cut short by a crash; returns them. Their files may go."""

@@ -106,8 +106,9 @@ class Orders:
         self._spec_of = spec_of
         self._clock_ms = clock_ms
         self.post: Callable[[Event], None] = lambda event: None
-        # Packs of other nodes whose weights nobody has compared with the registered ones yet.
+        # Packs with bytes of other nodes whose weights nobody has compared with the registered ones yet.
         self._unproven: set[ModelRef] = set()
+        self.repairs.doubt = self._doubt
         # Told of each measured request: model, device, the worker's process, bytes beside the weights.
         self.on_workspace: Callable[[ModelRef, str, int, int], None] = lambda *seen: None
         # Where packs come from; None: origins only.
@@ -337,9 +338,10 @@ class Orders:
             copy = PackCopy(pack, key, direct, tuple(self._packs.open_bases(order.ref, files)))
             async with self._filling(order) as host:
                 done = await self._restore_pack(worker, spec, copy, order, host)
-                await self._note_proven(order.ref)
+                await self._note_proven(order)
                 await self._note_image(order, worker, done.mapped)
-                filled = host is not None and done.host_filled and self._segments.seal(order.ref)
+                filled = host is not None and done.host_filled and order.ref not in self._unproven
+                filled = filled and self._segments.seal(order.ref)
                 if host is not None and not filled:
                     await self._drop_segment(order.ref)
         return restored(done.restore_ms, filled, restored_bytes=done.restored_bytes, cached=done.cached)
@@ -349,9 +351,11 @@ class Orders:
     ) -> LoadDone:
         """Chunks that are bad are mended before the pack is given up: other nodes' bytes are tried once."""
         first_chunk = order.first_chunk
-        prove = order.ref in self._unproven
-        serving = None if prove else self._serving(order)
-        for from_peers in (True, False):
+        serving = None if order.ref in self._unproven else self._serving(order)
+        # Other packs that have extents in this file would be changed with it, and not be proven.
+        give = not self.holdings.has_users(order.ref)
+        for from_peers in (give, False):
+            prove = order.ref in self._unproven
             try:
                 return await worker.restore(spec, copy, first_chunk, host, serving, prove)
             except WorkerFailure as failure:
@@ -360,13 +364,19 @@ class Orders:
                 if not await self.repairs.mend(worker, spec, copy.data_key, failure, from_peers):
                     raise
             serving = None  # who was let in before was sent away again; now all must be there
-        return await worker.restore(spec, copy, first_chunk, host, prove=prove)
+        return await worker.restore(spec, copy, first_chunk, host, prove=order.ref in self._unproven)
 
-    async def _note_proven(self, ref: ModelRef) -> None:
-        if ref in self._unproven:
-            self._unproven.discard(ref)
+    async def _note_proven(self, order: Restore) -> None:
+        """Of a part that came to another, the image is proven, and what the pack has of the other is not."""
+        if order.ref in self._unproven and not order.first_chunk:
+            self._unproven.discard(order.ref)
             with suppress(JournalFailed):  # then the next start makes the pack anew
-                await self._journal.call(self._journal.journal.note_proven, ref)
+                await self._journal.call(self._journal.journal.note_proven, order.ref)
+
+    async def _doubt(self, ref: ModelRef) -> None:
+        if ref not in self._unproven:
+            await self._journal.call(self._journal.journal.note_proven, ref, False)
+            self._unproven.add(ref)
 
     def _serving(self, order: Restore) -> Callable[[int], None]:
         """Tell the core when requests may come before all is there."""

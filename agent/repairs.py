@@ -3,7 +3,8 @@
 Covers: taking the bad extents from another node that has the same pack, having the worker make the others
 again from the origin, and saying what happened. Does not cover: finding bad chunks (``packer/tiers.py``),
 making them again (``packer/repair.py``), or checking them: nothing that was mended is used before its tags
-were right in a restore.
+were right in a restore, and what another node gave not before the weights were proven: who has a pack's key
+can make other bytes with the same tags.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ log = logging.getLogger("bunk.orders")
 Note = Callable[[str, ModelRef, str, int], None]
 # A piece of another node's copy: of which pack, by its salt, from where on, how long. None: nobody has it.
 FetchExtent = Callable[[ModelRef, bytes, int, int], Awaitable[bytes | None]]
+# Raises ``OSError``; then the pack stays as it is.
+Doubt = Callable[[ModelRef], Awaitable[None]]
 
 
 class Repairs:
@@ -40,6 +43,8 @@ class Repairs:
         self._open_origin = open_origin
         self.fetch_extent: FetchExtent | None = None
         self.note: Note = lambda kind, ref, detail, count: None
+        # Waited for before a byte of another node comes into a pack: from then on its tags do not prove it.
+        self.doubt: Doubt = _not_doubted
 
     async def mend(
         self, worker: WorkerHandle, spec: ModelSpec, key: bytes, failure: WorkerFailure, from_peers: bool
@@ -81,6 +86,11 @@ class Repairs:
             data = await fetch(ref, failure.salt, offset, nbytes) if inside else None
             if data is None or len(data) != nbytes:
                 left.append(chunk)
-            else:
-                await asyncio.to_thread(os.pwrite, descriptor, data, offset)
+                continue
+            await self.doubt(ref)
+            await asyncio.to_thread(os.pwrite, descriptor, data, offset)
         return tuple(left)
+
+
+async def _not_doubted(ref: ModelRef) -> None:
+    """Nobody keeps books of what is proven."""

@@ -24,7 +24,7 @@ from typing import Protocol
 from agent.journal import JournalFailed, PackRow
 from agent.journal_thread import JournalThread
 from agent.packs import PackDirectory
-from agent.peer_fetch import RANGE_BYTES, FetchedPack, PeerFetch
+from agent.peer_fetch import FETCH_S_MAX, RANGE_BYTES, FetchedPack, PeerFetch
 from packer.durable import sync_folder
 from packer.index import BASES_MAX, HEADER_BYTES, PackError, decode_header
 from packer.layout import IMAGE_BYTES_MAX
@@ -193,7 +193,13 @@ class Sources:
                 os.close(descriptor)
             if pack is None or not self._wanted(ref):
                 return None
-            if pack.bases and not await self._bring_bases(ref, pack, peers, limit_bytes, arriving):
+            # As long as all of a pack may take: each part alone is quick, but there may be very many.
+            try:
+                async with asyncio.timeout(FETCH_S_MAX):
+                    if not await self._bring_bases(ref, pack, peers, limit_bytes, arriving):
+                        return None
+            except TimeoutError:
+                self.refuse(ref, pack, f"its parts take more than {FETCH_S_MAX:g} s")
                 return None
             await self._adopt(ref, pack, arriving, path)
             adopted = True

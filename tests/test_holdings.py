@@ -27,7 +27,7 @@ from agent.journal_thread import JournalThread
 from agent.packs import PackDirectory
 from agent.workers import PackDone
 from packer.bases import BasePack, Bases
-from packer.holes import holes, punch
+from packer.holes import holes, punch, ranges_in
 from packer.layout import ImageLayout
 from packer.pack import PackReader
 from packer.pack_file import FileFds
@@ -363,3 +363,30 @@ async def test_a_file_system_without_links_shares_nothing(
     await shop.restart()
     assert (await shop.make(ref(2), 1, 2)).bases == ()
     assert not [path for path in shop.folder.iterdir() if path.name.startswith(".")]
+
+
+async def test_a_file_that_came_twice_once_in_parts_is_not_taken_for_the_whole(shop: Shop) -> None:
+    """Packs of two versions came from other nodes, each with its own copy of a file that both need."""
+    await shop.make(ref(1), 1, 2, 3)
+    await shop.make(ref(2), 1, 9)
+    link = shop.packs.base_path(ref(2), 0)
+    whole = link.read_bytes()
+    link.unlink()
+    link.write_bytes(whole)
+    key = await shop.journal.call(shop.journal.journal.data_key, ref(2))
+    with shop.packs.path(ref(2)).open("rb") as pack, link.open("r+b") as file:
+        index = PackReader(pack.fileno(), key, ref(2), bases=None).index
+        # What another node gives of it.
+        assert punch(file.fileno(), holes(ranges_in(index, index.bases[0].salt), len(whole)))
+    await shop.restart()
+    model = version_of(1, 2, 9)
+    # The pack in parts is the likelier one; its chunk 1 and the other one's chunk 2 name the same file.
+    shop.register(ref(2), shop.models[ref(2)], "common")
+    offers = await shop.holdings.offer(shop.register(ref(3), model, "common"))
+    assert offers is not None
+    assert [pack.ref for pack in offers.packs] == [ref(2)]
+    done = await shop.write(ref(3), model, offers)
+    shop.holdings.add(ref(3), done.disk_bytes, done.deduplicated_bytes)
+    await shop.holdings.release(offers)
+    shop.models[ref(3)] = model
+    await shop.check()

@@ -142,6 +142,16 @@ async def test_other_files_are_refused(tmp_path: Path, journal: JournalThread, f
     assert await journal.call(journal.journal.data_key, REF) is None
 
 
+async def test_parts_that_never_end_are_given_up(
+    tmp_path: Path, journal: JournalThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that is quick with each of very many parts must not keep a model away for days."""
+    monkeypatch.setattr("agent.sources.FETCH_S_MAX", 0)
+    peer = OnePeer(honest)
+    assert not await obtained(tmp_path, journal, peer)
+    assert peer.refused == ["liar"]
+
+
 async def test_parts_beyond_the_room_kept_are_not_asked_for(tmp_path: Path, journal: JournalThread) -> None:
     def never(data: bytes, offset: int, nbytes: int) -> bytes:
         raise AssertionError("asked for a part")
