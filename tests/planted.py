@@ -18,10 +18,10 @@ from pathlib import Path
 from types import ModuleType
 
 from fleet_mutants import FLEET_MUTANTS
-from mutants import MUTANTS, Mutant
+from mutants import LENDING_MUTANTS, MUTANTS, RATE_MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERY_MUTANT = MUTANTS + FLEET_MUTANTS
+EVERY_MUTANT = MUTANTS + LENDING_MUTANTS + RATE_MUTANTS + FLEET_MUTANTS
 
 
 def module_of(mutant: Mutant) -> str:
