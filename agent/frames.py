@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -35,6 +35,11 @@ FRAME_HEADER_BYTES_MAX = 8 * MIB
 FRAME_BODY_BYTES_MAX = 64 * MIB
 # Longest error text that travels; the rest is cut.
 MESSAGE_CHARS_MAX = 2000
+
+# Bytes and milliseconds that a worker states of its own work: a PiB, or 35,000 years. A larger integer is
+# a lie, and neither the estimates, which count in floats, nor the journal, which has 64 bits, could hold it.
+STATED_MAX = 2**50
+Stated = Annotated[int, msgspec.Meta(ge=0, le=STATED_MAX)]
 
 _LENGTHS = struct.Struct("<II")
 LENGTHS_BYTES = _LENGTHS.size
@@ -178,14 +183,14 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     """An order is carried out; the fields that its kind does not have are 0."""
 
     id: int
-    restore_ms: int = 0
+    restore_ms: Stated = 0
     host_filled: bool = False
     mapped: bool = False  # the whole image lies in the host segment of this order
-    restored_bytes: int = 0
+    restored_bytes: Stated = 0
     cached: bool | None = None  # most of what was read was in the page cache; None: no file was read
-    disk_bytes: int = 0
+    disk_bytes: Stated = 0
     host: HostSizes | None = None
-    deduplicated_bytes: int = 0
+    deduplicated_bytes: Stated = 0
     bases: tuple[bytes, ...] = ()  # salts of the files that extents of the pack lie in
     bad_chunks: tuple[int, ...] = ()
 
@@ -195,7 +200,7 @@ class Serving(msgspec.Struct, frozen=True, tag=True):
     what it will have moved."""
 
     id: int
-    restored_bytes: int
+    restored_bytes: Stated
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -160,6 +160,8 @@ class RunningNode:
         self._packs_found: list[PackRow] = []
         self._packs_begun: dict[ModelRef, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._flushing = asyncio.Lock()
+        self._flush_failed: set[str] = set()
 
     def _know_again(self) -> None:
         """Take up what the journal has kept of earlier lives; the core hears of it with the first plan."""
@@ -534,13 +536,23 @@ class RunningNode:
     async def _flush_records(self) -> None:
         while True:
             await asyncio.sleep(RECORD_FLUSH_S)
-            await self._flush_once()
+            # A stop does not cut off what waits for the journal's thread; ``close`` flushes after it.
+            await asyncio.shield(self._flush_once())
 
     async def _flush_once(self) -> None:
-        await self._keep_footprints()
-        await self._keep_spent()
-        await self._keep_debts()
-        await self._keep_remembered()
+        """None of what is kept may keep the others from being kept."""
+        keep = (self._keep_footprints, self._keep_spent, self._keep_debts, self._keep_remembered, self._spool)
+        async with self._flushing:
+            for each in keep:
+                try:
+                    await each()
+                except Exception:
+                    # A full or lost disk is no exception here, so this is our mistake: said once for each.
+                    if each.__name__ not in self._flush_failed:
+                        log.exception("%s failed in an unforeseen way", each.__name__)
+                        self._flush_failed.add(each.__name__)
+
+    async def _spool(self) -> None:
         if await self._keeper.flush() and self.uplink is not None:
             self.uplink.changed()
 

@@ -112,8 +112,13 @@ class PackMaking:
         return making
 
     async def publish(self, making: Making, done: PackDone, form: HostForm) -> int:
-        """Make it the version's pack; returns the bytes of a host segment of it. Raises ``OSError``."""
+        """Make it the version's pack; returns the bytes of a host segment of it. Raises ``OSError``.
+
+        The worker must state the size that the file has: it is charged to a tier that all tenants share."""
+        file_bytes = os.fstat(making.fd).st_size
         making.close()
+        if done.disk_bytes != file_bytes:
+            raise OSError(f"the worker speaks of a pack of {done.disk_bytes} bytes, it has {file_bytes}")
         host_bytes = done.host.of(form)
         # Publish before the journal knows: a crash in between leaves a file that the next start sweeps.
         await asyncio.to_thread(self._packs.publish, making.ref, base_paths(done, making.offers))

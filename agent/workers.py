@@ -28,6 +28,7 @@ from agent.due import Due
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import (
     LENGTHS_BYTES,
+    STATED_MAX,
     BadFrame,
     BaseOffer,
     Bind,
@@ -258,7 +259,8 @@ class WorkerHandle:
             if beside is not None:
                 self._forget_reply(beside.id)
             raise
-        return LoadDone(done.restore_ms, done.restored_bytes, pack_id=beside.id if beside is not None else 0)
+        moved_bytes = min(done.restored_bytes, spec.image_bytes)
+        return LoadDone(done.restore_ms, moved_bytes, pack_id=beside.id if beside is not None else 0)
 
     async def packed(self, load: LoadDone) -> PackDone:
         """The end of the pack beside a load. Raises ``WorkerFailure`` and ``WorkerDead``."""
@@ -300,13 +302,14 @@ class WorkerHandle:
         proof = tuple(file for file in spec.files if file.path.endswith(".safetensors")) if prove else ()
         order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form, bases, early, proof)
         if serving is not None:
-            self._serving[number] = serving
+            self._serving[number] = lambda nbytes: serving(min(nbytes, spec.image_bytes))
         try:
             done = await self._order(number, order, descriptors)
         finally:
             self._serving.pop(number, None)
+        moved_bytes = min(done.restored_bytes, spec.image_bytes)
         return LoadDone(
-            done.restore_ms, done.restored_bytes, done.host_filled, cached=done.cached, mapped=done.mapped
+            done.restore_ms, moved_bytes, done.host_filled, cached=done.cached, mapped=done.mapped
         )
 
     async def pack(self, ref: ModelRef, files: PackFiles) -> PackDone:
@@ -351,8 +354,10 @@ class WorkerHandle:
     async def _order(self, number: int, order: Message, fds: Sequence[int]) -> Done:
         if self.died.is_set():
             raise WorkerDead(f"worker {self.pid} is gone")
-        reply: asyncio.Future[Done] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        reply: asyncio.Future[Done] = loop.create_future()
         self._replies[number] = reply
+        started = loop.time()
         try:
             try:
                 await send(self._orders, order, fds, self._orders_lock)
@@ -361,7 +366,10 @@ class WorkerHandle:
             except OSError as error:
                 await self.died.wait()
                 raise WorkerDead(f"worker {self.pid}: {error}") from None
-            return await reply
+            done = await reply
+            # What a restore took teaches the node what to expect of all tenants' restores.
+            most_ms = round((loop.time() - started) * 1000) + 1
+            return msgspec.structs.replace(done, restore_ms=min(done.restore_ms, most_ms))
         finally:
             self._forget_reply(number)
 
@@ -577,7 +585,11 @@ class WorkerHandle:
 
 
 def _pack_done(done: Done) -> PackDone:
-    return PackDone(done.disk_bytes, done.host or HostSizes(0, 0, 0), done.deduplicated_bytes, done.bases)
+    """Raises ``WorkerFailure``."""
+    host = done.host or HostSizes(0, 0, 0)
+    if not all(0 <= host.of(form) <= STATED_MAX for form in HostForm):
+        raise WorkerFailure("a host segment of an impossible size")
+    return PackDone(done.disk_bytes, host, done.deduplicated_bytes, done.bases)
 
 
 def _offers(files: PackFiles) -> tuple[BaseOffer, ...]:

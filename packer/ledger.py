@@ -406,12 +406,14 @@ def measure_workspace(node: Node, ref: ModelRef, workspace_bytes: int) -> None:
     model = node.models.get(ref)
     if model is None or workspace_bytes == model.workspace_bytes or workspace_bytes < 0:
         return
-    device, more_bytes = model.device, workspace_bytes - model.workspace_bytes
+    device = model.device
     model.measured_bytes = workspace_bytes
     model.tenant.slice.measure(model.shade, model.need_bytes)
     node.dirty = True
     if device is None or model.state not in (State.RESTORING, State.RESIDENT):
         return  # a part holds no workspace, and what leaves goes as it was held
+    # Against what it holds: a plan may have changed the estimate since it came.
+    more_bytes = model.missing_bytes
     for account in (device.account, model.tenant.device):
         if more_bytes > 0:
             account.hold_found(more_bytes)

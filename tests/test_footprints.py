@@ -81,6 +81,17 @@ def test_a_refusal_counts_with_what_was_measured() -> None:
     assert f"{70 * MIB} of workspace" in refusal.detail
 
 
+def test_a_plan_with_another_estimate_does_not_move_what_is_held() -> None:
+    """Else the bytes between the two estimates would be taken off the weights."""
+    scene = Scene(SMALL)
+    scene.warm(SMALL)
+    scene.plan(model("a/small", 40, 60 * MIB))
+    scene.feed(FootprintSeen(SMALL.ref, 5 * MIB))
+    assert _used(scene) == 45 * MIB
+    scene.feed(FootprintSeen(SMALL.ref, 20 * MIB))
+    assert _used(scene) == 60 * MIB
+
+
 def test_nonsense_and_strangers_change_nothing() -> None:
     scene = Scene(SMALL)
     scene.warm(SMALL)

@@ -24,6 +24,7 @@ from agent import holdings as holdings_module
 from agent.holdings import Holdings, Offers
 from agent.journal import PackRow, open_journal
 from agent.journal_thread import JournalThread
+from agent.pack_making import PackMaking
 from agent.packs import PackDirectory
 from agent.workers import PackDone
 from packer.bases import BasePack, Bases
@@ -32,7 +33,7 @@ from packer.layout import ImageLayout
 from packer.pack import PackReader
 from packer.pack_file import FileFds
 from packer.pack_writer import PackWriter
-from packer.types import MIB, HostSizes, ModelRef, ModelSpec, OriginFile, Task
+from packer.types import MIB, HostForm, HostSizes, ModelRef, ModelSpec, OriginFile, Task
 
 Model = tuple[bytes, ImageLayout]
 
@@ -390,3 +391,25 @@ async def test_a_file_that_came_twice_once_in_parts_is_not_taken_for_the_whole(s
     await shop.holdings.release(offers)
     shop.models[ref(3)] = model
     await shop.check()
+
+
+@pytest.mark.parametrize("stated_bytes", [0, 4095, 4097, 2**49])
+async def test_a_pack_is_charged_what_its_file_takes_whatever_the_worker_states(
+    stated_bytes: int, shop: Shop
+) -> None:
+    """More would push other tenants' packs off the disk, less would be disk that nobody pays for."""
+    making = PackMaking(shop.packs, shop.journal, shop.holdings, lambda: 1, lambda gone: None)
+    spec = shop.register(ref(1), version_of(1, 2))
+    begun = await making.begin(spec, MIB)
+    os.truncate(begun.fd, 4096)
+    sizes = HostSizes(1, 1, 1)
+    with pytest.raises(OSError, match="4096"):
+        await making.publish(begun, PackDone(stated_bytes, sizes), HostForm.STORED)
+    await making.give_up(begun)
+    assert shop.holdings.charge(ref(1)) == 0
+    assert not list(shop.folder.rglob("*.pack*"))
+    begun = await making.begin(spec, MIB)
+    os.truncate(begun.fd, 4096)
+    await making.publish(begun, PackDone(4096, sizes), HostForm.STORED)
+    await making.end(begun)
+    assert shop.holdings.charge(ref(1)) == 4096

@@ -22,13 +22,17 @@ from running_workers import DEVICE, PATIENCE_S, until_gone
 
 from agent.frames import (
     FRAME_BODY_BYTES_MAX,
+    STATED_MAX,
     BadFrame,
     Done,
     EvictModel,
     LoadOrigin,
     Measured,
     Receiver,
+    RestorePack,
+    Serving,
     WireSpec,
+    close_fds,
     decode_lengths,
     encode_frame,
     encode_message,
@@ -37,8 +41,8 @@ from agent.frames import (
     send_message,
 )
 from agent.spawning import Nursery
-from agent.workers import PULSES_MISSED_MAX, WorkerDead, WorkerHandle
-from packer.types import KIB, ModelRef, OriginFile, Task
+from agent.workers import PULSES_MISSED_MAX, Segment, WorkerDead, WorkerHandle
+from packer.types import KIB, HostForm, ModelRef, ModelSpec, OriginFile, Task
 
 pytestmark = pytest.mark.processes
 
@@ -178,6 +182,36 @@ async def test_a_worker_that_sends_nonsense_replies_is_killed() -> None:
         orders.send(b"{}")
         with pytest.raises(WorkerDead):
             await asyncio.wait_for(order, PATIENCE_S)
+
+
+@pytest.mark.parametrize("field", ["restore_ms", "restored_bytes", "disk_bytes", "deduplicated_bytes"])
+@pytest.mark.parametrize("lie", ["-1", str(2**63), "1" + "0" * 400, "1e308"])
+async def test_a_worker_that_states_impossible_figures_is_killed(field: str, lie: str) -> None:
+    """Estimates count in floats and the journal in 64 bits: either would end the agent for all tenants."""
+    async with impostor() as (handle, orders, _):
+        order = asyncio.create_task(handle.evict(ModelRef("acme", "x", "0" * 16)))
+        asked = json.loads(await asyncio.to_thread(orders.recv, 100))
+        orders.send(f'{{"type": "Done", "id": {asked["id"]}, "{field}": {lie}}}'.encode())
+        with pytest.raises(WorkerDead):
+            await asyncio.wait_for(order, PATIENCE_S)
+
+
+async def test_a_restore_took_no_longer_and_moved_no_more_than_it_can_have() -> None:
+    ref = ModelRef("acme", "x", "0" * 16)
+    spec = ModelSpec(ref, "", (), "e", Task.EMBEDDING, 4096, (4096,), 0, 0)
+    served: list[int] = []
+    async with impostor() as (handle, orders, _):
+        segment = Segment(0, HostForm.RAW)
+        order = asyncio.create_task(handle.restore(spec, segment, serving=served.append))
+        received = await asyncio.to_thread(Receiver(orders).receive, orders_decoder)
+        assert received is not None
+        close_fds(received[1])
+        assert isinstance(received[0], RestorePack)
+        send_message(orders, Serving(received[0].id, STATED_MAX))
+        send_message(orders, Done(received[0].id, STATED_MAX, restored_bytes=STATED_MAX))
+        done = await asyncio.wait_for(order, PATIENCE_S)
+    assert done.restore_ms <= PATIENCE_S * 1000 + 1
+    assert (done.restored_bytes, served) == (4096, [4096])
 
 
 async def test_replies_nobody_waits_for_are_ignored() -> None:

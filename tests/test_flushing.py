@@ -1,0 +1,98 @@
+"""What a node brings into its journal now and then: each kind by itself, and all of it at a stop.
+
+Covers: a kind that fails in an unforeseen way beside the others, and a stop while the journal is busy. Does
+not cover: a full disk (``test_full_disk``) or what is kept (``test_footprints``, ``test_remembering``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+from running_workers import DEVICE
+
+from agent.config import AgentConfig
+from agent.counters import PendingRecord
+from agent.node import RunningNode
+from packer.types import MIB
+
+
+def node_in(folder: Path) -> RunningNode:
+    return RunningNode(
+        AgentConfig(
+            data_dir=folder,
+            control_url=None,
+            join_token_file=None,
+            control_store=None,
+            name="box",
+            listen_host="127.0.0.1",
+            listen_port=0,
+            advertise_url=None,
+            devices=(DEVICE,),
+            host_budget_bytes=MIB,
+            disk_budget_bytes=MIB,
+            request_timeout_ms=1000,
+            threads=1,
+            ready_file=None,
+            log_level="info",
+        )
+    )
+
+
+def note(node: RunningNode, number: int) -> None:
+    node.counters.put_back([PendingRecord(number, "restored", "acme", f"acme/m@{'0' * 16}", "x")])
+
+
+async def spooled_times(node: RunningNode) -> list[int]:
+    return [record.at_ms for record in await node.spooled(100)]
+
+
+@pytest.mark.parametrize("broken", ["_keep_footprints", "_keep_spent", "_keep_debts", "_keep_remembered"])
+async def test_what_can_not_be_kept_holds_up_nothing_else(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = node_in(tmp_path)
+
+    async def fail() -> None:
+        # As the journal's thread does when it is given a number that no column can hold.
+        await node._journal.call(node._journal.journal._db.execute, "select ?", [2**64])
+
+    fail.__name__ = broken
+    monkeypatch.setattr(node, broken, fail)
+    for number in (1, 2):
+        note(node, number)
+        await node._flush_once()
+    assert await spooled_times(node) == [1, 2]
+    assert caplog.text.count(f"{broken} failed in an unforeseen way") == 1
+    await node.loop.close()
+    node._journal.close()
+
+
+async def test_a_stop_loses_nothing_that_waits_for_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.node.RECORD_FLUSH_S", 0)
+    node = node_in(tmp_path)
+    note(node, 1)
+    taken, is_free = asyncio.Event(), threading.Event()
+    take = node.counters.take_records
+
+    def take_and_tell(now_ms: int) -> list[PendingRecord]:
+        taken.set()
+        return take(now_ms)
+
+    monkeypatch.setattr(node.counters, "take_records", take_and_tell)
+    busy = asyncio.create_task(node._journal.call(is_free.wait))
+    flushing = asyncio.create_task(node._flush_records())
+    await taken.wait()
+    await asyncio.sleep(0)
+    flushing.cancel()
+    await asyncio.gather(flushing, return_exceptions=True)
+    is_free.set()
+    await busy
+    await node._flush_once()
+    assert await spooled_times(node) == [1]
+    await node.loop.close()
+    node._journal.close()
