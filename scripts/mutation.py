@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +36,9 @@ from planted import EVERY_MUTANT, anchors, module_of  # noqa: E402
 LIMIT_S_DEFAULT = 120
 # Waiting is not working: tests that wait for ever are ended after this many times the limit.
 WALL_PARTS = 10
+# A process that somebody else ended says nothing of its mutant, and is run again.
+ENDED_BY_OTHERS = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, -signal.SIGKILL)
+TRIES_MAX = 5
 # Seeds of a simulation under each mutant: some bugs need a rare coincidence.
 NODE_SEEDS = 200
 CLUSTER_SEEDS = 100
@@ -119,6 +123,8 @@ def _simulated(world: str, program: str, what: str, seeds: int, limit_s: int) ->
         return f"simulation of the {world}: it hangs"
     if not ended.returncode:
         return ""
+    if ended.returncode == -signal.SIGXCPU:
+        return f"simulation of the {world}: it needs more than {limit_s} s of processor time"
     lines = ended.stderr.strip().splitlines()
     return f"simulation of the {world}: {lines[-1][:150] if lines else 'it died'}"
 
@@ -139,6 +145,16 @@ def _tested(mutant: Mutant, limit_s: int) -> str:
 
 
 def _run(command: list[str], more: dict[str, str], limit_s: int) -> subprocess.CompletedProcess[str] | None:
+    for _ in range(TRIES_MAX):
+        ended = _run_once(command, more, limit_s)
+        if ended is None or ended.returncode not in ENDED_BY_OTHERS:
+            return ended
+    raise RuntimeError(f"{command[-2:]} was ended from outside {TRIES_MAX} times: no verdict")
+
+
+def _run_once(
+    command: list[str], more: dict[str, str], limit_s: int
+) -> subprocess.CompletedProcess[str] | None:
     path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
     more = {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "BUNK_CPU_LIMIT_S": str(limit_s), **more}
     try:
