@@ -399,12 +399,13 @@ def release_device(node: Node, model: Model, kept_chunks: int) -> None:
 
 
 def measure_workspace(node: Node, ref: ModelRef, workspace_bytes: int) -> None:
-    """Correct what requests of a model need beside its weights, at once where it is held.
+    """Correct what requests of a model need beside its weights, at once where it is held and fits.
 
-    More than is free is taken all the same: it is in use. What is then too much is shed.
+    What does not fit is held from the next stay on: the request that took it has ended, and no budget is
+    ever exceeded in the books.
     """
     model = node.models.get(ref)
-    if model is None or workspace_bytes == model.workspace_bytes or workspace_bytes < 0:
+    if model is None or workspace_bytes < 0:
         return
     device = model.device
     model.measured_bytes = workspace_bytes
@@ -414,9 +415,12 @@ def measure_workspace(node: Node, ref: ModelRef, workspace_bytes: int) -> None:
         return  # a part holds no workspace, and what leaves goes as it was held
     # Against what it holds: a plan may have changed the estimate since it came.
     more_bytes = model.missing_bytes
-    for account in (device.account, model.tenant.device):
+    accounts = (device.account, model.tenant.device)
+    if more_bytes > 0 and not all(account.fits(more_bytes) for account in accounts):
+        return
+    for account in accounts:
         if more_bytes > 0:
-            account.hold_found(more_bytes)
+            account.hold(more_bytes)
         else:
             account.release(-more_bytes, leaving=False)
     model.device_bytes += more_bytes

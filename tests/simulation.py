@@ -300,16 +300,19 @@ class World(Hands):
         return None
 
     def _measure(self, ref: ModelRef, workspace_bytes: int) -> Event:
-        """What requests use was there before anybody measured it, so it is excused where it is too much."""
+        """What does not fit is held from the next stay on."""
         self.workspaces[ref] = workspace_bytes
         stay = self.stays.get(ref)
         if stay is not None and stay.state in ("restoring", "resident"):
             self.reached["measured more where it is held"] += self.need_bytes(ref) > stay.nbytes
             self.reached["measured less where it is held"] += self.need_bytes(ref) < stay.nbytes
-            stay.nbytes = self.need_bytes(ref)
-            self.excused[stay.device] = sum(s.nbytes for s in self.stays.values() if s.device == stay.device)
+            more = self.need_bytes(ref) - stay.nbytes
+            there = sum(s.nbytes for s in self.stays.values() if s.device == stay.device)
             held = sum(s.nbytes for s in self.stays.values() if s.ref.tenant == ref.tenant)
-            self.excused[ref.tenant] = held
+            most = self.tenants[ref.tenant].quota.device.max
+            fits = there + more <= self.seen_budgets[stay.device] and (most is None or held + more <= most)
+            if more <= 0 or fits:
+                stay.nbytes += more
         return FootprintSeen(ref, workspace_bytes)
 
     def _see_device(self, device: str, budget: int) -> Event:
