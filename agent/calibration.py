@@ -16,7 +16,6 @@ import hashlib
 import logging
 import os
 import platform
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from agent.child import ChildFailed, ask_child, module_command
 from packer.estimate import RATES_BYTES_MAX, BadRates, Rates, load_rates
 from packer.types import MIB
 
@@ -37,8 +37,6 @@ FILE_BYTES = 256 * MIB
 FRESH_MS = 30 * 24 * 3600 * 1000
 # Measuring takes about three seconds, torch and a GPU's first context ten more; a minute is a hang.
 CHILD_TIMEOUT_S = 60.0
-# The child prints less than 2 KiB; its errors are a sentence.
-_OUTPUT_BYTES_MAX = 64 * 1024
 # Where the command leaves its result for a running node.
 HANDED_OVER = "calibration.new"
 # A node that has served nobody for so long is taken to be idle; also long enough for a start to settle.
@@ -108,7 +106,7 @@ def is_fresh(rates: Rates | None, directory: Path, now_ms: int) -> bool:
 
 
 def child_command(data_dir: Path, background: bool, gpu: bool, extra: Sequence[str] = ()) -> list[str]:
-    command = [sys.executable, "-m", "agent.calibrate", "--data-dir", str(data_dir), "--json"]
+    command = module_command("agent.calibrate", "--data-dir", str(data_dir), "--json")
     if background:
         command.append("--background")
     if gpu:
@@ -118,31 +116,11 @@ def child_command(data_dir: Path, background: bool, gpu: bool, extra: Sequence[s
 
 async def measure(data_dir: Path, background: bool, gpu: bool, extra: Sequence[str] = ()) -> Rates:
     """Measure in a child. Ends it when the caller is cancelled. Raises ``CalibrationFailed``."""
+    command = child_command(data_dir, background, gpu, extra)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *child_command(data_dir, background, gpu, extra),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=_OUTPUT_BYTES_MAX,
-        )
-    except OSError as error:
-        raise CalibrationFailed(f"the measuring process does not start: {error}") from error
-    try:
-        async with asyncio.timeout(CHILD_TIMEOUT_S):
-            output, errors = await process.communicate()
-    except TimeoutError:
-        raise CalibrationFailed(
-            f"measuring took more than {CHILD_TIMEOUT_S:g} s; is the disk stuck?"
-        ) from None
-    finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        lines = errors.decode(errors="replace").strip().splitlines()
-        raise CalibrationFailed(lines[-1][:500] if lines else f"measuring ended with {process.returncode}")
+        output = await ask_child(command, "measuring", CHILD_TIMEOUT_S)
+    except ChildFailed as error:
+        raise CalibrationFailed(str(error)) from error
     try:
         return load_rates(output.decode(errors="replace").strip())
     except BadRates as error:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from agent.child import ChildFailed, ask_child, module_command
 from agent.use_log import UseColumns, UseLog
 from packer import residency
 from packer.estimate import expect_ms
@@ -102,28 +102,11 @@ def _costs(core: Node, models: list[Model]) -> Costs:
 
 async def replay(asked: bytes) -> RegretReport:
     """Ask a child. Ends it when the caller is cancelled. Raises ``ReplayFailed``."""
+    command = module_command("agent.replay_uses", str(CPU_S_MAX))
     try:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "agent.replay_uses", str(CPU_S_MAX)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-    except OSError as error:
-        raise ReplayFailed(f"the replaying process does not start: {error}") from error
-    try:
-        async with asyncio.timeout(CHILD_TIMEOUT_S):
-            output, errors = await process.communicate(asked)
-    except TimeoutError:
-        raise ReplayFailed(f"the replay took more than {CHILD_TIMEOUT_S:g} s") from None
-    finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-    if process.returncode != 0:
-        lines = errors.decode(errors="replace").strip().splitlines()
-        raise ReplayFailed(lines[-1][:500] if lines else f"the replay ended with {process.returncode}")
+        output = await ask_child(command, "the replay", CHILD_TIMEOUT_S, asked)
+    except ChildFailed as error:
+        raise ReplayFailed(str(error)) from error
     try:
         return msgspec.json.decode(output[:_ANSWER_CHARS_MAX], type=RegretReport)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:

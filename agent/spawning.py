@@ -14,8 +14,8 @@ import socket
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
+from agent.child import kept_environment
 from agent.devices import DeviceConfig
 from agent.frames import BadFrame, Exited, Ready, Receiver, Spawn, Spawned, close_fds, nursery_replies_decoder
 from agent.sending import send
@@ -33,19 +33,6 @@ CLOSE_TIMEOUT_S = 5.0
 # Private memory of a worker on a cpu device beside the device's budget, which its workspace is counted in:
 # parked skeletons (16 of 100 MiB at most), the stacks of its threads and the scratch of restores.
 HEAP_BYTES_MAX = 4 * GIB
-# What the nursery's environment keeps of the agent's: nothing that may be a secret of the operator.
-_ENVIRONMENT_KEPT = (
-    "PATH",
-    "HOME",
-    "LANG",
-    "LC_ALL",
-    "TMPDIR",
-    "VIRTUAL_ENV",
-    "LD_LIBRARY_PATH",
-    "PYTHONHASHSEED",
-    "BUNKHOUSE_KERNELS",  # off: do without compiled kernels
-)
-_ENVIRONMENT_KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "MKL_", "KMP_", "TORCH_", "PYTORCH_")
 # The operator may choose otherwise.
 _ENVIRONMENT_DEFAULTS: Mapping[str, str] = {
     # Several workers share the cores. Threads that spin while they wait for their siblings steal the
@@ -70,14 +57,7 @@ _ENVIRONMENT_SET: Mapping[str, str] = {
 
 
 def _environment() -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in _ENVIRONMENT_KEPT or name.startswith(_ENVIRONMENT_KEPT_PREFIXES)
-    }
-    # Where this very code lies, so that the nursery runs the same version of it.
-    code = str(Path(__file__).resolve().parent.parent)
-    return {**_ENVIRONMENT_DEFAULTS, **kept, **_ENVIRONMENT_SET, "PYTHONPATH": code}
+    return {**_ENVIRONMENT_DEFAULTS, **kept_environment(), **_ENVIRONMENT_SET}
 
 
 def _heap_bytes(device: DeviceConfig) -> int:

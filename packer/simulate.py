@@ -21,7 +21,7 @@ from packer.hits import finish_quietly, grant_at_once
 from packer.ledger import Lease, State
 from packer.outcome import Outcome, Tally
 from packer.regret import UseLog, missing_bytes
-from packer.simulated_box import Box, Choice, Hands, Pipe, Transfer, spec_of
+from packer.simulated_box import Box, Choice, Pipe, Transfer, spec_of
 from packer.traces import Trace
 from packer.types import Tier
 
@@ -64,23 +64,22 @@ def first_box(boxes: list[Box], model: int, now_ms: int) -> int:
     return 0
 
 
-class Simulation(Hands):
-    """One replay."""
+class Simulation:
+    """One replay: the clock and the tally of its boxes."""
 
     def __init__(self, trace: Trace, fleet: Fleet, choose: Choice = first_box) -> None:
         self.trace = trace
         self.fleet = fleet
         self._choose = choose
         specs = tuple(spec_of(sized, number) for number, sized in enumerate(trace.catalog))
-        self.boxes = [Box(f"box{at}", at, fleet, specs) for at in range(fleet.boxes)]
-        for box in self.boxes:
-            box.attach(self)
         self.tally = Tally(len(specs))
         self._heap: list[_Due] = []
         self._sequence = 0
         self._waiting: dict[str, _Waiting] = {}
         self._homes = [0] * len(specs)
         self._checked_at = 0
+        # Last: a box tells of itself from its first event on.
+        self.boxes = [Box(f"box{at}", at, fleet, specs, self) for at in range(fleet.boxes)]
 
     # --- the clock --------------------------------------------------------------------------------
 

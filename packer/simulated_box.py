@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Protocol
 
 from packer import residency
 from packer.estimate import DecodeRates, Rates
@@ -98,26 +99,15 @@ class Pipe:
         self.seen_ms = now_ms
 
 
-class Hands:
+class Hands(Protocol):
     """What a box tells the simulation, which has the clock and keeps the tally."""
 
-    def granted(self, box: Box, action: Grant, now_ms: int) -> None:
-        raise NotImplementedError
-
-    def refused(self, box: Box, action: Refuse, now_ms: int) -> None:
-        raise NotImplementedError
-
-    def wake(self, box: Box, at_ms: int) -> None:
-        raise NotImplementedError
-
-    def pipe_changed(self, box: Box, pipe: Pipe) -> None:
-        raise NotImplementedError
-
-    def restored_at(self, box: Box, transfer: Transfer, at_ms: int) -> None:
-        raise NotImplementedError
-
-    def moved(self, tier: Tier, nbytes: int) -> None:
-        raise NotImplementedError
+    def granted(self, box: Box, action: Grant, now_ms: int) -> None: ...
+    def refused(self, box: Box, action: Refuse, now_ms: int) -> None: ...
+    def wake(self, box: Box, at_ms: int) -> None: ...
+    def pipe_changed(self, box: Box, pipe: Pipe) -> None: ...
+    def restored_at(self, box: Box, transfer: Transfer, at_ms: int) -> None: ...
+    def moved(self, tier: Tier, nbytes: int) -> None: ...
 
 
 def spec_of(sized: Sized, number: int) -> ModelSpec:
@@ -135,21 +125,20 @@ def spec_of(sized: Sized, number: int) -> ModelSpec:
 class Box:
     """A node of the fleet. ``models`` are its records in the order of the trace's catalog."""
 
-    def __init__(self, name: str, number: int, fleet: Fleet, specs: tuple[ModelSpec, ...]) -> None:
+    def __init__(
+        self, name: str, number: int, fleet: Fleet, specs: tuple[ModelSpec, ...], hands: Hands
+    ) -> None:
         self.name = name
         self.number = number
         self.node = residency.Node()
         self.fleet = fleet
         self.steps = 0
-        self._hands = Hands()
+        self._hands = hands
         self.disk = Pipe(fleet.disk_gbps * 1e6)
         self.line = Pipe(fleet.origin_gbps * 1e6)
         self.links = {f"gpu:{at}": Pipe(fleet.host_gbps * 1e6) for at in range(fleet.devices)}
         self._begin(specs)
         self.models: list[Model] = [self.node.models[spec.ref] for spec in specs]
-
-    def attach(self, hands: Hands) -> None:
-        self._hands = hands
 
     def _begin(self, specs: tuple[ModelSpec, ...]) -> None:
         fleet = self.fleet
