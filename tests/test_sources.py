@@ -191,9 +191,9 @@ async def test_nothing_above_the_limit_or_the_free_disk_is_asked_for(
     peers = Peers()
     sources = scene.sources(Control([waits(PEER)]), peers)
     await sources.obtain(REF, LIMIT_BYTES)
-    monkeypatch.setattr(PackDirectory, "free_bytes", lambda self: 1000)
+    monkeypatch.setattr(PackDirectory, "free_bytes", lambda self: len(SAMPLE))
     await sources.obtain(REF, LIMIT_BYTES)
-    assert peers.limits == [LIMIT_BYTES, 1000]
+    assert peers.limits == [LIMIT_BYTES, len(SAMPLE)]
 
 
 async def test_a_full_disk_leads_to_the_origin(scene: Scene) -> None:
