@@ -27,17 +27,7 @@ import codec_cases
 import make_models
 import peers_venv
 from bench_harness import Bench, Case
-from bench_suite import (
-    Judgement,
-    Section,
-    SuiteReport,
-    Table,
-    name_missed,
-    print_suite,
-    report_of,
-    write_markdown,
-    write_suite_json,
-)
+from bench_suite import Judgement, Section, SuiteReport, Table, add_markdown, deliver, report_of
 from codec_cases import OurCodec, Weights
 
 from packer import kernels
@@ -407,20 +397,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-peers", action="store_true", help="measure our own codecs only")
     parser.add_argument("--peers-dir", type=Path, help="virtualenv of the peers (default: in the cache)")
     parser.add_argument("--cache-dir", type=Path, default=CACHE, help=f"default: {CACHE}")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
-    parser.add_argument("--date", default="", help="the date that --markdown names")
+    add_markdown(parser)
     options = parser.parse_args(arguments)
     if options.rounds is not None and not 1 <= options.rounds <= bench_harness.ROUNDS_MAX:
         parser.error(f"--rounds {options.rounds}: use 1 to {bench_harness.ROUNDS_MAX}")
     if options.mib is not None and not 1 <= options.mib <= 4096:
         parser.error(f"--mib {options.mib}: use 1 to 4096")
     report = run(options, lambda line: print(line, file=sys.stderr, flush=True))
-    print_suite(report, sys.stdout)
-    if options.json is not None:
-        write_suite_json(report, options.json)
-    if options.markdown is not None:
-        write_markdown(report, options.markdown, options.date, "scripts/bench_codec.py")
-    return name_missed(report, sys.stderr) if options.check else 0
+    return deliver(report, options, "scripts/bench_codec.py")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import make_models
 import plain_transformers
 from bench_harness import Bench, Case, Goal
 from stack import Stack, StackOptions, start_stack
-from tour_calls import make_client, vector_bytes
+from tour_calls import make_client, vector_bytes, wait_for_models
 
 TENANT = "default"
 NAMES = ("first", "second")
@@ -88,15 +88,6 @@ class Caller:
             raise RuntimeError(f"{name} from {came_from}: not the answer of plain transformers")
         return took_ms
 
-    def wait_for_models(self) -> None:
-        """Wait until the node has heard of both copies."""
-        deadline_s = time.monotonic() + MODELS_TIMEOUT_S
-        with make_client(self.stack.agent_url, _tenant_key(self.stack)) as client:
-            while len(list(client.models.list())) < len(NAMES):
-                if time.monotonic() > deadline_s:
-                    raise RuntimeError(f"the node has not heard of its models\n{self.stack.logs()}")
-                time.sleep(0.05)
-
     def settle(self) -> None:
         """Call until restores come from the measured tier: packs and host copies are made on the way."""
         for _ in range(SETTLE_CALLS_MAX):
@@ -126,7 +117,8 @@ def running(root: Path, tier: str, directories: tuple[Path, Path], expected: byt
         for name, directory in zip(NAMES, directories, strict=True):
             stack.bunk("model", "push", f"{TENANT}/{name}", str(directory))
         caller = Caller(stack, tier, expected)
-        caller.wait_for_models()
+        names = [f"{TENANT}/{name}" for name in NAMES]
+        wait_for_models(stack.agent_url, _tenant_key(stack), names, MODELS_TIMEOUT_S)
         caller.settle()
         yield caller
     finally:

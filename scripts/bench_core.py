@@ -20,16 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import bench_harness
-from bench_suite import (
-    Judgement,
-    Section,
-    SuiteReport,
-    Table,
-    name_missed,
-    print_suite,
-    report_of,
-    write_suite_json,
-)
+from bench_suite import Judgement, Section, SuiteReport, Table, add_markdown, deliver, report_of
 from request_traces import CATALOGUE_BYTES
 
 from packer import residency, traces
@@ -279,6 +270,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None, nodes: Sequence[int] = NODES) -> int:
     parser = bench_harness.parser(__doc__)
+    add_markdown(parser)
     options = parser.parse_args(arguments)
     rounds = options.rounds or (bench_harness.ROUNDS_QUICK if options.quick else bench_harness.ROUNDS)
     if options.rounds is not None and not 1 <= options.rounds <= bench_harness.ROUNDS_MAX:
@@ -286,10 +278,7 @@ def main(arguments: Sequence[str] | None = None, nodes: Sequence[int] = NODES) -
     requests = REQUESTS_QUICK if options.quick else REQUESTS
     replayed = REPLAY_REQUESTS_QUICK if options.quick else REPLAY_REQUESTS
     report = run(requests, replayed, rounds, nodes, lambda line: print(line, file=sys.stderr, flush=True))
-    print_suite(report, sys.stdout)
-    if options.json is not None:
-        write_suite_json(report, options.json)
-    return name_missed(report, sys.stderr) if options.check else 0
+    return deliver(report, options, "scripts/bench_core.py")
 
 
 if __name__ == "__main__":

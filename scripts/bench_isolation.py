@@ -17,17 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bench_harness
-from bench_suite import (
-    Judgement,
-    Section,
-    SuiteReport,
-    Table,
-    name_missed,
-    print_suite,
-    report_of,
-    write_markdown,
-    write_suite_json,
-)
+from bench_suite import Judgement, Section, SuiteReport, Table, add_markdown, deliver, report_of
 from isolation_model import Crowd, Outcome, Town, alone, judge, town
 from request_traces import GB, TRACES, NoTrace, servegen
 
@@ -128,8 +118,7 @@ def run(days: float, seeds: Sequence[int], folder: Path, log: Callable[[str], No
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = bench_harness.parser(__doc__)
     parser.add_argument("--traces", type=Path, default=TRACES, metavar="DIR", help="where the traces lie")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
-    parser.add_argument("--date", default="", help="the date to write into --markdown")
+    add_markdown(parser)
     options = parser.parse_args(arguments)
     if options.rounds is not None:
         parser.error("--rounds: a replay gives the same each time; this bench has none")
@@ -139,12 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoTrace as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_suite(report, sys.stdout)
-    if options.json is not None:
-        write_suite_json(report, options.json)
-    if options.markdown is not None:
-        write_markdown(report, options.markdown, options.date, "scripts/bench_isolation.py")
-    return name_missed(report, sys.stderr) if options.check else 0
+    return deliver(report, options, "scripts/bench_isolation.py")
 
 
 if __name__ == "__main__":

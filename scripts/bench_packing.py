@@ -20,16 +20,7 @@ from pathlib import Path
 import bench_harness
 import packing_optimum
 import peers_venv
-from bench_suite import (
-    Judgement,
-    Section,
-    SuiteReport,
-    Table,
-    name_missed,
-    print_suite,
-    report_of,
-    write_suite_json,
-)
+from bench_suite import Judgement, Section, SuiteReport, Table, add_markdown, deliver, report_of
 from packing_fleet import BOUND, LIFETIME_CV, MEAN_BYTES, POLICIES, Books, Fleet, Turnaways, arrivals, run
 from request_traces import CATALOGUE_BYTES
 
@@ -185,6 +176,7 @@ def main(arguments: Sequence[str] | None = None, fleets: Sequence[Fleet] = FLEET
     parser = bench_harness.parser(__doc__)
     parser.add_argument("--no-solver", action="store_true", help="install no OR-tools")
     parser.add_argument("--solver-dir", type=Path, default=CACHE / "solver", help="default: %(default)s")
+    add_markdown(parser)
     options = parser.parse_args(arguments)
     count = ARRIVALS_QUICK if options.quick else ARRIVALS
     report = measure(
@@ -194,10 +186,7 @@ def main(arguments: Sequence[str] | None = None, fleets: Sequence[Fleet] = FLEET
         None if options.no_solver else options.solver_dir,
         lambda line: print(line, file=sys.stderr, flush=True),
     )
-    print_suite(report, sys.stdout)
-    if options.json is not None:
-        write_suite_json(report, options.json)
-    return name_missed(report, sys.stderr) if options.check else 0
+    return deliver(report, options, "scripts/bench_packing.py")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import bench_harness
-from bench_suite import (
-    Judgement,
-    Section,
-    SuiteReport,
-    Table,
-    name_missed,
-    print_suite,
-    report_of,
-    write_suite_json,
-)
+from bench_suite import Judgement, Section, SuiteReport, Table, add_markdown, deliver, report_of
 from pool_model import BYTES_PER_MS, FIXED_MS, replay
 from request_traces import GB, TRACES, NoTrace, Trace, servegen
 from stack_pool import OURS, STEPS, replay_stack
@@ -318,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stress", action="store_true", help="synthetic traffic of other shapes as well")
     parser.add_argument("--traces", type=Path, default=TRACES, help="folder of the public traces")
     parser.add_argument("--processes", type=int, default=2, help="replays at once (default %(default)s)")
+    add_markdown(parser)
     options = parser.parse_args(arguments)
     if not 1 <= options.processes <= 256:
         parser.error(f"--processes {options.processes}: use 1 to 256")
@@ -332,10 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NoTrace as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_suite(report, sys.stdout)
-    if options.json is not None:
-        write_suite_json(report, options.json)
-    return name_missed(report, sys.stderr) if options.check else 0
+    return deliver(report, options, "scripts/bench_policies.py")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help=f"interleaved rounds, 1 to {ROUNDS_MAX}")
     parser.add_argument("--swaps", type=int, help=f"swaps of the leak section (default {SWAPS})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables for documentation")
+    bench_suite.add_markdown(parser)
     parser.add_argument("--check", action="store_true", help="exit 1 and name every goal that was missed")
     parser.add_argument("--cache-dir", type=Path, default=CACHE, help="models, peers (default %(default)s)")
     parser.add_argument("--peers-dir", type=Path, help="the peers' virtualenv (default: in the cache)")
@@ -325,12 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = _facts(setup)
     facts["took"] = f"{time.monotonic() - started_s:.0f} s"
     report = bench_suite.report_of("restore", facts, sections)
-    bench_suite.print_suite(report, sys.stdout)
-    if options.json is not None:
-        bench_suite.write_suite_json(report, options.json)
-    if options.markdown is not None:
-        bench_suite.write_markdown(report, options.markdown, time.strftime("%Y-%m-%d"), _command(options))
-    return bench_suite.name_missed(report, sys.stderr) if options.check else 0
+    return bench_suite.deliver(report, options, _command(options))
 
 
 if __name__ == "__main__":

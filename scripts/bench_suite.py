@@ -9,9 +9,12 @@ A goal that could not be judged is not reached: a peer that is not there has not
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -202,3 +205,23 @@ def name_missed(report: SuiteReport, log: TextIO) -> int:
     for judgement in missed:
         print(f"missed goal: {judgement.text}", file=log)
     return 1 if missed else 0
+
+
+def add_markdown(parser: argparse.ArgumentParser) -> None:
+    """The options of a bench whose tables are copied into the documentation."""
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to FILE")
+    today = time.strftime("%Y-%m-%d")
+    parser.add_argument("--date", default=today, help="the date that --markdown names")
+
+
+def deliver(report: SuiteReport, options: argparse.Namespace, command: str) -> int:
+    """Print the report and write the files that the options name; returns the exit code.
+
+    ``options`` come from ``bench_harness.parser`` and ``add_markdown``.
+    """
+    print_suite(report, sys.stdout)
+    if options.json is not None:
+        write_suite_json(report, options.json)
+    if options.markdown is not None:
+        write_markdown(report, options.markdown, options.date, command)
+    return name_missed(report, sys.stderr) if options.check else 0

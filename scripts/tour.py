@@ -27,7 +27,7 @@ from pathlib import Path
 import tour_checks
 from process_memory import MemoryWatch, Peaks
 from stack import Stack, StackFailed, StackOptions, find_command, start_stack
-from tour_calls import Callers, Outcome, make_jobs, run_jobs
+from tour_calls import Callers, Outcome, make_jobs, run_jobs, wait_for_models
 from tour_checks import Check
 from tour_ledger import LedgerPeaks, LedgerWatch, parse_counters, read_metrics
 from tour_models import (
@@ -190,7 +190,9 @@ def _visit(
         keys = _create_tenants(stack)
         watch.part(f"pushing {len(MODELS)} models")
         image_bytes = _push_models(stack, directories, keys)
-        _wait_for_models(stack, keys)
+        for tenant, key in keys.items():
+            wanted = [model.ref for model in MODELS if model.tenant == tenant]
+            wait_for_models(stack.agent_url, key, wanted, READY_TIMEOUT_S)
         callers = Callers.of(stack.url, stack.agent_url, keys)
         watch.part(f"{options.requests} requests from {options.threads} threads")
         outcomes = run_jobs(make_jobs(options.requests, options.seed), callers, options.threads)
@@ -266,19 +268,6 @@ def _push_models(stack: Stack, directories: Mapping[str, Path], keys: Mapping[st
                     client.push(model.ref, directories[model.ref])
             image_bytes |= {f"{m.tenant}/{m.name}": m.image_bytes for m in client.models() if m.latest}
     return image_bytes
-
-
-def _wait_for_models(stack: Stack, keys: Mapping[str, str]) -> None:
-    """Wait until the node has heard of every model, so that requests sent straight to it find them."""
-    deadline_s = time.monotonic() + READY_TIMEOUT_S
-    callers = Callers.of(stack.url, stack.agent_url, keys)
-    for tenant, client in callers.node.items():
-        wanted = {model.ref for model in MODELS if model.tenant == tenant}
-        while missing := wanted - {model.id.partition("@")[0] for model in client.models.list()}:
-            if time.monotonic() > deadline_s:
-                raise StackFailed(f"the node has not heard of {sorted(missing)} in {READY_TIMEOUT_S:.0f} s")
-            time.sleep(0.05)
-    callers.close()
 
 
 def _wait_for_beat(stack: Stack, operator: bunkhouse.Client) -> None:

@@ -12,7 +12,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,19 @@ class Callers:
 def make_client(url: str, key: str) -> openai.OpenAI:
     """The client as its authors made it; without retries, so that every refusal is seen and counted."""
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=REQUEST_TIMEOUT_S)
+
+
+def wait_for_models(url: str, key: str, wanted: Collection[str], timeout_s: float) -> None:
+    """Wait until the node at ``url`` has heard of all these models (``tenant/name``) of the key's tenant.
+
+    A plan brings them and no client is told, so this asks. Raises ``TimeoutError``.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    with make_client(url, key) as client:
+        while missing := set(wanted) - {model.id.partition("@")[0] for model in client.models.list()}:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"the node has not heard of {sorted(missing)} in {timeout_s:.0f} s")
+            time.sleep(0.05)
 
 
 def make_jobs(count: int, seed: int) -> list[Job]:

@@ -18,18 +18,40 @@ from pathlib import Path
 from process_memory import WorkerMemory, read_worker
 from tiny_models import describe, opened
 
+from agent.config import AgentConfig
 from agent.devices import DeviceConfig
 from agent.facade import JSON, EngineFrame, EngineRequest
 from agent.spawning import Nursery
 from agent.workers import PackFiles, WorkerHandle
 from packer.sources import ASK
-from packer.types import GIB, ModelRef, ModelSpec, Task
+from packer.types import GIB, MIB, ModelRef, ModelSpec, Task
 
 DEVICE = DeviceConfig("cpu:0", "cpu", "cpu", GIB)
 # Long enough for a loaded machine; every wait ends as soon as the event is there.
 PATIENCE_S = 60
 TEXT = "Hello, what is the weather on the range today?"
 KEY = bytes(range(32))
+
+
+def config_in(folder: Path) -> AgentConfig:
+    """A node by itself, without control, with its state in ``folder`` and little of everything."""
+    return AgentConfig(
+        data_dir=folder,
+        control_url=None,
+        join_token_file=None,
+        control_store=None,
+        name="box",
+        listen_host="127.0.0.1",
+        listen_port=0,
+        advertise_url=None,
+        devices=(DEVICE,),
+        host_budget_bytes=MIB,
+        disk_budget_bytes=MIB,
+        request_timeout_ms=1000,
+        threads=1,
+        ready_file=None,
+        log_level="info",
+    )
 
 
 async def until_gone(pid: int) -> None:

@@ -9,12 +9,10 @@ not cover: planted bugs (``test_mutation`` and ``scripts/mutation.py``), one nod
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 from cluster_simulation import Fleet
+from hash_seeds import digests_under_two_hash_seeds
 
 SEEDS = range(60)
 # Fresh histories on every commit without a clock or randomness: another range can be named.
@@ -83,17 +81,6 @@ print(*(Fleet(seed).run().digest.hexdigest() for seed in range(8)))
 
 def test_the_same_seed_gives_the_same_trace_whatever_the_hash_seed() -> None:
     """A set that was iterated in either core, or at either edge, would order things by the hash seed."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests.parent), str(tests)])
-    digests = [
-        subprocess.run(
-            [sys.executable, "-c", PRINT_DIGESTS],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for hash_seed in ("1", "2")
-    ]
-    assert len(digests[0].split()) == 8
-    assert digests[0] == digests[1]
+    first, second = digests_under_two_hash_seeds(PRINT_DIGESTS)
+    assert len(first) == 8
+    assert first == second

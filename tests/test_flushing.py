@@ -11,34 +11,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from running_workers import DEVICE
+from running_workers import config_in
 
-from agent.config import AgentConfig
 from agent.counters import PendingRecord
 from agent.node import RunningNode
-from packer.types import MIB
 
 
 def node_in(folder: Path) -> RunningNode:
-    return RunningNode(
-        AgentConfig(
-            data_dir=folder,
-            control_url=None,
-            join_token_file=None,
-            control_store=None,
-            name="box",
-            listen_host="127.0.0.1",
-            listen_port=0,
-            advertise_url=None,
-            devices=(DEVICE,),
-            host_budget_bytes=MIB,
-            disk_budget_bytes=MIB,
-            request_timeout_ms=1000,
-            threads=1,
-            ready_file=None,
-            log_level="info",
-        )
-    )
+    return RunningNode(config_in(folder))
 
 
 def note(node: RunningNode, number: int) -> None:

@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from running_workers import DEVICE
+from running_workers import DEVICE, config_in
 
-from agent.config import AgentConfig
 from agent.counters import PENDING_RECORDS_MAX, Counters, PendingRecord
 from agent.devices import DeviceConfig
 from agent.journal import Journal, JournalFailed, PackRow, load_node_key
@@ -66,7 +65,7 @@ async def test_a_plan_is_in_force_on_a_full_disk_and_kept_when_there_is_room(
     """Nothing ends the node; what it can not keep is said once, and is kept as soon as that works."""
     monkeypatch.setattr("agent.journal.Journal", SmallJournal)
     caplog.set_level(logging.INFO)
-    node = RunningNode(_config(tmp_path))
+    node = RunningNode(config_in(tmp_path))
     journal = node._journal.journal
     assert isinstance(journal, SmallJournal)
     await node.accept_plan(plan(1, 0))
@@ -89,26 +88,6 @@ async def test_a_plan_is_in_force_on_a_full_disk_and_kept_when_there_is_room(
     assert caplog.text.count("the journal works again") == 1
     await node.loop.close()
     node._journal.close()
-
-
-def _config(folder: Path) -> AgentConfig:
-    return AgentConfig(
-        data_dir=folder,
-        control_url=None,
-        join_token_file=None,
-        control_store=None,
-        name="box",
-        listen_host="127.0.0.1",
-        listen_port=0,
-        advertise_url=None,
-        devices=(DEVICE,),
-        host_budget_bytes=MIB,
-        disk_budget_bytes=MIB,
-        request_timeout_ms=1000,
-        threads=1,
-        ready_file=None,
-        log_level="info",
-    )
 
 
 def test_records_that_the_journal_did_not_take_stay_bounded() -> None:

@@ -7,13 +7,11 @@ planted bugs that the worlds must catch. Does not cover: single rules (``test_re
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hash_seeds import digests_under_two_hash_seeds
 from mutants import MUTANTS, RATE_MUTANTS, Mutant, load
 from simulated_hands import Violated
 from simulation import World
@@ -168,20 +166,9 @@ print(*(world(seed).digest.hexdigest() for seed in range(12)))
 
 def test_the_same_seed_gives_the_same_trace_whatever_the_hash_seed() -> None:
     """A set that was iterated anywhere in the core would order things by the hash seed."""
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests.parent), str(tests)])
-    digests = [
-        subprocess.run(
-            [sys.executable, "-c", PRINT_DIGESTS],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for hash_seed in ("1", "2")
-    ]
-    assert len(digests[0].split()) == 12
-    assert digests[0] == digests[1]
+    first, second = digests_under_two_hash_seeds(PRINT_DIGESTS)
+    assert len(first) == 12
+    assert first == second
 
 
 @pytest.mark.parametrize("mutant", MUTANTS + RATE_MUTANTS, ids=lambda mutant: mutant.what.replace(" ", "-"))
