@@ -16,6 +16,7 @@ import signal
 import statistics
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -273,7 +274,8 @@ class LeakRun:
         await asyncio.sleep(self._chance.uniform(0, 0.01))
         pids = self._node.worker_pids()
         if pids:
-            os.kill(self._chance.choice(pids), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one that was killed before and is not missed yet
+                os.kill(self._chance.choice(pids), signal.SIGKILL)
         await asking
 
     async def _leave(self, spec: ModelSpec) -> None:
