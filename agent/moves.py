@@ -120,13 +120,22 @@ class Moves:
         self._shelf = shelf
         self._private = private
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="bunk-build")
-        self._cancelled: dict[ModelRef, threading.Event] = {}
+        # By order: those that bring a model in, from the moment that they are known, run or not.
+        self._coming: dict[int, tuple[ModelRef, threading.Event]] = {}
+        self._coming_lock = threading.Lock()
 
     def cancel(self, ref: ModelRef) -> None:
-        """Stop bringing a model in, if it is being brought in; from any thread, at once."""
-        cancelled = self._cancelled.get(ref)
-        if cancelled is not None:
-            cancelled.set()
+        """Stop bringing a model in, begun or waiting for its turn; from any thread, at once."""
+        with self._coming_lock:
+            for coming, cancelled in self._coming.values():
+                if coming == ref:
+                    cancelled.set()
+
+    def expect(self, order: Move) -> None:
+        """Called once before ``carry_out``: from now on the order can be cancelled."""
+        if isinstance(order, LoadOrigin | RestorePack):
+            with self._coming_lock:
+                self._coming[order.id] = (parse_wire_ref(order.spec.ref), threading.Event())
 
     def carry_out(self, order: Move, fds: list[int], reply: Callable[[Reply], None]) -> None:
         """Do it and say how it went; raises only what ``reply`` does. Closes the descriptors."""
@@ -134,6 +143,8 @@ class Moves:
             with self._failures(order.id, reply):
                 self._do(order, fds, reply)
         finally:
+            with self._coming_lock:
+                self._coming.pop(order.id, None)
             close_fds(fds)
 
     @contextmanager
@@ -193,7 +204,7 @@ class Moves:
                 _base_packs(pack.offers, rest[2:]),
             )
         ingest = Ingest(sources, ref, spec.engine, spec.task, target)
-        with self._arriving(ref) as (parked, cancelled):
+        with self._arriving(order) as (parked, cancelled):
             ingest.open()
             _check_layout(spec, ingest.layout, "the origin", TierError("", broken=True))
             fill = partial(ingest.fill, cancelled=cancelled)
@@ -223,7 +234,7 @@ class Moves:
             if order.proof:
                 _prove(reader, image, order.proof)
 
-        with self._arriving(ref) as (parked, cancelled):
+        with self._arriving(order) as (parked, cancelled):
             own, *bases = _files(fds, 1 + order.bases, order.direct)
             reader = PackReader(own.fd, order.data_key, ref, own.direct_fd, bases)
             index = reader.index
@@ -262,14 +273,14 @@ class Moves:
         return Done(order.id, taken_ms, facts.host_filled, facts.mapped, moved_bytes, cached)
 
     @contextmanager
-    def _arriving(self, ref: ModelRef) -> Iterator[tuple[Held | None, threading.Event]]:
+    def _arriving(self, order: LoadOrigin | RestorePack) -> Iterator[tuple[Held | None, threading.Event]]:
         """Announce a model; gives what is here of it, and what is set when it is not wanted any more."""
+        with self._coming_lock:
+            ref, cancelled = self._coming[order.id]
+        if cancelled.is_set():
+            raise TierError("the restore was cancelled before its turn came", cancelled=True)
         with self._shelf.arriving(ref) as parked:
-            cancelled = self._cancelled[ref] = threading.Event()
-            try:
-                yield parked, cancelled
-            finally:
-                del self._cancelled[ref]
+            yield parked, cancelled
 
     def _bring_in(
         self, new: Incoming, parked: Held | None, first_chunk: int = 0, pinned: bool = False

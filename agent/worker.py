@@ -169,6 +169,7 @@ class Worker:
         assert not isinstance(order, MoreFds)
         if not self._tenant:
             raise BadFrame("an order for a worker that has no tenant")
+        self._moves.expect(order)
         self._order_threads[type(order)].submit(self._carry_out, order, fds)
         return True
 

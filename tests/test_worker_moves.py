@@ -34,6 +34,9 @@ from running_workers import (
 )
 from tiny_models import find_minilm, opened, tiny_classifier, tiny_llama
 
+from agent.frames import Failed, Reply, RestorePack, Spawn, wire_spec
+from agent.moves import Moves
+from agent.shelf import Shelf
 from agent.spawning import Nursery
 from agent.workers import PackCopy, Segment, WorkerFailure, WorkerHandle
 from packer.types import MIB, HostForm, ModelSpec, Task
@@ -322,6 +325,24 @@ async def test_a_restore_that_nobody_wants_any_more_is_stopped(worker: WorkerHan
         assert arena_bytes(worker) == 0
         await worker.restore(minilm.spec, PackCopy(pack, KEY))
         assert await embed(worker, minilm)
+
+
+async def test_an_order_that_waits_for_its_turn_is_cancelled_too(minilm: Known, tmp_path: Path) -> None:
+    """Two restores run at a time; one behind them that nobody wants any more must not run at all. Another
+    model's order is not touched, and a later order for the same model is a new one."""
+    moves = Moves(Spawn(1, "acme", "cpu:0", "cpu", "", 1), Shelf(), tmp_path)
+    other = replace(minilm.spec, ref=replace(minilm.ref, name="other"))
+    replies: list[Reply] = []
+    for number, spec in ((1, minilm.spec), (2, other)):
+        moves.expect(RestorePack(number, wire_spec(spec), KEY))
+    moves.cancel(minilm.ref)
+    moves.expect(RestorePack(3, wire_spec(minilm.spec), KEY))
+    for number, spec in ((1, minilm.spec), (2, other), (3, minilm.spec)):
+        # An empty file is no pack: an order that is carried out finds that.
+        descriptor = os.open(tmp_path, os.O_TMPFILE | os.O_RDWR)
+        moves.carry_out(RestorePack(number, wire_spec(spec), KEY), [descriptor], replies.append)
+    assert [isinstance(reply, Failed) and reply.cancelled for reply in replies] == [True, False, False]
+    assert all(isinstance(reply, Failed) and reply.corrupt for reply in replies[1:])
 
 
 async def test_several_models_of_a_tenant_live_side_by_side(
