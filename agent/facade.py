@@ -24,17 +24,20 @@ JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JS
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One order to an engine. ``op`` is ``embed``, ``classify`` or ``generate``.
+    """One order to an engine. ``op`` is ``embed``, ``classify``, ``generate`` or ``infer``.
 
     ``fields`` is what the order needs, already checked for types and limits by the gateway:
     ``embed`` and ``classify`` take ``inputs`` (texts, or lists of token numbers); ``generate`` takes
     one of ``prompt``, ``messages`` or ``tokens``, ``stop`` (texts), and when the caller gave them
     ``max_tokens`` (absent: as many as the model's context allows), ``temperature``, ``top_p`` (absent: what
-    the model's directory says) and ``seed`` (absent: not seeded).
+    the model's directory says) and ``seed`` (absent: not seeded); ``infer`` takes ``inputs`` (maps of
+    ``name``, ``datatype`` and ``shape``) and ``outputs`` (names; empty: all), and in ``body`` the raw
+    little-endian tensors, one after the other in the order of ``inputs``.
     """
 
     op: str
     fields: Mapping[str, JSON] = field(default_factory=dict)
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class EngineFrame:
     ``classify``: one frame, header ``labels``, ``prompt_tokens``; body float32 [inputs, labels].
     ``generate``: frames with ``delta`` (text), then one with ``finish_reason`` (``stop`` or ``length``);
     every one with ``prompt_tokens`` and ``completion_tokens``, as counted so far.
+    ``infer``: one frame, header ``outputs`` (maps of ``name``, ``datatype`` and ``shape``); body the raw
+    tensors in that order.
     """
 
     header: Mapping[str, JSON] = field(default_factory=dict)

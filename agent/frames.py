@@ -33,6 +33,8 @@ FDS_PER_ORDER_MAX = 300
 FRAME_HEADER_BYTES_MAX = 8 * MIB
 # 2,048 inputs of 8,192 dimensions in float32.
 FRAME_BODY_BYTES_MAX = 64 * MIB
+# Bodies of requests that one worker holds, arriving or waiting; whoever comes beyond that waits before it.
+BODIES_BYTES_MAX = FRAME_BODY_BYTES_MAX
 # Longest error text that travels; the rest is cut.
 MESSAGE_CHARS_MAX = 2000
 
@@ -277,7 +279,7 @@ nursery_replies_decoder: msgspec.json.Decoder[NurseryReply] = msgspec.json.Decod
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
-    """Answer a request with a resident model."""
+    """Answer a request with a resident model. The frame's body is the request's."""
 
     id: int
     ref: str

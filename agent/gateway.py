@@ -75,6 +75,7 @@ ENDPOINTS = {
     Task.EMBEDDING: "/v1/embeddings",
     Task.CLASSIFICATION: "/v1/classify",
     Task.GENERATION: "/v1/chat/completions or /v1/completions",
+    Task.TENSORS: "/v2/models/{model}/infer",
 }
 # An engine speaks of its own fields; the caller knows these.
 _API_FIELDS = {"inputs": "input", "tokens": "prompt"}

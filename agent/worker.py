@@ -31,6 +31,7 @@ import torch
 from agent.early import GateFailed
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import (
+    BODIES_BYTES_MAX,
     LENGTHS_BYTES,
     BadFrame,
     Bind,
@@ -107,6 +108,7 @@ class Waiting:
     """A request that waits for the compute thread, or is in it."""
 
     run: Run
+    body: bytes
     cancelled: threading.Event
 
 
@@ -191,11 +193,12 @@ class Worker:
             if len(self._received) < end:
                 break
             frame = decode(to_worker_decoder, self._received[LENGTHS_BYTES : LENGTHS_BYTES + header])
+            carried = bytes(memoryview(self._received)[LENGTHS_BYTES + header : end])
             del self._received[:end]
-            self._take_frame(frame)
+            self._take_frame(frame, carried)
         return True
 
-    def _take_frame(self, frame: ToWorker) -> None:
+    def _take_frame(self, frame: ToWorker, body: bytes) -> None:
         if isinstance(frame, Cancel):
             waiting = self._waiting.get(frame.id)
             if waiting is not None:
@@ -205,7 +208,12 @@ class Worker:
             raise BadFrame(
                 f"run {frame.id}: {len(self._waiting)} are waiting, the limit is {RUNS_WAITING_MAX}"
             )
-        waiting = Waiting(frame, threading.Event())
+        if (
+            body
+            and len(body) + sum(len(other.body) for other in [*self._waiting.values()]) > BODIES_BYTES_MAX
+        ):
+            raise BadFrame(f"run {frame.id}: bodies above the limit of {BODIES_BYTES_MAX} bytes are waiting")
+        waiting = Waiting(frame, body, threading.Event())
         self._waiting[frame.id] = waiting
         self._runs.put(waiting)
 
@@ -276,8 +284,8 @@ class Worker:
             fields: dict[str, JSON] = msgspec.json.decode(run.fields)
             ref = parse_wire_ref(run.ref)
             with self._shelf.using(ref) as (held, _):
-                self._peak.begin(ref, len(run.fields))
-                held.model.run(EngineRequest(run.op, fields), emit, waiting.cancelled.is_set)
+                self._peak.begin(ref, len(run.fields) + len(waiting.body))
+                held.model.run(EngineRequest(run.op, fields, waiting.body), emit, waiting.cancelled.is_set)
             return End(run.id)
         except EngineError as error:
             return Fault(run.id, error.code, cut(error.message), error.field)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from agent.bodies import Bodies
 from agent.devices import DeviceConfig
 from agent.due import Due
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
@@ -209,7 +210,7 @@ class WorkerHandle:
         self._serving: dict[int, Callable[[int], None]] = {}
         self._replies: dict[int, asyncio.Future[Done]] = {}
         self._answers: dict[int, _Answer] = {}
-        self._due = Due()
+        self._due, self._bodies = Due(), Bodies()
         self._buffered_bytes = 0
         self._room = asyncio.Event()
         self._room.set()
@@ -330,9 +331,7 @@ class WorkerHandle:
         fds: Mapping[str, int],
     ) -> tuple[int, ...]:
         """Make chunks of a pack again from its origin; returns those that are still bad. ``pack_fds``: the
-        pack and its bases, open to read and write.
-
-        Raises ``WorkerFailure`` and ``WorkerDead``.
+        pack and its bases, open to read and write. Raises ``WorkerFailure`` and ``WorkerDead``.
         """
         number = next(self._ids)
         files = tuple(file for file in spec.files if file.path.endswith(".safetensors"))
@@ -454,11 +453,13 @@ class WorkerHandle:
         answer = self._answers[number] = _Answer()
         try:
             run = Run(number, str(ref), request.op, encode_value(request.fields))
+            await self._bodies.take(number, len(request.body))
             loop = asyncio.get_running_loop()
             try:
                 self._due.asked(number, loop.time())
-                await self._write(run)
+                await self._write(run, request.body)
             except BadFrame as error:
+                self._bodies.give(number)
                 self._due.heard(number, True, loop.time())  # it was never sent
                 raise EngineError("invalid_request", str(error)) from None
             while True:
@@ -495,11 +496,11 @@ class WorkerHandle:
             self._room.set()
         return taken
 
-    async def _write(self, frame: ToWorker) -> None:
+    async def _write(self, frame: ToWorker, body: bytes = b"") -> None:
         if self._writer is None or self.died.is_set():
             raise WorkerDead(f"worker {self.pid} is gone")
         try:
-            self._writer.writelines(encode_frame(frame))
+            self._writer.writelines(encode_frame(frame, body))
             await self._writer.drain()
         except OSError as error:
             raise WorkerDead(f"worker {self.pid}: {error}") from None
@@ -516,6 +517,8 @@ class WorkerHandle:
                     continue
                 ended = not isinstance(frame, Piece)
                 busy_s = self._due.heard(frame.id, ended, asyncio.get_running_loop().time())
+                if ended:
+                    self._bodies.give(frame.id)
                 answer = self._answers.get(frame.id)
                 if answer is None:  # its caller has left
                     if busy_s:
@@ -577,6 +580,7 @@ class WorkerHandle:
         if self._writer is not None:
             self._writer.close()
         self.died.set()
+        self._bodies.give_all()
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(WorkerDead(f"worker {self.pid} is gone"))

@@ -8,6 +8,7 @@ their encoding on the wire (``wire``), or the layout of a model's bytes (``layou
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -78,6 +79,76 @@ class Task(StrEnum):
     EMBEDDING = "embedding"
     CLASSIFICATION = "classification"
     GENERATION = "generation"
+    TENSORS = "tensors"  # named tensors in, named tensors out: see ``TensorSignature``
+
+
+# Bytes of one element, by the names of the Open Inference Protocol; a BOOL is one byte on the wire.
+DATATYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1,
+    "UINT8": 1,
+    "INT8": 1,
+    "INT16": 2,
+    "INT32": 4,
+    "INT64": 8,
+    "FP16": 2,
+    "BF16": 2,
+    "FP32": 4,
+    "FP64": 8,
+}
+# Tensors on one side of a model. Key-value caches of deep models have about 100, and they stay in the worker.
+PORTS_MAX = 64
+PORT_NAME_PATTERN = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.:\-]{0,62}[A-Za-z0-9_])?")
+PORT_DIMS_MAX = 8
+# A dimension's size; more elements than this do not fit a request anyway.
+PORT_SIZE_MAX = 2**31 - 1
+FREE_DIMENSION = -1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPort:
+    """One tensor that a model takes or gives. ``datatype``: a key of ``DATATYPE_BYTES``; a size of -1 is
+    whatever a request brings."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSignature:
+    """What a model for ``Task.TENSORS`` takes and gives, in its own order."""
+
+    inputs: tuple[TensorPort, ...]
+    outputs: tuple[TensorPort, ...]
+
+
+def check_signature(signature: TensorSignature, field: str = "signature") -> None:
+    """Raise ``BadValue`` unless every name, datatype and shape is within the limits."""
+    for side, ports in (("inputs", signature.inputs), ("outputs", signature.outputs)):
+        if not 0 < len(ports) <= PORTS_MAX:
+            raise BadValue(f"{field}.{side}", f"must hold 1 to {PORTS_MAX} tensors, not {len(ports)}")
+        if len({port.name for port in ports}) != len(ports):
+            raise BadValue(f"{field}.{side}", "two tensors have the same name; rename one")
+        for number, port in enumerate(ports):
+            _check_port(port, f"{field}.{side}[{number}]")
+
+
+def _check_port(port: TensorPort, field: str) -> None:
+    if not PORT_NAME_PATTERN.fullmatch(port.name):
+        raise BadValue(
+            f"{field}.name",
+            f"{port.name[:80]!r} is not a tensor's name: use 1 to 64 of letters, digits, '_', '-', '.', ':'",
+        )
+    if port.datatype not in DATATYPE_BYTES:
+        raise BadValue(
+            f"{field}.datatype", f"{port.datatype[:20]!r} is not one of {', '.join(DATATYPE_BYTES)}"
+        )
+    if len(port.shape) > PORT_DIMS_MAX or not all(
+        size == FREE_DIMENSION or 0 <= size <= PORT_SIZE_MAX for size in port.shape
+    ):
+        raise BadValue(
+            f"{field}.shape", f"must be at most {PORT_DIMS_MAX} sizes from 0 to {PORT_SIZE_MAX}, or -1"
+        )
 
 
 def parse_tenant(text: str, field: str = "tenant") -> str:
@@ -242,3 +313,4 @@ class ModelSpec:
     workspace_bytes: int
     created_ms: int
     latest: bool = True
+    signature: TensorSignature | None = None  # of a model for ``Task.TENSORS``; None of every other

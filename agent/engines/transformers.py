@@ -57,6 +57,7 @@ _ROUTES = {
     Task.EMBEDDING: "/v1/embeddings",
     Task.CLASSIFICATION: "/v1/classify",
     Task.GENERATION: "/v1/completions or /v1/chat/completions",
+    Task.TENSORS: "/v2/models/{model}/infer",
 }
 _Fields = TypeVar("_Fields", bound=msgspec.Struct)
 # Building patches a method of every module class, so one at a time.
