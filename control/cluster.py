@@ -191,6 +191,10 @@ class NodeView:
     life: str = ""  # of the process whose report this is
     number: int = 0
     in_flight: int = 0  # requests that this router has sent and not seen end
+    # Requests in flight when it reported: what it said itself, and what this router had sent to it.
+    load_said: int = 0
+    in_flight_then: int = 0
+    # Set while it could not be reached: it is asked last until then. Zero: it can be reached.
     avoid_until_ms: int = 0
 
 
@@ -209,6 +213,7 @@ class Cluster:
 
     nodes: dict[str, NodeView] = field(default_factory=dict)
     newest: tuple[int, int] = (0, 0)
+    in_flight: int = 0  # of all nodes
     expected: dict[ModelRef, Expected] = field(default_factory=dict)
     turns: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # at the origin: (node, until ms)
 
@@ -220,6 +225,7 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
             cluster.nodes.setdefault(node, NodeView(node, gateway_url)).gateway_url = gateway_url
         case NodeRemoved(node):
             removed = cluster.nodes.pop(node, None)
+            cluster.in_flight -= removed.in_flight if removed is not None else 0
             ended: list[Action] = [EndPoll(node)] if removed is not None and removed.waits else []
             return ended + _end_turns(cluster, node)
         case NodeBeat():
@@ -234,10 +240,7 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
         case Routed(node, ref, nbytes):
             _expect(cluster, node, ref, nbytes, now_ms)
         case Answered(node, reached):
-            if (view := cluster.nodes.get(node)) is not None:
-                view.in_flight = max(0, view.in_flight - 1)
-                if not reached:
-                    view.avoid_until_ms = now_ms + AVOID_MS
+            _answered(cluster, node, reached, now_ms)
         case SourceAsked():
             return _answer_source(cluster, event, now_ms)
         case Ticked():
@@ -275,6 +278,8 @@ def _take_report(cluster: Cluster, view: NodeView, event: NodeBeat) -> list[Acti
     view.peer_url = event.report.peer_url
     view.report = event.report
     view.by_ref = {model.ref: model for model in event.report.models}
+    view.load_said = sum(model.leases + model.waiting for model in event.report.models)
+    view.in_flight_then = view.in_flight
     view.avoid_until_ms = 0
     return _note_packs(cluster, view)
 
@@ -291,10 +296,23 @@ def _answer_polls(cluster: Cluster) -> list[Action]:
 def _expect(cluster: Cluster, node: str, ref: ModelRef, nbytes: int, now_ms: int) -> None:
     if (view := cluster.nodes.get(node)) is not None:
         view.in_flight += 1
+        cluster.in_flight += 1
+        if view.avoid_until_ms:
+            # It could not be reached last time: this request finds out for all others.
+            view.avoid_until_ms = now_ms + AVOID_MS
     cluster.expected.pop(ref, None)
     cluster.expected[ref] = Expected(node, now_ms + EXPECTED_MS, nbytes)
     while len(cluster.expected) > EXPECTED_MAX:
         del cluster.expected[next(iter(cluster.expected))]
+
+
+def _answered(cluster: Cluster, node: str, reached: bool, now_ms: int) -> None:
+    if (view := cluster.nodes.get(node)) is None:
+        return
+    if view.in_flight:  # a node that was removed and joined again does not know of earlier requests
+        view.in_flight -= 1
+        cluster.in_flight -= 1
+    view.avoid_until_ms = 0 if reached else now_ms + AVOID_MS
 
 
 def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
@@ -328,6 +346,8 @@ def check(cluster: Cluster) -> None:
     """The invariants, after a step: bounds hold, and nothing is remembered of nodes that are no more."""
     if len(cluster.expected) > EXPECTED_MAX or len(cluster.turns) > TURNS_MAX:
         raise FleetBroken(f"{len(cluster.expected)} expectations, {len(cluster.turns)} turns")
+    if cluster.in_flight != (total := sum(view.in_flight for view in cluster.nodes.values())):
+        raise FleetBroken(f"{cluster.in_flight} requests in flight in all, {total} by node")
     for ref, (holder, _) in cluster.turns.items():
         view = cluster.nodes.get(holder)
         if view is None or view.silent:
@@ -337,6 +357,8 @@ def check(cluster: Cluster) -> None:
     for view in cluster.nodes.values():
         if view.in_flight < 0:
             raise FleetBroken(f"{view.in_flight} requests in flight to {view.node}")
+        if view.load_said < 0 or view.in_flight_then < 0:
+            raise FleetBroken(f"{view.node} said {view.load_said} of {view.in_flight_then} requests")
         if view.have > cluster.newest:
             raise FleetBroken(f"{view.node} has plan {view.have}, the newest is {cluster.newest}")
         if view.waits and view.have == cluster.newest and view.report is None:
@@ -414,30 +436,37 @@ def knows(cluster: Cluster, node: str, seq: int) -> bool:
     return view is not None and view.have >= (cluster.newest[0], seq)
 
 
-def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) -> Sequence[str]:
-    """Nodes that may answer for ``ref``, best first.
+def is_there(cluster: Cluster, node: str, ref: ModelRef) -> bool:
+    """Whether the node has bytes of the model in any tier, as far as it said."""
+    view = cluster.nodes.get(node)
+    known = view.by_ref.get(str(ref)) if view is not None else None
+    return known is not None and (
+        known.state in ("resident", "restoring") or known.host_bytes + known.disk_bytes > 0
+    )
 
-    Where the bytes are counts first (device, then on its way, host, disk), then whether a device has room,
-    then load, roughly, then the best fit, so that large holes stay whole. Ties are broken by a hash of model
-    and node, so that cold models spread and each goes home.
+
+def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) -> Sequence[str]:
+    """Nodes that may answer for ``ref``, best first. Not among them: silent and draining nodes, and those
+    whose every device is broken.
+
+    Where the bytes are counts first (device, then on its way, then host or disk by what a restore takes),
+    then whether a device has room, then load, roughly, then the best fit, so that large holes stay whole.
+    Ties are broken by a hash of model and node, so that cold models spread and each goes home.
     """
-    able = [
-        view
-        for view in cluster.nodes.values()
-        if not view.silent and view.report is not None and not view.report.draining and view.gateway_url
-    ]
-    distances = {view.node: _distance(cluster, view, ref, now_ms) for view in able}
+    text = str(ref)
+    able = [view for view in cluster.nodes.values() if _able(view)]
+    distances = {view.node: _distance(cluster, view, ref, text, now_ms) for view in able}
     # Where it is on a device already, or coming there, its room is there too.
     cold = min(distances.values(), default=0) > COMING
     left = _left_over(cluster, able, image_bytes, now_ms) if cold else {}
     ranked = []
     for view in able:
         room = left.get(view.node)
-        spread = hashlib.sha256(f"{ref}|{view.node}".encode()).hexdigest()
+        spread = hashlib.sha256(f"{text}|{view.node}".encode()).hexdigest()
         ranked.append(
             (
                 view.avoid_until_ms > now_ms,
-                distances[view.node],
+                _cost(view, text, distances[view.node]),
                 room is None,
                 _load(view) // LOAD_BAND,
                 room if room is not None and distances[view.node] == NOWHERE else 0,
@@ -447,6 +476,22 @@ def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) 
             )
         )
     return [entry[-1] for entry in sorted(ranked)]
+
+
+def _able(view: NodeView) -> bool:
+    report = view.report
+    if view.silent or report is None or report.draining or not view.gateway_url:
+        return False
+    return not report.devices or any(device.healthy for device in report.devices)
+
+
+def _cost(view: NodeView, text: str, distance: int) -> tuple[int, int, int]:
+    """What it takes until the model could answer here. Host memory or disk: by what the node expects, in
+    powers of two, since finer differences are less than what estimates are off by; else by tier."""
+    known = view.by_ref.get(text)
+    if known is None or distance in (0, COMING, NOWHERE):
+        return (distance, 0, 0)
+    return (COMING + 1, known.restore_ms_estimate.bit_length(), distance)
 
 
 def _left_over(cluster: Cluster, views: Sequence[NodeView], image_bytes: int, now_ms: int) -> dict[str, int]:
@@ -472,10 +517,10 @@ def _left_over(cluster: Cluster, views: Sequence[NodeView], image_bytes: int, no
     return left_over(list(bins.values()), Wanted(str(image_bytes), image_bytes))
 
 
-def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, now_ms: int) -> int:
+def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, text: str, now_ms: int) -> int:
     """0 on a device, 1 on its way there (``COMING``), 2 in host memory, 3 on disk, 4 ``NOWHERE``."""
-    known = view.by_ref.get(str(ref))
-    if known is not None and known.state == "resident":
+    known = view.by_ref.get(text)
+    if known is not None and known.state == "resident" and not _on_broken(view, known):
         return 0
     sent = cluster.expected.get(ref)
     there = sent is not None and sent.node == view.node and sent.until_ms > now_ms
@@ -486,7 +531,12 @@ def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, now_ms: int) -> i
     return 3 if known is not None and known.disk_bytes else NOWHERE
 
 
+def _on_broken(view: NodeView, known: ModelReport) -> bool:
+    """What lies on a device that the node has given up must be restored to another."""
+    devices = view.report.devices if view.report is not None else ()
+    return any(device.device == known.device and not device.healthy for device in devices)
+
+
 def _load(view: NodeView) -> int:
-    """Requests in flight: what this router sent, or what the node says, whichever is more."""
-    reported = sum(model.leases + model.waiting for model in view.by_ref.values())
-    return max(view.in_flight, reported)
+    """Requests in flight: what the node said, and what this router has sent to it and seen end since."""
+    return max(view.in_flight, view.load_said + view.in_flight - view.in_flight_then)

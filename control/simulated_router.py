@@ -27,7 +27,7 @@ class Router:
             if view is None:
                 view = cluster.nodes[box.name] = NodeView(box.name, f"http://{box.name}")
             view.report = _report(box)
-            view.in_flight = len(box.node.requests)
+            view.in_flight = view.in_flight_then = len(box.node.requests)
             view.by_ref = {str(spec.ref): _model_report(box, model)}
         chosen = choose_node(cluster, spec.ref, spec.image_bytes, now_ms)[0]
         step(cluster, Routed(chosen, spec.ref), now_ms)

@@ -45,7 +45,9 @@ from control.catalog import (
 )
 from control.config import Config
 from control.model_store import ModelStore
+from control.node_session import open_session
 from control.questions import Questions
+from control.router_counters import RouterCounters
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
 from packer.durable import write_private
 from packer.http import BodyBudget, make_key
@@ -117,6 +119,7 @@ class Control:
         self._kept: set[asyncio.Task[object]] = set()
         self._background: list[asyncio.Task[None]] = []
         self.questions = Questions(self._end_poll)
+        self.routed = RouterCounters()
         self.stopping = False
         self.start_name = secrets.token_hex(8)
         # Set by start().
@@ -145,8 +148,7 @@ class Control:
         await self._ensure_operator()
         await asyncio.to_thread(self._sweep_files)
         self.remember_nodes()
-        connector = aiohttp.TCPConnector(limit=0)  # bounded by the router's own limit
-        self.session = aiohttp.ClientSession(connector=connector, auto_decompress=False, trust_env=False)
+        self.session = open_session()
         self.run_background()
 
     def remember_nodes(self) -> None:

@@ -76,7 +76,7 @@ MODULE_TESTS = {
     "control.cluster": ("test_cluster", "test_sources_route", "test_router"),
     "control.state": ("test_control", "test_control_recovers", "test_control_crash"),
     "control.routes.nodes": ("test_control", "test_control_recovers", "attacks/test_control_auth"),
-    "control.routes.router": ("test_router",),
+    "control.routes.forwarding": ("test_router", "test_forwarding"),
     "control.store": ("test_store", "test_control"),
     "agent.uplink": ("test_push", "test_uplink", "attacks/test_join"),
     "agent.keeper": ("test_full_disk", "test_uplink"),

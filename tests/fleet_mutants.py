@@ -11,7 +11,7 @@ from mutants import Mutant
 CLUSTER, WIRE, UPLINK, KEEPER = "control.cluster", "packer.wire", "agent.uplink", "agent.keeper"
 STATE, ROUTES, STORE, SOURCES = "control.state", "control.routes.nodes", "control.store", "agent.sources"
 RATES, PLACEMENT, INTENSITY, KEEP = "packer.rates", "packer.placement", "packer.intensity", "packer.keep"
-ROUTER, JOURNAL, REPORTS = "control.routes.router", "agent.journal", "agent.reports"
+ROUTER, JOURNAL, REPORTS = "control.routes.forwarding", "agent.journal", "agent.reports"
 
 FLEET_MUTANTS = (
     # --- control's core
@@ -90,8 +90,8 @@ FLEET_MUTANTS = (
     Mutant(
         "a routed call counts for ever",
         CLUSTER,
-        "                view.in_flight = max(0, view.in_flight - 1)\n",
-        "                pass\n",
+        "        view.in_flight -= 1\n        cluster.in_flight -= 1\n",
+        "        pass\n",
     ),
     Mutant(
         "an expectation never ends",
@@ -120,8 +120,20 @@ FLEET_MUTANTS = (
     Mutant(
         "draining nodes are sent requests",
         CLUSTER,
-        "and view.report is not None and not view.report.draining and view.gateway_url",
-        "and view.report is not None and view.gateway_url",
+        "report is None or report.draining or",
+        "report is None or",
+    ),
+    Mutant(
+        "what was sent since a report does not count",
+        CLUSTER,
+        "view.load_said + view.in_flight - view.in_flight_then",
+        "view.load_said",
+    ),
+    Mutant(
+        "a node that can be reached again is avoided on",
+        CLUSTER,
+        "    view.avoid_until_ms = 0 if reached else now_ms + AVOID_MS\n",
+        "    view.avoid_until_ms = view.avoid_until_ms if reached else now_ms + AVOID_MS\n",
     ),
     # --- the wire
     Mutant(
@@ -333,8 +345,20 @@ FLEET_MUTANTS = (
     Mutant(
         "a routed call that could not be sent stays in flight",
         ROUTER,
-        "            if not answered:\n",
-        "            if not answered and reached:\n",
+        "        if not answered:\n",
+        "        if not answered and reached:\n",
+    ),
+    Mutant(
+        "a refusal that another node makes up for stays in flight",
+        ROUTER,
+        "    answer.close()\n    control.act(fleet.step(control.cluster, fleet.Answered(node, True)",
+        '    answer.close()\n    control.act(fleet.step(control.cluster, fleet.Answered("", True)',
+    ),
+    Mutant(
+        "a body that was begun is sent again",
+        ROUTER,
+        "if not left or not call.sendable:",
+        "if not left:",
     ),
     # --- rates, placement, keep
     Mutant("a burst is one too large", RATES, "(self.burst - units)", "(self.burst - units + 1)"),

@@ -23,8 +23,8 @@ from control import cluster as fleet
 from control.catalog import Change, NodeRow, model_arrival, model_removal
 from control.config import Config
 from control.routes.access import Caller
+from control.routes.forwarding import Call, NodeUnreachable, first_answer
 from control.routes.nodes import _decode, add_node, answer_beat, answer_sources, remove_node
-from control.routes.router import Call, NodeUnreachable, first_answer
 from control.state import Control
 from control.store import Store, StoreUnavailable
 from packer.http import ApiError
@@ -54,6 +54,7 @@ class Reply:
     status: int
     end: asyncio.Future[None]
     left: Callable[[], None]
+    code: str = ""
 
     def close(self) -> None:
         self.left()
@@ -170,7 +171,7 @@ class SimulatedControl(Control):
             return await send(node)
 
         try:
-            node, reply = await first_answer(self, Caller(), Call(spec, "", "", {}, b""), sent)
+            node, reply = await first_answer(self, Caller(), Call(spec, "POST", "", "", {}, b""), sent)
         except ApiError as error:
             return error.status
         reached = False

@@ -37,7 +37,7 @@ from agent.remembering import Remembering
 from agent.reports import build_report
 from agent.sources import Obtained
 from agent.spending import Spending
-from control.routes.router import NodeUnreachable
+from control.routes.forwarding import NodeUnreachable
 from packer.events import (
     Action,
     DeviceSeen,

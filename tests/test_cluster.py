@@ -11,6 +11,7 @@ from dataclasses import replace
 from running_control import empty_report, model_report
 
 from control.cluster import (
+    AVOID_MS,
     EXPECTED_MAX,
     EXPECTED_MS,
     LOAD_BAND,
@@ -35,6 +36,7 @@ from control.cluster import (
     Ticked,
     WakeSources,
     choose_node,
+    is_there,
     knows,
     step,
 )
@@ -191,6 +193,69 @@ def test_bytes_decide_first() -> None:
     assert order(cluster) == ["b", "d", "c", "a", "e"]
 
 
+def test_a_restore_that_takes_less_comes_before_load_and_after_residency() -> None:
+    """A tier says little about a slow box: what the node expects decides between host memory and disk."""
+    far, near = (
+        model_report(str(REF), "absent", disk_bytes=1, restore_ms_estimate=ms) for ms in (4_000, 400)
+    )
+    busy = model_report(str(OTHER), "resident", leases=5 * LOAD_BAND)
+    slow = model_report(str(REF), "absent", host_bytes=1, disk_bytes=1, restore_ms_estimate=3_000)
+    cluster = cluster_of(beat("a", far), beat("b", near, busy), beat("c", slow))
+    assert order(cluster) == ["b", "c", "a"]
+    # Differences within a power of two are noise: then the tier counts, and then load.
+    alike = model_report(str(REF), "absent", disk_bytes=1, restore_ms_estimate=2_100)
+    step(cluster, beat("a", alike), 0)
+    assert order(cluster) == ["b", "c", "a"]
+    step(cluster, beat("c", alike), 0)
+    step(cluster, beat("a", alike, busy), 0)
+    assert order(cluster) == ["b", "c", "a"]
+    step(cluster, beat("a", model_report(str(REF), "resident", leases=1)), 0)
+    assert order(cluster)[0] == "a"
+
+
+def test_callers_of_one_moment_do_not_all_go_to_the_least_loaded() -> None:
+    """Between two reports the router's own count: what it sent since adds to what the node said."""
+
+    def resident(node: str, leases: int) -> NodeBeat:
+        return beat(node, model_report(str(REF), "resident", leases=leases))
+
+    cluster = cluster_of(resident("a", 10), resident("b", 4), resident("c", 4))
+    sent = []
+    for _ in range(12):
+        sent.append(order(cluster)[0])
+        step(cluster, Routed(sent[-1], REF), 0)
+    assert {node: sent.count(node) for node in "abc"} == {"a": 0, "b": 6, "c": 6}
+    # Their reports have those requests in them; they are not counted twice.
+    step(cluster, resident("b", 10), 1)
+    step(cluster, resident("c", 10), 1)
+    step(cluster, Routed(order(cluster)[0], REF), 1)
+    step(cluster, Routed(order(cluster)[0], REF), 1)
+    step(cluster, Routed(order(cluster)[0], REF), 1)
+    assert [view.in_flight for view in cluster.nodes.values()] == [1, 7, 7]
+    # What ends after a report takes off what the node said.
+    for _ in range(7):
+        step(cluster, Answered("c", True), 2)
+    assert order(cluster)[0] == "c"
+
+
+def test_broken_devices_get_nothing() -> None:
+    """A node whose every device is given up can not answer; with one left it can, after a restore."""
+
+    def quarantined(node: str, healthy: bool) -> NodeBeat:
+        known = model_report(str(REF), "resident", device="cpu:0", disk_bytes=1)
+        event = beat(node, known)
+        broken = replace(event.report.devices[0], healthy=False)
+        other = replace(event.report.devices[0], device="cpu:1", healthy=healthy)
+        return replace(event, report=replace(event.report, devices=(broken, other)))
+
+    cluster = cluster_of(
+        quarantined("a", False),
+        quarantined("b", True),
+        beat("c", model_report(str(REF), "absent", host_bytes=1)),
+    )
+    assert order(cluster) == ["c", "b"]
+
+
 def test_among_equals_the_less_loaded_wins() -> None:
     def resident(node: str, leases: int) -> NodeBeat:
         return beat(node, model_report(str(REF), "resident", leases=leases))
@@ -267,6 +332,27 @@ def test_a_node_that_could_not_be_reached_is_asked_last_until_it_speaks() -> Non
     assert order(cluster, now_ms=1)[-1] == "a"
     step(cluster, beat("a", model_report(str(REF), "resident")), 2)
     assert order(cluster, now_ms=3)[0] == "a"
+
+
+def test_one_request_finds_out_whether_a_node_is_back() -> None:
+    """When the time to avoid it is over, the others do not wait for it as well."""
+    cluster = cluster_of(beat("a", model_report(str(REF), "resident")))
+    step(cluster, Routed("a", REF), 0)
+    step(cluster, Answered("a", False), 0)
+    assert order(cluster, now_ms=AVOID_MS)[0] == "a"
+    step(cluster, Routed("a", REF), AVOID_MS)
+    assert order(cluster, now_ms=AVOID_MS)[-1] == "a"
+    step(cluster, Answered("a", True), AVOID_MS + 1)
+    assert order(cluster, now_ms=AVOID_MS + 1)[0] == "a"
+
+
+def test_where_a_model_is() -> None:
+    cluster = cluster_of(
+        beat("a", model_report(str(REF), "resident")),
+        beat("b", model_report(str(REF), "absent", disk_bytes=1), model_report(str(OTHER), "absent")),
+    )
+    assert [is_there(cluster, node, REF) for node in "abcz"] == [True, True, False, False]
+    assert not is_there(cluster, "b", OTHER)
 
 
 def test_expectations_are_bounded_and_end() -> None:

@@ -8,96 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from running_control import Answer, FakeNode, Running, empty_report, model_files, model_report, running, until
-
-Respond = Callable[[web.Request, bytes], Awaitable[web.StreamResponse]]
-
-
-@dataclass(slots=True)
-class Seen:
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-
-@dataclass(slots=True)
-class Gateway:
-    """A node's gateway that records what reaches it and answers as the test says."""
-
-    name: str
-    url: str = ""
-    seen: list[Seen] = field(default_factory=list)
-    left: asyncio.Event = field(default_factory=asyncio.Event)
-    respond: Respond | None = None
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        body = await request.read()
-        self.seen.append(Seen(request.method, request.path_qs, dict(request.headers), body))
-        try:
-            if self.respond is not None:
-                return await self.respond(request, body)
-            headers = {"x-bunkhouse-node": self.name, "x-bunkhouse-tier": "disk", "x-request-id": "req_n"}
-            return web.json_response({"node": self.name}, headers=headers | {"x-secret": "s"})
-        except asyncio.CancelledError:
-            self.left.set()
-            raise
-
-
-@asynccontextmanager
-async def gateway(name: str) -> AsyncIterator[Gateway]:
-    made = Gateway(name)
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", made.handle)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    made.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    try:
-        yield made
-    finally:
-        await runner.cleanup()
-
-
-@dataclass(slots=True)
-class Fleet:
-    """A control server, one tenant with one model, and two joined nodes that know it."""
-
-    control: Running
-    key: str
-    ref: str
-    gateways: tuple[Gateway, Gateway]
-    nodes: tuple[FakeNode, FakeNode]
-    folder: Path
-
-    async def beat(self, position: int, state: str = "absent", **changes: int) -> None:
-        """Let a node take the newest plan and report the model."""
-        node, at = self.nodes[position], self.gateways[position].url
-        await node.beat(self.folder)
-        await node.beat(self.folder, report=empty_report(at, (model_report(self.ref, state, **changes),)))
-
-    async def embed(self, model: str = "acme/m", path: str = "/v1/embeddings") -> Answer:
-        return await self.control.call("POST", path, {"model": model, "input": "x"}, key=self.key)
+from routed_fleet import Fleet, gateway, routed_fleet
+from running_control import empty_report, model_files, model_report, running, until
 
 
 @pytest_asyncio.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    async with running(tmp_path / "control") as control, gateway("n0") as first, gateway("n1") as second:
-        key = await control.tenant("acme")
-        model = await control.push("acme", "m", model_files())
-        nodes = (await control.join("n0", first.url), await control.join("n1", second.url))
-        made = Fleet(control, key, model["ref"], (first, second), nodes, tmp_path)
-        await made.beat(0, "resident")
-        await made.beat(1)
+    async with routed_fleet(tmp_path) as made:
         yield made
 
 
@@ -179,6 +103,7 @@ async def test_a_node_that_can_not_now_is_passed_over(fleet: Fleet, status: int)
         return web.json_response({"error": {}}, status=status)
 
     fleet.gateways[0].respond = respond
+    await fleet.beat(1, disk_bytes=1)
     assert (await fleet.embed()).json() == {"node": "n1"}
     assert len(fleet.gateways[0].seen) == 1
 

@@ -1,0 +1,557 @@
+"""Carrying a tenant's call to a node and the answer back: the core of the router, whatever the protocol.
+
+Covers: choosing and trying nodes before the first byte of an answer, and passing request and answer
+through, streamed, never gathered beyond a fixed size. Does not cover: which routes there are and where a
+call names its model (``router``), what an answer means or who may use how much (``agent/gateway.py`` and
+the node's own quotas), or the order of nodes (``control.cluster``).
+
+The tenant's own key is handed on: the node checks it again by itself, so that it can also be called
+without this router.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from yarl import URL
+
+from control import cluster as fleet
+from control.node_session import Connection
+from control.routes.access import Caller
+from control.state import Control
+from packer.crowd import in_time
+from packer.http import (
+    CROWD,
+    PASSED_HEADERS,
+    REQUEST_ID_HEADER,
+    ApiError,
+    openai_error,
+    too_large,
+)
+from packer.types import KIB, ModelSpec
+
+# Requests that are being answered through this router. Each costs a socket on both sides.
+IN_FLIGHT_MAX = 4_096
+# A model or key that was made a moment ago is waited for this long to be known on a node.
+PLAN_SECONDS = 5.0
+# Nodes asked for one request; more would multiply a bad request's cost over the fleet.
+TRIES_MAX = 3
+RETRY_NO_NODE_MS = 2_000
+RETRY_BUSY_MS = 1_000
+# Whole answers up to this size are here before their head is passed on: a node that breaks off in one is
+# then an error with a status. It is what both sides' sockets hold anyway.
+HELD_BYTES_MAX = 64 * KIB
+# An event of a stream is passed on when it is complete, unless it is larger than this.
+EVENT_BYTES_MAX = 64 * KIB
+# Request headers handed on. A list of what may pass, not of what may not: what a node does with an
+# unknown header is not known here. No Host, no hop-by-hop header, nothing about who forwarded what.
+REQUEST_HEADERS = (
+    "Authorization",
+    "Content-Type",
+    "Accept",
+    "User-Agent",
+    "Inference-Header-Content-Length",
+    REQUEST_ID_HEADER,
+)
+REQUEST_HEADER_PREFIXES = ("x-bunkhouse-", "x-stainless-", "openai-")
+ANSWER_HEADERS = frozenset(
+    {
+        *PASSED_HEADERS,
+        "content-type",
+        "cache-control",
+        "www-authenticate",
+        "allow",
+        "inference-header-content-length",
+    }
+)
+# "Not here, not now": worth another node.
+ELSEWHERE_STATUSES = frozenset({502, 503})
+# A node that says so is not the place for the model at all; after any other refusal only a node that has
+# the model is worth a try, since loading it a second time costs more than coming back.
+ANYWHERE_CODES = frozenset({"node_draining", "restore_failed"})
+# What a node answers that has not heard of a key or a model yet.
+BEHIND_CODES = frozenset({"invalid_api_key", "model_not_found"})
+BEHIND_STATUSES = frozenset({401, 404})
+
+
+class NodeUnreachable(Exception):
+    """A node gave no answer at all; another may."""
+
+
+class NodeFailed(ApiError):
+    """A node did not keep up what it had begun; no other node is asked."""
+
+
+class Once:
+    """A request's body that passes through piece by piece, and can be sent only once.
+
+    Nothing is gathered: what the node does not take, the caller can not send.
+    """
+
+    def __init__(self, request: web.Request, limit_bytes: int, stall_seconds: float) -> None:
+        declared = request.content_length
+        if declared is not None and declared > limit_bytes:
+            raise too_large(limit_bytes)
+        self.length = declared
+        self.begun = False
+        self.failed: ApiError | ConnectionResetError | None = None
+        self._content = request.content
+        self._limit_bytes = limit_bytes
+        self._stall_seconds = stall_seconds
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        self.begun = True
+        passed = 0
+        try:
+            while True:
+                async with asyncio.timeout(self._stall_seconds):
+                    piece = await self._content.readany()
+                if not piece:
+                    return
+                passed += len(piece)
+                if passed > self._limit_bytes:
+                    self.failed = too_large(self._limit_bytes)
+                    raise self.failed
+                yield piece
+        except TimeoutError:
+            self.failed = ApiError(
+                408, "body_timeout", f"Nothing of the request's body came for {self._stall_seconds:g} s."
+            )
+            raise self.failed from None
+        except (ConnectionError, aiohttp.ClientPayloadError, web.RequestPayloadError) as error:
+            self.failed = ConnectionResetError(f"the caller left: {type(error).__name__}")
+            raise self.failed from None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One tenant's call, ready to be sent to any node. ``path`` and ``query`` are quoted already."""
+
+    spec: ModelSpec
+    method: str
+    path: str  # from the node's first slash on
+    query: str
+    headers: Mapping[str, str]
+    body: bytes | Once
+
+    @property
+    def sendable(self) -> bool:
+        """Whether it can (still) be sent to a node."""
+        return not (isinstance(self.body, Once) and self.body.begun)
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """How much of a request's time was the router's own: all but waiting for the caller and the node."""
+
+    begun_s: float = field(default_factory=time.perf_counter)
+    waited_s: float = 0.0
+
+    @property
+    def own_ms(self) -> float:
+        return (time.perf_counter() - self.begun_s - self.waited_s) * 1000
+
+    def waited_since(self, since_s: float) -> None:
+        self.waited_s += time.perf_counter() - since_s
+
+
+class Head(Protocol):
+    """The beginning of a node's answer."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def code(self) -> str: ...
+    def close(self) -> None: ...
+
+
+H = TypeVar("H", bound=Head)
+
+
+@dataclass(slots=True)
+class NodeAnswer:
+    """A node's answer as far as it is here: its head, and its body if that is small."""
+
+    response: aiohttp.ClientResponse
+    held: bytes = b""
+    whole: bool = False
+
+    @property
+    def status(self) -> int:
+        return self.response.status
+
+    @property
+    def streams(self) -> bool:
+        """Whether it consists of events, which may come at any time."""
+        return self.response.headers.get("Content-Type", "").startswith("text/event-stream")
+
+    @property
+    def code(self) -> str:
+        """The code of an error that decides about another node; empty otherwise."""
+        if not self.whole or self.status not in ELSEWHERE_STATUSES | BEHIND_STATUSES:
+            return ""
+        with suppress(msgspec.MsgspecError, RecursionError, UnicodeError):
+            return msgspec.json.decode(self.held, type=_Refusal).error.code or ""
+        return ""
+
+    def close(self) -> None:
+        self.response.close()
+
+
+class _Code(msgspec.Struct):
+    code: str | None = None
+
+
+class _Refusal(msgspec.Struct):
+    error: _Code
+
+
+# --- the whole way --------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Begun:
+    """A call that a node has begun to answer. ``hand_on`` must follow."""
+
+    node: str
+    answer: NodeAnswer
+    watch: Stopwatch
+
+
+async def ask_nodes(control: Control, caller: Caller, call: Call, watch: Stopwatch) -> Begun:
+    """Bring a call to a node that answers. The call's body is of no use any more after that."""
+
+    async def send(control: Control, node: str, call: Call) -> NodeAnswer:
+        return await _send(control, node, call, watch)
+
+    control.routed.calls += 1
+    return Begun(*await first_answer(control, caller, call, send), watch)
+
+
+async def hand_on(control: Control, request: web.Request, begun: Begun) -> web.StreamResponse:
+    """Hand the answer to the caller, to its end."""
+    reached = False
+    try:
+        response = await _pass_on(control, request, begun.node, begun.answer, begun.watch)
+        reached = True
+        return response
+    except asyncio.CancelledError:
+        control.routed.left += 1
+        reached = True  # the caller left; that says nothing about the node
+        raise
+    finally:
+        begun.answer.close()
+        control.act(fleet.step(control.cluster, fleet.Answered(begun.node, reached), control.now_ms()))
+
+
+def check_room(control: Control) -> None:
+    """Refuse a request beyond what this router carries at one time, before its body is read."""
+    if control.cluster.in_flight >= IN_FLIGHT_MAX:
+        raise ApiError(
+            503,
+            "router_busy",
+            f"This router is answering {IN_FLIGHT_MAX} requests, its limit.",
+            kind="server_error",
+            retry_ms=RETRY_BUSY_MS,
+            should_retry=True,
+        )
+
+
+def call_query(request: web.Request) -> str:
+    """The query as the caller wrote it."""
+    query = request.raw_path.partition("?")[2].partition("#")[0]
+    if not query.isascii() or not query.isprintable() or " " in query:
+        raise ApiError(400, "invalid_query", "The query must be percent-encoded ASCII.")
+    return query
+
+
+def request_headers(request: web.Request) -> dict[str, str]:
+    """What of a request's headers reaches the node. One that ``Connection`` names ends here."""
+    ended = {
+        name.strip().lower()
+        for value in request.headers.getall("Connection", ())
+        for name in value.split(",")
+    }
+    names = [name for name in request.headers if name.lower().startswith(REQUEST_HEADER_PREFIXES)]
+    kept = {"Accept-Encoding": "identity"}
+    for name in (*REQUEST_HEADERS, *names):
+        if name in request.headers and (name.lower() not in ended or name == "Authorization"):
+            kept[name] = request.headers[name]
+    return kept
+
+
+# --- to a node ------------------------------------------------------------------------------------
+
+
+async def first_answer(
+    control: Control, caller: Caller, call: Call, send: Callable[[Control, str, Call], Awaitable[H]]
+) -> tuple[str, H]:
+    """The node that answers and the head of its answer; tries the next while nothing was passed on.
+
+    ``send`` brings the call to a node and raises ``NodeUnreachable``. Whoever calls this owes the cluster
+    core an ``Answered`` for the node that is returned.
+    """
+    left = await _candidates(control, caller, call.spec)
+    refused: tuple[str, H] | None = None
+    try:
+        for _ in range(TRIES_MAX):
+            if not left or not call.sendable:
+                break
+            node = left.pop(0)
+            control.routed.tries += 1
+            answer = await _try(control, node, call, send)
+            if answer is None:
+                continue
+            if refused is not None:
+                _settle(control, refused)
+                refused = None
+            if not _worth_another(control, caller, call.spec, node, answer):
+                return node, answer
+            control.routed.elsewhere += 1
+            refused = (node, answer)
+            if answer.code not in ANYWHERE_CODES | BEHIND_CODES:
+                left = [n for n in left if fleet.is_there(control.cluster, n, call.spec.ref)]
+    except BaseException:
+        if refused is not None:
+            _settle(control, refused)
+        raise
+    if refused is not None and refused[1].code not in BEHIND_CODES:
+        return refused
+    if refused is not None:
+        _settle(control, refused)
+    raise ApiError(
+        503,
+        "no_node",
+        "No node can answer now: none is connected, none could be reached, or none knows of it yet.",
+        kind="server_error",
+        hint="The operator sees the nodes with: bunk node ls",
+        retry_ms=RETRY_NO_NODE_MS,
+        should_retry=True,
+    )
+
+
+def _worth_another(control: Control, caller: Caller, spec: ModelSpec, node: str, answer: Head) -> bool:
+    if answer.status in ELSEWHERE_STATUSES:
+        return True
+    # Control knows the key and the model: a node that does not has an older plan.
+    seq = _seq_needed(control, caller, spec)
+    return answer.code in BEHIND_CODES and not fleet.knows(control.cluster, node, seq)
+
+
+async def _try(
+    control: Control, node: str, call: Call, send: Callable[[Control, str, Call], Awaitable[H]]
+) -> H | None:
+    """One node's answer; None when it could not be reached. Its end is told to the core if it is none."""
+    routed = fleet.Routed(node, call.spec.ref, call.spec.image_bytes)
+    control.act(fleet.step(control.cluster, routed, control.now_ms()))
+    answered, reached = False, True  # that a caller leaves, or sends too much, says nothing about the node
+    try:
+        answer = await send(control, node, call)
+        answered = True
+        return answer
+    except NodeUnreachable as error:
+        reached = False
+        control.routed.unreachable += 1
+        control.log_fault(f"node {node}", error)
+        return None
+    except NodeFailed:
+        reached = False
+        raise
+    finally:
+        if not answered:
+            control.act(fleet.step(control.cluster, fleet.Answered(node, reached), control.now_ms()))
+
+
+def _settle(control: Control, refused: tuple[str, Head]) -> None:
+    """An answer that is not passed on."""
+    node, answer = refused
+    answer.close()
+    control.act(fleet.step(control.cluster, fleet.Answered(node, True), control.now_ms()))
+
+
+def _seq_needed(control: Control, caller: Caller, spec: ModelSpec) -> int:
+    catalog = control.catalog
+    return max(catalog.model_seq.get(spec.ref, 0), catalog.key_seq.get(caller.key_id, 0))
+
+
+async def _candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
+    """Nodes in the core's order, those that have heard of the model and the key before the others.
+
+    Waits until some node has confirmed a plan that has both: they may have been made a moment ago, or
+    control may have started a moment ago and its nodes are on their way back.
+    """
+    chosen: list[str] = []
+
+    def known() -> bool:
+        seq = _seq_needed(control, caller, spec)
+        nodes = fleet.choose_node(control.cluster, spec.ref, spec.image_bytes, control.now_ms())
+        chosen[:] = sorted(nodes, key=lambda node: not fleet.knows(control.cluster, node, seq))
+        if chosen:
+            return fleet.knows(control.cluster, chosen[0], seq)
+        views = control.cluster.nodes.values()
+        return not any(view.report is None and not view.silent for view in views)
+
+    await control.until_heard(known, PLAN_SECONDS)
+    return chosen
+
+
+async def _send(control: Control, node: str, call: Call, watch: Stopwatch) -> NodeAnswer:
+    """Bring the call to a node and get the beginning of its answer."""
+    begun_s = time.perf_counter()
+    try:
+        while True:
+            connection = Connection()
+            try:
+                return await _hold(control, node, await _request(control, node, call, connection))
+            except aiohttp.ServerDisconnectedError:
+                # The node dropped an idle connection, or was started anew: that is no answer of its.
+                if not connection.reused or not call.sendable:
+                    raise
+    except aiohttp.SocketTimeoutError:
+        raise NodeFailed(
+            504, "node_timeout", "The node that was asked has said nothing for too long.", kind="server_error"
+        ) from None
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        if isinstance(call.body, Once) and call.body.failed is not None:
+            raise call.body.failed from None
+        raise NodeUnreachable(f"{type(error).__name__}: {error}") from None
+    finally:
+        watch.waited_since(begun_s)
+
+
+async def _request(control: Control, node: str, call: Call, connection: Connection) -> aiohttp.ClientResponse:
+    view = control.cluster.nodes.get(node)
+    if view is None:
+        raise NodeUnreachable("removed")
+    headers, body = call.headers, call.body
+    if isinstance(body, Once):
+        if body.length is not None:
+            headers = {**headers, "Content-Length": str(body.length)}
+        data: bytes | AsyncIterator[bytes] | None = body.pieces()
+    else:
+        data = body or None
+    query = f"?{call.query}" if call.query else ""
+    return await control.session.request(
+        call.method,
+        URL(f"{view.gateway_url.rstrip('/')}{call.path}{query}", encoded=True),
+        data=data,
+        headers=headers,
+        allow_redirects=False,
+        trace_request_ctx=connection,
+    )
+
+
+async def _hold(control: Control, node: str, response: aiohttp.ClientResponse) -> NodeAnswer:
+    """Wait for a small answer to be whole; anything else may follow bit by bit."""
+    answer = NodeAnswer(response)
+    size = response.content_length
+    if answer.streams or size is None or size > HELD_BYTES_MAX:
+        return answer
+    try:
+        answer.held = await response.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        # It may have done the work, so no other node does it again.
+        response.close()
+        control.log_fault(f"node {node}", error)
+        control.routed.broken += 1
+        raise _lost(502) from None
+    except BaseException:
+        response.close()
+        raise
+    answer.whole = True
+    return answer
+
+
+# --- back to the caller ---------------------------------------------------------------------------
+
+
+class _NodeBroke(Exception):
+    """A node went away in mid-answer."""
+
+
+async def _pass_on(
+    control: Control, request: web.Request, node: str, answer: NodeAnswer, watch: Stopwatch
+) -> web.StreamResponse:
+    """Hand the answer on piece by piece, each as soon as it is here."""
+    headers = _answer_headers(answer.response)
+    if answer.whole:
+        control.routed.added(watch.own_ms)
+        return web.Response(status=answer.status, headers=headers, body=answer.held)
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    if answer.response.content_length is not None:
+        response.content_length = answer.response.content_length
+    await response.prepare(request)
+    control.routed.added(watch.own_ms)
+    try:
+        pieces = _pieces(answer)
+        async for piece in _whole_events(pieces) if answer.streams else pieces:
+            await _write(request, response, piece)
+    except _NodeBroke as error:
+        control.routed.broken += 1
+        if not answer.streams:
+            # It must not look complete.
+            raise ConnectionResetError(f"node {node} broke off: {error}") from None
+        event = b"data: " + json.dumps(openai_error(_lost(503))).encode() + b"\n\n"
+        await _write(request, response, event)
+    await response.write_eof()
+    return response
+
+
+async def _pieces(answer: NodeAnswer) -> AsyncIterator[bytes]:
+    """What comes from the node, as it comes. What is not taken is not read, so that the node waits."""
+    try:
+        async for piece in answer.response.content.iter_any():
+            yield piece
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise _NodeBroke(type(error).__name__) from None
+
+
+async def _whole_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Events and comments at once when they are complete. Half of one is of no use to anybody, and after
+    it no error could be said."""
+    rest = b""
+    async for piece in pieces:
+        rest += piece
+        end = max(rest.rfind(b"\n\n") + 2, rest.rfind(b"\r\n\r\n") + 4)
+        if end < 4 and len(rest) > EVENT_BYTES_MAX:
+            end = len(rest)
+        if end >= 4:
+            yield rest[:end]
+            rest = rest[end:]
+    if rest:
+        yield rest
+
+
+async def _write(request: web.Request, response: web.StreamResponse, piece: bytes) -> None:
+    """A caller that does not read would keep the node's answer, and a place here, for ever."""
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the caller left")
+    if len(piece) < HELD_BYTES_MAX and not transport.get_write_buffer_size():
+        await response.write(piece)  # can not have to wait
+    else:
+        await in_time(transport, response.write(piece), request.app[CROWD].stall_seconds)
+
+
+def _lost(status: int) -> NodeFailed:
+    return NodeFailed(
+        status,
+        "node_lost",
+        "The node that was answering went away; the answer is not complete. Send the request again.",
+        kind="server_error",
+        retry_ms=RETRY_BUSY_MS,
+        should_retry=True,
+    )
+
+
+def _answer_headers(answer: aiohttp.ClientResponse) -> dict[str, str]:
+    return {name: value for name, value in answer.headers.items() if name.lower() in ANSWER_HEADERS}
