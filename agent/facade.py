@@ -29,10 +29,13 @@ class EngineRequest:
     ``fields`` is what the order needs, already checked for types and limits by the gateway:
     ``embed`` and ``classify`` take ``inputs`` (texts, or lists of token numbers); ``generate`` takes
     one of ``prompt``, ``messages`` or ``tokens``, ``stop`` (texts), and when the caller gave them
-    ``max_tokens`` (absent: as many as the model's context allows), ``temperature``, ``top_p`` (absent: what
-    the model's directory says) and ``seed`` (absent: not seeded); ``infer`` takes ``inputs`` (maps of
-    ``name``, ``datatype`` and ``shape``) and ``outputs`` (names; empty: all), and in ``body`` the raw
-    little-endian tensors, one after the other in the order of ``inputs``.
+    ``max_tokens`` (absent: as many as the model's context allows), ``temperature``, ``top_p``, ``top_k``,
+    ``repetition_penalty`` (absent: what the model's directory says), ``presence_penalty``,
+    ``frequency_penalty``, ``logit_bias``, ``seed`` (absent: not seeded), ``n`` (choices, of which each is
+    what a request of its own with the next seed would be) and ``logprobs`` (how many of the likeliest tokens
+    to tell beside each token; absent: tell nothing); ``infer`` takes
+    ``inputs`` (maps of ``name``, ``datatype`` and ``shape``) and ``outputs`` (names; empty: all), and in
+    ``body`` the raw little-endian tensors, one after the other in the order of ``inputs``.
     """
 
     op: str
@@ -46,8 +49,11 @@ class EngineFrame:
 
     ``embed``: one frame, header ``count``, ``dimensions``, ``prompt_tokens``; body float32 little-endian.
     ``classify``: one frame, header ``labels``, ``prompt_tokens``; body float32 [inputs, labels].
-    ``generate``: frames with ``delta`` (text), then one with ``finish_reason`` (``stop`` or ``length``);
-    every one with ``prompt_tokens`` and ``completion_tokens``, as counted so far.
+    ``generate``: frames with ``delta`` (text), then for each choice one with ``finish_reason`` (``stop`` or
+    ``length``); every one with ``choice`` (absent: 0), and ``prompt_tokens`` and ``completion_tokens`` as
+    counted so far over all choices. ``logprobs``, where they were asked for, tell of the tokens that lie
+    wholly in the text so far: ``bytes`` (hexadecimal), ``logprob``, ``at`` (where in the choice's text the
+    token begins, in characters) and ``top`` (pairs of bytes and log probability, the likeliest first).
     ``infer``: one frame, header ``outputs`` (maps of ``name``, ``datatype`` and ``shape``); body the raw
     tensors in that order.
     """

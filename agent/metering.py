@@ -57,10 +57,9 @@ def _tokens_of(value: JSON) -> int:
 def _written_tokens(order: EngineRequest) -> int:
     if order.op != "generate":
         return 0
-    most = order.fields.get("max_tokens")
-    if not isinstance(most, int):
-        return OUTPUT_TOKENS_ASSUMED
-    return bounded(most, OUTPUT_TOKENS_RESERVED_MAX)
+    most, choices = order.fields.get("max_tokens"), order.fields.get("n", 1)
+    each = bounded(most, OUTPUT_TOKENS_RESERVED_MAX) if isinstance(most, int) else OUTPUT_TOKENS_ASSUMED
+    return each * (choices if isinstance(choices, int) else 1)
 
 
 class MeteredLease:

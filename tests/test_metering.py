@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -54,6 +55,8 @@ def test_the_estimate_is_the_input_and_what_may_be_written(order: EngineRequest,
 def test_a_huge_limit_of_the_caller_reserves_what_answers_take_at_most() -> None:
     order = EngineRequest("generate", {"tokens": [1], "max_tokens": 1_000_000})
     assert expected_tokens([order]) == 1 + OUTPUT_TOKENS_RESERVED_MAX
+    each = replace(order, fields={**order.fields, "n": 3})
+    assert expected_tokens([each]) == 1 + 3 * OUTPUT_TOKENS_RESERVED_MAX, "read once, written three times"
 
 
 # --- counts -------------------------------------------------------------------------------------------

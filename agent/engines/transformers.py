@@ -29,8 +29,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from agent.arena import DTYPES, Image
 from agent.early import Gate, chunks_of
-from agent.engines.generation import GenerateFields, Sampling, generate, prompt_tokens, read_sampling
+from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens, write
 from agent.engines.pooling import BadPooling, Pooling, read_pooling
+from agent.engines.sampling import Sampling, read_sampling
 from agent.engines.side_files import BadSideFile, written
 from agent.facade import EngineError, EngineFrame, EngineRequest
 from packer.directory import ARCHITECTURES
@@ -129,9 +130,10 @@ def _build_module(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise BrokenModel("config.json: quantized weights are not supported; push it in bf16, fp16 or fp32")
-    # Whatever the file says: other names may be kernels from a registry.
-    config._attn_implementation = "sdpa"
-    model_class: Callable[[PreTrainedConfig], PreTrainedModel] = getattr(transformers, names[0])
+    model_class: type[PreTrainedModel] = getattr(transformers, names[0])
+    # Whatever the file says: other names may be kernels from a registry. Some architectures have only the
+    # plain form.
+    config._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
     with _building, _parameters_on_meta():
         module = model_class(config)
     module.train(False)
@@ -425,9 +427,8 @@ class Model:
             tokens = [start] if type(start) is int else []
         field = "messages" if fields.messages is not None else "prompt"
         self._check_tokens(tokens, field)
-        generate(
-            self._module, self._tokenizer, self._sampling, self._context, fields, tokens, emit, cancelled
-        )
+        writer = Writer(self._tokenizer, self._sampling, self._context, self._vocabulary, self._module.device)
+        write(self._module, Answer(writer, fields, tokens, emit), cancelled)
 
     def _vectors(
         self,
