@@ -213,8 +213,10 @@ class Catalog:
     uploads: dict[str, UploadRow] = field(default_factory=dict)
     nodes: dict[str, NodeRow] = field(default_factory=dict)
     tokens: dict[str, TokenRow] = field(default_factory=dict)
-    # Derived, kept by ``apply``: the latest version of each model, all versions of each tenant, the
-    # bytes of all specs in a plan, and the plan's number at which a key or version was last put.
+    # Derived, kept by ``apply``: the keys of each tenant, the latest version of each model, all versions
+    # of each tenant, the bytes of all specs in a plan, and the plan's number at which a key or version was
+    # last put.
+    key_ids: dict[str, dict[str, None]] = field(default_factory=dict)
     latest: dict[ModelName, ModelRef] = field(default_factory=dict)
     of_tenant: dict[str, dict[ModelRef, None]] = field(default_factory=dict)
     spec_bytes: dict[ModelRef, int] = field(default_factory=dict)
@@ -234,12 +236,14 @@ class Catalog:
                 self.quotas.pop(tenant, None)
             case PutKey(row):
                 self.keys[row.key_id] = row
+                if row.tenant is not None:
+                    self.key_ids.setdefault(row.tenant, {})[row.key_id] = None
                 self.key_seq[row.key_id] = seq
                 self.key_specs[row.key_id] = KeySpec(
                     row.key_id, row.secret_sha256, row.tenant or "", row.expires_ms
                 )
             case DropKey(key_id):
-                self.keys.pop(key_id, None)
+                self._drop_key(key_id)
                 self.key_seq.pop(key_id, None)
                 self.key_specs.pop(key_id, None)
             case PutQuota(tenant, quota):
@@ -260,6 +264,14 @@ class Catalog:
                 self.tokens[row.token_id] = row
             case DropToken(token_id):
                 self.tokens.pop(token_id, None)
+
+    def _drop_key(self, key_id: str) -> None:
+        row = self.keys.pop(key_id, None)
+        if row is not None and row.tenant is not None:
+            ids = self.key_ids[row.tenant]
+            del ids[key_id]
+            if not ids:
+                del self.key_ids[row.tenant]
 
     def _put_model(self, spec: ModelSpec, seq: int) -> None:
         self._drop_model(spec.ref)
@@ -298,10 +310,10 @@ class Catalog:
     def models_of(self, tenant: str) -> list[ModelSpec]:
         """All versions of one tenant, by name and then newest first."""
         specs = [self.models[ref] for ref in self.of_tenant.get(tenant, {})]
-        return sorted(specs, key=lambda spec: (spec.ref.name, -spec.created_ms))
+        return sorted(specs, key=lambda spec: (spec.ref.name, -spec.created_ms, spec.ref.version))
 
     def keys_of(self, tenant: str) -> list[KeyRow]:
-        rows = [row for row in self.keys.values() if row.tenant == tenant]
+        rows = [self.keys[key_id] for key_id in self.key_ids.get(tenant, {})]
         return sorted(rows, key=lambda row: (row.created_ms, row.key_id))
 
     def uploads_of(self, tenant: str) -> list[UploadRow]:

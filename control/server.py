@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from control.config import Address, Config
+from control.openapi import document_route
+from control.operations import Operation, Result
 from control.routes import about, keys, models, nodes, plans, ps, quotas, router, tenants, uploads
 from control.routes.access import Access, Caller, Route, add_routes, render_error
 from control.state import STOP_S, Control
@@ -36,8 +38,15 @@ async def healthz(control: Control, request: web.Request, caller: Caller) -> web
     return json_response(Health())
 
 
-PUBLIC_ROUTES = (
-    Route("GET", "/healthz", Access.OPEN, healthz, stays=False),
+_ROUTES = (
+    Route(
+        "GET",
+        "/healthz",
+        Access.OPEN,
+        healthz,
+        stays=False,
+        operation=Operation("showHealth", "Does it serve?", [Result(200, "It does.", Health)]),
+    ),
     *about.ROUTES,
     *tenants.ROUTES,
     *keys.ROUTES,
@@ -49,12 +58,13 @@ PUBLIC_ROUTES = (
     *plans.ROUTES,
     *router.ROUTES,
 )
+PUBLIC_ROUTES = (document_route(_ROUTES), *_ROUTES)
 
 
 def build_public_app(control: Control) -> web.Application:
     """Management API, router and health: what operators, tenants and load balancers call."""
     app = web.Application()
-    add_routes(app, control, PUBLIC_ROUTES)
+    add_routes(app, control, PUBLIC_ROUTES, heads=True)
     protect(app, render_error)
     return app
 

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from aiohttp import web
 
+from control.operations import Operation, Result
 from control.routes.access import Access, Caller, Route
 from control.state import Control, wall_ms
 from packer.http import json_response
@@ -42,4 +43,15 @@ async def about(control: Control, request: web.Request, caller: Caller) -> web.R
     return json_response(AboutAnswer(server_version(), wall_ms(), caller.key_id, caller.tenant, expires_ms))
 
 
-ROUTES = (Route("GET", "/api/v1/about", Access.CALLER, about, stays=False),)
+ROUTES = (
+    Route(
+        "GET",
+        "/api/v1/about",
+        Access.CALLER,
+        about,
+        stays=False,
+        operation=Operation(
+            "showAbout", "This server, its clock and the caller's key.", [Result(200, "Them.", AboutAnswer)]
+        ),
+    ),
+)

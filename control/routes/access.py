@@ -23,6 +23,7 @@ from aiohttp import web
 from control.authority import NotANode
 from control.catalog import NodeRow, TenantRow
 from control.model_store import ModelStoreError
+from control.operations import MANAGEMENT, Operation, Passed
 from control.questions import OPERATOR_OWNER
 from control.state import Control, wall_ms
 from control.store import StoreUnavailable
@@ -79,18 +80,34 @@ Handle = Callable[[Control, web.Request, Caller], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``stays``: the handler runs to its end although its caller has left, because it changes state."""
+    """``stays``: the handler runs to its end although its caller has left, because it changes state.
+
+    ``operation`` is what the OpenAPI document says of it; ``passes``: operations behind its wildcard. One of
+    them is needed on the public listener; here the management API is held to it, the rest by a test.
+    """
 
     method: str
     path: str
     access: Access
     handle: Handle
     stays: bool = True
+    operation: Operation | None = None
+    passes: Sequence[Passed] = ()
+
+    def __post_init__(self) -> None:
+        if self.path.startswith(MANAGEMENT) and self.operation is None:
+            raise ValueError(f"{self.method} {self.path} needs an operation: what the document says of it")
 
 
-def add_routes(app: web.Application, control: Control, routes: Sequence[Route]) -> None:
+def add_routes(
+    app: web.Application, control: Control, routes: Sequence[Route], *, heads: bool = False
+) -> None:
+    """``heads``: every GET may be asked as HEAD; not for handlers that stream."""
     for route in routes:
-        app.router.add_route(route.method, route.path, _guarded(control, route))
+        handler = _guarded(control, route)
+        app.router.add_route(route.method, route.path, handler)
+        if heads and route.method == "GET":
+            app.router.add_route("HEAD", route.path, handler)
 
 
 def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -192,13 +209,14 @@ def own_tenant_filter(control: Control, request: web.Request, caller: Caller) ->
     return tenant_of(control, caller, parse_tenant(asked)).tenant
 
 
-def whole_number(request: web.Request, name: str, default: int, most: int) -> int:
-    """A number from the query, 0 to ``most``."""
+def whole_number(request: web.Request, name: str, default: int, most: int, least: int = 0) -> int:
+    """A number from the query, ``least`` to ``most``."""
     text = request.query.get(name)
     if text is None:
         return default
-    if not text.isascii() or not text.isdecimal() or len(text) > 18 or int(text) > most:
-        raise BadValue(name, f"must be a whole number from 0 to {most}")
+    plain = text.isascii() and text.isdecimal() and len(text) <= 18
+    if not plain or not least <= int(text) <= most:
+        raise BadValue(name, f"must be a whole number from {least} to {most}")
     return int(text)
 
 
@@ -209,13 +227,6 @@ async def read_json(control: Control, request: web.Request, caller: Caller, kind
 
 
 # --- answers --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Items:
-    """A list as every list of the management API is answered."""
-
-    items: Sequence[object]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ import msgspec
 from aiohttp import web
 
 from control.catalog import KEYS_MAX, KEYS_PER_TENANT_MAX, DropKey, KeyRow, PutKey
-from control.routes.access import Access, Caller, Items, Route, not_found, read_json, tenant_of
+from control.operations import Operation, Result
+from control.pages import PAGED, Page, asked_page, page_of
+from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
 from control.state import Control, wall_ms
 from packer.http import ApiError, json_response, make_key
 from packer.types import BadValue
@@ -24,7 +26,7 @@ TTL_S_MAX = 10 * 366 * 24 * 3600
 
 
 class KeyAsk(msgspec.Struct, forbid_unknown_fields=True):
-    label: str = ""
+    label: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": LABEL_CHARS_MAX})] = ""
     ttl_s: Annotated[int, msgspec.Meta(ge=1, le=TTL_S_MAX)] | None = None
 
 
@@ -75,14 +77,13 @@ async def create(control: Control, request: web.Request, caller: Caller) -> web.
 
 async def list_of(control: Control, request: web.Request, caller: Caller) -> web.Response:
     tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
-    return json_response(
-        Items(
-            [
-                KeyAnswer(row.key_id, row.tenant, row.label, row.created_ms, row.expires_ms)
-                for row in control.catalog.keys_of(tenant)
-            ]
-        )
-    )
+    asked = asked_page(request, tenant, parts=2)
+    rows = control.catalog.keys_of(tenant)
+    return json_response(page_of(asked, rows, lambda row: (f"{row.created_ms:020d}", row.key_id), key_answer))
+
+
+def key_answer(row: KeyRow) -> KeyAnswer:
+    return KeyAnswer(row.key_id, row.tenant, row.label, row.created_ms, row.expires_ms)
 
 
 async def revoke(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -102,7 +103,41 @@ async def revoke(control: Control, request: web.Request, caller: Caller) -> web.
 
 
 ROUTES = (
-    Route("POST", "/api/v1/tenants/{tenant}/keys", Access.OPERATOR, create),
-    Route("GET", "/api/v1/tenants/{tenant}/keys", Access.OPERATOR, list_of),
-    Route("DELETE", "/api/v1/keys/{key_id}", Access.OPERATOR, revoke),
+    Route(
+        "POST",
+        "/api/v1/tenants/{tenant}/keys",
+        Access.OPERATOR,
+        create,
+        operation=Operation(
+            "createKey",
+            "Create an API key of a tenant. The answer has the only copy of its text.",
+            [Result(201, "The key.", NewKeyAnswer)],
+            KeyAsk,
+            refusals={507: "There are as many keys as there may be."},
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/tenants/{tenant}/keys",
+        Access.OPERATOR,
+        list_of,
+        operation=Operation(
+            "listKeys",
+            "A tenant's keys, oldest first, without secrets.",
+            [Result(200, "A page.", Page[KeyAnswer])],
+            takes=PAGED,
+        ),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/keys/{key_id}",
+        Access.OPERATOR,
+        revoke,
+        operation=Operation(
+            "revokeKey",
+            "Revoke a key: it is refused from now on.",
+            [Result(204, "It is revoked.")],
+            refusals={409: "It is the last operator key."},
+        ),
+    ),
 )

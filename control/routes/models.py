@@ -24,10 +24,11 @@ from control.catalog import (
     plan_bytes,
 )
 from control.model_store import Directory, Examined, ModelStoreError, WrongDigest, examine, open_origin
+from control.operations import Given, NameText, Operation, Result, TenantText
+from control.pages import PAGED, Page, Position, asked_page, falling, page_of
 from control.routes.access import (
     Access,
     Caller,
-    Items,
     Route,
     not_found,
     own_tenant_filter,
@@ -46,7 +47,7 @@ REFUSED_CODE = "model_refused"
 
 
 class OriginAsk(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
+    name: NameText
     origin: str
 
 
@@ -188,10 +189,15 @@ def own_name(tenant: str, name: str) -> str:
 
 async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
     tenant = own_tenant_filter(control, request, caller)
+    asked = asked_page(request, tenant, parts=4)
     names = sorted(control.catalog.tenants) if tenant is None else [tenant]
-    return json_response(
-        Items([model_answer(spec) for name in names for spec in control.catalog.models_of(name)])
-    )
+    specs = [spec for name in names for spec in control.catalog.models_of(name)]
+    return json_response(page_of(asked, specs, _position, model_answer))
+
+
+def _position(spec: ModelSpec) -> Position:
+    ref = spec.ref
+    return ref.tenant, ref.name, falling(spec.created_ms), ref.version
 
 
 def named_model(
@@ -232,9 +238,62 @@ async def delete(control: Control, request: web.Request, caller: Caller) -> web.
     return web.Response(status=204)
 
 
+OF_TENANT = Given("tenant", TenantText, "Only this tenant's; a tenant's key sees its own alone.")
+MODEL_REFUSALS = {
+    409: "The files changed while they were read, or are not complete.",
+    422: "The directory is refused; `field` names the file.",
+    507: "A limit on versions or on bytes is reached.",
+}
 ROUTES = (
-    Route("POST", "/api/v1/tenants/{tenant}/models", Access.OPERATOR, register),
-    Route("GET", "/api/v1/models", Access.CALLER, list_all),
-    Route("GET", "/api/v1/models/{ref:.+}", Access.CALLER, show),
-    Route("DELETE", "/api/v1/models/{ref:.+}", Access.CALLER, delete),
+    Route(
+        "POST",
+        "/api/v1/tenants/{tenant}/models",
+        Access.OPERATOR,
+        register,
+        operation=Operation(
+            "registerModel",
+            "Register a directory that lies below an --origin-root, as a version of a model.",
+            [
+                Result(201, "A new version.", ModelAnswer),
+                Result(200, "The version was there already and is the latest now.", ModelAnswer),
+            ],
+            OriginAsk,
+            refusals=MODEL_REFUSALS,
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/models",
+        Access.CALLER,
+        list_all,
+        operation=Operation(
+            "listModels",
+            "All versions that the caller may see, by tenant and name, the newest first.",
+            [Result(200, "A page.", Page[ModelAnswer])],
+            takes=(*PAGED, OF_TENANT),
+            refusals={404: "There is no such tenant, or it is not yours."},
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/models/{ref:.+}",
+        Access.CALLER,
+        show,
+        operation=Operation(
+            "showModel",
+            "One version; the latest when the reference names none.",
+            [Result(200, "The version.", ModelAnswer)],
+        ),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/models/{ref:.+}",
+        Access.CALLER,
+        delete,
+        operation=Operation(
+            "deleteModel",
+            "Delete one version, or all of the model when the reference names none.",
+            [Result(204, "It is gone.")],
+        ),
+    ),
 )

@@ -43,7 +43,9 @@ from control.catalog import (
     PutToken,
     TokenRow,
 )
-from control.routes.access import Access, Caller, Items, Route, not_found, read_json
+from control.operations import NodeText, Operation, Result
+from control.pages import PAGED, Page, asked_page, page_of
+from control.routes.access import Access, Caller, Route, not_found, read_json
 from control.state import Control, TooManyRecords, wall_ms
 from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
@@ -100,7 +102,7 @@ REPORTED_MAX = 20_000
 
 class TokenAsk(msgspec.Struct, forbid_unknown_fields=True):
     ttl_s: Annotated[int, msgspec.Meta(ge=1, le=TOKEN_TTL_S_MAX)] = TOKEN_TTL_S_DEFAULT
-    name: str | None = None
+    name: NodeText | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,12 @@ async def make_join_token(control: Control, request: web.Request, caller: Caller
 async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
     now_ms = control.now_ms()
     rows = sorted(control.catalog.nodes.values(), key=lambda row: row.node)
-    return json_response(Items([_node_answer(row, control.cluster.nodes[row.node], now_ms) for row in rows]))
+    asked = asked_page(request, None, parts=1)
+
+    def shown(row: NodeRow) -> NodeAnswer:
+        return _node_answer(row, control.cluster.nodes[row.node], now_ms)
+
+    return json_response(page_of(asked, rows, lambda row: (row.node,), shown))
 
 
 def _node_answer(row: NodeRow, view: fleet.NodeView, now_ms: int) -> NodeAnswer:
@@ -498,9 +505,41 @@ def _range(request: web.Request, file: OriginFile) -> tuple[int, int]:
 
 
 ROUTES = (
-    Route("GET", "/api/v1/nodes", Access.OPERATOR, list_all),
-    Route("POST", "/api/v1/nodes/tokens", Access.OPERATOR, make_join_token),
-    Route("DELETE", "/api/v1/nodes/{node}", Access.OPERATOR, remove),
+    Route(
+        "GET",
+        "/api/v1/nodes",
+        Access.OPERATOR,
+        list_all,
+        operation=Operation(
+            "listNodes",
+            "All nodes by name, as each last said it.",
+            [Result(200, "A page.", Page[NodeAnswer])],
+            takes=PAGED,
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/nodes/tokens",
+        Access.OPERATOR,
+        make_join_token,
+        operation=Operation(
+            "createJoinToken",
+            "Create a token that one node may join with. The answer has the only copy of it.",
+            [Result(201, "The token.", TokenAnswer)],
+            TokenAsk,
+        ),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/nodes/{node}",
+        Access.OPERATOR,
+        remove,
+        operation=Operation(
+            "removeNode",
+            "Remove a node: its certificate is refused from now on.",
+            [Result(204, "It is removed.")],
+        ),
+    ),
 )
 
 NODE_ROUTES = (

@@ -14,10 +14,12 @@ import asyncio
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from aiohttp import web
 
 from control import cluster as fleet
+from control.operations import Given, ModelText, NodeText, Operation, Result, worded
 from control.routes.access import Access, Caller, Route, not_found
 from control.state import Control
 from packer.decisions import Decision, DeviceRoom, Forecast, Victim
@@ -202,7 +204,40 @@ def _decision_seen(caller: Caller, node: str, decision: Decision) -> DecisionIte
     return DecisionItem(node, replace(decision, victims=victims), others)
 
 
+_RequestText = Annotated[str, worded(REQUEST_PATTERN.pattern, "req_0123456789abcdef01234567")]
+OF_NODE = Given("node", NodeText, "Ask this node alone.")
+_REFUSALS = {404: "There is no such model, request or node, or it is not yours.", 503: "No node is up."}
 ROUTES = (
-    Route("GET", "/api/v1/plan", Access.CALLER, plan, stays=False),
-    Route("GET", "/api/v1/explain", Access.CALLER, explain, stays=False),
+    Route(
+        "GET",
+        "/api/v1/plan",
+        Access.CALLER,
+        plan,
+        stays=False,
+        operation=Operation(
+            "showPlan",
+            "What a request for a model would meet now, on one node or where the router would try first.",
+            [Result(200, "A forecast of each node that was asked.", PlanAnswer)],
+            takes=(Given("model", ModelText, "The model, tenant/name[@version].", required=True), OF_NODE),
+            refusals=_REFUSALS,
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/explain",
+        Access.CALLER,
+        explain,
+        stays=False,
+        operation=Operation(
+            "explain",
+            "What nodes decided about a model lately, or about one request, and why.",
+            [Result(200, "Their decisions, oldest first.", ExplainAnswer)],
+            takes=(
+                Given("model", ModelText, "The model; either it or a request."),
+                Given("request", _RequestText, "The x-request-id of an answer."),
+                OF_NODE,
+            ),
+            refusals=_REFUSALS,
+        ),
+    ),
 )

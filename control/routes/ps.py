@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 from aiohttp import web
 
+from control.operations import Given, Operation, Result
+from control.pages import PAGED, Position, asked_page, page_of
 from control.routes.access import Access, Caller, Route, own_tenant_filter, whole_number
+from control.routes.models import OF_TENANT
 from control.state import Control
-from control.store import EVENTS_PAGE_MAX, Event
+from control.store import Event
 from packer.http import json_response
 from packer.types import BadValue, parse_ref
 from packer.wire import DeviceReport, ModelReport, RestoreReport
 
-EVENTS_PAGE_DEFAULT = 100
 EVENT_ID_MAX = 2**53
 
 
@@ -63,20 +67,26 @@ class PsDevice:
 
 @dataclass(frozen=True, slots=True)
 class PsAnswer:
+    """A page of both: first all versions by name, then all devices by node."""
+
     items: Sequence[PsItem]
     devices: Sequence[PsDevice]
+    next_cursor: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class EventsAnswer:
-    """``next`` is what to give as ``after`` to read on."""
+    """`next` is what to give as `after` to read on, now or when more has happened; `next_cursor` is null when
+    there is no more now."""
 
     items: Sequence[Event]
     next: int
+    next_cursor: str | None
 
 
 async def ps(control: Control, request: web.Request, caller: Caller) -> web.Response:
     tenant = own_tenant_filter(control, request, caller)
+    asked = asked_page(request, tenant, parts=3)
     items: list[PsItem] = []
     devices: list[PsDevice] = []
     for view in sorted(control.cluster.nodes.values(), key=lambda view: view.node):
@@ -87,7 +97,21 @@ async def ps(control: Control, request: web.Request, caller: Caller) -> web.Resp
         if tenant is None:
             # How full a device is tells a tenant about others.
             devices += [_device(view.node, report) for report in view.report.devices]
-    return json_response(PsAnswer(sorted(items, key=lambda item: (item.ref, item.node)), devices))
+    rows: list[PsItem | PsDevice] = [*items, *devices]
+    page = page_of(asked, sorted(rows, key=_position), _position, lambda row: row)
+    return json_response(
+        PsAnswer(
+            [row for row in page.items if isinstance(row, PsItem)],
+            [row for row in page.items if isinstance(row, PsDevice)],
+            page.next_cursor,
+        )
+    )
+
+
+def _position(row: PsItem | PsDevice) -> Position:
+    if isinstance(row, PsItem):
+        return "0", row.ref, row.node
+    return "1", row.node, row.device
 
 
 def _item(node: str, report: ModelReport) -> PsItem | None:
@@ -134,16 +158,60 @@ def _device(node: str, report: DeviceReport) -> PsDevice:
 async def events(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """Records after an id, oldest first; without ``after`` the newest page."""
     tenant = own_tenant_filter(control, request, caller)
-    limit = whole_number(request, "limit", EVENTS_PAGE_DEFAULT, EVENTS_PAGE_MAX)
-    newest = "after" not in request.query
+    asked = asked_page(request, tenant, parts=1)
+    newest = "after" not in request.query and asked.after is None
     after = whole_number(request, "after", 0, EVENT_ID_MAX)
+    if asked.after is not None:
+        after = _event_id(asked.after[0])
     # A tenant of this name may have existed before; what happened then is not this one's business.
     since_ms = control.catalog.tenants[tenant].created_ms if tenant is not None else 0
-    found = await control.read(lambda store: store.events(after, limit, tenant, since_ms, newest))
-    return json_response(EventsAnswer(found, found[-1].id if found else after))
+    found = await control.read(lambda store: store.events(after, asked.limit, tenant, since_ms, newest))
+    last = found[-1].id if found else after
+    more = not newest and len(found) == asked.limit
+    return json_response(EventsAnswer(found, last, asked.cursor((str(last),)) if more else None))
+
+
+def _event_id(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 16:
+        raise BadValue("cursor", "is not one that this list gave; leave it out to start at the first page")
+    return int(text)
 
 
 ROUTES = (
-    Route("GET", "/api/v1/ps", Access.CALLER, ps, stays=False),
-    Route("GET", "/api/v1/events", Access.CALLER, events, stays=False),
+    Route(
+        "GET",
+        "/api/v1/ps",
+        Access.CALLER,
+        ps,
+        stays=False,
+        operation=Operation(
+            "listPlacements",
+            "Where every version is now, and for operators how full devices are.",
+            [Result(200, "A page.", PsAnswer)],
+            takes=(*PAGED, OF_TENANT),
+            refusals={404: "There is no such tenant, or it is not yours."},
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/events",
+        Access.CALLER,
+        events,
+        stays=False,
+        operation=Operation(
+            "listEvents",
+            "What happened, oldest first; the newest page without `after` and `cursor`.",
+            [Result(200, "A page.", EventsAnswer)],
+            takes=(
+                *PAGED,
+                Given(
+                    "after",
+                    Annotated[int, msgspec.Meta(ge=0, le=EVENT_ID_MAX)],
+                    "Only what came after the event of this id.",
+                ),
+                OF_TENANT,
+            ),
+            refusals={404: "There is no such tenant, or it is not yours."},
+        ),
+    ),
 )

@@ -17,6 +17,7 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from control.catalog import PutQuota
+from control.operations import Operation, Result
 from control.routes.access import Access, Caller, Route, read_json, tenant_of
 from control.state import Control
 from packer.http import json_response
@@ -234,8 +235,41 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
     return json_response(_answer(control, caller, tenant))
 
 
+PATH = "/api/v1/tenants/{tenant}/quota"
 ROUTES = (
-    Route("GET", "/api/v1/tenants/{tenant}/quota", Access.CALLER, show),
-    Route("PATCH", "/api/v1/tenants/{tenant}/quota", Access.OPERATOR, change),
-    Route("PUT", "/api/v1/tenants/{tenant}/quota", Access.OPERATOR, change),
+    Route(
+        "GET",
+        PATH,
+        Access.CALLER,
+        show,
+        operation=Operation(
+            "showQuota",
+            "A tenant's quota, and its use as each node last said it.",
+            [Result(200, "The quota.", QuotaAnswer)],
+        ),
+    ),
+    Route(
+        "PATCH",
+        PATH,
+        Access.OPERATOR,
+        change,
+        operation=Operation(
+            "changeQuota",
+            "Change the fields that are given and keep the rest.",
+            [Result(200, "The quota as it is now.", QuotaAnswer)],
+            QuotaAsk,
+        ),
+    ),
+    Route(
+        "PUT",
+        PATH,
+        Access.OPERATOR,
+        change,
+        operation=Operation(
+            "replaceQuota",
+            "Set the quota; what is not given is as for a new tenant.",
+            [Result(200, "The quota as it is now.", QuotaAnswer)],
+            QuotaAsk,
+        ),
+    ),
 )

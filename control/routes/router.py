@@ -11,6 +11,7 @@ import re
 import msgspec
 from aiohttp import web
 
+from control.operations import JSON, Operation, Passed, Result
 from control.routes.access import Access, Caller, Route
 from control.routes.forwarding import (
     Call,
@@ -25,6 +26,8 @@ from control.state import Control
 from packer.http import (
     JSON_BYTES_MAX,
     ApiError,
+    ModelCard,
+    ModelList,
     decode_json,
     json_response,
     model_card,
@@ -84,8 +87,49 @@ async def route(control: Control, request: web.Request, caller: Caller) -> web.S
     return await hand_on(control, request, begun)
 
 
+class PassedAsk(msgspec.Struct):
+    """What the router reads of a call; the node that answers checks all fields of it."""
+
+    model: str
+
+
+def _passed(path: str, name: str, summary: str, *media: str) -> Passed:
+    # Answers are OpenAI's own shapes: its document describes them, ours does not repeat it.
+    result = Result(200, "As OpenAI's API answers.", dict[str, msgspec.Raw], (JSON, *media))
+    refusals = {
+        404: "There is no such model, or it is not yours.",
+        422: "The model can not do this.",
+        500: "The node failed.",
+        502: "The node failed.",
+        507: "The model does not fit; waiting can not help.",
+    }
+    return Passed("POST", path, Operation(name, summary, [result], PassedAsk, refusals=refusals))
+
+
+PASSED = (
+    _passed("/v1/embeddings", "createEmbedding", "Embed texts or tokens."),
+    _passed("/v1/classify", "classify", "Classify texts."),
+    _passed("/v1/completions", "createCompletion", "Continue a text.", "text/event-stream"),
+    _passed("/v1/chat/completions", "createChatCompletion", "Answer a conversation.", "text/event-stream"),
+)
 ROUTES = (
-    Route("GET", "/v1/models", Access.TENANT, list_models, stays=False),
-    Route("GET", "/v1/models/{ref:.+}", Access.TENANT, show_model, stays=False),
-    Route("*", "/v1/{path:.*}", Access.TENANT, route, stays=False),
+    Route(
+        "GET",
+        "/v1/models",
+        Access.TENANT,
+        list_models,
+        stays=False,
+        operation=Operation(
+            "listOpenAiModels", "The models that the key may call.", [Result(200, "All of them.", ModelList)]
+        ),
+    ),
+    Route(
+        "GET",
+        "/v1/models/{ref:.+}",
+        Access.TENANT,
+        show_model,
+        stays=False,
+        operation=Operation("showOpenAiModel", "One model.", [Result(200, "The model.", ModelCard)]),
+    ),
+    Route("*", "/v1/{path:.*}", Access.TENANT, route, stays=False, passes=PASSED),
 )

@@ -14,14 +14,16 @@ import msgspec
 from aiohttp import web
 
 from control.catalog import TENANTS_MAX, PutQuota, PutTenant, TenantRow, tenant_removal
-from control.routes.access import Access, Caller, Items, Route, read_json, tenant_of
+from control.operations import Operation, Result, TenantText
+from control.pages import PAGED, Page, asked_page, page_of
+from control.routes.access import Access, Caller, Route, read_json, tenant_of
 from control.state import Control, wall_ms
 from packer.http import ApiError, json_response
 from packer.types import ModelSpec, TenantQuota, parse_tenant
 
 
 class TenantAsk(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
+    name: TenantText
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,11 @@ async def create(control: Control, request: web.Request, caller: Caller) -> web.
 
 
 async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    asked = asked_page(request, None, parts=1)
     rows = sorted(control.catalog.tenants.values(), key=lambda row: row.tenant)
-    return json_response(Items([tenant_answer(control, row) for row in rows]))
+    return json_response(
+        page_of(asked, rows, lambda row: (row.tenant,), lambda row: tenant_answer(control, row))
+    )
 
 
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -85,7 +90,37 @@ async def drop_files(control: Control, specs: Sequence[ModelSpec]) -> None:
 
 
 ROUTES = (
-    Route("POST", "/api/v1/tenants", Access.OPERATOR, create),
-    Route("GET", "/api/v1/tenants", Access.OPERATOR, list_all),
-    Route("DELETE", "/api/v1/tenants/{tenant}", Access.OPERATOR, delete),
+    Route(
+        "POST",
+        "/api/v1/tenants",
+        Access.OPERATOR,
+        create,
+        operation=Operation(
+            "createTenant",
+            "Create a tenant with the quota that every new one has.",
+            [Result(201, "It exists now.", TenantAnswer)],
+            TenantAsk,
+            refusals={409: "It exists already.", 507: "There are as many tenants as there may be."},
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/tenants",
+        Access.OPERATOR,
+        list_all,
+        operation=Operation(
+            "listTenants", "All tenants by name.", [Result(200, "A page.", Page[TenantAnswer])], takes=PAGED
+        ),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/tenants/{tenant}",
+        Access.OPERATOR,
+        delete,
+        operation=Operation(
+            "deleteTenant",
+            "Delete a tenant with its keys, models and uploads.",
+            [Result(204, "It is gone.")],
+        ),
+    ),
 )

@@ -30,8 +30,18 @@ from control.catalog import (
     model_arrival,
 )
 from control.model_store import ModelStoreError, PartFiles, check_names
+from control.operations import Given, NameText, Operation, Result, Where
 from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
-from control.routes.models import REFUSED_CODE, check_room, examine_off_loop, model_answer, new_spec, own_name
+from control.routes.models import (
+    MODEL_REFUSALS,
+    REFUSED_CODE,
+    ModelAnswer,
+    check_room,
+    examine_off_loop,
+    model_answer,
+    new_spec,
+    own_name,
+)
 from control.state import Control, wall_ms
 from packer.directory import FILES_MAX, BadDirectory, manifest_digest
 from packer.http import ApiError, json_response
@@ -54,7 +64,7 @@ class FileAsk(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class UploadAsk(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
+    name: NameText
     files: Annotated[list[FileAsk], msgspec.Meta(min_length=1, max_length=FILES_MAX)]
 
 
@@ -448,9 +458,78 @@ async def delete(control: Control, request: web.Request, caller: Caller) -> web.
 
 
 ROUTES = (
-    Route("POST", "/api/v1/tenants/{tenant}/uploads", Access.CALLER, declare),
-    Route("GET", "/api/v1/uploads/{upload_id}", Access.CALLER, show),
-    Route("PATCH", "/api/v1/uploads/{upload_id}/files/{path:.*}", Access.CALLER, send),
-    Route("POST", "/api/v1/uploads/{upload_id}/commit", Access.CALLER, commit),
-    Route("DELETE", "/api/v1/uploads/{upload_id}", Access.CALLER, delete),
+    Route(
+        "POST",
+        "/api/v1/tenants/{tenant}/uploads",
+        Access.CALLER,
+        declare,
+        operation=Operation(
+            "declareUpload",
+            "Declare the files of a version; the same declaration finds the same open upload.",
+            [Result(201, "The upload, and how much of each file is here.", UploadAnswer)],
+            UploadAsk,
+            refusals={
+                422: "The files are no model directory; `field` names the file.",
+                507: "There is no room for it.",
+            },
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/uploads/{upload_id}",
+        Access.CALLER,
+        show,
+        operation=Operation(
+            "showUpload",
+            "An upload, and how much of each file is here.",
+            [Result(200, "The upload.", UploadAnswer)],
+        ),
+    ),
+    Route(
+        "PATCH",
+        "/api/v1/uploads/{upload_id}/files/{path:.*}",
+        Access.CALLER,
+        send,
+        operation=Operation(
+            "sendFile",
+            "Append bytes to a declared file.",
+            [Result(204, "They are durable.", headers={OFFSET_HEADER: "Bytes of the file that are here."})],
+            asks_bytes=True,
+            takes=[
+                Given(
+                    OFFSET_HEADER,
+                    Annotated[int, msgspec.Meta(ge=0)],
+                    "At which byte of the file the body starts: at the first one that is not here.",
+                    Where.HEADER,
+                    True,
+                )
+            ],
+            refusals={
+                409: "The body does not start where the file ends here, or another request is sending.",
+                507: "Control's disk is full.",
+            },
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/uploads/{upload_id}/commit",
+        Access.CALLER,
+        commit,
+        operation=Operation(
+            "commitUpload",
+            "Make a complete upload a version of its model, the latest.",
+            [
+                Result(201, "A new version.", ModelAnswer),
+                Result(200, "The version was there already.", ModelAnswer),
+            ],
+            refusals=MODEL_REFUSALS,
+        ),
+    ),
+    Route(
+        "DELETE",
+        "/api/v1/uploads/{upload_id}",
+        Access.CALLER,
+        delete,
+        operation=Operation("deleteUpload", "Give an upload up.", [Result(204, "It is gone.")]),
+    ),
 )

@@ -13,14 +13,16 @@ from urllib.parse import urlencode
 
 from bunkhouse import _decode
 from bunkhouse._errors import BadValue
-from bunkhouse._request import Call, json_request, segment
+from bunkhouse._request import Call, Listing, json_request, segment
 from bunkhouse._types import (
     About,
+    Device,
     Events,
     Key,
     NewKey,
     Node,
     NodeToken,
+    Placement,
     Placements,
     QuotaUse,
     Tenant,
@@ -45,8 +47,8 @@ def create_tenant(tenant: str) -> Call[Tenant]:
     return Call(json_request("POST", "/api/v1/tenants", {"name": tenant}), _decode.one(_decode.tenant))
 
 
-def tenants() -> Call[tuple[Tenant, ...]]:
-    return Call(json_request("GET", "/api/v1/tenants", repeatable=True), _decode.items(_decode.tenant))
+def tenants() -> Listing[Tenant, tuple[Tenant, ...]]:
+    return Listing("/api/v1/tenants", _decode.page(_decode.tenant), tuple)
 
 
 def delete_tenant(tenant: str) -> Call[None]:
@@ -64,8 +66,8 @@ def create_key(tenant: str, label: str | None, ttl_s: int | None) -> Call[NewKey
     return Call(json_request("POST", _keys_path(tenant), body), _decode.one(_decode.new_key))
 
 
-def keys(tenant: str) -> Call[tuple[Key, ...]]:
-    return Call(json_request("GET", _keys_path(tenant), repeatable=True), _decode.items(_decode.key))
+def keys(tenant: str) -> Listing[Key, tuple[Key, ...]]:
+    return Listing(_keys_path(tenant), _decode.page(_decode.key), tuple)
 
 
 def revoke_key(key_id: str) -> Call[None]:
@@ -100,8 +102,8 @@ def set_quota(tenant: str, **change: MaybeInt) -> Call[QuotaUse]:
     return Call(request, _decode.one(_decode.quota_use))
 
 
-def nodes() -> Call[tuple[Node, ...]]:
-    return Call(json_request("GET", "/api/v1/nodes", repeatable=True), _decode.items(_decode.node))
+def nodes() -> Listing[Node, tuple[Node, ...]]:
+    return Listing("/api/v1/nodes", _decode.page(_decode.node), tuple)
 
 
 def create_node_token(name: str | None, ttl_s: int | None) -> Call[NodeToken]:
@@ -119,8 +121,8 @@ def about() -> Call[About]:
     return Call(json_request("GET", "/api/v1/about", repeatable=True), _decode.one(_decode.about))
 
 
-def ps() -> Call[Placements]:
-    return Call(json_request("GET", "/api/v1/ps", repeatable=True), _decode.one(_decode.placements))
+def ps() -> Listing[Placement | Device, Placements]:
+    return Listing("/api/v1/ps", _decode.placements, _decode.all_placements)
 
 
 def events(after: int | None, limit: int, tenant: str | None) -> Call[Events]:

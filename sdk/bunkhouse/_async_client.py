@@ -17,7 +17,7 @@ from bunkhouse._admin import UNSET, Int, MaybeInt
 from bunkhouse._calls import EmbeddingInput, Message
 from bunkhouse._errors import BunkhouseError
 from bunkhouse._push import Done, advance, push_steps
-from bunkhouse._request import Answer, Call, resolve_address
+from bunkhouse._request import Answer, Call, Listing, pages, resolve_address
 from bunkhouse._retry import RetryPolicy
 from bunkhouse._stream import AsyncTextStream
 from bunkhouse._transport import AsyncSender
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import httpx2
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class AsyncClient:
@@ -87,6 +88,16 @@ class AsyncClient:
 
     async def _run(self, call: Call[T]) -> T:
         return call.parse(await self._sender.send(call.request))
+
+    async def _whole(self, listing: Listing[T, U]) -> U:
+        steps = pages(listing)
+        request = next(steps)
+        while True:
+            try:
+                request = steps.send(await self._sender.send(request))
+            except StopIteration as stop:
+                whole: U = stop.value
+                return whole
 
     async def _stream(self, call: Call[Completion]) -> AsyncTextStream:
         head, response = await self._sender.open(_calls.streamed(call))
@@ -234,7 +245,7 @@ class AsyncClient:
 
     async def models(self, tenant: str | None = None) -> tuple[Model, ...]:
         """All versions this key may see, or one tenant's."""
-        return await self._run(_calls.models(tenant))
+        return await self._whole(_calls.models(tenant))
 
     async def model(self, model: str) -> Model:
         """One version; the latest when the reference names none."""
@@ -250,7 +261,7 @@ class AsyncClient:
         return await self._run(_admin.create_tenant(tenant))
 
     async def tenants(self) -> tuple[Tenant, ...]:
-        return await self._run(_admin.tenants())
+        return await self._whole(_admin.tenants())
 
     async def delete_tenant(self, tenant: str) -> None:
         """Delete a tenant with its keys and models."""
@@ -261,7 +272,7 @@ class AsyncClient:
         return await self._run(_admin.create_key(tenant, label, ttl_s))
 
     async def keys(self, tenant: str) -> tuple[Key, ...]:
-        return await self._run(_admin.keys(tenant))
+        return await self._whole(_admin.keys(tenant))
 
     async def revoke_key(self, key_id: str) -> None:
         await self._run(_admin.revoke_key(key_id))
@@ -311,7 +322,7 @@ class AsyncClient:
     # The fleet.
 
     async def nodes(self) -> tuple[Node, ...]:
-        return await self._run(_admin.nodes())
+        return await self._whole(_admin.nodes())
 
     async def create_node_token(self, *, name: str | None = None, ttl_s: int | None = None) -> NodeToken:
         """Create a join token for one node. Hand it over in a file, never on a command line."""
@@ -336,7 +347,7 @@ class AsyncClient:
 
     async def ps(self) -> Placements:
         """Where every version's bytes are now, and what it has done."""
-        return await self._run(_admin.ps())
+        return await self._whole(_admin.ps())
 
     async def events(
         self, *, after: int | None = None, limit: int = 100, tenant: str | None = None

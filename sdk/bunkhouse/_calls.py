@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import quote
 
 from bunkhouse import _decode
 from bunkhouse._errors import BadValue
@@ -18,6 +17,7 @@ from bunkhouse._request import (
     COMMIT_TIMEOUT_S,
     INFERENCE_TIMEOUT_S,
     Call,
+    Listing,
     Request,
     json_request,
     model_path,
@@ -114,10 +114,9 @@ def streamed(call: Call[Completion]) -> Request:
     return replace(call.request, body=marked, headers={**call.request.headers, "accept": "text/event-stream"})
 
 
-def models(tenant: str | None) -> Call[tuple[Model, ...]]:
-    query = "" if tenant is None else f"?tenant={quote(tenant, safe='')}"
-    request = json_request("GET", f"/api/v1/models{query}", repeatable=True)
-    return Call(request, _decode.items(_decode.model))
+def models(tenant: str | None) -> Listing[Model, tuple[Model, ...]]:
+    query = {} if tenant is None else {"tenant": tenant}
+    return Listing("/api/v1/models", _decode.page(_decode.model), tuple, query)
 
 
 def model(ref: str) -> Call[Model]:

@@ -17,7 +17,7 @@ from bunkhouse._admin import UNSET, Int, MaybeInt
 from bunkhouse._calls import EmbeddingInput, Message
 from bunkhouse._errors import BunkhouseError
 from bunkhouse._push import Done, advance, push_steps
-from bunkhouse._request import Call, resolve_address
+from bunkhouse._request import Call, Listing, pages, resolve_address
 from bunkhouse._retry import RetryPolicy
 from bunkhouse._stream import TextStream
 from bunkhouse._transport import Sender
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import httpx2
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Client:
@@ -87,6 +88,16 @@ class Client:
 
     def _run(self, call: Call[T]) -> T:
         return call.parse(self._sender.send(call.request))
+
+    def _whole(self, listing: Listing[T, U]) -> U:
+        steps = pages(listing)
+        request = next(steps)
+        while True:
+            try:
+                request = steps.send(self._sender.send(request))
+            except StopIteration as stop:
+                whole: U = stop.value
+                return whole
 
     def _stream(self, call: Call[Completion]) -> TextStream:
         head, response = self._sender.open(_calls.streamed(call))
@@ -229,7 +240,7 @@ class Client:
 
     def models(self, tenant: str | None = None) -> tuple[Model, ...]:
         """All versions this key may see, or one tenant's."""
-        return self._run(_calls.models(tenant))
+        return self._whole(_calls.models(tenant))
 
     def model(self, model: str) -> Model:
         """One version; the latest when the reference names none."""
@@ -245,7 +256,7 @@ class Client:
         return self._run(_admin.create_tenant(tenant))
 
     def tenants(self) -> tuple[Tenant, ...]:
-        return self._run(_admin.tenants())
+        return self._whole(_admin.tenants())
 
     def delete_tenant(self, tenant: str) -> None:
         """Delete a tenant with its keys and models."""
@@ -256,7 +267,7 @@ class Client:
         return self._run(_admin.create_key(tenant, label, ttl_s))
 
     def keys(self, tenant: str) -> tuple[Key, ...]:
-        return self._run(_admin.keys(tenant))
+        return self._whole(_admin.keys(tenant))
 
     def revoke_key(self, key_id: str) -> None:
         self._run(_admin.revoke_key(key_id))
@@ -306,7 +317,7 @@ class Client:
     # The fleet.
 
     def nodes(self) -> tuple[Node, ...]:
-        return self._run(_admin.nodes())
+        return self._whole(_admin.nodes())
 
     def create_node_token(self, *, name: str | None = None, ttl_s: int | None = None) -> NodeToken:
         """Create a join token for one node. Hand it over in a file, never on a command line."""
@@ -331,7 +342,7 @@ class Client:
 
     def ps(self) -> Placements:
         """Where every version's bytes are now, and what it has done."""
-        return self._run(_admin.ps())
+        return self._whole(_admin.ps())
 
     def events(self, *, after: int | None = None, limit: int = 100, tenant: str | None = None) -> Events:
         """What happened, oldest first: after the event with id ``after``, or the newest."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from bunkhouse._errors import BadAnswer
-from bunkhouse._request import Answer
+from bunkhouse._request import Answer, Page
 from bunkhouse._types import (
     About,
     ByteQuota,
@@ -138,9 +138,14 @@ def one(read: Callable[[Fields], T]) -> Callable[[Answer], T]:
     return lambda answer: read(fields_of(answer))
 
 
-def items(read: Callable[[Fields], T]) -> Callable[[Answer], tuple[T, ...]]:
-    """A parser of an answer of the form ``{"items": [...]}``."""
-    return lambda answer: tuple(read(each) for each in fields_of(answer).each("items"))
+def page(read: Callable[[Fields], T]) -> Callable[[Answer], Page[T]]:
+    """A parser of an answer of the form ``{"items": [...], "next_cursor": "..."}``."""
+
+    def parse(answer: Answer) -> Page[T]:
+        body = fields_of(answer)
+        return Page(tuple(read(each) for each in body.each("items")), body.maybe_text("next_cursor"))
+
+    return parse
 
 
 def served(answer: Answer) -> Served:
@@ -439,10 +444,16 @@ def _placement(row: Fields) -> Placement:
     )
 
 
-def placements(body: Fields) -> Placements:
+def placements(answer: Answer) -> Page[Placement | Device]:
+    body = fields_of(answer)
+    items = (_placement(each) for each in body.each("items"))
+    return Page((*items, *(device(each) for each in body.each("devices"))), body.maybe_text("next_cursor"))
+
+
+def all_placements(rows: tuple[Placement | Device, ...]) -> Placements:
     return Placements(
-        tuple(_placement(each) for each in body.each("items")),
-        tuple(device(each) for each in body.each("devices")),
+        tuple(row for row in rows if isinstance(row, Placement)),
+        tuple(row for row in rows if isinstance(row, Device)),
     )
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Generic, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from bunkhouse._errors import ApiError, BadAnswer, BadValue, error_from_body
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 URL_ENV = "BUNKHOUSE_URL"
 KEY_ENV = "BUNKHOUSE_API_KEY"
@@ -107,6 +108,48 @@ class Call(Generic[T]):
 
     request: Request
     parse: Callable[[Answer], T]
+
+
+# Pages of one list: 1,000 rows each, so far more than any server has.
+PAGES_MAX = 1_000
+PAGE_ROWS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """Some rows of a list; ``next_cursor`` None: there are no more."""
+
+    rows: tuple[T, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Listing(Generic[T, U]):
+    """A list that comes in pages, how to read one, and what to make of all rows together."""
+
+    path: str
+    read: Callable[[Answer], Page[T]]
+    whole: Callable[[tuple[T, ...]], U]
+    query: Mapping[str, str] = field(default_factory=dict)
+
+    def request(self, cursor: str | None) -> Request:
+        query = {**self.query, "limit": str(PAGE_ROWS)}
+        if cursor is not None:
+            query["cursor"] = cursor
+        return Request("GET", f"{self.path}?{urlencode(query)}", repeatable=True)
+
+
+def pages(listing: Listing[T, U]) -> Generator[Request, Answer, U]:
+    """The requests of a whole list, one after another; a client sends each and hands its answer back."""
+    rows: list[T] = []
+    cursor: str | None = None
+    for _ in range(PAGES_MAX):
+        page = listing.read((yield listing.request(cursor)))
+        rows += page.rows
+        if page.next_cursor is None:
+            return listing.whole(tuple(rows))
+        cursor = page.next_cursor
+    raise BadAnswer(f"{listing.path} has more than {PAGES_MAX} pages: is this Bunkhouse's URL?")
 
 
 def json_request(

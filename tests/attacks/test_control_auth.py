@@ -39,6 +39,7 @@ TENANT_ROUTES = {
     ("GET", "/api/v1/models/{ref}"),
     ("DELETE", "/api/v1/models/{ref}"),
     ("GET", "/api/v1/about"),
+    ("GET", "/api/v1/openapi.json"),
     ("GET", "/api/v1/ps"),
     ("GET", "/api/v1/events"),
     ("GET", "/api/v1/plan"),
@@ -89,7 +90,8 @@ def routes_of(app: web.Application) -> set[tuple[str, str]]:
     return {
         (route.method, route.resource.canonical)
         for route in app.router.routes()
-        if route.resource is not None
+        # A HEAD is its GET without the body: one handler behind one check (``test_pages_and_tags``).
+        if route.resource is not None and route.method != "HEAD"
     }
 
 
