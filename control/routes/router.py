@@ -87,12 +87,6 @@ async def route(control: Control, request: web.Request, caller: Caller) -> web.S
     return await hand_on(control, request, begun)
 
 
-class PassedAsk(msgspec.Struct):
-    """What the router reads of a call; the node that answers checks all fields of it."""
-
-    model: str
-
-
 def _passed(path: str, name: str, summary: str, *media: str) -> Passed:
     # Answers are OpenAI's own shapes: its document describes them, ours does not repeat it.
     result = Result(200, "As OpenAI's API answers.", dict[str, msgspec.Raw], (JSON, *media))
@@ -103,7 +97,7 @@ def _passed(path: str, name: str, summary: str, *media: str) -> Passed:
         502: "The node failed.",
         507: "The model does not fit; waiting can not help.",
     }
-    return Passed("POST", path, Operation(name, summary, [result], PassedAsk, refusals=refusals))
+    return Passed("POST", path, Operation(name, summary, [result], Names, refusals=refusals))
 
 
 PASSED = (
