@@ -27,8 +27,9 @@ class EngineRequest:
     """One order to an engine. ``op`` is ``embed``, ``classify``, ``generate`` or ``infer``.
 
     ``fields`` is what the order needs, already checked for types and limits by the gateway:
-    ``embed`` and ``classify`` take ``inputs`` (texts, or lists of token numbers); ``generate`` takes
-    one of ``prompt``, ``messages`` or ``tokens``, ``stop`` (texts), and when the caller gave them
+    ``embed`` and ``classify`` take ``inputs`` (texts, or lists of token numbers), ``embed`` also
+    ``dimensions`` (absent: all that the model gives); ``generate`` takes one of ``prompt``, ``messages`` or
+    ``tokens``, ``stop`` (texts), and when the caller gave them
     ``max_tokens`` (absent: as many as the model's context allows), ``temperature``, ``top_p``, ``top_k``,
     ``repetition_penalty`` (absent: what the model's directory says), ``presence_penalty``,
     ``frequency_penalty``, ``logit_bias``, ``seed`` (absent: not seeded), ``n`` (choices, of which each is

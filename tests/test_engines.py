@@ -193,6 +193,28 @@ def test_a_wrong_call_names_the_right_route(minilm: Loaded) -> None:
         minilm.run("explode")
 
 
+def test_an_embedding_is_cut_where_the_model_says_that_it_may_be(minilm: Loaded) -> None:
+    config = minilm.model._module.config
+    whole = vectors(minilm.run("embed", inputs=[TEXT], dimensions=384)[0], 1)[0]
+    with pytest.raises(EngineError, match="gives 384 and can not be shortened") as error:
+        minilm.run("embed", inputs=[TEXT], dimensions=128)
+    assert error.value.field == "dimensions"
+    config.is_matryoshka = True
+    try:
+        frame = minilm.run("embed", inputs=[TEXT, "a"], dimensions=100)[0]
+        cut = vectors(frame, 2)[0]
+        assert frame.header["dimensions"] == 100
+        assert np.linalg.norm(cut) == pytest.approx(1.0)
+        assert cut == pytest.approx(whole[:100] / np.linalg.norm(whole[:100]), abs=1e-6)
+        config.matryoshka_dimensions = [64, 128]
+        assert minilm.run("embed", inputs=[TEXT], dimensions=64)[0].header["dimensions"] == 64
+        for asked in (100, 385):
+            with pytest.raises(EngineError, match="one of 64, 128, or 384"):
+                minilm.run("embed", inputs=[TEXT], dimensions=asked)
+    finally:
+        del config.is_matryoshka, config.matryoshka_dimensions
+
+
 # --- classification -------------------------------------------------------------------------------
 
 

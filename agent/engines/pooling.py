@@ -1,7 +1,8 @@
 """From token vectors to one vector per input, as a directory's sentence-transformers files declare.
 
 Covers: reading ``modules.json``, the pooling configuration, ``sentence_bert_config.json`` and the
-default prompt, and the pooling itself for one input alone (no padding, so no mask). Does not cover:
+default prompt, the pooling itself for one input alone (no padding, so no mask), and which shorter lengths
+an embedding may have. Does not cover:
 tokens or the model's forward pass (``transformers``). A directory without these files gets mean
 pooling and no normalisation, as sentence-transformers does.
 """
@@ -14,6 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from agent.facade import EngineError
+
+# Of the lengths that a configuration lists, in an error's text.
+LISTED_MAX = 32
 _MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 # The older spelling, in the order in which several of them are concatenated.
 _FLAGS = {
@@ -42,14 +47,14 @@ class Pooling:
     lower_case: bool = False
     prompt: str = ""
 
-    def apply(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``tokens``: [length, hidden] of one input. Returns float32 [dimensions]."""
+    def apply(self, tokens: torch.Tensor, dimensions: int | None = None) -> torch.Tensor:
+        """``tokens``: [length, hidden] of one input. Returns float32 [dimensions]: all, or the first ones."""
         # The same operations in the same order as sentence-transformers on a batch of one, so that the
         # result is the same to the last bit.
         batch = tokens.unsqueeze(0)
         wide = torch.float32 if tokens.dtype in (torch.float16, torch.bfloat16) else tokens.dtype
         parts = [_pool(mode, batch, wide) for mode in self.modes]
-        vector = torch.cat(parts, dim=-1)
+        vector = torch.cat(parts, dim=-1)[:, :dimensions]
         if self.normalize:
             vector = torch.nn.functional.normalize(vector, p=2.0, dim=1)
         return vector[0].to(torch.float32)
@@ -72,6 +77,25 @@ def _pool(mode: str, batch: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     if mode == "mean_sqrt_len_tokens":
         count = count.sqrt()
     return (summed / count).to(batch.dtype)
+
+
+def check_dimensions(asked: int, own: int, config: object) -> None:
+    """Whether an embedding may be cut to so many numbers: a model says so by the two fields of its
+    config.json that inference servers read. Raises ``EngineError``."""
+    if asked == own:
+        return
+    if getattr(config, "is_matryoshka", False) is not True:
+        raise EngineError(
+            "invalid_request",
+            f"this model gives {own} and can not be shortened; leave the field out "
+            "(a model that was trained for it says so with is_matryoshka in its config.json)",
+            "dimensions",
+        )
+    listed = getattr(config, "matryoshka_dimensions", None)
+    allowed = listed if isinstance(listed, list) else range(1, own)
+    if asked not in allowed or not 0 < asked < own:
+        shown = ", ".join(map(str, listed[:LISTED_MAX])) if isinstance(listed, list) else f"1 to {own}"
+        raise EngineError("invalid_request", f"of this model must be one of {shown}, or {own}", "dimensions")
 
 
 def read_pooling(files: Mapping[str, bytes]) -> Pooling:

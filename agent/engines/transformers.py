@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from agent.arena import DTYPES, Image
 from agent.early import Gate, chunks_of
 from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens, write
-from agent.engines.pooling import BadPooling, Pooling, read_pooling
+from agent.engines.pooling import BadPooling, Pooling, check_dimensions, read_pooling
 from agent.engines.sampling import Sampling, read_sampling
 from agent.engines.side_files import BadSideFile, written
 from agent.facade import EngineError, EngineFrame, EngineRequest
@@ -74,9 +74,10 @@ class BrokenModel(Exception):
 
 
 class EmbedFields(msgspec.Struct, frozen=True):
-    """The fields of ``embed`` and ``classify``."""
+    """The fields of ``embed`` and ``classify``; ``dimensions``: only so many of each embedding."""
 
     inputs: list[str | list[int]]
+    dimensions: int | None = None
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -411,12 +412,16 @@ class Model:
             if task is Task.GENERATION:
                 self._generate(_convert(request, GenerateFields), emit, cancelled)
             else:
-                inputs = _convert(request, EmbedFields).inputs
+                fields = _convert(request, EmbedFields)
+                inputs = fields.inputs
                 if not 0 < len(inputs) <= INPUTS_MAX:
                     raise EngineError(
                         "invalid_request", f"must hold 1 to {INPUTS_MAX} inputs, not {len(inputs)}", "input"
                     )
-                self._vectors(task, inputs, emit, cancelled)
+                if fields.dimensions is not None and task is Task.EMBEDDING:
+                    own = self._module.config.hidden_size * len(self._pooling.modes)
+                    check_dimensions(fields.dimensions, own, self._module.config)
+                self._vectors(task, inputs, fields.dimensions, emit, cancelled)
 
     def _generate(
         self, fields: GenerateFields, emit: Callable[[EngineFrame], None], cancelled: Callable[[], bool]
@@ -434,6 +439,7 @@ class Model:
         self,
         task: Task,
         inputs: Sequence[str | list[int]],
+        dimensions: int | None,
         emit: Callable[[EngineFrame], None],
         cancelled: Callable[[], bool],
     ) -> None:
@@ -447,7 +453,7 @@ class Model:
             ids = torch.tensor([tokens], dtype=torch.long, device=self._module.device)
             output = self._module(input_ids=ids, attention_mask=torch.ones_like(ids))
             if task is Task.EMBEDDING:
-                rows.append(self._pooling.apply(output.last_hidden_state[0]).cpu())
+                rows.append(self._pooling.apply(output.last_hidden_state[0], dimensions).cpu())
             else:
                 rows.append(self._scores(output.logits[0].to(torch.float32)).cpu())
         body = torch.stack(rows).numpy().tobytes()
