@@ -26,6 +26,9 @@ from agent.event_stream import STALL_SECONDS, EventStream, with_silences
 from agent.facade import EngineError, EngineFault, EngineFrame, EngineRequest, Lease, NodeFacade, Refused
 from agent.guard import FACTS, KEY, add_headers, require_key
 from agent.metering import expected_tokens
+from agent.oip import OipRoutes
+from agent.oip_models import rows_of
+from agent.oip_stats import Statistics
 from agent.openai_shapes import (
     ANSWER_CHARS_MAX,
     ChatAsk,
@@ -52,10 +55,10 @@ from packer.http import (
     model_list,
     model_not_found,
     openai_error,
-    openai_response,
     protect,
     refusal,
 )
+from packer.oip import tenants_response
 from packer.types import ModelSpec, Task
 
 P = ParamSpec("P")
@@ -112,7 +115,7 @@ class Call:
 def build_app(node: NodeFacade, config: GatewayConfig) -> web.Application:
     """The gateway's application; serve it with ``packer.http.runner``."""
     app = web.Application(middlewares=[require_key(node), _explain])
-    protect(app, openai_response)
+    protect(app, tenants_response)
     add_headers(app, node, config.node_name)
     gateway = Gateway(node, config)
     app.add_routes(
@@ -127,6 +130,7 @@ def build_app(node: NodeFacade, config: GatewayConfig) -> web.Application:
             web.post("/v1/classify", gateway.classify),
             web.post("/v1/completions", gateway.completions),
             web.post("/v1/chat/completions", gateway.chat),
+            *gateway.oip.routes(),
         ]
     )
     return app
@@ -167,6 +171,8 @@ class Gateway:
         self._node = node
         self._config = config
         self._bodies = BodyBudget()
+        self._statistics = Statistics()
+        self.oip = OipRoutes(node, self._bodies, self._statistics, self._run_one)
 
     # --- routes without a model -----------------------------------------------------------------------
 
@@ -249,11 +255,19 @@ class Gateway:
     @asynccontextmanager
     async def _lease(self, call: Call, orders: Sequence[EngineRequest]) -> AsyncIterator[Lease]:
         timeout_ms, tokens = self._config.lease_timeout_ms, expected_tokens(orders)
-        async with self._node.lease(call.spec, call.request_id, timeout_ms, tokens) as lease:
-            facts = call.request[FACTS]
-            facts.tier, facts.restore_ms, facts.device = lease.tier, lease.restore_ms, lease.device
-            facts.restored_bytes = lease.restored_bytes
-            yield lease
+        rows = sum(rows_of(order) for order in orders)
+        with self._statistics.timing(call.spec.ref, rows) as timing:
+            async with self._node.lease(call.spec, call.request_id, timeout_ms, tokens) as lease:
+                timing.granted()
+                facts = call.request[FACTS]
+                facts.tier, facts.restore_ms, facts.device = lease.tier, lease.restore_ms, lease.device
+                facts.restored_bytes = lease.restored_bytes
+                yield lease
+
+    async def _run_one(self, request: web.Request, spec: ModelSpec, order: EngineRequest) -> EngineFrame:
+        """For a surface that has found its model by itself."""
+        request[ASKED] = str(spec.ref.model)
+        return await self._one_frame(Call(request, spec), order)
 
     async def _one_frame(self, call: Call, order: EngineRequest) -> EngineFrame:
         """The answer of an operation that gives one frame. The lease is over when it is returned."""

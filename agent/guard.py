@@ -36,7 +36,7 @@ from packer.rates import RateView
 from packer.types import KeySpec, Tier
 
 # The routes that answer without a key. Health says only whether, never what.
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
 # Needs no key, but a peer on this machine: a scraper seldom has a tenant's key, and numbers per tenant
 # are nobody else's business.
 LOCAL_PATHS = frozenset({"/metrics"})

@@ -23,9 +23,9 @@ from control.operations import (
     Passed,
     Result,
 )
-from control.routes.about import server_version
 from control.routes.access import Access, Caller, ErrorAnswer, Route
 from control.state import Control
+from packer.release import server_version
 
 _SCHEMAS = "#/components/schemas/{name}"
 _SECURITY = "key"

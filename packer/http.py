@@ -72,8 +72,9 @@ PASSED_HEADERS = (
 # One JSON request. 1 MiB is about 250,000 tokens of text, more than any model here reads at once.
 JSON_BYTES_MAX = 1 * MIB
 # Bodies held at one time, by all callers and by one tenant: the bound on what requests cost in memory.
-BODIES_BYTES_MAX = 256 * MIB
-OWNER_BODIES_BYTES_MAX = 32 * MIB
+# A tenant's share is the largest request with tensors (64 MiB) and 16 of the largest others.
+BODIES_BYTES_MAX = 512 * MIB
+OWNER_BODIES_BYTES_MAX = 80 * MIB
 # A body that is not complete by then is a broken or hostile client; 1 MiB in 30 s is 35 kB/s.
 BODY_READ_SECONDS = 30.0
 # One request or header line; also the longest path.
@@ -334,7 +335,8 @@ class BodyBudget:
                 raise ApiError(
                     408, "body_timeout", f"The request's body was not complete after {BODY_READ_SECONDS:g} s."
                 ) from None
-            yield b"".join(parts)
+            parts[:] = [b"".join(parts)]
+            yield parts.pop()  # what is held here would be in memory until the answer, wanted or not
         finally:
             self._give(owner, taken)
 

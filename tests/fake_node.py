@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
@@ -20,7 +21,18 @@ from agent.facade import EngineError, EngineFrame, EngineRequest, Lease, Refused
 from agent.gateway import GatewayConfig, build_app
 from packer.http import KeyText, check_key, make_key, runner
 from packer.rates import RateView
-from packer.types import BadValue, KeySpec, ModelRef, ModelSpec, Task, Tier, parse_model
+from packer.types import (
+    DATATYPE_BYTES,
+    BadValue,
+    KeySpec,
+    ModelRef,
+    ModelSpec,
+    Task,
+    TensorPort,
+    TensorSignature,
+    Tier,
+    parse_model,
+)
 
 NOW_MS = 1_700_000_000_000
 DIMENSIONS = 8
@@ -48,6 +60,14 @@ def spec_of(tenant: str, name: str, task: Task, version: str = VERSION, latest: 
     )
 
 
+def echo_spec(tenant: str, name: str, *datatypes: str) -> ModelSpec:
+    """A model of tensors that gives what it takes: ``x0``, ``x1`` … of these datatypes, any rows of two."""
+    ports = tuple(TensorPort(f"x{i}", datatype, (-1, 2)) for i, datatype in enumerate(datatypes))
+    return replace(
+        spec_of(tenant, name, Task.TENSORS), engine="export", signature=TensorSignature(ports, ports)
+    )
+
+
 def vector_of(text: object) -> list[float]:
     """Eight float32 numbers that depend on the text."""
     digest = hashlib.sha256(repr(text).encode()).digest()
@@ -71,6 +91,8 @@ async def answer(request: EngineRequest) -> AsyncIterator[EngineFrame]:
         inputs = _listed(request, "inputs")
         body = b"".join(struct.pack("<2f", 0.25, 0.75) for _ in inputs)
         yield EngineFrame({"labels": list(LABELS), "prompt_tokens": len(inputs)}, body)
+    elif request.op == "infer":
+        yield echo(request)
     else:
         fields = request.fields
         if "messages" in fields:
@@ -87,6 +109,20 @@ async def answer(request: EngineRequest) -> AsyncIterator[EngineFrame]:
         reason = "stop" if len(words) <= limit else "length"
         counts = {"prompt_tokens": len(words), "completion_tokens": min(len(words), limit)}
         yield EngineFrame({"finish_reason": reason, **counts})
+
+
+def echo(request: EngineRequest) -> EngineFrame:
+    """The inputs that were asked for as outputs, in the order of the inputs."""
+    described, body, at = [], b"", 0
+    for one in _listed(request, "inputs"):
+        assert isinstance(one, dict)
+        size = math.prod(one["shape"]) * DATATYPE_BYTES[one["datatype"]]
+        if one["name"] in _listed(request, "outputs"):
+            described.append(one)
+            body += request.body[at : at + size]
+        at += size
+    assert at == len(request.body)
+    return EngineFrame({"outputs": described}, body)
 
 
 @dataclass

@@ -8,7 +8,6 @@ which release's mistakes it has.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from aiohttp import web
 
@@ -16,6 +15,7 @@ from control.operations import Operation, Result
 from control.routes.access import Access, Caller, Route
 from control.state import Control, wall_ms
 from packer.http import json_response
+from packer.release import server_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +27,6 @@ class AboutAnswer:
     key_id: str
     tenant: str | None
     expires_ms: int | None
-
-
-def server_version() -> str:
-    """Of the installed distribution; a checkout that was never installed has none."""
-    try:
-        return version("bunkhouse-server")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 async def about(control: Control, request: web.Request, caller: Caller) -> web.Response:

@@ -171,7 +171,7 @@ async def test_a_body_that_never_comes_is_408(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_one_tenants_open_bodies_are_bounded_and_do_not_harm_another() -> None:
-    """33 connections that promise 1 MiB each: the one beyond the tenant's share gets 429 at once."""
+    """81 connections that promise 1 MiB each: the one beyond the tenant's share gets 429 at once."""
     node = FakeNode()
     count = OWNER_BODIES_BYTES_MAX // JSON_BYTES_MAX + 1
     head = (

@@ -55,6 +55,24 @@ VARIANTS = [
     "/v1/models/" + "x" * 7000 + "/{m}",
 ]
 
+# The same below /v2, with and without a word after the model; and versions, which only it writes as a part.
+OIP_VARIANTS = [
+    variant.replace("/v1/", "/v2/").replace("{m}", "{m}" + word)
+    for variant in VARIANTS
+    for word in ("", "/ready", "/config", "/stats", "%2Fstats")
+] + [
+    "/v2/models/globex/{m}/versions/0123456789abcdef",
+    "/v2/models/globex/{m}/versions/latest/ready",
+    "/v2/models/globex/{m}/versions/../stats",
+    "/v2/models/globex/{m}/versions/",
+    "/v2/models/globex/{m}/versions/0123456789abcdef/versions/0123456789abcdef",
+    "/v2/models/globex/{m}@0123456789abcdef/versions/0123456789abcdef",
+    "/v2/models/acme/embed/versions/../../globex/{m}",
+    "/v2/models/acme/embed/versions/0123456789abcdef%2F..%2F..%2Fglobex%2F{m}",
+    "/v2/models/globex/{m}/infer",
+    "/v2/repository/models/globex/{m}/load",
+]
+
 
 async def get_raw(url: str, path: str, key: str) -> tuple[int, str]:
     """Send the path as it is written; status and body."""
@@ -69,18 +87,53 @@ async def get_raw(url: str, path: str, key: str) -> tuple[int, str]:
     return int(head.split()[1]), body
 
 
+async def answers_of(url: str, variant: str, key: str) -> list[tuple[int, str]]:
+    """To the foreign and to the absent model, without their names."""
+    answers = []
+    for model in ("secret", "absent"):
+        status, body = await get_raw(url, variant.replace("{m}", model), key)
+        answers.append((status, body.replace(model, "MODEL")))
+    return answers
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda one: one[11:60])
 async def test_a_foreign_model_answers_as_an_absent_one_however_it_is_written(variant: str) -> None:
     node = FakeNode()
     async with served(node) as url:
-        answers = []
-        for model in ("secret", "absent"):
-            status, body = await get_raw(url, variant.replace("{m}", model), node.acme)
-            answers.append((status, body.replace(model, "MODEL")))
+        answers = await answers_of(url, variant, node.acme)
     assert answers[0] == answers[1]
     assert answers[0][0] in (400, 404)
     assert "globex/secret@" not in answers[0][1]
     assert "created" not in answers[0][1]
+
+
+async def test_the_same_under_the_open_inference_protocol() -> None:
+    node = FakeNode()
+    async with served(node) as url:
+        for variant in OIP_VARIANTS:
+            answers = await answers_of(url, variant, node.acme)
+            assert answers[0] == answers[1], variant
+            assert answers[0][0] in (400, 404, 405), variant
+            assert "platform" not in answers[0][1]
+            assert "model_stats" not in answers[0][1]
+    assert len(OIP_VARIANTS) > 150
+
+
+async def test_an_inference_with_a_foreign_model_is_one_with_an_absent_one() -> None:
+    """A body that would be refused is not even read: nothing of it can differ by the model."""
+    node = FakeNode()
+    spellings = ("globex/{m}", "globex%2F{m}", "acme/../globex/{m}", "globex/{m}/versions/0123456789abcdef")
+    async with served(node) as url:
+        for spelling in spellings:
+            for body in (b"", b"{}", b"{" * 100):
+                answers = []
+                for name in ("secret", "absent"):
+                    path = f"/v2/models/{spelling.replace('{m}', name)}/infer"
+                    status, answer = await post_raw(url, path, node.acme, body)
+                    answers.append((status, answer.replace(name, "MODEL")))
+                assert answers[0] == answers[1]
+                assert answers[0][0] == 404
+    assert node.events == []
 
 
 @pytest.mark.parametrize(
