@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sqlite3
+import ssl
 import sys
 from contextlib import suppress
 
@@ -81,27 +82,58 @@ async def run(config: AgentConfig) -> int:
     node = RunningNode(config)
     loop.add_signal_handler(signal.SIGUSR2, node.meter.look_now)
     loop.add_signal_handler(signal.SIGUSR1, lambda: node.loop.dump("asked"))
-    runner = http.runner(build_app(node, GatewayConfig(config.name, config.request_timeout_ms)))
+    app = build_app(node, GatewayConfig(config.name, config.request_timeout_ms))
+    if node.control_listener is not None:
+        node.control_listener.guard(app)
+    runner = http.runner(app)
     try:
         await node.start()
         await runner.setup()
-        site = web.TCPSite(runner, config.listen_host, config.listen_port, shutdown_timeout=STOP_GRACE_S)
-        try:
-            await site.start()
-        except OSError as error:
-            log.error("--listen %s:%d: %s", config.listen_host, config.listen_port, error)
+        url = await _listen(config, node, runner)
+        if url is None:
             return EXIT_FAILED
-        port = runner.addresses[0][1]
-        host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
-        url = f"http://{host}:{port}"
         log.info("gateway on %s", url)
         if config.ready_file is not None:
             ready = json.dumps({"url": url, "pid": os.getpid()})
             write_private(config.ready_file, ready.encode())
         return await _until_stopped(node, config.advertise_url or url, stop)
     finally:
+        if node.control_listener is not None:
+            node.control_listener.close()
         await runner.cleanup()
         await node.close()
+
+
+async def _listen(config: AgentConfig, node: RunningNode, runner: web.AppRunner) -> str | None:
+    """Open the tenants' listener, and the one for control's router; the former's URL, None when it fails."""
+    try:
+        site = web.TCPSite(
+            runner,
+            config.listen_host,
+            config.listen_port,
+            shutdown_timeout=STOP_GRACE_S,
+            ssl_context=_tenants_tls(config),
+        )
+        await site.start()
+    except OSError as error:  # of TLS as well: a certificate that can not be read or is none
+        log.error("--listen %s:%d: %s", config.listen_host, config.listen_port, error)
+        return None
+    if node.control_listener is not None:
+        try:
+            await node.control_listener.start(runner)
+        except OSError as error:
+            log.error("--route-listen: %s; control's router can not reach this node", error)
+            return None
+    host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
+    return f"{'http' if config.tls is None else 'https'}://{host}:{runner.addresses[0][1]}"
+
+
+def _tenants_tls(config: AgentConfig) -> ssl.SSLContext | None:
+    if config.tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(config.tls.certificate, config.tls.key)
+    return context
 
 
 async def _until_stopped(node: RunningNode, advertise_url: str, stop: asyncio.Event) -> int:

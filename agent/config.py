@@ -28,6 +28,14 @@ NODE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """A certificate chain and its key, as an operator keeps them for tenants."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
 class AgentConfig:
     data_dir: Path
     control_url: str | None  # None: serve the last plan only, never call out
@@ -49,6 +57,9 @@ class AgentConfig:
     peer_listen: tuple[str, int] | None = None  # None: packs are given to nobody
     peer_url: str | None = None  # where other nodes reach that, when it differs
     peer_rate_bytes_s: int = GIB
+    route_listen: tuple[str, int] | None = None  # None: control's router can not reach this node
+    route_url: str | None = None  # where control reaches that, when it differs
+    tls: TlsFiles | None = None  # of ``listen``; None: it speaks plain HTTP
     policy: str = "keep"
     regret_every_s: int = 3600
     lending_margin_percent: int = MARGIN_PERCENT
@@ -96,6 +107,7 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--name", default=None, help="this node's name (default: the host name)")
     run.add_argument("--listen", default="127.0.0.1:8100", help="tenants' HTTP surface (default %(default)s)")
     run.add_argument("--advertise-url", help="where routers reach --listen, when that differs")
+    _add_tls_options(run)
     run.add_argument(
         "--peer-listen",
         default="auto",
@@ -123,6 +135,22 @@ def arguments() -> argparse.ArgumentParser:
     run.add_argument("--ready-file", type=Path, help="JSON with the gateway's URL, written when it listens")
     run.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     return parser
+
+
+def _add_tls_options(run: argparse.ArgumentParser) -> None:
+    """Who reaches the gateway how."""
+    run.add_argument("--tls-cert", type=Path, metavar="FILE", help="serve --listen over TLS: PEM chain")
+    run.add_argument("--tls-key", type=Path, metavar="FILE", help="the key of --tls-cert, PEM")
+    run.add_argument(
+        "--route-listen",
+        default="auto",
+        metavar="HOST:PORT",
+        help="where control's router calls this node, over mutual TLS; auto: a free port at the host of "
+        "--listen; off: tenants call it directly only (default %(default)s)",
+    )
+    run.add_argument(
+        "--route-url", metavar="URL", help="where control reaches --route-listen, when it differs"
+    )
 
 
 def _add_memory_options(run: argparse.ArgumentParser) -> None:
@@ -225,8 +253,11 @@ def load(argv: Sequence[str]) -> AgentConfig:
         policy=options.policy,
         regret_every_s=_regret_every_s(options.regret_every),
         lending_margin_percent=options.lending_margin,
-        peer_listen=_peer_listen(options.peer_listen, host),
-        peer_url=_peer_url(options.peer_url),
+        peer_listen=_listen_or_off(options.peer_listen, host, "--peer-listen"),
+        peer_url=_tls_url(options.peer_url, "--peer-url"),
+        route_listen=_listen_or_off(options.route_listen, host, "--route-listen"),
+        route_url=_tls_url(options.route_url, "--route-url"),
+        tls=_tls_files(options.tls_cert, options.tls_key),
         peer_rate_bytes_s=_peer_rate(options.peer_rate),
     )
 
@@ -237,16 +268,24 @@ def _regret_every_s(seconds: int) -> int:
     return seconds
 
 
-def _peer_listen(text: str, host: str) -> tuple[str, int] | None:
+def _listen_or_off(text: str, host: str, field: str) -> tuple[str, int] | None:
     if text == "off":
         return None
-    return (host, 0) if text == "auto" else parse_listen(text, "--peer-listen")
+    return (host, 0) if text == "auto" else parse_listen(text, field)
 
 
-def _peer_url(url: str | None) -> str | None:
+def _tls_url(url: str | None, field: str) -> str | None:
     if url is not None and not re.fullmatch(r"https://[!-~]{1,240}:[0-9]{1,5}", url):
-        raise BadValue("--peer-url", f"{url[:120]!r}: nodes speak TLS only, write https://HOST:PORT")
+        raise BadValue(field, f"{url[:120]!r}: this is TLS only, write https://HOST:PORT")
     return url
+
+
+def _tls_files(certificate: Path | None, key: Path | None) -> TlsFiles | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise BadValue("--tls-cert, --tls-key", "give both files, or neither for plain HTTP")
+    return TlsFiles(certificate, key)
 
 
 def _peer_rate(text: str) -> int:

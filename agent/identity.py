@@ -10,7 +10,6 @@ The key never leaves this directory (0700, files 0600); losing it costs one new 
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import ssl
 import threading
@@ -24,6 +23,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from packer.certificates import (
+    CONTROL,
+    CheckedContext,
+    WrongSpeaker,
+    checked_context,
+    parse_cas,
+    pem_of,
+    read_speaker,
+    spki_digest,
+)
 from packer.durable import write_private
 from packer.wire import JoinAnswer, decode, encode
 
@@ -56,20 +65,18 @@ def read_token(path: Path) -> JoinToken:
     return JoinToken(*parts)
 
 
-def check_pin(token: JoinToken, ca_pem: bytes) -> None:
-    """Refuse a control server whose CA is not the one the token was made by. Nothing secret has been
-    sent before this returns; raises ``BadIdentity``."""
+def check_pin(token: JoinToken, ca_pem: bytes) -> str:
+    """The certificate, as PEM, of the CA that the token was made by: the only one that may speak for this
+    control server. Others beside it say nothing: whoever answers could have put them there. Nothing secret
+    has been sent before this returns; raises ``BadIdentity``."""
     try:
-        certificates = x509.load_pem_x509_certificates(ca_pem)
+        certificates = parse_cas(ca_pem.decode())
     except ValueError:
         raise BadIdentity("control answered something that is not a CA certificate") from None
     for certificate in certificates:
-        spki = certificate.public_key().public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        pin = base64.urlsafe_b64encode(hashlib.sha256(spki).digest()).rstrip(b"=").decode()
+        pin = base64.urlsafe_b64encode(spki_digest(certificate)).rstrip(b"=").decode()
         if hmac.compare_digest(pin, token.pin.rstrip("=")):
-            return
+            return pem_of(certificate)
     raise BadIdentity(
         "this control server's CA does not match the join token's pin: it is not the server that made the "
         "token (or somebody sits in between). The token's secret was not sent."
@@ -79,14 +86,14 @@ def check_pin(token: JoinToken, ca_pem: bytes) -> None:
 class Identity:
     """Files of one node: ``node.key``, ``identity.json`` (the last ``JoinAnswer``)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, now_s: Callable[[], float] = time.time) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.now_s = now_s
         self._directory = directory
         self._key_path = directory / "node.key"
         self._answer_path = directory / "identity.json"
         self.answer: JoinAnswer | None = None
-        # Told of every new certificate: whoever serves with it must take it up.
-        self.on_saved: Callable[[], None] = lambda: None
+        self._watchers: list[Callable[[], None]] = []
         self._file_lock = threading.Lock()
         self._saved_now = False  # a certificate came since this process started
         if self._answer_path.exists():
@@ -113,7 +120,16 @@ class Identity:
         write_private(self._answer_path, encode(answer))
         self.answer = answer
         self._saved_now = True
-        self.on_saved()
+        for watcher in list(self._watchers):
+            watcher()
+
+    def watch(self, certified: Callable[[], None]) -> None:
+        """Tell of every new certificate: whoever serves with it must take it up."""
+        self._watchers.append(certified)
+
+    def unwatch(self, certified: Callable[[], None]) -> None:
+        if certified in self._watchers:
+            self._watchers.remove(certified)
 
     def forget(self) -> None:
         """Control does not know this node any more: the next join starts afresh, with the same key."""
@@ -130,10 +146,10 @@ class Identity:
         if self.answer is not None and not self._saved_now and not may_serve(self._leaf()):
             return True
         begins, ends = self._times()
-        return time.time() >= begins + (ends - begins) * RENEW_AT_SHARE
+        return self.now_s() >= begins + (ends - begins) * RENEW_AT_SHARE
 
     def expired(self) -> bool:
-        return time.time() >= self.expires_s()
+        return self.now_s() >= self.expires_s()
 
     def _times(self) -> tuple[float, float]:
         if self.answer is None:
@@ -166,6 +182,25 @@ class Identity:
             # A resumed session would bring yesterday's certificate in again without showing it.
             context.num_tickets = 0
         return self._certified(context)
+
+    def control_context(self) -> CheckedContext:
+        """TLS 1.3 for a listener that only control may call: it has no certificate yet (``certify``)."""
+        return checked_context(self._check_control, server=True)
+
+    def certify(self, context: ssl.SSLContext) -> None:
+        """Take up the present certificate and CAs; connections that are open go on with the old ones."""
+        assert self.answer is not None
+        context.load_verify_locations(cadata=self.answer.ca_pem)
+        self._certified(context)
+
+    def _check_control(self, certificate_der: bytes | None) -> float:
+        if self.answer is None:
+            raise WrongSpeaker("this node has not joined")
+        cas = parse_cas(self.answer.ca_pem)
+        speaker = read_speaker(certificate_der, self.answer.cluster, cas, self.now_s())
+        if speaker.name != CONTROL:
+            raise WrongSpeaker("only control may call here")
+        return speaker.ends_s
 
     def _certified(self, context: ssl.SSLContext) -> ssl.SSLContext:
         assert self.answer is not None

@@ -18,6 +18,7 @@ from agent import devices, metrics
 from agent.accuracy import Accuracy
 from agent.calibration import Calibrator, LinkMeter
 from agent.config import AgentConfig
+from agent.control_listener import ControlListener
 from agent.counters import Counters
 from agent.debts import Debts
 from agent.decisions import Decisions
@@ -118,12 +119,7 @@ class RunningNode:
         self.host_form = self._choose_host_form(None)
         self._packs = PackDirectory(config.data_dir / "packs")
         self._segments = HostSegments()
-        self._identity = Identity(config.data_dir / "identity")
-        self.uplink = (
-            Uplink(self, self._identity, config.control_url, config.name, config.join_token_file)
-            if config.control_url
-            else None
-        )
+        self._find_identity(config)
         self._nursery = Nursery(config.threads, config.standbys)
         self.orders = Orders(
             self._nursery,
@@ -162,6 +158,20 @@ class RunningNode:
         self._tasks: list[asyncio.Task[None]] = []
         self._flushing = asyncio.Lock()
         self._flush_failed: set[str] = set()
+
+    def _find_identity(self, config: AgentConfig) -> None:
+        """Who this node is, its line to control and the listener that control calls."""
+        self._identity = Identity(config.data_dir / "identity")
+        self.uplink = (
+            Uplink(self, self._identity, config.control_url, config.name, config.join_token_file)
+            if config.control_url
+            else None
+        )
+        self.control_listener = (
+            ControlListener(self._identity, config.route_listen, config.route_url)
+            if config.route_listen is not None and config.control_url is not None
+            else None
+        )
 
     def _know_again(self) -> None:
         """Take up what the journal has kept of earlier lives; the core hears of it with the first plan."""
@@ -471,6 +481,10 @@ class RunningNode:
     @property
     def peer_url(self) -> str:
         return self.sharing.peer_url
+
+    @property
+    def route_url(self) -> str:
+        return self.control_listener.url if self.control_listener is not None else ""
 
     @property
     def device_configs(self) -> tuple[devices.DeviceConfig, ...]:

@@ -1,19 +1,16 @@
 """Whom another node's certificate speaks for.
 
 Covers: reading the certificate that TLS has verified, and checking what TLS does not know: the cluster's
-present CA, exactly one name of a node of this cluster, its key, its life at this moment. Does not cover:
+present CAs, exactly one name of a node of this cluster, its key, its life at this moment. Does not cover:
 which nodes exist (the plan says so) or making TLS contexts (``agent/identity.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
+from packer.certificates import WrongSpeaker, parse_cas, read_speaker
 
 
 class NotAPeer(Exception):
@@ -31,7 +28,7 @@ class PeerIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The cluster that this node has joined."""
+    """The cluster that this node has joined, and the certificates of its CAs."""
 
     name: str
     ca_pem: str
@@ -41,27 +38,12 @@ def read_peer(certificate_der: bytes | None, cluster: Cluster) -> PeerIdentity:
     """The node that a certificate speaks for. Raises ``NotAPeer``.
 
     TLS has checked the chain already, against every CA that its context was ever given; here it must be
-    the one that the node trusts now.
+    one that the node trusts now.
     """
-    if not certificate_der:
-        raise NotAPeer("no certificate was shown")
     try:
-        certificate = x509.load_der_x509_certificate(certificate_der)
-        ca = x509.load_pem_x509_certificate(cluster.ca_pem.encode())
-        certificate.verify_directly_issued_by(ca)
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        key_der = certificate.public_key().public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    except (InvalidSignature, TypeError):
-        raise NotAPeer("the certificate is of another CA") from None
-    except (ValueError, x509.ExtensionNotFound):
-        raise NotAPeer("the certificate names nobody") from None
-    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    prefix = f"spiffe://{cluster.name}/node/"
-    if len(uris) != 1 or len(list(names)) != 1 or not uris[0].startswith(prefix):
+        speaker = read_speaker(certificate_der, cluster.name, parse_cas(cluster.ca_pem), time.time())
+    except (WrongSpeaker, ValueError) as error:
+        raise NotAPeer(str(error)) from None
+    if not speaker.node:
         raise NotAPeer("the certificate is not of a node of this cluster")
-    ends_s = certificate.not_valid_after_utc.timestamp()
-    if not certificate.not_valid_before_utc.timestamp() <= time.time() < ends_s:
-        raise NotAPeer("the certificate is not valid now")
-    return PeerIdentity(uris[0].removeprefix(prefix), hashlib.sha256(key_der).hexdigest(), ends_s)
+    return PeerIdentity(speaker.node, speaker.key_sha256, speaker.ends_s)

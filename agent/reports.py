@@ -45,6 +45,8 @@ class ReportSource(Protocol):
     @property
     def peer_url(self) -> str: ...
     @property
+    def route_url(self) -> str: ...
+    @property
     def device_configs(self) -> tuple[DeviceConfig, ...]: ...
     @property
     def draining(self) -> bool: ...
@@ -75,6 +77,7 @@ def build_report(node: ReportSource) -> Report:
         peer_url=node.peer_url,
         calibration=_calibration(node),
         regret=encode(node.regret).decode() if node.regret is not None else "",
+        route_url=node.route_url,
     )
 
 

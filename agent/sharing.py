@@ -83,7 +83,7 @@ class Sharing:
         host = f"[{where[0]}]" if ":" in where[0] else where[0]
         self.peer_url = self._config.peer_url or f"https://{host}:{port}"
         log.info("packs for other nodes at %s", self.peer_url)
-        self._identity.on_saved = self._certified
+        self._identity.watch(self._certified)
         self._certified()
 
     def _certified(self) -> None:
@@ -99,7 +99,7 @@ class Sharing:
             self._server.allow(Allowed(nodes, self._versions))
 
     async def close(self) -> None:
-        self._identity.on_saved = lambda: None
+        self._identity.unwatch(self._certified)
         if self._server is not None:
             await asyncio.to_thread(self._server.close)
         await self.sources.close()

@@ -193,7 +193,7 @@ class Uplink:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             async with session.get(f"{self._url}/node/v1/ca", ssl=unverified_context()) as answer:
                 ca_pem = await answer.content.read(64 * 1024)
-            check_pin(token, ca_pem)
+            pinned_pem = check_pin(token, ca_pem)
             ask = JoinAsk(
                 WIRE_VERSION,
                 token.token_id,
@@ -202,7 +202,7 @@ class Uplink:
                 self._name,
                 self._gateway_url,
             )
-            context = verified_context(ca_pem.decode())
+            context = verified_context(pinned_pem)
             async with session.post(
                 f"{self._url}/node/v1/join", data=encode(ask), ssl=context, headers=_JSON
             ) as answer:

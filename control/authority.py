@@ -26,6 +26,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from control.catalog import NodeRow, TokenRow
+from packer.certificates import (
+    CONTROL,
+    NODE_PREFIX,
+    Speaker,
+    WrongSpeaker,
+    pem_of,
+    read_speaker,
+    speaker_uri,
+    spki_digest,
+)
 from packer.durable import write_private
 from packer.types import BadValue
 
@@ -39,6 +49,8 @@ RENEW_AT_SHARE = 2 / 3
 CLOCK_SKEW = timedelta(minutes=10)
 # A request for an EC key is about 500 bytes; RSA 4096 about 1,700.
 CSR_CHARS_MAX = 8_192
+# Client certificates that were verified and are remembered, two per node; one is about 1 KB.
+SPEAKERS_MAX = 2_048
 # X.520's bound; the name in full is in the URI.
 COMMON_NAME_CHARS_MAX = 64
 # A node's name is one path segment of a URI, a file name and a label.
@@ -178,10 +190,10 @@ class Authority:
             raise ValueError(f"{key_path} is not an EC key; restore it from a backup")
         self._key = loaded
         self._certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+        self.cas = (self._certificate,)
+        self._speakers: dict[bytes, Speaker] = {}  # by certificate: what was read and verified of it
         self.ca_pem = self._certificate.public_bytes(serialization.Encoding.PEM).decode()
-        self.pin = (
-            base64.urlsafe_b64encode(_spki_digest(self._certificate.public_key())).rstrip(b"=").decode()
-        )
+        self.pin = base64.urlsafe_b64encode(spki_digest(self._certificate)).rstrip(b"=").decode()
 
     def read_request(self, csr_pem: str) -> x509.CertificateSigningRequest:
         """Check a certificate request; raises ``BadCertificateRequest``. Only its key is used."""
@@ -206,7 +218,7 @@ class Authority:
         Only the URI names the node. The common name is none that a host can have: a TLS library that
         falls back to it must not take a node called like control for control.
         """
-        san = x509.UniformResourceIdentifier(f"spiffe://{self.cluster}/node/{node}")
+        san = x509.UniformResourceIdentifier(speaker_uri(self.cluster, NODE_PREFIX + node))
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
         common_name = f"node {node}"[:COMMON_NAME_CHARS_MAX]
         leaf = self._sign(request.public_key(), common_name, [san], usages, NODE_CERTIFICATE_LIFE)
@@ -217,26 +229,26 @@ class Authority:
 
         The life is checked again because a connection may outlive its certificate.
         """
-        if not certificate_der:
-            raise NotANode("no client certificate was sent")
-        certificate = x509.load_der_x509_certificate(certificate_der)
-        if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
-            raise NotANode("the client certificate has expired")
+        known = self._speakers.get(certificate_der or b"")
         try:
-            names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except x509.ExtensionNotFound:
-            raise NotANode("the client certificate names nobody") from None
-        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-        prefix = f"spiffe://{self.cluster}/node/"
-        if len(uris) != 1 or not uris[0].startswith(prefix):
-            raise NotANode("the client certificate is not of this cluster")
-        return NodeIdentity(uris[0].removeprefix(prefix), key_sha256_of(certificate))
+            if known is None or not known.begins_s <= now.timestamp() < known.ends_s:
+                known = read_speaker(certificate_der, self.cluster, self.cas, now.timestamp())
+        except WrongSpeaker as error:
+            raise NotANode(str(error)) from None
+        if not known.node:
+            raise NotANode("the certificate is not a node's")
+        if len(self._speakers) >= SPEAKERS_MAX:
+            self._speakers.clear()
+        self._speakers[certificate_der or b""] = known
+        return NodeIdentity(known.node, known.key_sha256)
 
     def server_context(self, hosts: Sequence[str]) -> ssl.SSLContext:
         """TLS 1.3 for the node listener; a client certificate is verified when one is sent."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_OPTIONAL
+        # A resumed session would bring yesterday's certificate in again without showing it.
+        context.num_tickets = 0
         context.load_verify_locations(cadata=self.ca_pem)
         self.load_server_certificate(context, hosts)
         return context
@@ -253,6 +265,16 @@ class Authority:
         leaf_pem = leaf.public_bytes(serialization.Encoding.PEM)
         write_private(path, _private_pem(key) + leaf_pem + self.ca_pem.encode())
         context.load_cert_chain(path)
+
+    def make_control_certificate(self) -> Path:
+        """A file with a key and a certificate that names control: what it shows to nodes as a client."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = [x509.UniformResourceIdentifier(speaker_uri(self.cluster, CONTROL))]
+        usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
+        leaf = self._sign(key.public_key(), CONTROL, names, usages, SERVER_CERTIFICATE_LIFE)
+        path = self._directory / "client.pem"
+        write_private(path, _private_pem(key) + pem_of(leaf).encode())
+        return path
 
     def _sign(
         self,
@@ -286,14 +308,7 @@ class Authority:
 
 def key_sha256_of(holder: x509.Certificate | x509.CertificateSigningRequest) -> str:
     """What a node's key is known by: sha256 of its SubjectPublicKeyInfo, in hex."""
-    return _spki_digest(holder.public_key()).hex()
-
-
-def _spki_digest(key: object) -> bytes:
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise NotANode("only EC keys are issued for")
-    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).digest()
+    return spki_digest(holder).hex()
 
 
 def _self_signed(key: ec.EllipticCurvePrivateKey, cluster: str) -> x509.Certificate:

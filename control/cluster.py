@@ -182,6 +182,7 @@ class NodeView:
     node: str
     gateway_url: str
     peer_url: str = ""
+    route_url: str = ""  # where this router calls it over mutual TLS
     report: Report | None = None
     by_ref: dict[str, ModelReport] = field(default_factory=dict)
     heard_ms: int | None = None  # None until the first beat since control started
@@ -276,6 +277,7 @@ def _take_report(cluster: Cluster, view: NodeView, event: NodeBeat) -> list[Acti
     view.have = (event.have_epoch, event.have_seq)
     view.gateway_url = event.report.gateway_url
     view.peer_url = event.report.peer_url
+    view.route_url = event.report.route_url
     view.report = event.report
     view.by_ref = {model.ref: model for model in event.report.models}
     view.load_said = sum(model.leases + model.waiting for model in event.report.models)

@@ -43,6 +43,8 @@ class Config:
     origin_roots: tuple[str, ...] = ()
     # Further names under which nodes reach the node listener; they go into its certificate.
     node_hosts: tuple[str, ...] = ()
+    # Whether requests may go to nodes that have no listener for mutual TLS.
+    plain_routes: bool = False
     tenant_store_bytes: int = TENANT_STORE_BYTES_DEFAULT
     upload_life_s: int = UPLOAD_LIFE_S_DEFAULT
 
@@ -100,6 +102,12 @@ def parse_config(arguments: Sequence[str]) -> Config:
         metavar="SIZE",
         help="bytes that one tenant's uploads may take here, for example 100GiB (default %(default)s)",
     )
+    serve.add_argument(
+        "--plain-routes",
+        action="store_true",
+        help="also send requests in plain HTTP, to nodes that run with --route-listen off: for a network "
+        "that encrypts by itself",
+    )
     # Only for the list of commands: ``control.__main__`` sends it to its own module.
     commands.add_parser("simulate", help="replay a trace on a fleet that you describe (--help for more)")
     given = parser.parse_args(arguments)
@@ -111,6 +119,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
             ready_file=given.ready_file,
             origin_roots=tuple(_origin_root(root) for root in given.origin_root),
             node_hosts=tuple(given.node_host),
+            plain_routes=given.plain_routes,
             tenant_store_bytes=parse_bytes(given.tenant_store_bytes, "--tenant-store-bytes"),
         )
     except BadValue as error:

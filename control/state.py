@@ -46,6 +46,7 @@ from control.catalog import (
 from control.config import Config
 from control.model_store import ModelStore
 from control.node_session import open_session
+from control.node_tls import NodeLines
 from control.questions import Questions
 from control.router_counters import RouterCounters
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
@@ -126,6 +127,7 @@ class Control:
         self.meta: Meta
         self.authority: Authority
         self.session: aiohttp.ClientSession
+        self.lines: NodeLines
         self._store: Store
         self._read_store: Store
         self._lock_file: int
@@ -145,6 +147,9 @@ class Control:
         self.catalog = await self._on(self._writer, self._store.load)
         self._read_store = await self._on(self._reader, lambda: Store(path))
         self.authority = Authority(folder, self.meta.cluster)
+        self.lines = NodeLines(
+            self.authority, lambda: self.catalog, self.cluster, plain=self.config.plain_routes
+        )
         await self._ensure_operator()
         await asyncio.to_thread(self._sweep_files)
         self.remember_nodes()
@@ -451,6 +456,7 @@ class Control:
                         SERVER_CERTIFICATE_LIFE.total_seconds() * RENEW_AT_SHARE * 1000
                     )
                     self.authority.load_server_certificate(self._node_tls, self._node_hosts())
+                    self.lines.renew()
             except (StoreUnavailable, OSError) as error:
                 self.log_fault("tick", error)
 

@@ -228,6 +228,7 @@ class Report:
     peer_url: str = ""  # where other nodes fetch packs from; empty when this node shares none
     calibration: str = ""  # what the node measured of itself, as JSON; empty before
     regret: str = ""  # a ``RegretReport`` as JSON; empty before the first replay
+    route_url: str = ""  # where control's router calls this node, over mutual TLS; empty: nowhere
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,8 +198,11 @@ class Running:
 
 @asynccontextmanager
 async def running(folder: Path, **options: Any) -> AsyncIterator[Running]:
-    """A control server with its data in ``folder``, stopped in order at the end."""
-    server = Server(Config(data_dir=folder, **options))
+    """A control server with its data in ``folder``, stopped in order at the end.
+
+    Gateways of fake nodes speak plain HTTP; ``test_control_listener`` has the real thing.
+    """
+    server = Server(Config(data_dir=folder, **{"plain_routes": True, **options}))
     bound = await server.start()
     operator_key = (folder / "operator.key").read_text().strip()
     # Nothing is followed, inflated or kept between calls that a test does not see.

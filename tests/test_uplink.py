@@ -8,71 +8,20 @@ control being away (``test_crash``) or hostile control servers (``attacks/test_j
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
-from running_control import PATIENCE_S, Running, empty_report, model_files, running
+from running_control import PATIENCE_S, model_files, running
+from running_uplinks import Owner, make_uplink, token_file
 
 from agent.identity import BadIdentity, Identity, may_serve
 from agent.sources import ControlAway
-from agent.uplink import NodeDeleted, Uplink
+from agent.uplink import NodeDeleted
 from control.authority import Authority
-from packer.questions import Question, Reply
 from packer.types import ModelRef
-from packer.wire import NO_PLAN, BadMessage, OriginTurn, Plan, PlanNumber, Record, Report
-
-
-@dataclass(slots=True)
-class Owner:
-    """A node reduced to what the uplink asks of it."""
-
-    plan: Plan | None = None
-    records: list[Record] = field(default_factory=list)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def report(self) -> Report:
-        return empty_report("http://127.0.0.1:9")
-
-    spool_id: str = "a spool"
-
-    def have_plan(self) -> PlanNumber:
-        return self.plan.number if self.plan else NO_PLAN
-
-    async def accept_plan(self, plan: Plan) -> None:
-        assert plan.number > self.have_plan()
-        self.plan = plan
-        self.news.set()
-
-    async def spooled(self, limit: int) -> tuple[Record, ...]:
-        return tuple(self.records[:limit])
-
-    async def acknowledge(self, acked_seq: int) -> None:
-        self.records = [record for record in self.records if record.seq > acked_seq]
-        self.news.set()
-
-    async def reply(self, question: Question) -> Reply:
-        return Reply(question.question)
-
-    async def until_versions(self, count: int) -> Plan:
-        async with asyncio.timeout(PATIENCE_S):
-            while self.plan is None or len(self.plan.models) != count:
-                self.news.clear()
-                await self.news.wait()
-        return self.plan
-
-
-async def token_file(control: Running, folder: Path, name: str = "box") -> Path:
-    answer = await control.call("POST", "/api/v1/nodes/tokens", {"name": name})
-    path = folder / "join.token"
-    path.write_text(answer.json()["token"])
-    return path
-
-
-def make_uplink(control: Running, folder: Path, owner: Owner, token: Path | None) -> Uplink:
-    return Uplink(owner, Identity(folder / "identity"), control.bound.node_url, "box", token)
+from packer.wire import BadMessage, OriginTurn, Record
 
 
 async def test_a_node_joins_and_learns_what_changes_at_once(tmp_path: Path) -> None:
@@ -216,7 +165,7 @@ async def test_a_certificate_that_is_for_clients_only_is_renewed_at_once(
             assert not identity.renew_due()
         again = make_uplink(control, tmp_path, owner, None)
         renewed = asyncio.Event()
-        again._identity.on_saved = renewed.set
+        again._identity.watch(renewed.set)
         task = asyncio.create_task(again.run("http://127.0.0.1:9"))
         async with asyncio.timeout(PATIENCE_S):
             await renewed.wait()

@@ -26,6 +26,7 @@ from yarl import URL
 
 from control import cluster as fleet
 from control.node_session import Connection
+from control.node_tls import NoLine
 from control.routes.access import Caller
 from control.state import Control
 from packer.crowd import in_time
@@ -429,9 +430,10 @@ async def _send(control: Control, node: str, call: Call, watch: Stopwatch) -> No
 
 
 async def _request(control: Control, node: str, call: Call, connection: Connection) -> aiohttp.ClientResponse:
-    view = control.cluster.nodes.get(node)
-    if view is None:
-        raise NodeUnreachable("removed")
+    try:
+        line = control.lines.to(node)
+    except NoLine as error:
+        raise NodeUnreachable(str(error)) from None
     headers, body = call.headers, call.body
     if isinstance(body, Once):
         if body.length is not None:
@@ -442,7 +444,8 @@ async def _request(control: Control, node: str, call: Call, connection: Connecti
     query = f"?{call.query}" if call.query else ""
     return await control.session.request(
         call.method,
-        URL(f"{view.gateway_url.rstrip('/')}{call.path}{query}", encoded=True),
+        URL(f"{line.url}{call.path}{query}", encoded=True),
+        ssl=line.tls,
         data=data,
         headers=headers,
         allow_redirects=False,

@@ -364,7 +364,8 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
     waits = message.wait_ms > 0 and not control.stopping and not control.questions.pending(row.node)
     url = dialled_gateway_url(message.report.gateway_url, peer)
     peer_url = dialled_gateway_url(message.report.peer_url, peer)
-    report = replace(message.report, gateway_url=url, peer_url=peer_url)
+    route_url = dialled_gateway_url(message.report.route_url, peer)
+    report = replace(message.report, gateway_url=url, peer_url=peer_url, route_url=route_url)
     heard = fleet.NodeBeat(
         row.node, report, message.have_epoch, message.have_seq, waits, message.life, message.number
     )
@@ -397,6 +398,8 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
     check_gateway_url(report.gateway_url)
     if report.peer_url:
         _check_url(report.peer_url, "peer_url", ("https",))
+    if report.route_url:
+        _check_url(report.route_url, "route_url", ("https",))
     if len(report.regret) > REGRET_CHARS_MAX:
         raise BadValue("regret", f"at most {REGRET_CHARS_MAX} characters")
     if len(report.calibration) > CALIBRATION_CHARS_MAX:

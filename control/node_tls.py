@@ -1,0 +1,92 @@
+"""The router's way to nodes: where each is called, and TLS that lets it be that node only.
+
+Covers: a client context per node that shows control's certificate and takes no other node than the one in
+the catalog, with its key; keeping and renewing them. Does not cover: sending (``control.routes.forwarding``) or
+issuing (``control.authority``).
+
+Use: ``line = control.lines.to(node)``, then ``control.session.post(line.url + path, ssl=line.tls)``. aiohttp
+keeps connections apart by their context, so one session serves all nodes.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from control import cluster as fleet
+from control.authority import Authority
+from control.catalog import NODES_MAX, Catalog, NodeRow
+from packer.certificates import CheckedContext, WrongSpeaker, checked_context, read_speaker
+
+
+class NoLine(Exception):
+    """The router has no way to this node; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Where a node is called: ``url`` without a path, and what aiohttp's ``ssl=`` takes."""
+
+    url: str
+    tls: ssl.SSLContext | bool
+
+
+class NodeLines:
+    """``renew`` when control's certificate or the CAs change; connections made later follow."""
+
+    def __init__(
+        self,
+        authority: Authority,
+        catalog: Callable[[], Catalog],
+        cluster: fleet.Cluster,
+        *,
+        plain: bool,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._authority = authority
+        self._catalog = catalog
+        self._cluster = cluster
+        self._plain = plain
+        self._now_s = now_s
+        self._shown = authority.make_control_certificate()
+        self._contexts: dict[tuple[str, str], CheckedContext] = {}  # by node and its key
+
+    def to(self, node: str) -> Line:
+        """The way to a node as it is now. Raises ``NoLine``."""
+        view, row = self._cluster.nodes.get(node), self._catalog().nodes.get(node)
+        if view is None or row is None:
+            raise NoLine("removed")
+        if view.route_url:
+            return Line(view.route_url.rstrip("/"), self._context(row))
+        if self._plain or view.gateway_url.startswith("https:"):
+            return Line(view.gateway_url.rstrip("/"), True)
+        raise NoLine("it has no --route-listen, and control was started without --plain-routes")
+
+    def renew(self) -> None:
+        self._shown = self._authority.make_control_certificate()
+        self._contexts.clear()
+
+    def _context(self, row: NodeRow) -> CheckedContext:
+        place = (row.node, row.key_sha256)
+        context = self._contexts.get(place)
+        if context is None:
+            if len(self._contexts) >= NODES_MAX:
+                self._contexts.clear()
+            context = self._contexts[place] = self._make(row)
+        return context
+
+    def _make(self, row: NodeRow) -> CheckedContext:
+        authority, now_s = self._authority, self._now_s
+
+        def check(certificate_der: bytes | None) -> float:
+            speaker = read_speaker(certificate_der, authority.cluster, authority.cas, now_s())
+            if (speaker.node, speaker.key_sha256) != (row.node, row.key_sha256):
+                raise WrongSpeaker(f"not node {row.node} answers there, or not with its key")
+            return speaker.ends_s
+
+        context = checked_context(check, server=False)
+        context.load_verify_locations(cadata=authority.ca_pem)
+        context.load_cert_chain(self._shown)
+        return context
