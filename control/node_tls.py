@@ -1,8 +1,8 @@
 """The router's way to nodes: where each is called, and TLS that lets it be that node only.
 
 Covers: a client context per node that shows control's certificate and takes no other node than the one in
-the catalog, with its key; keeping and renewing them. Does not cover: sending (``control.routes.forwarding``) or
-issuing (``control.authority``).
+the catalog, with its key; keeping and renewing them. Does not cover: sending (``control.routes.forwarding``),
+or issuing (``control.authority``).
 
 Use: ``line = control.lines.to(node)``, then ``control.session.post(line.url + path, ssl=line.tls)``. aiohttp
 keeps connections apart by their context, so one session serves all nodes.
