@@ -28,6 +28,10 @@ VERSIONS_MAX = 20_000
 UPLOADS_PER_TENANT_MAX = 16  # open at once; an abandoned one is swept after config's upload life
 NODES_MAX = 1_000
 TOKENS_MAX = 1_000  # join tokens alive at once
+# Answers kept for repetitions; beyond it the oldest of the same owner go. A tenant declares and commits
+# uploads, operators set up a cluster's tenants in one go. Sealed, most have 1 KB, none more than 64 KiB.
+REPLAYS_PER_TENANT_MAX = 256
+REPLAYS_OF_OPERATORS_MAX = 20_000
 # Leaves room below the 64 MiB of a message for the tenants and keys, 250 bytes each at most.
 PLAN_MODEL_BYTES_MAX = 48 * 1024 * 1024
 
@@ -98,6 +102,17 @@ class TokenRow:
     expires_ms: int
     used_key_sha256: str | None = None
     used_node: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRow:
+    """A kept answer (see ``control.idempotency``). Only in the database, never in memory."""
+
+    slot: str
+    owner: str  # the tenant it is counted for; empty: operators
+    fingerprint: str
+    made_ms: int
+    sealed: bytes
 
 
 # --- changes --------------------------------------------------------------------------------------
@@ -171,6 +186,18 @@ class DropToken:
     token_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class PutReplay:
+    row: ReplayRow
+
+
+@dataclass(frozen=True, slots=True)
+class DropReplays:
+    """Those that were made before."""
+
+    before_ms: int
+
+
 Change = (
     PutTenant
     | DropTenant
@@ -185,6 +212,8 @@ Change = (
     | DropNode
     | PutToken
     | DropToken
+    | PutReplay
+    | DropReplays
 )
 
 
@@ -264,6 +293,8 @@ class Catalog:
                 self.tokens[row.token_id] = row
             case DropToken(token_id):
                 self.tokens.pop(token_id, None)
+            case PutReplay() | DropReplays():
+                pass  # asked of the database alone
 
     def _drop_key(self, key_id: str) -> None:
         row = self.keys.pop(key_id, None)

@@ -16,12 +16,17 @@ import msgspec
 from aiohttp import web
 
 from control.operations import (
+    IDEMPOTENCY_HEADER,
     JSON,
+    MANAGEMENT,
     PATH_PARTS,
+    REPLAYED_HEADER,
     Given,
+    IdempotencyText,
     Operation,
     Passed,
     Result,
+    Where,
 )
 from control.routes.access import Access, Caller, ErrorAnswer, Route
 from control.state import Control
@@ -43,6 +48,10 @@ KEY_REFUSALS: Mapping[int, str] = {
 OPERATOR_REFUSALS: Mapping[int, str] = {403: "This needs an operator's key."}
 TENANT_REFUSALS: Mapping[int, str] = {403: "This needs a tenant's key."}
 PART_REFUSALS: Mapping[int, str] = {404: "There is no such thing, or it is not yours: both answer alike."}
+REPEAT_REFUSALS: Mapping[int, str] = {
+    409: "A request with this Idempotency-Key is still being answered; ask again.",
+    422: "The Idempotency-Key was used for another request.",
+}
 BODY_REFUSALS: Mapping[int, str] = {
     408: "The body was not complete in time.",
     413: "The body is above the limit.",
@@ -60,8 +69,16 @@ _COMMON_TEXTS = frozenset(
     for text in table.values()
 )
 
+_IDEMPOTENCY = Given(
+    IDEMPOTENCY_HEADER,
+    IdempotencyText,
+    "A text of this one request, best a random one: sent again with it, the request has no second effect.",
+    Where.HEADER,
+)
+_REPLAYED = {REPLAYED_HEADER: "`true`: this is the first answer again, and nothing was done."}
 _HEADERS: Mapping[int, Mapping[str, str]] = {
     401: {"WWW-Authenticate": "Always Bearer."},
+    409: {"Retry-After": "Seconds to wait, for a duplicate of a request that is still being answered."},
     412: {"ETag": "What the thing's tag is now."},
     429: {"Retry-After": "Seconds to wait, 1 to 120; `retry-after-ms` says it exactly."},
     503: {"Retry-After": "Seconds to wait, 1 to 120; `retry-after-ms` says it exactly."},
@@ -70,7 +87,8 @@ _ABOUT = """\
 What `bunk` and the SDK call. Every answer has an `x-request-id`. Errors have one shape, `ErrorAnswer`, below
 `/api`, and OpenAI's below `/v1`. A method that a path does not have is answered 405 with `Allow`; every GET
 may be asked as HEAD. A list comes in pages: give `next_cursor`
-back as `cursor` until it is null."""
+back as `cursor` until it is null. A POST below `/api` may carry an `Idempotency-Key`: sent again by the same
+caller with the same key and body within 24 hours, it gets the first answer again and has no second effect."""
 
 
 def describe(routes: Iterable[Route], version: str) -> bytes:
@@ -118,6 +136,10 @@ def document_route(routes: Sequence[Route]) -> Route:
     return route
 
 
+def _may_repeat(method: str, path: str) -> bool:
+    return method == "POST" and path.startswith(MANAGEMENT)
+
+
 def plain_path(path: str) -> str:
     """A route's pattern as OpenAPI writes it: without the regular expressions."""
     return re.sub(r"\{(\w+):[^{}]*\}", r"{\1}", path)
@@ -154,7 +176,7 @@ class _Schemas:
             kinds += [result.kind for result in operation.results if result.kind is not None]
             kinds += [given.kind for given in operation.takes]
             kinds += [operation.asks] if operation.asks is not None else []
-        kinds += [part.kind for part in PATH_PARTS.values()]
+        kinds += [part.kind for part in (*PATH_PARTS.values(), _IDEMPOTENCY)]
         found, self.components = msgspec.json.schema_components(kinds, ref_template=_SCHEMAS)
         self._found = list(zip(kinds, found, strict=True))
         # Errors that many operations have, said once.
@@ -168,6 +190,8 @@ def _entry(
     schemas: _Schemas, method: str, path: str, access: Access, operation: Operation
 ) -> dict[str, object]:
     takes = [*_parts(path), *operation.takes]
+    if _may_repeat(method, path):
+        takes.append(_IDEMPOTENCY)
     entry: dict[str, object] = {
         "operationId": operation.name,
         "summary": operation.summary,
@@ -206,7 +230,8 @@ def _responses(
 ) -> dict[str, object]:
     found: dict[str, object] = {}
     for result in operation.results:
-        found[str(result.status)] = _answer(schemas, result, result.headers)
+        headers = {**result.headers, **(_REPLAYED if _may_repeat(method, path) else {})}
+        found[str(result.status)] = _answer(schemas, result, headers)
     error = ErrorAnswer if not path.startswith("/v1/") else OpenAiErrorAnswer
     for status, text in sorted(_refusals(method, path, access, operation).items()):
         name = f"{error.__name__}{status}"
@@ -229,7 +254,12 @@ def _refusals(method: str, path: str, access: Access, operation: Operation) -> M
         refusals.update(PART_REFUSALS)
     if operation.asks is not None or operation.asks_bytes or method == "POST":
         refusals.update(BODY_REFUSALS)
-    refusals.update(operation.refusals)
+    if _may_repeat(method, path):
+        refusals.update(REPEAT_REFUSALS)
+    for status, text in operation.refusals.items():
+        shared = refusals.get(status)
+        # One status may have a reason of the route's own and one that all such routes have.
+        refusals[status] = f"{text} {shared}" if status in REPEAT_REFUSALS and shared else text
     return refusals
 
 

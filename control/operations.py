@@ -21,6 +21,8 @@ from control.authority import NODE_PATTERN
 from packer.types import MODEL_NAME_PATTERN, TENANT_PATTERN
 
 JSON = "application/json"
+IDEMPOTENCY_HEADER = "Idempotency-Key"
+REPLAYED_HEADER = "Idempotency-Replayed"
 # Routes below it are refused without an operation.
 MANAGEMENT = "/api/"
 
@@ -49,6 +51,9 @@ UploadIdText = Annotated[str, worded("[0-9a-f]{32}", "0" * 32)]
 ModelText = Annotated[
     str,
     worded(r"[a-z0-9-]{1,39}/[A-Za-z0-9._-]{1,64}(@(latest|[0-9a-f]{16}))?", "acme/minilm"),
+]
+IdempotencyText = Annotated[
+    str, msgspec.Meta(min_length=1, max_length=255, extra_json_schema={"pattern": "^[!-~]{1,255}$"})
 ]
 FileText = Annotated[str, worded(r"[A-Za-z0-9._-]{1,100}(/[A-Za-z0-9._-]{1,99})?", "config.json")]
 

@@ -35,6 +35,7 @@ from control.authority import RENEW_AT_SHARE, SERVER_CERTIFICATE_LIFE, Authority
 from control.catalog import (
     Catalog,
     Change,
+    DropReplays,
     DropToken,
     DropUpload,
     KeyRow,
@@ -44,6 +45,7 @@ from control.catalog import (
     changes_plan,
 )
 from control.config import Config
+from control.idempotency import LIFE_MS, Turns
 from control.model_store import ModelStore
 from control.node_session import open_session
 from control.node_tls import NodeLines
@@ -100,6 +102,7 @@ class Control:
         self.cluster = fleet.Cluster()
         self.bodies = BodyBudget()
         self.writing = asyncio.Lock()
+        self.turns = Turns()
         self.examinations = asyncio.Semaphore(EXAMINATIONS_MAX)
         self.upload_dir = config.data_dir / "uploads"
         self.models = ModelStore(config.data_dir / "models")
@@ -461,15 +464,14 @@ class Control:
                 self.log_fault("tick", error)
 
     async def sweep(self, now_ms: int) -> None:
-        """Remove join tokens that ended and uploads that nobody touched for long."""
+        """Remove join tokens that ended, answers kept for too long, and uploads that nobody touched."""
         async with self.writing:
             life_ms = self.config.upload_life_s * 1000
             old = [row for row in self.catalog.uploads.values() if now_ms - self.last_touch_ms(row) > life_ms]
             ended = [row for row in self.catalog.tokens.values() if row.expires_ms <= now_ms]
             changes: list[Change] = [DropUpload(row.upload_id) for row in old]
             changes += [DropToken(row.token_id) for row in ended]
-            if changes:
-                await self.write(changes)
+            await self.write([*changes, DropReplays(now_ms - LIFE_MS)])
         for row in old:
             self.forget_upload(row.upload_id)
 

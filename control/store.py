@@ -77,6 +77,16 @@ def m002_spools(db: Database) -> None:
     db.execute("alter table nodes add column spool text not null default ''")
 
 
+@migrations()
+def m003_replays(db: Database) -> None:
+    """Answers that are given again when their request is sent again."""
+    db.execute(
+        "create table replays (slot text primary key, owner text not null, fingerprint text not null, "
+        "made_ms integer not null, sealed blob not null) strict"
+    )
+    db.execute("create index replays_owner on replays (owner, made_ms)")
+
+
 class StoreUnavailable(Exception):
     """The database could not be read or written (disk full, I/O error, held by another process)."""
 
@@ -219,6 +229,7 @@ class Store:
             case rows.PutTenant(row):
                 put("tenants", tenant=row.tenant, created_ms=row.created_ms)
             case rows.DropTenant(tenant):
+                self._db.execute("delete from replays where owner = ?", (tenant,))
                 for table in ("quotas", "records", "tenants"):
                     self._db.execute(f"delete from {table} where tenant = ?", (tenant,))
             case rows.PutQuota(tenant, quota):
@@ -283,10 +294,38 @@ class Store:
                 )
             case rows.DropToken(token_id):
                 self._db.execute("delete from tokens where token_id = ?", (token_id,))
+            case rows.PutReplay(row):
+                self._put_replay(row)
+            case rows.DropReplays(before_ms):
+                self._db.execute("delete from replays where made_ms < ?", (before_ms,))
             case _:
                 raise AssertionError(f"no table for {change!r}")
 
-    def _put(self, table: str, **values: str | int | None) -> None:
+    def _put_replay(self, row: rows.ReplayRow) -> None:
+        self._put(
+            "replays",
+            slot=row.slot,
+            owner=row.owner,
+            fingerprint=row.fingerprint,
+            made_ms=row.made_ms,
+            sealed=row.sealed,
+        )
+        most = rows.REPLAYS_PER_TENANT_MAX if row.owner else rows.REPLAYS_OF_OPERATORS_MAX
+        self._db.execute(
+            "delete from replays where slot in (select slot from replays where owner = ? "
+            "order by made_ms desc, rowid desc limit -1 offset ?)",
+            (row.owner, most),
+        )
+
+    def replay(self, slot: str) -> rows.ReplayRow | None:
+        """A kept answer."""
+        with _mapped():
+            found = self._db.execute(
+                "select slot, owner, fingerprint, made_ms, sealed from replays where slot = ?", (slot,)
+            ).fetchone()
+        return rows.ReplayRow(*found) if found else None
+
+    def _put(self, table: str, **values: str | int | bytes | None) -> None:
         # The first column is the key. An upsert, not a replace: a replace deletes first, which would
         # trip over the rows of other tables that refer to this one.
         names = list(values)

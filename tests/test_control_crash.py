@@ -240,6 +240,34 @@ async def test_a_kill_in_mid_delete_leaves_no_half_tenant(tmp_path: Path) -> Non
         assert "globex" in there
 
 
+async def test_a_kill_between_an_effect_and_its_answer_does_not_double_it(tmp_path: Path) -> None:
+    """Who sends a request again after the crash, with its Idempotency-Key, gets the first one's effect."""
+    folder = tmp_path / "control"
+    names = [f"request-{number}" for number in range(24)]
+    path = "/api/v1/tenants/acme/keys"
+
+    async def make(server: Process, name: str) -> str:
+        status, made = await server.call("POST", path, {}, headers={"Idempotency-Key": name})
+        assert status == 201
+        return str(made["key"])
+
+    async with process(folder) as server:
+        await server.call("POST", "/api/v1/tenants", {"name": "acme"})
+        tasks = [asyncio.create_task(make(server, name)) for name in names]
+        # The others are anywhere between not begun and answered.
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await server.kill()
+        first = await asyncio.gather(*tasks, return_exceptions=True)
+    told = [key for key in first if isinstance(key, str)]
+    assert told
+    async with process(folder) as server:
+        again = [await make(server, name) for name in names]
+        _, listed = await server.call("GET", path)
+    assert [key for key, answer in zip(again, first, strict=True) if isinstance(answer, str)] == told
+    assert {item["key_id"] for item in listed["items"]} == {key.split("_")[1] for key in again}
+    assert len(set(again)) == len(names)
+
+
 async def test_sigterm_stops_in_order(tmp_path: Path) -> None:
     async with process(tmp_path / "control") as server:
         await server.call("POST", "/api/v1/tenants", {"name": "acme"})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TypeVar
@@ -21,9 +21,10 @@ import msgspec
 from aiohttp import web
 
 from control.authority import NotANode
-from control.catalog import NodeRow, TenantRow
+from control.catalog import Change, NodeRow, TenantRow
+from control.idempotency import BODY, LIFE_MS, Claim, claim_of
 from control.model_store import ModelStoreError
-from control.operations import MANAGEMENT, Operation, Passed
+from control.operations import IDEMPOTENCY_HEADER, MANAGEMENT, Operation, Passed
 from control.questions import OPERATOR_OWNER
 from control.state import Control, wall_ms
 from control.store import StoreUnavailable
@@ -57,11 +58,20 @@ class Access(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: a key's tenant (None: an operator), or a node's row on the node listener."""
+    """Who asks: a key's tenant (None: an operator), or a node's row on the node listener.
+
+    ``claim``: of a POST with an Idempotency-Key.
+    """
 
     tenant: str | None = None
     key_id: str = ""
     node: NodeRow | None = None
+    claim: Claim | None = None
+
+    def remembering(self, answer: web.Response) -> list[Change]:
+        """What goes into the same transaction as the request's effect, so that a crash leaves both or
+        neither: its answer, if the caller may ask for it again."""
+        return [*self.claim.keep(answer, wall_ms())] if self.claim is not None else []
 
     @property
     def is_operator(self) -> bool:
@@ -118,7 +128,7 @@ def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
         try:
             if not route.stays:
                 return await route.handle(control, request, caller)
-            task = asyncio.ensure_future(route.handle(control, request, caller))
+            task = asyncio.ensure_future(_handled(control, request, caller, route))
             control.keep(task)
             return await asyncio.shield(task)
         except BadValue as error:
@@ -138,6 +148,35 @@ def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
             ) from None
 
     return handler
+
+
+async def _handled(
+    control: Control, request: web.Request, caller: Caller, route: Route
+) -> web.StreamResponse:
+    """Handle a request that changes state; one that was sent before with its Idempotency-Key only once."""
+    repeats = route.method == "POST" and route.path.startswith(MANAGEMENT)
+    if not repeats or IDEMPOTENCY_HEADER not in request.headers:
+        return await route.handle(control, request, caller)
+    async with control.bodies.body(request, caller.owner) as body:
+        request[BODY] = body
+        claim = claim_of(request, caller.tenant or "", body)
+        async with control.turns.turn(claim.slot):
+            row = await control.read(lambda store: store.replay(claim.slot))
+            if row is not None and wall_ms() - row.made_ms < LIFE_MS:
+                return claim.again(row)
+            answer = await route.handle(control, request, replace(caller, claim=claim))
+            if isinstance(answer, web.Response) and answer.status < 300 and not claim.kept:
+                await _remember(control, claim, answer)
+            return answer
+
+
+async def _remember(control: Control, claim: Claim, answer: web.Response) -> None:
+    """Keep an answer that came with no effect; if it can not be kept, a repetition is answered anew."""
+    try:
+        async with control.writing:
+            await control.write(claim.keep(answer, wall_ms()))
+    except StoreUnavailable as error:
+        control.log_fault("idempotency", error)
 
 
 def identify(control: Control, request: web.Request, access: Access) -> Caller:
@@ -222,6 +261,8 @@ def whole_number(request: web.Request, name: str, default: int, most: int, least
 
 async def read_json(control: Control, request: web.Request, caller: Caller, kind: type[T]) -> T:
     """The body, decoded and checked. Raises ``ApiError`` that names the field."""
+    if (held := request.get(BODY)) is not None:
+        return decode_json(held, kind)
     async with control.bodies.body(request, caller.owner) as body:
         return decode_json(body, kind)
 

@@ -68,11 +68,12 @@ async def create(control: Control, request: web.Request, caller: Caller) -> web.
         now_ms = wall_ms()
         expires_ms = now_ms + ask.ttl_s * 1000 if ask.ttl_s is not None else None
         row = KeyRow(key.key_id, key.secret_sha256, tenant, ask.label, now_ms, expires_ms)
-        await control.write([PutKey(row)])
+        answer = json_response(
+            NewKeyAnswer(row.key_id, key.text, row.tenant, row.label, row.created_ms, row.expires_ms), 201
+        )
+        await control.write([PutKey(row), *caller.remembering(answer)])
     control.record("key_created", tenant=tenant, detail=f"{key.key_id}, by key {caller.key_id}")
-    return json_response(
-        NewKeyAnswer(row.key_id, key.text, row.tenant, row.label, row.created_ms, row.expires_ms), 201
-    )
+    return answer
 
 
 async def list_of(control: Control, request: web.Request, caller: Caller) -> web.Response:

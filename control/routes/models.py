@@ -173,11 +173,12 @@ async def register(control: Control, request: web.Request, caller: Caller) -> we
         else:
             # The same content: the version stays what it is, but a registered origin may have moved.
             origin = known.origin if known.origin == CONTROL_ORIGIN else url
-            spec = replace(known, origin=origin, latest=True)
-        await control.write(model_arrival(control.catalog, spec))
-        answer = model_answer(control.catalog.models[spec.ref])
+            spec = replace(known, origin=origin)
+        spec = replace(spec, latest=True)
+        answer = json_response(model_answer(spec), 201 if known is None else 200)
+        await control.write([*model_arrival(control.catalog, spec), *caller.remembering(answer)])
     control.record("model_registered", tenant=tenant, model=str(spec.ref), detail=url)
-    return json_response(answer, 201 if known is None else 200)
+    return answer
 
 
 def own_name(tenant: str, name: str) -> str:

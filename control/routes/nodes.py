@@ -146,9 +146,10 @@ async def make_join_token(control: Control, request: web.Request, caller: Caller
                 f"There are {TOKENS_MAX} live join tokens, the limit; wait for some to end.",
             )
         changes: list[Change] = [DropToken(old.token_id) for old in ended]
-        await control.write([*changes, PutToken(row)])
+        answer = json_response(TokenAnswer(token.text, row.token_id, node, row.expires_ms), 201)
+        await control.write([*changes, PutToken(row), *caller.remembering(answer)])
     control.record("token_created", detail=f"{row.token_id}, by key {caller.key_id}")
-    return json_response(TokenAnswer(token.text, row.token_id, node, row.expires_ms), 201)
+    return answer
 
 
 async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:

@@ -54,9 +54,10 @@ async def create(control: Control, request: web.Request, caller: Caller) -> web.
                 507, "too_many_tenants", f"There are {TENANTS_MAX} tenants, the limit; delete one first."
             )
         row = TenantRow(name, wall_ms())
-        await control.write([PutTenant(row), PutQuota(name, TenantQuota())])
+        answer = json_response(tenant_answer(control, row), 201)
+        await control.write([PutTenant(row), PutQuota(name, TenantQuota()), *caller.remembering(answer)])
     control.record("tenant_created", tenant=name, detail=f"by key {caller.key_id}")
-    return json_response(tenant_answer(control, row), 201)
+    return answer
 
 
 async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:

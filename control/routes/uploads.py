@@ -31,7 +31,7 @@ from control.catalog import (
 )
 from control.model_store import ModelStoreError, PartFiles, check_names
 from control.operations import Given, NameText, Operation, Result, Where
-from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
+from control.routes.access import Access, Caller, Route, not_found, read_json, render_error, tenant_of
 from control.routes.models import (
     MODEL_REFUSALS,
     REFUSED_CODE,
@@ -110,7 +110,9 @@ async def declare(control: Control, request: web.Request, caller: Caller) -> web
             row = UploadRow(secrets.token_hex(16), tenant, name, manifest_digest(files), files, wall_ms())
             _check_limits(control, row)
             await asyncio.to_thread(_make_folder, control.upload_dir / row.upload_id)
-            await control.write([PutUpload(row)])
+            answer = json_response(await _answer(control, row), 201)
+            await control.write([PutUpload(row), *caller.remembering(answer)])
+            return answer
     return json_response(await _answer(control, row), 201)
 
 
@@ -349,7 +351,7 @@ async def commit(control: Control, request: web.Request, caller: Caller) -> web.
     async with control.ref_lock(row.ref):
         row = upload_of(control, request, caller)  # another commit of the same may have ended just now
         if row.ref in control.catalog.models:
-            return await _commit_known(control, row)
+            return await _commit_known(control, caller, row)
         if row.committed:
             raise ApiError(
                 409, "version_deleted", f"{row.ref} was committed and then deleted; declare the upload again."
@@ -372,18 +374,21 @@ async def commit(control: Control, request: web.Request, caller: Caller) -> web.
         return await _commit_new(control, request, caller, row)
 
 
-async def _commit_known(control: Control, row: UploadRow) -> web.Response:
+async def _commit_known(control: Control, caller: Caller, row: UploadRow) -> web.Response:
     """The version exists. A first commit of this upload makes it latest again; a repeated one does not."""
     async with control.writing:
         spec = control.catalog.models.get(row.ref)
         if spec is None:
             raise not_found("model", str(row.ref))
         if not row.committed and row.upload_id in control.catalog.uploads:
+            spec = replace(spec, latest=True)
+            answer = json_response(model_answer(spec))
             changes = [*model_arrival(control.catalog, spec), *_committed(control, row)]
-            await control.write(changes)
-        answer = model_answer(control.catalog.models[row.ref])
+            await control.write([*changes, *caller.remembering(answer)])
+        else:
+            answer = json_response(model_answer(spec))
     control.forget_upload(row.upload_id)
-    return json_response(answer)
+    return answer
 
 
 async def _commit_new(control: Control, request: web.Request, caller: Caller, row: UploadRow) -> web.Response:
@@ -399,16 +404,18 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
         examined = await examine_off_loop(control, PartFiles(parts), declared, spoiled)
     except ApiError as error:
         if error.code == REFUSED_CODE:
-            await _drop(control, row)
+            await _drop(control, row, caller.remembering(render_error(request, error)))
         raise
     try:
         await asyncio.to_thread(check_floor, control.upload_dir, row.declared_bytes)
         await asyncio.to_thread(control.models.put, row.ref, parts)
-        spec = new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms())
+        spec = replace(new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms()), latest=True)
+        answer = json_response(model_answer(spec), 201)
         async with control.writing:
             upload_of(control, request, caller)  # it, or its tenant, may have been deleted meanwhile
             check_room(control, spec)
-            await control.write([*model_arrival(control.catalog, spec), *_committed(control, row)])
+            changes = [*model_arrival(control.catalog, spec), *_committed(control, row)]
+            await control.write([*changes, *caller.remembering(answer)])
     except BaseException as error:
         if row.ref not in control.catalog.models:
             await asyncio.to_thread(control.models.drop, row.ref)
@@ -417,7 +424,7 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
         raise
     control.record("model_pushed", tenant=row.tenant, model=str(row.ref), detail=f"by key {caller.key_id}")
     control.forget_upload(row.upload_id)
-    return json_response(model_answer(control.catalog.models[row.ref]), 201)
+    return answer
 
 
 def _committed(control: Control, row: UploadRow) -> list[Change]:
@@ -438,14 +445,14 @@ def _touch(parts: Sequence[Path]) -> None:
             return  # the upload was deleted; reading it says so
 
 
-async def _drop(control: Control, row: UploadRow) -> None:
+async def _drop(control: Control, row: UploadRow, remembered: Sequence[Change]) -> None:
     """Forget an upload whose content is refused: its digests are fixed, so it can never become a version.
 
     Kept, it would hold its bytes and one of the tenant's open uploads until it is swept.
     """
     async with control.writing:
         if row.upload_id in control.catalog.uploads:
-            await control.write([DropUpload(row.upload_id)])
+            await control.write([DropUpload(row.upload_id), *remembered])
     control.forget_upload(row.upload_id)
 
 

@@ -1,8 +1,8 @@
 """What each operator's method sends and how its answer is read.
 
 Covers: tenants, keys, quotas, nodes, ``ps`` and events under ``/api/v1``. Does not cover: tenants'
-calls (``_calls``). Creating a tenant, key or token is not repeatable: an unknown outcome is reported,
-not retried, because a second try would leave a secret that nobody has seen.
+calls (``_calls``), or sending again (``_request.once``: a key or token whose answer was lost is not made
+twice, its answer is asked for again).
 """
 
 from __future__ import annotations

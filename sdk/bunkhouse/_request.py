@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Generic, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
@@ -108,6 +108,18 @@ class Call(Generic[T]):
 
     request: Request
     parse: Callable[[Answer], T]
+
+
+def once(request: Request) -> Request:
+    """The request as it is sent: a POST of the management API carries a name of its own.
+
+    The server does a request of one name once and gives its answer again to every repetition, so that even a
+    POST whose answer was lost may be sent again, secrets included.
+    """
+    if request.method != "POST" or not request.path.startswith("/api/"):
+        return request
+    headers = {**request.headers, "idempotency-key": os.urandom(16).hex()}
+    return replace(request, headers=headers, repeatable=True)
 
 
 # Pages of one list: 1,000 rows each, so far more than any server has.

@@ -18,6 +18,8 @@ from bunkhouse._request import Answer, Request, retry_after_s
 _REFUSED = frozenset({429, 503})
 # Statuses that say nothing about whether the request was processed.
 _UNCLEAR = frozenset({408, 502, 503, 504})
+# With ``x-should-retry: true``: a try of this request is under way on the server.
+_IN_PROGRESS = 409
 # A longer wait is the caller's to decide; the exception tells how long it would be.
 RETRY_AFTER_S_MAX = 120.0
 
@@ -76,6 +78,11 @@ class Tries:
             self.budget.earn()
             return None
         floor_s = _floor_s(request, outcome, now_s)
+        # The first try of this very request is still being answered: nothing failed, only its answer is
+        # waited for, so neither the count of tries nor the budget is the bound, but the time alone.
+        awaited = isinstance(outcome, Answer) and outcome.status == _IN_PROGRESS
+        if awaited:
+            self.made -= 1
         if floor_s is None or self.made >= self.policy.tries_max:
             return None
         if floor_s > 0:
@@ -86,7 +93,7 @@ class Tries:
             delay_s = random.uniform(0, min(self.policy.backoff_s_max, ceiling_s))
         if floor_s > RETRY_AFTER_S_MAX or self.waited_s + delay_s > self.policy.wait_s_max:
             return None
-        if not self.budget.take():
+        if not awaited and not self.budget.take():
             return None
         self.waited_s += delay_s
         return delay_s

@@ -16,7 +16,7 @@ from dataclasses import replace
 import httpx2
 
 from bunkhouse._errors import BadAnswer, TimedOut, Unreachable
-from bunkhouse._request import ANSWER_BYTES_MAX, Address, Answer, Request, error_of
+from bunkhouse._request import ANSWER_BYTES_MAX, Address, Answer, Request, error_of, once
 from bunkhouse._retry import RetryBudget, RetryPolicy, Tries
 from bunkhouse._version import __version__
 
@@ -115,6 +115,7 @@ class Sender:
         if request.delay_s:
             self._sleep(request.delay_s)
         tries = Tries(self._retry, self._budget)
+        request = once(request)
         while True:
             try:
                 outcome: Answer | Unreachable = self._read(self._open(request))
@@ -206,6 +207,7 @@ class AsyncSender:
         if request.delay_s:
             await self._sleep(request.delay_s)
         tries = Tries(self._retry, self._budget)
+        request = once(request)
         while True:
             try:
                 outcome: Answer | Unreachable = await self._read(await self._open(request))
