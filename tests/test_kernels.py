@@ -57,7 +57,7 @@ BASE = 110
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warmed() -> Iterator[None]:
+def warmed(compiled_kernels: None) -> Iterator[None]:
     """Kernels for this module only: other tests of this process see numpy, as without numba."""
     facts = kernels.warm()
     assert facts.ready, facts.text

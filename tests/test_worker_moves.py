@@ -55,7 +55,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Known:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def nursery() -> AsyncIterator[Nursery]:
+async def nursery(compiled_kernels: None) -> AsyncIterator[Nursery]:
     nursery = Nursery(threads=1)
     await nursery.start()
     try:
