@@ -1,7 +1,8 @@
 """What all tests start from: no compiled kernels, unless a module asks for them.
 
-Covers: the switch. Does not cover: anything else; fixtures live beside the tests that use them. A node compiles
-its kernels for two seconds at each start, and most tests of nodes do not depend on them.
+Covers: the switch. Does not cover: anything else; fixtures live beside the tests that use them.
+
+A node compiles its kernels for two seconds at each start, and most tests of nodes do not depend on them.
 """
 
 from __future__ import annotations
