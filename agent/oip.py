@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-import msgspec
 from aiohttp import web
 
 from agent.facade import EngineError, EngineFrame, EngineRequest, NodeFacade
@@ -23,9 +22,9 @@ from agent.guard import KEY
 from agent.oip_answers import Answer, write_answer
 from agent.oip_models import order_of, tensors_of
 from agent.oip_stats import Statistics
-from agent.oip_tensors import WantedOutput, body_limit, header_length, read_inference
+from agent.oip_tensors import WantedOutput, header_length, read_inference
 from agent.openai_shapes import bad_field
-from packer.http import ApiError, BodyBudget, decode_json, json_response, model_not_found
+from packer.http import ApiError, BodyBudget, json_response, model_not_found
 from packer.oip import (
     HEADER_LENGTH,
     QUESTION_BYTES_MAX,
@@ -36,6 +35,8 @@ from packer.oip import (
     ServerMetadata,
     ServerReady,
     StatsAnswer,
+    body_limit,
+    check_index_ask,
     check_method,
     index,
     model_config,
@@ -57,10 +58,6 @@ RunOne = Callable[[web.Request, ModelSpec, EngineRequest], Awaitable[EngineFrame
 
 # A larger body or answer is read or written on a thread, one at a time: its numbers are Python objects then.
 INLINE_BYTES_MAX = 64 * KIB
-
-
-class IndexAsk(msgspec.Struct, frozen=True):
-    ready: bool = False
 
 
 class OipRoutes:
@@ -100,11 +97,9 @@ class OipRoutes:
         return json_response(ServerReady(ready), status=200 if ready else 503)
 
     async def index(self, request: web.Request) -> web.Response:
-        """Every version is ready: ``ready`` leaves none out."""
         tenant = request[KEY].tenant
         async with self._bodies.body(request, tenant, QUESTION_BYTES_MAX) as body:
-            if body.strip():
-                decode_json(body, IndexAsk)
+            check_index_ask(body)
         return json_response(index(self._node.models_of(tenant)))
 
     async def load(self, request: web.Request) -> web.Response:
@@ -146,7 +141,7 @@ class OipRoutes:
                 "wrong_task",
             )
         header_bytes = header_length(request.headers.getall(HEADER_LENGTH, []))
-        limit_bytes = body_limit(header_bytes, request.content_length or 0)
+        limit_bytes = body_limit(header_bytes is not None, request.content_length or 0)
         async with self._bodies.body(request, request[KEY].tenant, limit_bytes) as body:
             asked = await self._sized(len(body), _read, body, header_bytes, spec, signature)
             del body

@@ -21,7 +21,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from agent.openai_shapes import INPUTS_MAX, bad_field
 from packer.http import ECHO_CHARS_MAX, JSON_BYTES_MAX, ApiError, decode_json
-from packer.oip import TENSOR_BODY_BYTES_MAX, TENSOR_JSON_BYTES_MAX
+from packer.oip import TENSOR_BODY_BYTES_MAX, TENSOR_JSON_BYTES_MAX, json_too_large
 from packer.types import (
     DATATYPE_BYTES,
     FREE_DIMENSION,
@@ -132,24 +132,6 @@ def header_length(values: Sequence[str]) -> int | None:
     if int(text) > TENSOR_JSON_BYTES_MAX:
         raise json_too_large()
     return int(text)
-
-
-def body_limit(header_bytes: int | None, declared_bytes: int) -> int:
-    """How large the whole body may be, from its headers alone. Raises ``ApiError``."""
-    if header_bytes is not None:
-        return TENSOR_BODY_BYTES_MAX
-    if declared_bytes > TENSOR_JSON_BYTES_MAX:
-        raise json_too_large()
-    return TENSOR_JSON_BYTES_MAX
-
-
-def json_too_large() -> ApiError:
-    return ApiError(
-        413,
-        "body_too_large",
-        f"The request's JSON is larger than the limit of {TENSOR_JSON_BYTES_MAX} bytes; send tensors as raw "
-        f"bytes after the JSON (binary_data_size), up to {TENSOR_BODY_BYTES_MAX} bytes in all.",
-    )
 
 
 def read_inference(body: bytes, header_bytes: int | None, signature: TensorSignature) -> Inference:

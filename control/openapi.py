@@ -30,6 +30,7 @@ from control.operations import (
 )
 from control.routes.access import Access, Caller, ErrorAnswer, Route
 from control.state import Control
+from packer.oip import OipError, is_oip
 from packer.release import server_version
 
 _SCHEMAS = "#/components/schemas/{name}"
@@ -85,8 +86,8 @@ _HEADERS: Mapping[int, Mapping[str, str]] = {
 }
 _ABOUT = """\
 What `bunk` and the SDK call. Every answer has an `x-request-id`. Errors have one shape, `ErrorAnswer`, below
-`/api`, and OpenAI's below `/v1`. A method that a path does not have is answered 405 with `Allow`; every GET
-may be asked as HEAD. A list comes in pages: give `next_cursor`
+`/api`, OpenAI's below `/v1` and the Open Inference Protocol's below `/v2`. A method that a path does not have
+is answered 405 with `Allow`; every GET may be asked as HEAD. A list comes in pages: give `next_cursor`
 back as `cursor` until it is null. A POST below `/api` may carry an `Idempotency-Key`: sent again by the same
 caller with the same key and body within 24 hours, it gets the first answer again and has no second effect."""
 
@@ -171,7 +172,7 @@ class _Schemas:
     """All types of all operations, described together, so that equal ones are said once."""
 
     def __init__(self, operations: Sequence[Operation]) -> None:
-        kinds: list[Any] = [ErrorAnswer, OpenAiErrorAnswer]
+        kinds: list[Any] = [ErrorAnswer, OpenAiErrorAnswer, OipError]
         for operation in operations:
             kinds += [result.kind for result in operation.results if result.kind is not None]
             kinds += [given.kind for given in operation.takes]
@@ -232,7 +233,7 @@ def _responses(
     for result in operation.results:
         headers = {**result.headers, **(_REPLAYED if _may_repeat(method, path) else {})}
         found[str(result.status)] = _answer(schemas, result, headers)
-    error = ErrorAnswer if not path.startswith("/v1/") else OpenAiErrorAnswer
+    error = OipError if is_oip(path) else OpenAiErrorAnswer if path.startswith("/v1/") else ErrorAnswer
     for status, text in sorted(_refusals(method, path, access, operation).items()):
         name = f"{error.__name__}{status}"
         answer = _answer(schemas, Result(status, text, error), _HEADERS.get(status, {}))

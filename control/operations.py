@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import msgspec
 
 from control.authority import NODE_PATTERN
-from packer.types import MODEL_NAME_PATTERN, TENANT_PATTERN
+from packer.types import MODEL_NAME_PATTERN, TENANT_PATTERN, VERSION_PATTERN
 
 JSON = "application/json"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
@@ -55,6 +55,7 @@ ModelText = Annotated[
 IdempotencyText = Annotated[
     str, msgspec.Meta(min_length=1, max_length=255, extra_json_schema={"pattern": "^[!-~]{1,255}$"})
 ]
+VersionText = Annotated[str, worded(f"({VERSION_PATTERN.pattern}|latest)", "latest")]
 FileText = Annotated[str, worded(r"[A-Za-z0-9._-]{1,100}(/[A-Za-z0-9._-]{1,99})?", "config.json")]
 
 
@@ -117,6 +118,7 @@ PATH_PARTS: Mapping[str, Given] = {
             Where.PATH,
             True,
         ),
+        Given("version", VersionText, "A version's digest, or latest.", Where.PATH, True),
         Given(
             "path",
             FileText,

@@ -17,11 +17,13 @@ from enum import StrEnum
 import msgspec
 from aiohttp import web
 
-from packer.http import ApiError, openai_response, retry_headers
+from packer.http import ApiError, decode_json, openai_response, retry_headers
 from packer.types import KIB, MIB, ModelRef, ModelSpec, Task, TensorPort, TensorSignature
 
 # Where the JSON of a request ends and raw tensors begin.
 HEADER_LENGTH = "Inference-Header-Content-Length"
+# The code that an error's body has no place for; a router decides by it, and programs may.
+ERROR_CODE_HEADER = "x-bunkhouse-error-code"
 # A whole request. 64 MiB are a batch of 111 images of 3 x 224 x 224 in FP32 or one volume of 256^3 in FP32;
 # a worker takes no larger frame either, and more per request only makes others wait longer.
 TENSOR_BODY_BYTES_MAX = 64 * MIB
@@ -130,6 +132,40 @@ def unknown_route(method: str, path: str) -> ApiError:
     return ApiError(404, "unknown_route", f"There is no {method[:16]} {path[:120]!r} here.")
 
 
+# --- requests ------------------------------------------------------------------------------------------
+
+
+def body_limit(raw: bool, declared_bytes: int) -> int:
+    """How large the whole body may be, from its headers alone; ``raw``: with raw tensors. Raises
+    ``ApiError``."""
+    if raw:
+        return TENSOR_BODY_BYTES_MAX
+    if declared_bytes > TENSOR_JSON_BYTES_MAX:
+        raise json_too_large()
+    return TENSOR_JSON_BYTES_MAX
+
+
+def json_too_large() -> ApiError:
+    return ApiError(
+        413,
+        "body_too_large",
+        f"The request's JSON is larger than the limit of {TENSOR_JSON_BYTES_MAX} bytes; send tensors as raw "
+        f"bytes after the JSON (binary_data_size), up to {TENSOR_BODY_BYTES_MAX} bytes in all.",
+    )
+
+
+class IndexAsk(msgspec.Struct, frozen=True):
+    """Every version is ready: ``ready`` leaves none out."""
+
+    ready: bool = False
+
+
+def check_index_ask(body: bytes) -> None:
+    """Raises ``ApiError``. Clients send nothing, or an object."""
+    if body.strip():
+        decode_json(body, IndexAsk)
+
+
 # --- errors -------------------------------------------------------------------------------------------
 
 
@@ -149,7 +185,7 @@ def oip_response(error: ApiError) -> web.Response:
         status=error.status,
         body=msgspec.json.encode(OipError(text)),
         content_type="application/json",
-        headers={**error.headers, **retry_headers(error)},
+        headers={**error.headers, **retry_headers(error), ERROR_CODE_HEADER: error.code},
     )
 
 

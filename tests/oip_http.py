@@ -6,6 +6,7 @@ Covers: requests with JSON and raw tensors, and taking an answer apart. Does not
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,25 @@ async def infer(
     if raw is not None or length is not None:
         headers[HEADER_LENGTH] = str(len(head) if length is None else length)
     return await call(url, "POST", f"/v2/models/{model}/infer", key, head + (raw or b""), headers)
+
+
+async def declare(
+    url: str, path: str, key: str, nbytes: int, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """A POST that states the length of its body and sends nothing of it."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    lines = {"Host": host, "Authorization": f"Bearer {key}", "Content-Length": str(nbytes), **(headers or {})}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    writer.write(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode())
+    try:
+        async with asyncio.timeout(10):
+            said = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            length = int(said.partition("content-length: ")[2].split()[0])
+            body = await reader.readexactly(length)
+    finally:
+        writer.transport.abort()
+    return Answer(int(said.split()[1]), {}, json.loads(body))
 
 
 def texts(*values: str, **more: object) -> dict[str, Any]:

@@ -35,10 +35,10 @@ from packer.http import (
     decode_json,
     enter,
     invalid_key,
-    openai_response,
     parse_key,
     retry_headers,
 )
+from packer.oip import is_oip, tenants_response
 from packer.types import BadValue, parse_tenant
 
 T = TypeVar("T")
@@ -284,9 +284,9 @@ class ErrorAnswer:
 
 
 def render_error(request: web.Request, error: ApiError) -> web.Response:
-    """OpenAI's shape below ``/v1``, the management API's elsewhere."""
-    if request.path.startswith("/v1/") or request.path == "/v1":
-        return openai_response(request, error)
+    """Each tenants' protocol's own shape below ``/v1`` and ``/v2``, the management API's elsewhere."""
+    if request.path.startswith("/v1/") or request.path == "/v1" or is_oip(request.path):
+        return tenants_response(request, error)
     # A caller's words that an error repeats may hold what is no valid text.
     message = error.message.encode("utf-8", "replace").decode()
     body = ErrorAnswer(ErrorBody(error.code, message, error.field, error.hint))

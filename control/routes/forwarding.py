@@ -38,6 +38,7 @@ from packer.http import (
     openai_error,
     too_large,
 )
+from packer.oip import ERROR_CODE_HEADER
 from packer.types import KIB, ModelSpec
 
 # Requests that are being answered through this router. Each costs a socket on both sides.
@@ -72,6 +73,7 @@ ANSWER_HEADERS = frozenset(
         "www-authenticate",
         "allow",
         "inference-header-content-length",
+        ERROR_CODE_HEADER,
     }
 )
 # "Not here, not now": worth another node.
@@ -200,6 +202,8 @@ class NodeAnswer:
         """The code of an error that decides about another node; empty otherwise."""
         if not self.whole or self.status not in ELSEWHERE_STATUSES | BEHIND_STATUSES:
             return ""
+        if (said := self.response.headers.get(ERROR_CODE_HEADER)) is not None:
+            return said
         with suppress(msgspec.MsgspecError, RecursionError, UnicodeError):
             return msgspec.json.decode(self.held, type=_Refusal).error.code or ""
         return ""

@@ -25,7 +25,7 @@ from control.server import build_node_app, build_public_app
 from packer.wire import WIRE_VERSION, JoinAsk, encode
 
 # The written list of what anybody may call. Adding to it is a decision, not a detail.
-OPEN_PUBLIC = {("GET", "/healthz")}
+OPEN_PUBLIC = {("GET", "/healthz"), ("GET", "/v2/health/live"), ("GET", "/v2/health/ready")}
 OPEN_NODE = {("GET", "/node/v1/ca"), ("POST", "/node/v1/join")}
 # What a tenant's key may call at all; everything else of the management API is the operator's.
 TENANT_ROUTES = {
@@ -47,6 +47,13 @@ TENANT_ROUTES = {
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{ref}"),
     ("*", "/v1/{path}"),
+    ("GET", "/v2"),
+    ("GET", "/v2/"),
+    ("GET", "/v2/models/stats"),
+    ("GET", "/v2/models/{path}"),
+    ("POST", "/v2/models/{path}"),
+    ("POST", "/v2/repository/index"),
+    ("POST", "/v2/repository/models/{path}"),
 }
 
 
@@ -62,8 +69,14 @@ class Site:
     node: FakeNode
     folder: Path
 
-    def fill(self, path: str) -> str:
+    def fill(self, path: str, method: str = "GET") -> str:
         """A route's pattern with things in it that exist and are acme's."""
+        version = self.ref.partition("@")[2]
+        rests = {
+            "/v1/{path}": "embeddings",
+            "/v2/models/{path}": f"acme/m/versions/{version}" + ("/infer" if method == "POST" else ""),
+            "/v2/repository/models/{path}": "acme/m/load",
+        }
         values = {
             "tenant": "acme",
             "upload_id": self.upload_id,
@@ -71,8 +84,8 @@ class Site:
             "node": "n1",
             "ref": self.ref,
             "name": "m",
-            "version": self.ref.partition("@")[2],
-            "path": "embeddings" if path.startswith("/v1/") else "config.json",
+            "version": version,
+            "path": rests.get(path, "config.json"),
         }
         return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], path)
 
@@ -142,7 +155,7 @@ async def test_no_public_route_answers_without_a_valid_key(site: Site) -> None:
         for header in headers:
             answer = await site.control.call(
                 sent_method(method),
-                site.fill(path),
+                site.fill(path, method),
                 {"name": "x", "model": site.ref},
                 key=None,
                 headers={} if header is None else {"Authorization": header},
@@ -179,7 +192,7 @@ async def test_a_foreign_thing_answers_as_one_that_does_not_exist(site: Site) ->
     for method, path in sorted(TENANT_ROUTES):
         if "{" not in path:
             continue
-        asked = site.fill(path)
+        asked = site.fill(path, method)
         foreign, gone = [
             await site.control.call(sent_method(method), where, {"model": ref}, key=site.globex)
             for where, ref in ((asked, site.ref), (swapped(asked), swapped(site.ref)))
@@ -192,8 +205,15 @@ async def test_a_foreign_thing_answers_as_one_that_does_not_exist(site: Site) ->
 
 async def test_lists_show_a_tenant_only_its_own(site: Site) -> None:
     await site.control.recorded("node_joined")
-    for path in ("/api/v1/models", "/v1/models", "/api/v1/ps", "/api/v1/events?after=0"):
-        answer = await site.control.call("GET", path, key=site.globex)
+    for method, path in (
+        ("GET", "/api/v1/models"),
+        ("GET", "/v1/models"),
+        ("GET", "/api/v1/ps"),
+        ("GET", "/api/v1/events?after=0"),
+        ("GET", "/v2/models/stats"),
+        ("POST", "/v2/repository/index"),
+    ):
+        answer = await site.control.call(method, path, key=site.globex)
         assert answer.status == 200
         assert b"acme" not in answer.body, path
     for path in ("/api/v1/models", "/api/v1/ps", "/api/v1/events"):
