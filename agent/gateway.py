@@ -29,13 +29,12 @@ from agent.metering import expected_tokens
 from agent.oip import OipRoutes
 from agent.oip_models import rows_of
 from agent.oip_stats import Statistics
+from agent.openai_answers import GeneratedShape
 from agent.openai_shapes import (
-    ANSWER_CHARS_MAX,
     ChatAsk,
     ClassifyAsk,
     CompletionAsk,
     EmbeddingAsk,
-    GeneratedShape,
     bad_field,
     chat_request,
     classify_answer,
@@ -43,13 +42,13 @@ from agent.openai_shapes import (
     completion_requests,
     embed_request,
     embedding_answer,
-    text,
 )
 from packer.http import (
     REQUEST_ID,
     ApiError,
     BodyBudget,
     decode_json,
+    internal_error,
     json_response,
     model_card,
     model_list,
@@ -207,7 +206,9 @@ class Gateway:
             order = embed_request(ask)
             call = self._call(request, ask.model, Task.EMBEDDING)
             frame = await self._one_frame(call, order)
-            answer = await _written(frame, embedding_answer, ask, call.model_id, _count(order), frame)
+            answer = await _written(
+                len(frame.body), embedding_answer, ask, call.model_id, _count(order), frame
+            )
         return web.Response(body=answer, content_type="application/json")
 
     async def classify(self, request: web.Request) -> web.Response:
@@ -218,7 +219,13 @@ class Gateway:
             frame = await self._one_frame(call, order)
             answer_id = f"classify-{call.request_id}"
             answer = await _written(
-                frame, classify_answer, answer_id, int(time.time()), call.model_id, _count(order), frame
+                len(frame.body),
+                classify_answer,
+                answer_id,
+                int(time.time()),
+                call.model_id,
+                _count(order),
+                frame,
             )
         return web.Response(body=answer, content_type="application/json")
 
@@ -289,13 +296,9 @@ class Gateway:
         async with self._lease(call, orders) as lease:
             yield lease
             for index, order in enumerate(orders):
-                finished = False
                 async with _closing(lease.run(order)) as frames:
                     async for frame in frames:
-                        finished = finished or text(frame, "finish_reason") is not None
                         yield index, frame
-                if not finished:
-                    raise EngineFault("the engine's stream ended without a reason")
 
     async def _generated(
         self, call: Call, orders: tuple[EngineRequest, ...], ask: CompletionAsk | ChatAsk, chat: bool
@@ -307,24 +310,16 @@ class Gateway:
             call.model_id,
             chat,
             include_usage=bool(options and options.include_usage),
+            orders=len(orders),
+            choices=ask.n or 1,
         )
         if ask.stream:
             return await self._streamed(call, orders, shape)
-        parts: list[list[str]] = [[] for _ in orders]
-        reasons = [""] * len(orders)
-        size = 0
         async with aclosing(self._frames(call, orders)) as items:
             async for item in items:
-                if not isinstance(item, tuple):
-                    continue
-                index, frame = item
-                delta = text(frame, "delta") or ""
-                size += len(delta)
-                if size > ANSWER_CHARS_MAX:
-                    raise EngineFault(f"the engine wrote more than {ANSWER_CHARS_MAX} characters")
-                parts[index].append(delta)
-                reasons[index] = shape.count(frame) or reasons[index]
-        answer = shape.whole(["".join(part) for part in parts], reasons)
+                if isinstance(item, tuple):
+                    shape.keep(shape.read(*item))
+        answer = await _written(shape.about_bytes, shape.whole)
         return web.Response(body=answer, content_type="application/json")
 
     async def _streamed(
@@ -341,7 +336,7 @@ class Gateway:
                     if item is None:
                         await stream.comment(doing)
                     elif isinstance(item, tuple):
-                        for chunk in shape.chunk(*item):
+                        for chunk in shape.chunks(shape.read(*item)):
                             await stream.data(chunk)
                     else:
                         doing = "working"
@@ -349,15 +344,24 @@ class Gateway:
                             await stream.comment(
                                 f"restored tier={item.tier.value} restore_ms={item.restore_ms}"
                             )
-            for chunk in shape.last_chunk():
+            for chunk in shape.last_chunks():
                 await stream.data(chunk)
             await stream.data(b"[DONE]")
-        except (Refused, EngineError, EngineFault) as error:
+        except ConnectionError:
+            raise  # there is nobody to tell
+        except Exception as error:
             if not stream.begun:
                 raise
-            body = openai_error(api_error(error, call.request[ASKED]))
+            body = openai_error(_broken_off(call.request, error))
             await stream.data(msgspec.json.encode(body))
         return await stream.end()
+
+
+def _broken_off(request: web.Request, error: Exception) -> ApiError:
+    """What a stream that can not go on says as its last event; nothing else may look like its end."""
+    if isinstance(error, Refused | EngineError | EngineFault):
+        return api_error(error, request[ASKED])
+    return error if isinstance(error, ApiError) else internal_error(request, error)
 
 
 def _count(order: EngineRequest) -> int:
@@ -365,9 +369,9 @@ def _count(order: EngineRequest) -> int:
     return len(inputs) if isinstance(inputs, list) else 0
 
 
-async def _written(frame: EngineFrame, write: Callable[P, bytes], *args: P.args, **kwargs: P.kwargs) -> bytes:
+async def _written(about_bytes: int, write: Callable[P, bytes], *args: P.args, **kwargs: P.kwargs) -> bytes:
     """Write an answer here when it is small, else on a thread, so that nobody else waits for it."""
-    if len(frame.body) <= INLINE_BYTES_MAX:
+    if about_bytes <= INLINE_BYTES_MAX:
         return write(*args, **kwargs)
     return await asyncio.to_thread(write, *args, **kwargs)
 

@@ -1,12 +1,13 @@
-"""OpenAI's requests and answers: their types, their limits, and how they map to an engine's.
+"""OpenAI's requests, and the answers that are one frame: their types, their limits, what an engine gets.
 
 Covers: decoding and checking bodies of embeddings, completions, chat completions and classification
-(vLLM's shape, OpenAI has none), the engine requests they become, and the answers built from frames.
-Does not cover: routes, keys, leases or streams on the wire (``gateway``); the error shape, which the
-router shares (``packer/http.py``).
+(vLLM's shape, OpenAI has none), the engine requests they become, and answers of embeddings and
+classification. Does not cover: generated answers (``openai_answers``); routes, keys, leases or streams on
+the wire (``gateway``); the error shape, which the router shares (``packer/http.py``).
 
-Unknown fields are ignored, as newer clients send some. A known field that we can not honour is refused
-by name rather than ignored, because the answer would not be what was asked for.
+Unknown fields are ignored, as newer clients send some, and so are those that change nothing about an
+answer (``user``, ``metadata``, ``store``, ``service_tier`` and their kind). A known field that we can not
+honour is refused by name rather than ignored, because the answer would not be what was asked for.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ from packer.http import ApiError
 INPUTS_MAX = 2048
 # Prompts of one completions request run one after another under one lease.
 PROMPTS_MAX = 16
+# Choices of one prompt; each is a whole answer's work, and they share no more than the reading of the prompt.
+PROMPT_CHOICES_MAX = 8
+# Answers of one request, over all its prompts.
+CHOICES_MAX = 32
+# OpenAI's limits.
+TOP_LOGPROBS_MAX = 20
+BIASES_MAX = 1024
 MESSAGES_MAX = 2048
 # Four stop texts is OpenAI's limit; the length bounds what an engine must hold back while it streams.
 STOPS_MAX = 4
@@ -36,13 +44,13 @@ OUTPUT_TOKENS_MAX = 1_000_000
 DIMENSIONS_MAX = 65_536
 # What OpenAI's completions (not chat) stop at when not told.
 COMPLETION_TOKENS_DEFAULT = 16
-# A generated answer longer than this is an engine gone wild; 4 Mi characters is a million tokens.
-ANSWER_CHARS_MAX = 4 * 1024 * 1024
 FLOAT_BYTES = 4
 
 Token: TypeAlias = Annotated[int, Meta(ge=0, le=TOKEN_MAX)]
 Temperature: TypeAlias = Annotated[float, Meta(ge=0.0, le=2.0)]
 TopP: TypeAlias = Annotated[float, Meta(gt=0.0, le=1.0)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2.0, le=2.0)]
+Choices: TypeAlias = Annotated[int, Meta(ge=1, le=PROMPT_CHOICES_MAX)]
 Seed: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 OutputTokens: TypeAlias = Annotated[int, Meta(ge=1, le=OUTPUT_TOKENS_MAX)]
 Stop: TypeAlias = Annotated[str, Meta(min_length=1, max_length=STOP_CHARS_MAX)]
@@ -67,9 +75,11 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
-class CompletionAsk(msgspec.Struct, frozen=True):
+class GenerateAsk(msgspec.Struct, frozen=True, kw_only=True):
+    """What both ways to ask for text have in common. The last group is of other servers, whose clients send
+    it too: what our engines do is taken, the rest is known only to be refused."""
+
     model: str
-    prompt: Inputs
     max_tokens: OutputTokens | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -77,14 +87,33 @@ class CompletionAsk(msgspec.Struct, frozen=True):
     stop: Stops = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
+    n: Choices | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=BIASES_MAX)] | None = None
+
+    top_k: Annotated[int, Meta(ge=-1, le=TOKEN_MAX)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=1e-3, le=1e3)] | None = None
+    min_p: Any = None
+    min_tokens: Any = None
+    ignore_eos: Any = None
+    stop_token_ids: Any = None
+    use_beam_search: Any = None
+    prompt_logprobs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    structured_outputs: Any = None
+
+
+class CompletionAsk(GenerateAsk, frozen=True, kw_only=True):
+    prompt: Inputs
+    # A number of alternatives; some clients send the chat's ``false``.
+    logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] | bool | None = None
     best_of: int | None = None
     echo: Any = None
     suffix: Any = None
-    logprobs: Any = None
-    logit_bias: Any = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -98,44 +127,44 @@ class ChatMessage(msgspec.Struct, frozen=True):
     tool_calls: Any = None
 
 
-class ChatAsk(msgspec.Struct, frozen=True):
-    model: str
+class ChatAsk(GenerateAsk, frozen=True, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)]
-    max_tokens: OutputTokens | None = None
     max_completion_tokens: OutputTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    seed: Seed | None = None
-    stop: Stops = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     tools: Any = None
+    tool_choice: Any = None
     functions: Any = None
+    function_call: Any = None
     response_format: Any = None
-    logprobs: Any = None
-    logit_bias: Any = None
     modalities: Any = None
     audio: Any = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    web_search_options: Any = None
 
 
 # What these fields may hold beside null: the value that asks for nothing.
 _NEUTRAL: Mapping[str, Sequence[object]] = {
-    "n": (1,),
-    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
+    "web_search_options": (),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "use_beam_search": (False,),
+    "prompt_logprobs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
 }
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
@@ -144,10 +173,10 @@ def bad_field(field: str, message: str, code: str = "invalid_value") -> ApiError
     return ApiError(400, code, f"{field}: {message}", field=field)
 
 
-def _refuse_unsupported(ask: CompletionAsk | ChatAsk) -> None:
+def _refuse_unsupported(ask: GenerateAsk) -> None:
     for name, neutral in _NEUTRAL.items():
         value = getattr(ask, name, None)
-        # Types are compared too: False == 0, and ``logprobs: 0`` asks for something.
+        # Types are compared too: False == 0.
         if value is None or any(
             value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral
         ):
@@ -187,33 +216,58 @@ def _inputs(
 
 
 def embed_request(ask: EmbeddingAsk) -> EngineRequest:
-    return EngineRequest("embed", {"inputs": _inputs(ask.input, "input")})
+    fields: dict[str, JSON] = {"inputs": _inputs(ask.input, "input")}
+    if ask.dimensions is not None:
+        fields["dimensions"] = ask.dimensions
+    return EngineRequest("embed", fields)
 
 
 def classify_request(ask: ClassifyAsk) -> EngineRequest:
     return EngineRequest("classify", {"inputs": _inputs(ask.input, "input")})
 
 
-def _sampling(ask: CompletionAsk | ChatAsk, max_tokens: int | None) -> dict[str, JSON]:
+def _sampling(ask: GenerateAsk, max_tokens: int | None, top_logprobs: int | None) -> dict[str, JSON]:
+    """What goes to the engine beside the prompt. Absent stays absent: the model's own directory may say what
+    it is best sampled with."""
+    given: dict[str, JSON] = {
+        "temperature": ask.temperature,
+        "top_p": ask.top_p,
+        "top_k": None if ask.top_k is None else max(ask.top_k, 0),
+        "repetition_penalty": ask.repetition_penalty,
+        "presence_penalty": ask.presence_penalty,
+        "frequency_penalty": ask.frequency_penalty,
+        "logit_bias": ask.logit_bias,
+        "max_tokens": max_tokens,
+        "seed": ask.seed,
+        "n": ask.n,
+        "logprobs": top_logprobs,
+    }
     stops = [ask.stop] if isinstance(ask.stop, str) else list(ask.stop or ())
-    fields: dict[str, JSON] = {"stop": stops}
-    # Absent stays absent: the model's own directory may say what it is best sampled with.
-    if ask.temperature is not None:
-        fields["temperature"] = ask.temperature
-    if ask.top_p is not None:
-        fields["top_p"] = ask.top_p
-    if max_tokens is not None:
-        fields["max_tokens"] = max_tokens
-    if ask.seed is not None:
-        fields["seed"] = ask.seed
-    return fields
+    return {"stop": stops, **{name: value for name, value in given.items() if value is not None}}
 
 
 def completion_requests(ask: CompletionAsk) -> tuple[EngineRequest, ...]:
     """One engine request per prompt, in order."""
     _refuse_unsupported(ask)
+    choices = ask.n or 1
+    if ask.best_of is not None and ask.best_of != choices:
+        raise bad_field(
+            "best_of",
+            f"choosing among more than is answered is not supported here; leave it out (or send {choices}, "
+            "as n), ask for logprobs and choose.",
+            "unsupported_value",
+        )
+    if ask.logprobs is True:
+        raise bad_field("logprobs", "is a number here: of how many of the likeliest tokens to tell.")
     prompts = _inputs(ask.prompt, "prompt", PROMPTS_MAX)
-    sampling = _sampling(ask, ask.max_tokens or COMPLETION_TOKENS_DEFAULT)
+    if choices * len(prompts) > CHOICES_MAX:
+        raise bad_field(
+            "n",
+            f"{choices} choices for each of {len(prompts)} prompts are {choices * len(prompts)} answers; the "
+            f"limit is {CHOICES_MAX} in one request. Send several requests.",
+        )
+    top = None if ask.logprobs is False else ask.logprobs
+    sampling = _sampling(ask, ask.max_tokens or COMPLETION_TOKENS_DEFAULT, top)
     return tuple(
         EngineRequest("generate", {("prompt" if isinstance(one, str) else "tokens"): one, **sampling})
         for one in prompts
@@ -224,9 +278,12 @@ def chat_request(ask: ChatAsk) -> EngineRequest:
     _refuse_unsupported(ask)
     if ask.max_tokens and ask.max_completion_tokens and ask.max_tokens != ask.max_completion_tokens:
         raise bad_field("max_completion_tokens", "differs from max_tokens; send one of the two.")
+    if ask.top_logprobs and not ask.logprobs:
+        raise bad_field("top_logprobs", "is only allowed with 'logprobs': true.")
     messages = [_message(one, f"messages[{i}]") for i, one in enumerate(ask.messages)]
+    top = (ask.top_logprobs or 0) if ask.logprobs else None
     return EngineRequest(
-        "generate", {"messages": messages, **_sampling(ask, ask.max_completion_tokens or ask.max_tokens)}
+        "generate", {"messages": messages, **_sampling(ask, ask.max_completion_tokens or ask.max_tokens, top)}
     )
 
 
@@ -306,11 +363,7 @@ def embedding_answer(ask: EmbeddingAsk, model: str, count: int, frame: EngineFra
     if integer(frame, "count") != count:
         raise EngineFault(f"the engine answered {integer(frame, 'count')} of {count} inputs")
     if ask.dimensions is not None and ask.dimensions != dimensions:
-        raise bad_field(
-            "dimensions",
-            f"this model gives {dimensions} and can not be shortened; leave the field out.",
-            "unsupported_value",
-        )
+        raise EngineFault(f"the engine gave {dimensions} dimensions where {ask.dimensions} were asked for")
     encoder = msgspec.json.Encoder()
     items: list[msgspec.Raw] = []
     for index, row in enumerate(_rows(frame, count, dimensions)):
@@ -351,118 +404,3 @@ def classify_answer(answer_id: str, created: int, model: str, count: int, frame:
     tokens = integer(frame, "prompt_tokens")
     usage = Usage(tokens, tokens, 0)
     return msgspec.json.encode(ClassList(answer_id, created, model, items, labels, usage))
-
-
-class TextChoice(msgspec.Struct, frozen=True):
-    index: int
-    text: str
-    finish_reason: str | None = None
-    logprobs: None = None
-
-
-class Delta(msgspec.Struct, frozen=True):
-    role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class ChatAnswerMessage(msgspec.Struct, frozen=True):
-    content: str
-    role: str = "assistant"
-    refusal: None = None
-
-
-class ChatChoice(msgspec.Struct, frozen=True):
-    index: int
-    message: ChatAnswerMessage
-    finish_reason: str | None
-    logprobs: None = None
-
-
-class ChatDeltaChoice(msgspec.Struct, frozen=True):
-    index: int
-    delta: Delta
-    finish_reason: str | None = None
-    logprobs: None = None
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """Every generated answer and every chunk of one; ``object`` says which."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: Sequence[TextChoice | ChatChoice | ChatDeltaChoice]
-    usage: Usage | UnsetType | None = UNSET
-
-
-class GeneratedShape:
-    """Answers of one generation request, streamed or not, in the shape of ``chat`` or plain completions."""
-
-    def __init__(
-        self, answer_id: str, created: int, model: str, chat: bool, include_usage: bool = False
-    ) -> None:
-        self.answer_id = answer_id
-        self.created = created
-        self.model = model
-        self.chat = chat
-        self.include_usage = include_usage
-        self._prompt_tokens = 0
-        self._completion_tokens = 0
-        self._begun: set[int] = set()
-
-    def usage(self) -> Usage:
-        prompt, completion = self._prompt_tokens, self._completion_tokens
-        return Usage(prompt, prompt + completion, completion)
-
-    def count(self, frame: EngineFrame) -> str | None:
-        """Note the last frame's counts; returns its finish reason, None for any other frame."""
-        reason = text(frame, "finish_reason")
-        if reason is not None:
-            self._prompt_tokens += integer(frame, "prompt_tokens")
-            self._completion_tokens += integer(frame, "completion_tokens")
-        return reason
-
-    def whole(self, texts: Sequence[str], reasons: Sequence[str]) -> bytes:
-        pairs = enumerate(zip(texts, reasons, strict=True))
-        if self.chat:
-            chats = [ChatChoice(i, ChatAnswerMessage(said), reason) for i, (said, reason) in pairs]
-            return self._encode("chat.completion", chats, self.usage())
-        plain = [TextChoice(i, said, reason) for i, (said, reason) in pairs]
-        return self._encode("text_completion", plain, self.usage())
-
-    def chunk(self, index: int, frame: EngineFrame) -> list[bytes]:
-        """The stream's chunks for one frame; none for a frame that says nothing."""
-        chunks: list[bytes] = []
-        delta, reason = text(frame, "delta"), self.count(frame)
-        if self.chat and index not in self._begun:
-            self._begun.add(index)
-            chunks.append(self._part(index, "", None, role="assistant"))
-        if delta:
-            chunks.append(self._part(index, delta, None))
-        if reason is not None:
-            chunks.append(self._part(index, None, reason))
-        return chunks
-
-    def last_chunk(self) -> list[bytes]:
-        """The chunk with the counts, when the caller asked for it."""
-        return [self._encode(self._chunk_object(), [], self.usage())] if self.include_usage else []
-
-    def _chunk_object(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
-
-    def _part(self, index: int, said: str | None, reason: str | None, role: str | UnsetType = UNSET) -> bytes:
-        choice: TextChoice | ChatDeltaChoice
-        if self.chat:
-            choice = ChatDeltaChoice(index, Delta(role, UNSET if said is None else said), reason)
-        else:
-            choice = TextChoice(index, said or "", reason)
-        return self._encode(self._chunk_object(), [choice], None if self.include_usage else UNSET)
-
-    def _encode(
-        self,
-        kind: str,
-        choices: Sequence[TextChoice | ChatChoice | ChatDeltaChoice],
-        usage: Usage | UnsetType | None,
-    ) -> bytes:
-        return msgspec.json.encode(Completion(self.answer_id, kind, self.created, self.model, choices, usage))

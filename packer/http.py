@@ -504,10 +504,10 @@ def request_guard(render: Render) -> Middleware:
         except Exception as error:
             if isinstance(error, ConnectionError) and (request.transport is None or request.get(HEAD_SENT)):
                 raise  # the caller left; there is nobody to tell
-            _log_fault(request, error)
+            broken = internal_error(request, error)
             if request.get(HEAD_SENT, False):
                 raise ConnectionResetError("failed after the answer's head was sent") from None
-            return render(request, _internal(request))
+            return render(request, broken)
 
     return guard
 
@@ -527,7 +527,9 @@ def _from_aiohttp(request: web.Request, error: web.HTTPException) -> ApiError:
     return ApiError(error.status, "http_error", error.reason)
 
 
-def _internal(request: web.Request) -> ApiError:
+def internal_error(request: web.Request, error: Exception) -> ApiError:
+    """Log an error that nobody expected; returns what its caller is told."""
+    _log_fault(request, error)
     return ApiError(
         500,
         "internal_error",

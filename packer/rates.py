@@ -31,7 +31,7 @@ DAY_MS = 24 * 60 * MINUTE_MS
 # A tenant may send this part of its minute at once (ten seconds' worth): bursts of a web page pass,
 # and a whole minute's quota can not arrive in one instant.
 BURST_PARTS = 6
-# Above what one request can take: 1 Mi tokens in a body of 1 MiB and 16 answers of 1,000,000 tokens. A
+# Above what one request can take: 1 Mi tokens in a body of 1 MiB and 32 answers of 1,000,000 tokens. A
 # worker that says more lies; its tenant pays this much at the most.
 REQUEST_TOKENS_MAX = 2**25
 # No request or restore takes longer than a day of one device.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
-from agent.facade import EngineError, EngineFrame, EngineRequest, Lease, Refused
+from agent.facade import JSON, EngineError, EngineFrame, EngineRequest, Lease, Refused
 from agent.gateway import GatewayConfig, build_app
 from packer.http import KeyText, check_key, make_key, runner
 from packer.rates import RateView
@@ -84,6 +84,8 @@ async def answer(request: EngineRequest) -> AsyncIterator[EngineFrame]:
     """The engine: vectors from hashes, labels by length, and a generator that repeats the prompt's words."""
     if request.op == "embed":
         inputs = _listed(request, "inputs")
+        if request.fields.get("dimensions", DIMENSIONS) != DIMENSIONS:
+            raise EngineError("invalid_request", "gives 8 and can not be shortened", "dimensions")
         body = b"".join(struct.pack(f"<{DIMENSIONS}f", *vector_of(one)) for one in inputs)
         header = {"count": len(inputs), "dimensions": DIMENSIONS, "prompt_tokens": 3 * len(inputs)}
         yield EngineFrame(header, body)
@@ -101,14 +103,27 @@ async def answer(request: EngineRequest) -> AsyncIterator[EngineFrame]:
             )
         else:
             prompt = str(fields.get("prompt", fields.get("tokens")))
-        limit = fields.get("max_tokens", 1000)
+        limit, choices = fields.get("max_tokens", 1000), fields.get("n", 1)
         assert isinstance(limit, int)
+        assert isinstance(choices, int)
         words = prompt.split()
-        for word in words[:limit]:
-            yield EngineFrame({"delta": word + " "})
-        reason = "stop" if len(words) <= limit else "length"
-        counts = {"prompt_tokens": len(words), "completion_tokens": min(len(words), limit)}
-        yield EngineFrame({"finish_reason": reason, **counts})
+        said = words[:limit]
+        for choice in range(choices):
+            for i, word in enumerate(said):
+                at = sum(len(each) + 1 for each in said[:i])
+                figures = _figures(word + " ", at, fields.get("logprobs"))
+                yield EngineFrame({"delta": word + " ", "choice": choice, **figures})
+            reason = "stop" if len(words) <= limit else "length"
+            counts = {"prompt_tokens": len(words), "completion_tokens": len(said) * (choice + 1)}
+            yield EngineFrame({"finish_reason": reason, "choice": choice, **counts})
+
+
+def _figures(token: str, at: int, top: JSON) -> dict[str, JSON]:
+    """Log probabilities in which the likeliest token is ``0``, the next ``1``."""
+    if not isinstance(top, int):
+        return {}
+    others: list[JSON] = [[str(i).encode().hex(), -0.25 * (i + 1)] for i in range(top)]
+    return {"logprobs": [{"bytes": token.encode().hex(), "logprob": -0.5, "at": at, "top": others}]}
 
 
 def echo(request: EngineRequest) -> EngineFrame:

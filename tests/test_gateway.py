@@ -214,11 +214,23 @@ async def test_completions_takes_several_prompts_in_order() -> None:
 @pytest.mark.parametrize(
     ("field", "body"),
     [
-        ("n", chat_body(n=2)),
+        ("n", chat_body(n=9)),
+        ("n", chat_body(n=0)),
         ("tools", chat_body(tools=[{"type": "function"}])),
         ("response_format", chat_body(response_format={"type": "json_object"})),
-        ("logprobs", chat_body(logprobs=True)),
-        ("presence_penalty", chat_body(presence_penalty=0.5)),
+        ("tool_choice", chat_body(tool_choice={"type": "function", "function": {"name": "f"}})),
+        ("audio", chat_body(audio={"voice": "x"})),
+        ("web_search_options", chat_body(web_search_options={})),
+        ("logprobs", chat_body(logprobs=3)),
+        ("top_logprobs", chat_body(top_logprobs=3)),
+        ("top_logprobs", chat_body(logprobs=True, top_logprobs=21)),
+        ("presence_penalty", chat_body(presence_penalty=2.5)),
+        ("frequency_penalty", chat_body(frequency_penalty=-2.5)),
+        ("logit_bias", chat_body(logit_bias={str(i): 1 for i in range(1025)})),
+        ("repetition_penalty", chat_body(repetition_penalty=0)),
+        ("min_p", chat_body(min_p=0.1)),
+        ("guided_json", chat_body(guided_json={})),
+        ("ignore_eos", chat_body(ignore_eos=True)),
         ("stream_options", chat_body(stream_options={"include_usage": True})),
         ("stop", chat_body(stop=["a", "b", "c", "d", "e"])),
         ("stop", chat_body(stop="")),
@@ -253,8 +265,18 @@ async def test_fields_that_ask_for_nothing_are_accepted() -> None:
         response_format={"type": "text"},
         logprobs=False,
         frequency_penalty=0,
-        user="u",
         top_p=None,
+        min_p=0,
+        tool_choice="auto",
+        user="u",
+        metadata={"a": "b"},
+        store=True,
+        service_tier="auto",
+        safety_identifier="s",
+        prompt_cache_key="p",
+        parallel_tool_calls=True,
+        reasoning_effort="low",
+        a_field_of_next_year={"x": [1]},
     )
     node = FakeNode()
     async with served(node) as url:
@@ -477,18 +499,27 @@ async def test_an_error_in_mid_stream_is_an_event_that_the_client_raises(error: 
             await anext(chunks)
 
 
-async def test_a_fault_in_mid_stream_cuts_the_answer_instead_of_ending_it_well() -> None:
+async def test_a_fault_in_mid_stream_is_one_event_that_does_not_look_like_an_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def script(request: EngineRequest) -> AsyncIterator[EngineFrame]:
         yield EngineFrame({"delta": "one "})
-        raise RuntimeError("planted")
+        raise RuntimeError(f"while running {request.fields}")
 
     node = FakeNode(script=script)
     async with served(node) as url, aiohttp.ClientSession() as session:
         headers = {"Authorization": f"Bearer {node.acme}"}
-        body = {"model": "acme/chat", "prompt": "a", "stream": True}
-        with pytest.raises(aiohttp.ClientPayloadError):
-            async with session.post(f"{url}/v1/completions", json=body, headers=headers) as answer:
-                await answer.read()
+        body = {"model": "acme/chat", "prompt": "canary-2718", "stream": True}
+        async with session.post(f"{url}/v1/completions", json=body, headers=headers) as answer:
+            events = (await answer.text()).strip().split("\n\n")
+            request_id = answer.headers["x-request-id"]
+    assert len(events) == 2
+    error = json.loads(events[-1].removeprefix("data: "))["error"]
+    assert (error["code"], error["type"], error["param"]) == ("internal_error", "server_error", None)
+    assert request_id in error["message"]
+    assert request_id in caplog.text
+    assert "canary" not in caplog.text + str(events)
+    await node.happened("finished")
 
 
 @pytest.mark.parametrize("stream", [False, True])
