@@ -13,6 +13,7 @@ from typing import Any
 import openai
 import pytest
 from fake_node import FakeNode, served
+from gateway_calls import client
 
 from agent.facade import JSON, EngineFrame, EngineRequest
 from agent.openai_answers import ANSWER_FIGURES_MAX, token_name
@@ -20,16 +21,12 @@ from agent.openai_answers import ANSWER_FIGURES_MAX, token_name
 MESSAGES: Any = [{"role": "user", "content": "one two"}]
 
 
-def client(url: str, node: FakeNode) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=node.acme, max_retries=0)
-
-
 # --- choices --------------------------------------------------------------------------------------
 
 
 async def test_every_choice_has_its_index_its_end_and_its_text() -> None:
     node = FakeNode()
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         answer = await api.chat.completions.create(model="acme/chat", messages=MESSAGES, n=3)
     assert [one.index for one in answer.choices] == [0, 1, 2]
     assert {(one.message.content, one.finish_reason) for one in answer.choices} == {("one two ", "stop")}
@@ -41,7 +38,7 @@ async def test_every_choice_has_its_index_its_end_and_its_text() -> None:
 
 async def test_choices_of_several_prompts_are_numbered_through() -> None:
     node = FakeNode()
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         answer = await api.completions.create(model="acme/chat", prompt=["one two", "three"], n=2)
         stream = await api.completions.create(
             model="acme/chat",
@@ -65,7 +62,7 @@ async def test_choices_of_several_prompts_are_numbered_through() -> None:
 
 async def test_a_stream_of_chat_begins_each_choice_with_its_role() -> None:
     node = FakeNode()
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         stream = await api.chat.completions.create(
             model="acme/chat", messages=MESSAGES, n=2, stream=True, max_tokens=1
         )
@@ -79,7 +76,7 @@ async def test_a_stream_of_chat_begins_each_choice_with_its_role() -> None:
 
 async def test_too_many_answers_in_one_request_are_refused_before_a_lease() -> None:
     node = FakeNode()
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         with pytest.raises(openai.BadRequestError, match="40 answers; the limit is 32") as caught:
             await api.completions.create(model="acme/chat", prompt=["a"] * 5, n=8)
         assert caught.value.param == "n"
@@ -100,7 +97,7 @@ async def test_every_field_of_sampling_reaches_the_engine() -> None:
         "logit_bias": {"7": -100},
         "seed": 3,
     }
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         await api.completions.create(
             model="acme/chat", prompt="a", **given, extra_body={"top_k": -1, "repetition_penalty": 1.1}
         )
@@ -114,7 +111,7 @@ async def test_every_field_of_sampling_reaches_the_engine() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_log_probabilities_of_chat(stream: bool) -> None:
     node = FakeNode()
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         ask: dict[str, Any] = {
             "model": "acme/chat",
             "messages": MESSAGES,
@@ -143,7 +140,7 @@ async def test_log_probabilities_of_chat(stream: bool) -> None:
 
 async def test_chat_without_alternatives_tells_the_tokens_alone() -> None:
     node = FakeNode()
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         answer = await api.chat.completions.create(model="acme/chat", messages=MESSAGES, logprobs=True)
         silent = await api.chat.completions.create(model="acme/chat", messages=MESSAGES)
     logprobs = answer.choices[0].logprobs
@@ -155,7 +152,7 @@ async def test_chat_without_alternatives_tells_the_tokens_alone() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_log_probabilities_of_completions(stream: bool) -> None:
     node = FakeNode()
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         ask: dict[str, Any] = {"model": "acme/chat", "prompt": "one two", "logprobs": 1}
         if stream:
             chunks = [
@@ -182,7 +179,7 @@ async def test_an_answer_with_too_many_log_probabilities_is_to_be_streamed() -> 
         yield EngineFrame({"finish_reason": "length", "prompt_tokens": 1, "completion_tokens": 1})
 
     node = FakeNode(script=script)
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         with pytest.raises(openai.BadRequestError, match="stream it") as caught:
             await api.completions.create(model="acme/chat", prompt="a", logprobs=20)
         assert caught.value.param == "logprobs"
@@ -244,7 +241,7 @@ async def test_frames_that_can_not_be_are_the_engines_fault(
             yield EngineFrame(header)
 
     node = FakeNode(script=script)
-    async with served(node) as url, client(url, node) as api:
+    async with served(node) as url, client(url, node.acme) as api:
         with pytest.raises(openai.APIError) as caught:
             await _ask(api, stream)
     assert caught.value.code == "engine_fault"

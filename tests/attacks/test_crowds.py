@@ -2,7 +2,7 @@
 
 Covers: the share of one owner in requests, bytes of unread answers, callers that stop reading, on the
 gateway and the router; others are served meanwhile. Does not cover: bodies that come slowly
-(``test_gateway_bodies``), streams (``test_gateway``), or rates and quotas (``test_quota``).
+(``test_gateway_bodies``), streams (``test_gateway_streams``), or rates and quotas (``test_quota``).
 """
 
 from __future__ import annotations
