@@ -20,6 +20,7 @@ from agent.calibration import Calibrator, LinkMeter
 from agent.config import AgentConfig
 from agent.control_listener import ControlListener
 from agent.counters import Counters
+from agent.credentials import Credentials
 from agent.debts import Debts
 from agent.decisions import Decisions
 from agent.facade import Lease
@@ -57,7 +58,6 @@ from packer.events import (
     RatesSeen,
     TierBudgetSeen,
 )
-from packer.http import check_key
 from packer.questions import Asks, Question, Reply
 from packer.rates import RateView
 from packer.types import (
@@ -150,7 +150,7 @@ class RunningNode:
         self.orders.repairs.fetch_extent = self.sharing.sources.fetch_extent
         self._know_again()
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
-        self._keys: dict[str, KeySpec] = {}
+        self.credentials = Credentials(wall_ms)
         self._specs: dict[ModelRef, ModelSpec] = {}
         self._latest: dict[ModelName, ModelSpec] = {}
         self._packs_found: list[PackRow] = []
@@ -384,7 +384,7 @@ class RunningNode:
 
     def _apply(self, plan: Plan) -> None:
         self.sharing.planned(plan)
-        self._keys = {key.key_id: key for key in plan.keys}
+        self.credentials.planned(plan.cluster, plan.node, plan.keys, plan.ticket_keys)
         # Versions that left the plan stay known until the core has let go of them.
         self._specs |= {spec.ref: spec for spec in plan.models}
         self._latest = {spec.ref.model: spec for spec in plan.models if spec.latest}
@@ -420,7 +420,7 @@ class RunningNode:
     # --- what the gateway asks --------------------------------------------------------------------
 
     def find_key(self, key_text: str) -> KeySpec | None:
-        return check_key(self._keys, key_text, wall_ms())
+        return self.credentials.find(key_text)
 
     def models_of(self, tenant: str) -> Sequence[ModelSpec]:
         return [spec for spec in (self._plan.models if self._plan else ()) if spec.ref.tenant == tenant]
@@ -523,6 +523,9 @@ class RunningNode:
 
     async def acknowledge(self, acked_seq: int) -> None:
         await self._keeper.acknowledge(acked_seq)
+
+    def heard_clock(self, control_ms: int) -> None:
+        self.credentials.heard(control_ms)
 
     async def reply(self, question: Question) -> Reply:
         if question.asks is not Asks.PLAN:

@@ -77,6 +77,7 @@ class UplinkOwner(Protocol):
     async def spooled(self, limit: int) -> tuple[Record, ...]: ...
     async def acknowledge(self, acked_seq: int) -> None: ...
     async def reply(self, question: Question) -> Reply: ...
+    def heard_clock(self, control_ms: int) -> None: ...  # control's wall clock, just now
 
 
 class Uplink:
@@ -285,6 +286,8 @@ class Uplink:
         if answer.status != 200:
             raise aiohttp.ClientError(f"beat: control answered {answer.status}: {_text(answer.body)}")
         got = decode(answer.body, BeatAnswer)
+        if got.now_ms:
+            self._owner.heard_clock(got.now_ms)
         if not self.connected:
             log.info("connected to control at %s", self._url)
             self._online.set()

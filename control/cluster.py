@@ -91,6 +91,15 @@ class Routed:
 
 
 @dataclass(frozen=True, slots=True)
+class Pointed:
+    """Somebody was told to call ``node`` for ``ref`` itself; nobody tells when, or how that ends."""
+
+    node: str
+    ref: ModelRef
+    image_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """A routed request ended, however; ``reached`` is False when the node could not be talked to."""
 
@@ -114,7 +123,18 @@ class Ticked:
     """Time passed."""
 
 
-Event = NodeJoined | NodeRemoved | NodeBeat | PollEnded | Changed | Routed | Answered | SourceAsked | Ticked
+Event = (
+    NodeJoined
+    | NodeRemoved
+    | NodeBeat
+    | PollEnded
+    | Changed
+    | Routed
+    | Pointed
+    | Answered
+    | SourceAsked
+    | Ticked
+)
 
 
 # --- actions: orders ------------------------------------------------------------------------------
@@ -239,6 +259,9 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
             cluster.newest = (epoch, seq)
             return _answer_polls(cluster)
         case Routed(node, ref, nbytes):
+            _routed(cluster, node, now_ms)
+            _expect(cluster, node, ref, nbytes, now_ms)
+        case Pointed(node, ref, nbytes):
             _expect(cluster, node, ref, nbytes, now_ms)
         case Answered(node, reached):
             _answered(cluster, node, reached, now_ms)
@@ -295,13 +318,16 @@ def _answer_polls(cluster: Cluster) -> list[Action]:
     return actions
 
 
-def _expect(cluster: Cluster, node: str, ref: ModelRef, nbytes: int, now_ms: int) -> None:
+def _routed(cluster: Cluster, node: str, now_ms: int) -> None:
     if (view := cluster.nodes.get(node)) is not None:
         view.in_flight += 1
         cluster.in_flight += 1
         if view.avoid_until_ms:
             # It could not be reached last time: this request finds out for all others.
             view.avoid_until_ms = now_ms + AVOID_MS
+
+
+def _expect(cluster: Cluster, node: str, ref: ModelRef, nbytes: int, now_ms: int) -> None:
     cluster.expected.pop(ref, None)
     cluster.expected[ref] = Expected(node, now_ms + EXPECTED_MS, nbytes)
     while len(cluster.expected) > EXPECTED_MAX:
@@ -478,6 +504,16 @@ def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) 
             )
         )
     return [entry[-1] for entry in sorted(ranked)]
+
+
+def equally_good(cluster: Cluster, nodes: Sequence[str], ref: ModelRef, now_ms: int) -> Sequence[str]:
+    """Of nodes in ``choose_node``'s order those that may share calls for ``ref``: all that have it on a
+    device, or the first alone."""
+    text = str(ref)
+    views = [cluster.nodes[node] for node in nodes if node in cluster.nodes]
+    good = [view for view in views if view.avoid_until_ms <= now_ms]
+    there = [view.node for view in good if _distance(cluster, view, ref, text, now_ms) == 0]
+    return there or [view.node for view in good[:1]]
 
 
 def _able(view: NodeView) -> bool:

@@ -47,6 +47,8 @@ class Config:
     plain_routes: bool = False
     tenant_store_bytes: int = TENANT_STORE_BYTES_DEFAULT
     upload_life_s: int = UPLOAD_LIFE_S_DEFAULT
+    # Whether tenants' programs are told where they can call nodes themselves.
+    direct: bool = True
 
 
 def parse_address(text: str, field: str) -> Address:
@@ -108,6 +110,13 @@ def parse_config(arguments: Sequence[str]) -> Config:
         help="also send requests in plain HTTP, to nodes that run with --route-listen off: for a network "
         "that encrypts by itself",
     )
+    serve.add_argument(
+        "--direct",
+        default="on",
+        choices=("on", "off"),
+        help="tell tenants' programs where they can call nodes themselves; off: all calls pass here "
+        "(default %(default)s)",
+    )
     # Only for the list of commands: ``control.__main__`` sends it to its own module.
     commands.add_parser("simulate", help="replay a trace on a fleet that you describe (--help for more)")
     given = parser.parse_args(arguments)
@@ -121,6 +130,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
             node_hosts=tuple(given.node_host),
             plain_routes=given.plain_routes,
             tenant_store_bytes=parse_bytes(given.tenant_store_bytes, "--tenant-store-bytes"),
+            direct=given.direct == "on",
         )
     except BadValue as error:
         parser.error(str(error))

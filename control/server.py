@@ -18,7 +18,20 @@ from aiohttp import web
 from control.config import Address, Config
 from control.openapi import document_route
 from control.operations import Operation, Result
-from control.routes import about, keys, models, nodes, oip, plans, ps, quotas, router, tenants, uploads
+from control.routes import (
+    about,
+    direct,
+    keys,
+    models,
+    nodes,
+    oip,
+    plans,
+    ps,
+    quotas,
+    router,
+    tenants,
+    uploads,
+)
 from control.routes.access import Access, Caller, Route, add_routes, render_error
 from control.state import STOP_S, Control
 from packer.durable import write_private
@@ -56,6 +69,7 @@ _ROUTES = (
     *nodes.ROUTES,
     *ps.ROUTES,
     *plans.ROUTES,
+    *direct.ROUTES,
     *router.ROUTES,
     *oip.ROUTES,
 )

@@ -52,6 +52,7 @@ from control.node_tls import NodeLines
 from control.questions import Questions
 from control.router_counters import RouterCounters
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
+from control.ticket_office import TicketOffice
 from packer.durable import write_private
 from packer.http import BodyBudget, make_key
 from packer.types import ModelRef
@@ -126,9 +127,11 @@ class Control:
         self.routed = RouterCounters()
         self.stopping = False
         self.start_name = secrets.token_hex(8)
+        self.ticket_keys: tuple[str, ...] = ()
         # Set by start().
         self.meta: Meta
         self.authority: Authority
+        self.tickets: TicketOffice
         self.session: aiohttp.ClientSession
         self.lines: NodeLines
         self._store: Store
@@ -153,6 +156,8 @@ class Control:
         self.lines = NodeLines(
             self.authority, lambda: self.catalog, self.cluster, plain=self.config.plain_routes
         )
+        self.tickets = TicketOffice(folder, self.meta.cluster)
+        self.ticket_keys = self.tickets.public_keys
         await self._ensure_operator()
         await asyncio.to_thread(self._sweep_files)
         self.remember_nodes()
@@ -232,6 +237,10 @@ class Control:
         """The clock of the cluster core: steady, so that a clock that is set can not silence nodes."""
         return time.monotonic_ns() // 1_000_000
 
+    def wall_ms(self) -> int:
+        """For what people read, and for the life of keys and tickets."""
+        return wall_ms()
+
     def log_fault(self, where: str, error: Exception) -> None:
         """Say it, but a fault that many requests meet (a node that is gone) only once in a while."""
         text, now_s = f"{where}: {error}", time.monotonic()
@@ -299,6 +308,7 @@ class Control:
             *parts,
             peers=peers,
             start=self.start_name,
+            ticket_keys=self.ticket_keys,
         )
 
     # --- nodes ---

@@ -105,6 +105,7 @@ class Plan:
     draining: bool = False
     peers: tuple[PeerSpec, ...] = ()  # all nodes of the cluster: whom this node may give packs to
     start: str = ""  # of the control that made it; see ``PlanNumber``
+    ticket_keys: tuple[str, ...] = ()  # public keys of who signs tickets; see ``packer.tickets``
 
     @property
     def number(self) -> PlanNumber:
@@ -271,6 +272,7 @@ class BeatAnswer:
     plan: Plan | None
     acked_seq: int  # highest record sequence that control has stored
     questions: tuple[Question, ...] = ()  # answered by ``Replies`` at once
+    now_ms: int = 0  # control's wall clock; 0: of an earlier release, which does not say
 
 
 @dataclass(frozen=True, slots=True)

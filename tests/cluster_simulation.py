@@ -438,6 +438,9 @@ class Fleet:
             member.act(member._ask)
         elif self.control_process is not None and self.control.ready and self.control.catalog.models:
             spec = self.rng.choice(list(self.control.catalog.models.values()))
+            if self._chance(0.1):
+                self.control.point(spec)
+                self.reached["a caller was told of a node"] += 1
             self._route(spec, "")
 
     def _route(self, spec: ModelSpec, name: str) -> None:

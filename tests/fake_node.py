@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from aiohttp import web
 
+from agent.credentials import Credentials
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest, Lease, Refused
 from agent.gateway import GatewayConfig, build_app
 from packer.http import KeyText, check_key, make_key, runner
@@ -176,6 +177,7 @@ class FakeNode:
     expected_tokens: list[int] = field(default_factory=list)
     events: list[tuple[str, str]] = field(default_factory=list)
     is_ready: bool = True
+    credentials: Credentials | None = None  # instead of ``keys``: those of a plan, and tickets
 
     def __post_init__(self) -> None:
         self.go = asyncio.Event()
@@ -220,6 +222,8 @@ class FakeNode:
     # --- NodeFacade -----------------------------------------------------------------------------------
 
     def find_key(self, key_text: str) -> KeySpec | None:
+        if self.credentials is not None:
+            return self.credentials.find(key_text)
         return check_key(self.keys, key_text, NOW_MS)
 
     def models_of(self, tenant: str) -> Sequence[ModelSpec]:

@@ -35,6 +35,7 @@ class Owner:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     models: tuple[ModelReport, ...] = ()
     route_url: str = ""
+    control_ms: int = 0
 
     def report(self) -> Report:
         return empty_report(GATEWAY, self.models, route_url=self.route_url)
@@ -55,6 +56,9 @@ class Owner:
     async def acknowledge(self, acked_seq: int) -> None:
         self.records = [record for record in self.records if record.seq > acked_seq]
         self.news.set()
+
+    def heard_clock(self, control_ms: int) -> None:
+        self.control_ms = control_ms
 
     async def reply(self, question: Question) -> Reply:
         return Reply(question.question)

@@ -104,6 +104,9 @@ class SimulatedControl(Control):
     def now_ms(self) -> int:
         return round(asyncio.get_running_loop().time() * 1000) + self._skew_ms
 
+    def wall_ms(self) -> int:
+        return 1_700_000_000_000 + self.now_ms()
+
     async def run(self) -> None:
         while not self.ready:
             try:
@@ -163,6 +166,13 @@ class SimulatedControl(Control):
         await remove_node(self, node)
 
     # --- callers ----------------------------------------------------------------------------------
+
+    def point(self, spec: ModelSpec) -> None:
+        """Tell a tenant's program where to call the model itself, as ``routes.direct`` does."""
+        nodes = fleet.choose_node(self.cluster, spec.ref, spec.image_bytes, self.now_ms())
+        for node in fleet.equally_good(self.cluster, nodes, spec.ref, self.now_ms())[:1]:
+            pointed = fleet.Pointed(node, spec.ref, spec.image_bytes)
+            self.act(fleet.step(self.cluster, pointed, self.now_ms()))
 
     async def route(self, spec: ModelSpec, send: Callable[[str], Awaitable[Reply]]) -> int:
         """A tenant's call through the router, to its end; the status that the tenant sees."""

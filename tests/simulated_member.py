@@ -382,6 +382,9 @@ class Member(World):
         self.noted.update({r.detail: r.tenant for r in records if r.kind == NOTED})
         return records
 
+    def heard_clock(self, control_ms: int) -> None:
+        self.reached["control's clock was heard"] += 1
+
     async def acknowledge(self, acked_seq: int) -> None:
         await self.keeper.acknowledge(acked_seq)
 

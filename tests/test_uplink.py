@@ -20,6 +20,7 @@ from agent.identity import BadIdentity, Identity, may_serve
 from agent.sources import ControlAway
 from agent.uplink import NodeDeleted
 from control.authority import Authority
+from control.state import wall_ms
 from packer.types import ModelRef
 from packer.wire import BadMessage, OriginTurn, Record
 
@@ -40,6 +41,8 @@ async def test_a_node_joins_and_learns_what_changes_at_once(tmp_path: Path) -> N
         assert later.epoch == first.epoch
         assert later.seq > first.seq
         assert str(later.models[0].ref.model) == "acme/tiny"
+        # Every answer tells control's clock: a node's own may be off by minutes.
+        assert abs(owner.control_ms - wall_ms()) < 60_000
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 

@@ -305,7 +305,7 @@ async def first_answer(
     ``send`` brings the call to a node and raises ``NodeUnreachable``. Whoever calls this owes the cluster
     core an ``Answered`` for the node that is returned.
     """
-    left = await _candidates(control, caller, call.spec)
+    left = await candidates(control, caller, call.spec)
     refused: tuple[str, H] | None = None
     try:
         for _ in range(TRIES_MAX):
@@ -348,7 +348,7 @@ def _worth_another(control: Control, caller: Caller, spec: ModelSpec, node: str,
     if answer.status in ELSEWHERE_STATUSES:
         return True
     # Control knows the key and the model: a node that does not has an older plan.
-    seq = _seq_needed(control, caller, spec)
+    seq = seq_needed(control, caller, spec)
     return answer.code in BEHIND_CODES and not fleet.knows(control.cluster, node, seq)
 
 
@@ -383,12 +383,12 @@ def _settle(control: Control, refused: tuple[str, Head]) -> None:
     control.act(fleet.step(control.cluster, fleet.Answered(node, True), control.now_ms()))
 
 
-def _seq_needed(control: Control, caller: Caller, spec: ModelSpec) -> int:
+def seq_needed(control: Control, caller: Caller, spec: ModelSpec) -> int:
     catalog = control.catalog
     return max(catalog.model_seq.get(spec.ref, 0), catalog.key_seq.get(caller.key_id, 0))
 
 
-async def _candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
+async def candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
     """Nodes in the core's order, those that have heard of the model and the key before the others.
 
     Waits until some node has confirmed a plan that has both: they may have been made a moment ago, or
@@ -397,7 +397,7 @@ async def _candidates(control: Control, caller: Caller, spec: ModelSpec) -> list
     chosen: list[str] = []
 
     def known() -> bool:
-        seq = _seq_needed(control, caller, spec)
+        seq = seq_needed(control, caller, spec)
         nodes = fleet.choose_node(control.cluster, spec.ref, spec.image_bytes, control.now_ms())
         chosen[:] = sorted(nodes, key=lambda node: not fleet.knows(control.cluster, node, seq))
         if chosen:

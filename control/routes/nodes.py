@@ -379,7 +379,7 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
     plan = control.plan_for(row.node) if due else None
     if current.spool in ("", message.spool):
         acked_seq = max(acked_seq, current.acked_seq)
-    return BeatAnswer(WIRE_VERSION, plan, acked_seq, control.questions.take(row.node))
+    return BeatAnswer(WIRE_VERSION, plan, acked_seq, control.questions.take(row.node), control.wall_ms())
 
 
 def _check_beat(message: Beat, row: NodeRow) -> None:

@@ -38,7 +38,8 @@ def _present(**fields: object) -> dict[str, object]:
 
 def _inference(path: str, body: Mapping[str, object]) -> Request:
     # Repeatable: an answer that was lost costs a second computation and changes nothing.
-    return json_request("POST", path, body, repeatable=True, timeout_s=INFERENCE_TIMEOUT_S)
+    request = json_request("POST", path, body, repeatable=True, timeout_s=INFERENCE_TIMEOUT_S)
+    return replace(request, model=str(body["model"]))
 
 
 def embed(model: str, inputs: EmbeddingInput, dimensions: int | None) -> Call[Embeddings]:

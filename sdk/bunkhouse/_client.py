@@ -51,7 +51,9 @@ class Client:
     """A connection to a Bunkhouse control server, or to a node's gateway for the ``/v1`` calls.
 
     ``base_url`` and ``api_key`` default to the environment's BUNKHOUSE_URL and BUNKHOUSE_API_KEY.
-    ``timeout_s`` overrides the limit of every call; by default it suits the call. Safe to share
+    ``timeout_s`` overrides the limit of every call; by default it suits the call. Calls of models go to the
+    node that has the model where that can be reached, else through the server: ``direct=True`` asks for it
+    before the first call of a model, ``False`` never, and by default before the second. Safe to share
     between threads; close it, or use it in a ``with`` statement.
     """
 
@@ -62,10 +64,11 @@ class Client:
         *,
         timeout_s: float | None = None,
         retry: RetryPolicy | None = None,
+        direct: bool | None = None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         address = resolve_address(base_url, api_key)
-        self._sender = Sender(address, timeout_s, retry or RetryPolicy(), transport)
+        self._sender = Sender(address, timeout_s, retry or RetryPolicy(), transport, direct=direct)
 
     @property
     def base_url(self) -> str:

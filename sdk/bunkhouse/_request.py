@@ -91,6 +91,7 @@ class Request:
     timeout_s: float = MANAGEMENT_TIMEOUT_S
     accepts: frozenset[int] = frozenset()
     delay_s: float = 0.0  # waited before it is sent the first time
+    model: str = ""  # the model that it calls, if a node may be called in the server's place
 
 
 @dataclass(frozen=True, slots=True)

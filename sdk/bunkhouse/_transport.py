@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import httpx2
 
+from bunkhouse._direct import NODE_CONNECT_TIMEOUT_S, Ask, DirectWays, Way
 from bunkhouse._errors import BadAnswer, TimedOut, Unreachable
 from bunkhouse._request import ANSWER_BYTES_MAX, Address, Answer, Request, error_of, once
 from bunkhouse._retry import RetryBudget, RetryPolicy, Tries
@@ -44,14 +45,30 @@ def _limits() -> httpx2.Limits:
     return httpx2.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=CONNECTIONS_IDLE_MAX)
 
 
-def _timeout(request: Request, timeout_s: float | None) -> httpx2.Timeout:
+def _timeout(request: Request, timeout_s: float | None, way: Way | None) -> httpx2.Timeout:
     limit_s = request.timeout_s if timeout_s is None else timeout_s
-    return httpx2.Timeout(limit_s, connect=min(CONNECT_TIMEOUT_S, limit_s))
+    connect_s = CONNECT_TIMEOUT_S if way is None else NODE_CONNECT_TIMEOUT_S
+    return httpx2.Timeout(limit_s, connect=min(connect_s, limit_s))
+
+
+def _target(request: Request, way: Way | None) -> tuple[str, dict[str, str]]:
+    """Where a request goes and with which headers: a node's ticket takes the place of the API key."""
+    if way is None:
+        return request.path, dict(request.headers)
+    return way.url + request.path, {**request.headers, "authorization": f"Bearer {way.ticket}"}
+
+
+def _where(address: Address, error: httpx2.HTTPError) -> str:
+    try:
+        url = error.request.url
+    except RuntimeError:
+        return address.base_url
+    return f"{url.scheme}://{url.netloc.decode()}"
 
 
 def _unreachable(address: Address, error: httpx2.HTTPError) -> Unreachable:
     """What an exception of httpx2 means to a caller."""
-    where = address.base_url
+    where = _where(address, error)
     reason = str(error) or type(error).__name__
     if isinstance(error, (httpx2.ConnectError, httpx2.ProxyError)):
         return Unreachable(f"cannot reach {where}: {reason}", sent=False)
@@ -92,11 +109,14 @@ class Sender:
         retry: RetryPolicy,
         transport: httpx2.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        direct: bool | None = None,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._retry = retry
         self._budget = RetryBudget()
+        # Whoever brings a transport of their own decides where connections go.
+        self._ways = DirectWays(address, False if direct is None and transport is not None else direct)
         self._sleep = sleep
         self._http = httpx2.Client(
             base_url=address.base_url,
@@ -116,11 +136,15 @@ class Sender:
             self._sleep(request.delay_s)
         tries = Tries(self._retry, self._budget)
         request = once(request)
+        way = self._way(request)
         while True:
             try:
-                outcome: Answer | Unreachable = self._read(self._open(request))
+                outcome: Answer | Unreachable = self._read(self._open(request, way))
             except Unreachable as error:
                 outcome = error
+            if way is not None and self._ways.falls_back(request, way, outcome, time.monotonic()):
+                way = None
+                continue
             delay_s = tries.wait_s(request, outcome, time.time())
             if delay_s is None:
                 return _final(request, outcome)
@@ -129,10 +153,11 @@ class Sender:
     def open(self, request: Request) -> tuple[Answer, httpx2.Response]:
         """Like ``send``, but returns as soon as the head of a success is there; the caller closes it."""
         tries = Tries(self._retry, self._budget)
+        way = self._way(request)
         while True:
             outcome: Answer | Unreachable
             try:
-                response = self._open(request)
+                response = self._open(request, way)
                 head = _answer_head(response)
                 if 200 <= head.status < 300:
                     tries.wait_s(request, head, 0.0)
@@ -140,6 +165,9 @@ class Sender:
                 outcome = self._read(response)
             except Unreachable as error:
                 outcome = error
+            if way is not None and self._ways.falls_back(request, way, outcome, time.monotonic()):
+                way = None
+                continue
             delay_s = tries.wait_s(request, outcome, time.time())
             if delay_s is None:
                 _final(request, outcome)
@@ -150,14 +178,29 @@ class Sender:
         """The exception for an error while a stream is read."""
         return _unreachable(self.address, error)
 
-    def _open(self, request: Request) -> httpx2.Response:
+    def _way(self, request: Request) -> Way | None:
+        """The node to call directly, if there is one; asks the server for it now and then."""
+        way = self._ways.way(request, time.monotonic())
+        if not isinstance(way, Ask):
+            return way
+        answer: Answer | None = None
+        try:
+            answer = self._read(self._open(way.request, None))
+        except (Unreachable, BadAnswer):
+            pass
+        finally:
+            way = self._ways.told(way.model, answer, time.monotonic())
+        return way
+
+    def _open(self, request: Request, way: Way | None) -> httpx2.Response:
+        path, headers = _target(request, way)
         try:
             built = self._http.build_request(
                 request.method,
-                request.path,
+                path,
                 content=request.body,
-                headers=dict(request.headers),
-                timeout=_timeout(request, self._timeout_s),
+                headers=headers,
+                timeout=_timeout(request, self._timeout_s, way),
             )
             return self._http.send(built, stream=True)
         except httpx2.HTTPError as error:
@@ -185,11 +228,14 @@ class AsyncSender:
         retry: RetryPolicy,
         transport: httpx2.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        direct: bool | None = None,
     ) -> None:
         self.address = address
         self._timeout_s = timeout_s
         self._retry = retry
         self._budget = RetryBudget()
+        # Whoever brings a transport of their own decides where connections go.
+        self._ways = DirectWays(address, False if direct is None and transport is not None else direct)
         self._sleep = sleep
         self._http = httpx2.AsyncClient(
             base_url=address.base_url,
@@ -208,11 +254,15 @@ class AsyncSender:
             await self._sleep(request.delay_s)
         tries = Tries(self._retry, self._budget)
         request = once(request)
+        way = await self._way(request)
         while True:
             try:
-                outcome: Answer | Unreachable = await self._read(await self._open(request))
+                outcome: Answer | Unreachable = await self._read(await self._open(request, way))
             except Unreachable as error:
                 outcome = error
+            if way is not None and self._ways.falls_back(request, way, outcome, time.monotonic()):
+                way = None
+                continue
             delay_s = tries.wait_s(request, outcome, time.time())
             if delay_s is None:
                 return _final(request, outcome)
@@ -221,10 +271,11 @@ class AsyncSender:
     async def open(self, request: Request) -> tuple[Answer, httpx2.Response]:
         """Like ``send``, but returns as soon as the head of a success is there; the caller closes it."""
         tries = Tries(self._retry, self._budget)
+        way = await self._way(request)
         while True:
             outcome: Answer | Unreachable
             try:
-                response = await self._open(request)
+                response = await self._open(request, way)
                 head = _answer_head(response)
                 if 200 <= head.status < 300:
                     tries.wait_s(request, head, 0.0)
@@ -232,6 +283,9 @@ class AsyncSender:
                 outcome = await self._read(response)
             except Unreachable as error:
                 outcome = error
+            if way is not None and self._ways.falls_back(request, way, outcome, time.monotonic()):
+                way = None
+                continue
             delay_s = tries.wait_s(request, outcome, time.time())
             if delay_s is None:
                 _final(request, outcome)
@@ -242,14 +296,29 @@ class AsyncSender:
         """The exception for an error while a stream is read."""
         return _unreachable(self.address, error)
 
-    async def _open(self, request: Request) -> httpx2.Response:
+    async def _way(self, request: Request) -> Way | None:
+        """The node to call directly, if there is one; asks the server for it now and then."""
+        way = self._ways.way(request, time.monotonic())
+        if not isinstance(way, Ask):
+            return way
+        answer: Answer | None = None
+        try:
+            answer = await self._read(await self._open(way.request, None))
+        except (Unreachable, BadAnswer):
+            pass
+        finally:
+            way = self._ways.told(way.model, answer, time.monotonic())
+        return way
+
+    async def _open(self, request: Request, way: Way | None) -> httpx2.Response:
+        path, headers = _target(request, way)
         try:
             built = self._http.build_request(
                 request.method,
-                request.path,
+                path,
                 content=request.body,
-                headers=dict(request.headers),
-                timeout=_timeout(request, self._timeout_s),
+                headers=headers,
+                timeout=_timeout(request, self._timeout_s, way),
             )
             return await self._http.send(built, stream=True)
         except httpx2.HTTPError as error:

@@ -44,6 +44,7 @@ TENANT_ROUTES = {
     ("GET", "/api/v1/events"),
     ("GET", "/api/v1/plan"),
     ("GET", "/api/v1/explain"),
+    ("GET", "/api/v1/route"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{ref}"),
     ("*", "/v1/{path}"),
