@@ -87,9 +87,12 @@ _HEADERS: Mapping[int, Mapping[str, str]] = {
 _ABOUT = """\
 What `bunk` and the SDK call. Every answer has an `x-request-id`. Errors have one shape, `ErrorAnswer`, below
 `/api`, OpenAI's below `/v1` and the Open Inference Protocol's below `/v2`. A method that a path does not have
-is answered 405 with `Allow`; every GET may be asked as HEAD. A list comes in pages: give `next_cursor`
-back as `cursor` until it is null. A POST below `/api` may carry an `Idempotency-Key`: sent again by the same
-caller with the same key and body within 24 hours, it gets the first answer again and has no second effect."""
+is answered 405 with `Allow`; every GET may be asked as HEAD.
+
+A list comes in pages: give `next_cursor` back as `cursor` until it is null. Single things have an `ETag`:
+reading them knows `If-None-Match`, changing and deleting them `If-Match`. A POST below `/api` may carry an
+`Idempotency-Key`: sent again by the same caller with the same key and body within 24 hours, it gets the first
+answer again and has no second effect."""
 
 
 def describe(routes: Iterable[Route], version: str) -> bytes:

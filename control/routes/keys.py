@@ -12,7 +12,9 @@ from typing import Annotated
 import msgspec
 from aiohttp import web
 
+from control import etags
 from control.catalog import KEYS_MAX, KEYS_PER_TENANT_MAX, DropKey, KeyRow, PutKey
+from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
@@ -87,12 +89,24 @@ def key_answer(row: KeyRow) -> KeyAnswer:
     return KeyAnswer(row.key_id, row.tenant, row.label, row.created_ms, row.expires_ms)
 
 
+async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    row = _key(control, request)
+    return etags.read(request, key_answer(row), key_answer(row))
+
+
+def _key(control: Control, request: web.Request) -> KeyRow:
+    key_id = request.match_info["key_id"]
+    row = control.catalog.keys.get(key_id)
+    if row is None:
+        raise not_found("key", key_id)
+    return row
+
+
 async def revoke(control: Control, request: web.Request, caller: Caller) -> web.Response:
     key_id = request.match_info["key_id"]
     async with control.writing:
-        row = control.catalog.keys.get(key_id)
-        if row is None:
-            raise not_found("key", key_id)
+        row = _key(control, request)
+        etags.check_match(request, key_answer(row), lambda: key_answer(row))
         operators = sum(other.tenant is None for other in control.catalog.keys.values())
         if row.tenant is None and operators == 1:
             raise ApiError(
@@ -130,6 +144,18 @@ ROUTES = (
         ),
     ),
     Route(
+        "GET",
+        "/api/v1/keys/{key_id}",
+        Access.OPERATOR,
+        show,
+        operation=Operation(
+            "showKey",
+            "One key, without its secret.",
+            [Result(200, "The key.", KeyAnswer, headers=TAGGED), Result(304, SAME_TEXT)],
+            takes=[IF_NONE_MATCH],
+        ),
+    ),
+    Route(
         "DELETE",
         "/api/v1/keys/{key_id}",
         Access.OPERATOR,
@@ -138,7 +164,8 @@ ROUTES = (
             "revokeKey",
             "Revoke a key: it is refused from now on.",
             [Result(204, "It is revoked.")],
-            refusals={409: "It is the last operator key."},
+            takes=[IF_MATCH],
+            refusals={409: "It is the last operator key.", **CHANGED},
         ),
     ),
 )

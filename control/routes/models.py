@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import msgspec
 from aiohttp import web
 
+from control import etags
 from control.catalog import (
     CONTROL_ORIGIN,
     PLAN_MODEL_BYTES_MAX,
@@ -23,6 +24,7 @@ from control.catalog import (
     model_removal,
     plan_bytes,
 )
+from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.model_store import Directory, Examined, ModelStoreError, WrongDigest, examine, open_origin
 from control.operations import Given, NameText, Operation, Result, TenantText
 from control.pages import PAGED, Page, Position, asked_page, falling, page_of
@@ -217,14 +219,23 @@ def named_model(
 
 
 async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    _, _, spec = named_model(control, request, caller)
-    return json_response(model_answer(spec))
+    model, version, spec = named_model(control, request, caller)
+    return etags.read(request, _state(control, model, version, spec), model_answer(spec))
+
+
+def _state(
+    control: Control, model: ModelName, version: str | None, spec: ModelSpec
+) -> tuple[ModelSpec, list[ModelRef]]:
+    """What an ETag is made of: this version, and all others when the name means all of them."""
+    return spec, [each.ref for each in control.catalog.versions_of(model)] if version is None else []
 
 
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """One version when the path names it, else all versions of the model."""
     async with control.writing:
         model, version, spec = named_model(control, request, caller)
+        state = _state(control, model, version, spec)
+        etags.check_match(request, state, lambda: model_answer(spec))
         if request.match_info["ref"].endswith("@latest"):
             version = spec.ref.version
         changes = model_removal(control.catalog, model, version)
@@ -283,7 +294,8 @@ ROUTES = (
         operation=Operation(
             "showModel",
             "One version; the latest when the reference names none.",
-            [Result(200, "The version.", ModelAnswer)],
+            [Result(200, "The version.", ModelAnswer, headers=TAGGED), Result(304, SAME_TEXT)],
+            takes=[IF_NONE_MATCH],
         ),
     ),
     Route(
@@ -295,6 +307,8 @@ ROUTES = (
             "deleteModel",
             "Delete one version, or all of the model when the reference names none.",
             [Result(204, "It is gone.")],
+            takes=[IF_MATCH],
+            refusals=CHANGED,
         ),
     ),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, TypeVar
@@ -20,6 +20,7 @@ import msgspec
 from aiohttp import web
 
 from control import cluster as fleet
+from control import etags
 from control.authority import (
     TOKEN_TTL_S_DEFAULT,
     TOKEN_TTL_S_MAX,
@@ -43,6 +44,7 @@ from control.catalog import (
     PutToken,
     TokenRow,
 )
+from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.routes.access import Access, Caller, Route, not_found, read_json
@@ -153,14 +155,21 @@ async def make_join_token(control: Control, request: web.Request, caller: Caller
 
 
 async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    now_ms = control.now_ms()
     rows = sorted(control.catalog.nodes.values(), key=lambda row: row.node)
     asked = asked_page(request, None, parts=1)
+    return json_response(page_of(asked, rows, lambda row: (row.node,), lambda row: _shown(control, row)))
 
-    def shown(row: NodeRow) -> NodeAnswer:
-        return _node_answer(row, control.cluster.nodes[row.node], now_ms)
 
-    return json_response(page_of(asked, rows, lambda row: (row.node,), shown))
+async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    node = request.match_info["node"]
+    row = control.catalog.nodes.get(node)
+    if row is None:
+        raise not_found("node", node)
+    return etags.read(request, row.incarnation, _shown(control, row))
+
+
+def _shown(control: Control, row: NodeRow) -> NodeAnswer:
+    return _node_answer(row, control.cluster.nodes[row.node], control.now_ms())
 
 
 def _node_answer(row: NodeRow, view: fleet.NodeView, now_ms: int) -> NodeAnswer:
@@ -202,17 +211,25 @@ def _reported(text: str, kind: type[T]) -> T | None:
 async def remove(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """The node's certificate is refused from now on; it is told at its next word."""
     node = request.match_info["node"]
-    await remove_node(control, node)
+
+    def check(row: NodeRow) -> None:
+        etags.check_match(request, row.incarnation, lambda: _shown(control, row))
+
+    await remove_node(control, node, check)
     control.record("node_removed", detail=f"{node}, by key {caller.key_id}")
     return web.Response(status=204)
 
 
-async def remove_node(control: Control, node: str) -> None:
+async def remove_node(
+    control: Control, node: str, check: Callable[[NodeRow], None] = lambda row: None
+) -> None:
     async with control.writing:
-        if node not in control.catalog.nodes:
+        row = control.catalog.nodes.get(node)
+        if row is None:
             raise not_found("node", node)
+        check(row)
         changes: list[Change] = [
-            DropToken(row.token_id) for row in control.catalog.tokens.values() if row.used_node == node
+            DropToken(token.token_id) for token in control.catalog.tokens.values() if token.used_node == node
         ]
         await control.write([*changes, DropNode(node)])
         control.act(fleet.step(control.cluster, fleet.NodeRemoved(node), control.now_ms()))
@@ -534,6 +551,18 @@ ROUTES = (
         ),
     ),
     Route(
+        "GET",
+        "/api/v1/nodes/{node}",
+        Access.OPERATOR,
+        show,
+        operation=Operation(
+            "showNode",
+            "One node, as it last said it.",
+            [Result(200, "The node.", NodeAnswer, headers=TAGGED), Result(304, SAME_TEXT)],
+            takes=[IF_NONE_MATCH],
+        ),
+    ),
+    Route(
         "DELETE",
         "/api/v1/nodes/{node}",
         Access.OPERATOR,
@@ -542,6 +571,8 @@ ROUTES = (
             "removeNode",
             "Remove a node: its certificate is refused from now on.",
             [Result(204, "It is removed.")],
+            takes=[IF_MATCH],
+            refusals=CHANGED,
         ),
     ),
 )

@@ -16,11 +16,12 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
+from control import etags
 from control.catalog import PutQuota
+from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import Operation, Result
 from control.routes.access import Access, Caller, Route, read_json, tenant_of
 from control.state import Control
-from packer.http import json_response
 from packer.lending import LendingView
 from packer.rates import RateView
 from packer.types import BadValue, ByteQuota, TenantQuota
@@ -218,7 +219,12 @@ def overpromised(control: Control, caller: Caller, tenant: str, quota: TenantQuo
 
 async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
     tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
-    return json_response(_answer(control, caller, tenant))
+    return etags.read(request, _state(control, tenant), _answer(control, caller, tenant))
+
+
+def _state(control: Control, tenant: str) -> tuple[int, TenantQuota]:
+    """What an ETag is made of: the quota of this tenant, not of an earlier one of its name."""
+    return control.catalog.tenants[tenant].created_ms, control.catalog.quotas[tenant]
 
 
 async def change(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -227,12 +233,13 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
     ask = await read_json(control, request, caller, QuotaAsk)
     async with control.writing:
         tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
+        etags.check_match(request, _state(control, tenant), lambda: _answer(control, caller, tenant))
         before = control.catalog.quotas[tenant]
         quota = merge(TenantQuota() if request.method == "PUT" else before, ask)
         check_promises(control, quota, before)
         await control.write([PutQuota(tenant, quota)])
     control.record("quota_set", tenant=tenant, detail=f"by key {caller.key_id}")
-    return json_response(_answer(control, caller, tenant))
+    return etags.tagged(_state(control, tenant), _answer(control, caller, tenant))
 
 
 PATH = "/api/v1/tenants/{tenant}/quota"
@@ -245,7 +252,8 @@ ROUTES = (
         operation=Operation(
             "showQuota",
             "A tenant's quota, and its use as each node last said it.",
-            [Result(200, "The quota.", QuotaAnswer)],
+            [Result(200, "The quota.", QuotaAnswer, headers=TAGGED), Result(304, SAME_TEXT)],
+            takes=[IF_NONE_MATCH],
         ),
     ),
     Route(
@@ -256,8 +264,10 @@ ROUTES = (
         operation=Operation(
             "changeQuota",
             "Change the fields that are given and keep the rest.",
-            [Result(200, "The quota as it is now.", QuotaAnswer)],
+            [Result(200, "The quota as it is now.", QuotaAnswer, headers=TAGGED)],
             QuotaAsk,
+            takes=[IF_MATCH],
+            refusals=CHANGED,
         ),
     ),
     Route(
@@ -268,8 +278,10 @@ ROUTES = (
         operation=Operation(
             "replaceQuota",
             "Set the quota; what is not given is as for a new tenant.",
-            [Result(200, "The quota as it is now.", QuotaAnswer)],
+            [Result(200, "The quota as it is now.", QuotaAnswer, headers=TAGGED)],
             QuotaAsk,
+            takes=[IF_MATCH],
+            refusals=CHANGED,
         ),
     ),
 )

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import msgspec
 from aiohttp import web
 
+from control import etags
 from control.catalog import TENANTS_MAX, PutQuota, PutTenant, TenantRow, tenant_removal
+from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import Operation, Result, TenantText
 from control.pages import PAGED, Page, asked_page, page_of
 from control.routes.access import Access, Caller, Route, read_json, tenant_of
@@ -60,6 +62,11 @@ async def create(control: Control, request: web.Request, caller: Caller) -> web.
     return answer
 
 
+async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    row = tenant_of(control, caller, request.match_info["tenant"])
+    return etags.read(request, row, tenant_answer(control, row))
+
+
 async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
     asked = asked_page(request, None, parts=1)
     rows = sorted(control.catalog.tenants.values(), key=lambda row: row.tenant)
@@ -70,7 +77,9 @@ async def list_all(control: Control, request: web.Request, caller: Caller) -> we
 
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:
     async with control.writing:
-        name = tenant_of(control, caller, request.match_info["tenant"]).tenant
+        row = tenant_of(control, caller, request.match_info["tenant"])
+        etags.check_match(request, row, lambda: tenant_answer(control, row))
+        name = row.tenant
         specs = control.catalog.models_of(name)
         open_uploads = [row.upload_id for row in control.catalog.uploads_of(name)]
         await control.write(tenant_removal(control.catalog, name))
@@ -114,6 +123,18 @@ ROUTES = (
         ),
     ),
     Route(
+        "GET",
+        "/api/v1/tenants/{tenant}",
+        Access.CALLER,
+        show,
+        operation=Operation(
+            "showTenant",
+            "One tenant.",
+            [Result(200, "The tenant.", TenantAnswer, headers=TAGGED), Result(304, SAME_TEXT)],
+            takes=[IF_NONE_MATCH],
+        ),
+    ),
+    Route(
         "DELETE",
         "/api/v1/tenants/{tenant}",
         Access.OPERATOR,
@@ -122,6 +143,8 @@ ROUTES = (
             "deleteTenant",
             "Delete a tenant with its keys, models and uploads.",
             [Result(204, "It is gone.")],
+            takes=[IF_MATCH],
+            refusals=CHANGED,
         ),
     ),
 )

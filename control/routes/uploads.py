@@ -20,6 +20,7 @@ from typing import Annotated
 import msgspec
 from aiohttp import web
 
+from control import etags
 from control.catalog import (
     CONTROL_ORIGIN,
     UPLOADS_PER_TENANT_MAX,
@@ -29,6 +30,7 @@ from control.catalog import (
     UploadRow,
     model_arrival,
 )
+from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.model_store import ModelStoreError, PartFiles, check_names
 from control.operations import Given, NameText, Operation, Result, Where
 from control.routes.access import Access, Caller, Route, not_found, read_json, render_error, tenant_of
@@ -199,7 +201,8 @@ def upload_of(control: Control, request: web.Request, caller: Caller) -> UploadR
 
 
 async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    return json_response(await _answer(control, upload_of(control, request, caller)))
+    row = upload_of(control, request, caller)
+    return etags.read(request, row, await _answer(control, row))
 
 
 async def _answer(control: Control, row: UploadRow) -> UploadAnswer:
@@ -459,6 +462,8 @@ async def _drop(control: Control, row: UploadRow, remembered: Sequence[Change]) 
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:
     async with control.writing:
         row = upload_of(control, request, caller)
+        shown = await _answer(control, row)
+        etags.check_match(request, row, lambda: shown)
         await control.write([DropUpload(row.upload_id)])
     control.forget_upload(row.upload_id)
     return web.Response(status=204)
@@ -489,7 +494,8 @@ ROUTES = (
         operation=Operation(
             "showUpload",
             "An upload, and how much of each file is here.",
-            [Result(200, "The upload.", UploadAnswer)],
+            [Result(200, "The upload.", UploadAnswer, headers=TAGGED), Result(304, SAME_TEXT)],
+            takes=[IF_NONE_MATCH],
         ),
     ),
     Route(
@@ -537,6 +543,12 @@ ROUTES = (
         "/api/v1/uploads/{upload_id}",
         Access.CALLER,
         delete,
-        operation=Operation("deleteUpload", "Give an upload up.", [Result(204, "It is gone.")]),
+        operation=Operation(
+            "deleteUpload",
+            "Give an upload up.",
+            [Result(204, "It is gone.")],
+            takes=[IF_MATCH],
+            refusals=CHANGED,
+        ),
     ),
 )

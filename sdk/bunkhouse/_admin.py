@@ -7,6 +7,7 @@ twice, its answer is asked for again).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from typing import Final, Literal
 from urllib.parse import urlencode
@@ -80,10 +81,10 @@ def _quota_path(tenant: str) -> str:
 
 
 def quota(tenant: str) -> Call[QuotaUse]:
-    return Call(json_request("GET", _quota_path(tenant), repeatable=True), _decode.one(_decode.quota_use))
+    return Call(json_request("GET", _quota_path(tenant), repeatable=True), _decode.quota_use)
 
 
-def set_quota(tenant: str, **change: MaybeInt) -> Call[QuotaUse]:
+def set_quota(tenant: str, if_match: str | None, **change: MaybeInt) -> Call[QuotaUse]:
     """``change`` is named as in ``Client.set_quota``; only what is given is sent, and changes."""
     body: dict[str, object] = {}
     for name, value in change.items():
@@ -98,8 +99,11 @@ def set_quota(tenant: str, **change: MaybeInt) -> Call[QuotaUse]:
             body[name] = value
     if not body:
         raise BadValue("quota", "give at least one field to change, for example device_max")
-    request = json_request("PATCH", _quota_path(tenant), body, repeatable=True)
-    return Call(request, _decode.one(_decode.quota_use))
+    # With a tag it is not: the first try may have changed what the tag stands for.
+    request = json_request("PATCH", _quota_path(tenant), body, repeatable=if_match is None)
+    if if_match is not None:
+        request = replace(request, headers={**request.headers, "if-match": if_match})
+    return Call(request, _decode.quota_use)
 
 
 def nodes() -> Listing[Node, tuple[Node, ...]]:

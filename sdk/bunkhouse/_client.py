@@ -296,11 +296,16 @@ class Client:
         concurrency: MaybeInt = UNSET,
         weight: Int = UNSET,
         priority: Int = UNSET,
+        if_match: str | None = None,
     ) -> QuotaUse:
-        """Change what is given and keep the rest. None takes a limit away. Bytes are per node."""
+        """Change what is given and keep the rest. None takes a limit away. Bytes are per node.
+
+        ``if_match``: only if the quota is still as when this ``QuotaUse.etag`` was given.
+        """
         return self._run(
             _admin.set_quota(
                 tenant,
+                if_match,
                 device_reserved=device_reserved,
                 device_max=device_max,
                 host_reserved=host_reserved,

@@ -290,12 +290,14 @@ def quota(row: Fields) -> Quota:
     )
 
 
-def quota_use(row: Fields) -> QuotaUse:
+def quota_use(answer: Answer) -> QuotaUse:
+    row = fields_of(answer)
     return QuotaUse(
         row.text("tenant"),
         quota(row.inner("quota")),
         tuple(_usage(each) for each in row.each("usage")),
         tuple(str(each) for each in row.list("warnings")),
+        answer.headers.get("etag"),
     )
 
 

@@ -107,6 +107,10 @@ class Conflict(ApiError):
     """409: the state of the thing does not allow this."""
 
 
+class ChangedMeanwhile(Conflict):
+    """412: somebody else changed the thing since you looked (``if_match``)."""
+
+
 class QuotaRefused(ApiError):
     """Base of the refusals by quota or capacity: ``RateLimited`` and ``DoesNotFit``."""
 
@@ -138,6 +142,7 @@ STATUS_ERRORS: dict[int, type[ApiError]] = {
     403: PermissionDenied,
     404: NotFound,
     409: Conflict,
+    412: ChangedMeanwhile,
     413: TooLarge,
     415: BadRequest,
     422: BadRequest,

@@ -198,12 +198,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class QuotaUse:
-    """A tenant's quota and its use on each node. ``warnings``: promises that can not all be kept."""
+    """A tenant's quota and its use on each node. ``warnings``: promises that can not all be kept.
+
+    ``etag``: what ``set_quota(if_match=…)`` takes, to change what you saw and nothing newer.
+    """
 
     tenant: str
     quota: Quota
     usage: tuple[Usage, ...]
     warnings: tuple[str, ...] = ()
+    etag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

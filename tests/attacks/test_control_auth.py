@@ -40,6 +40,7 @@ TENANT_ROUTES = {
     ("DELETE", "/api/v1/models/{ref}"),
     ("GET", "/api/v1/about"),
     ("GET", "/api/v1/openapi.json"),
+    ("GET", "/api/v1/tenants/{tenant}"),
     ("GET", "/api/v1/ps"),
     ("GET", "/api/v1/events"),
     ("GET", "/api/v1/plan"),

@@ -217,6 +217,9 @@ def _quota_show(client: Client, out: Output, name: str) -> None:
 _SIGNED = frozenset({"priority"})
 
 
+@click.option(
+    "--if-match", metavar="ETAG", help="Only if nobody changed it since: `etag` of quota show -o json."
+)
 @click.option("--priority", type=int, help="Higher goes first.")
 @click.option("--weight", type=click.IntRange(min=1), help="Share of a busy device. Default 1.")
 @click.option("--concurrency", type=Rate(), help="Requests at once, or none.")
@@ -231,7 +234,7 @@ _SIGNED = frozenset({"priority"})
 @click.option("--device-max", type=Size(none_allowed=True), help="Greatest bytes per node, or none.")
 @click.option("--device-reserved", type=Size(), help="Guaranteed bytes per node: 96MiB.")
 @click.argument("name", metavar="TENANT")
-def _quota_set(client: Client, out: Output, name: str, **given: Any) -> None:
+def _quota_set(client: Client, out: Output, name: str, if_match: str | None, **given: Any) -> None:
     """Change what is given and keep the rest."""
     if all(value is None for value in given.values()):
         raise BadValue("options", "give at least one, for example --device-max 96MiB")
@@ -240,7 +243,7 @@ def _quota_set(client: Client, out: Output, name: str, **given: Any) -> None:
         for field, value in given.items()
         if value is not None
     }
-    _print_quota(out, client.set_quota(name, **change))
+    _print_quota(out, client.set_quota(name, if_match=if_match, **change))
 
 
 api_command(quota, "show")(_quota_show)
