@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,7 +56,7 @@ def run_module(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.processes
 def test_the_child_measures_every_rate_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    done = run_module("agent.calibrate", "--data-dir", str(tmp_path), "--json", "--background", *TINY)
+    done = run_module("agent.calibrate", "--data-dir", str(tmp_path), "--json", *TINY)
     assert done.returncode == 0, done.stderr
     rates = load_rates(done.stdout.strip())
     named = named_rates(rates)
@@ -64,6 +66,16 @@ def test_the_child_measures_every_rate_and_leaves_nothing_behind(tmp_path: Path)
     assert 1 <= rates.threads <= 2
     assert 0 <= rates.others_percent <= 100
     assert list((tmp_path / "packs").iterdir()) == []
+
+
+def test_in_the_background_everybody_else_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it ends with its agent. Asked without measuring: on busy cores that would take for ever."""
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(os, "nice", lambda more: asked.append((more,)))
+    monkeypatch.setattr(calibrate, "_libc", SimpleNamespace(prctl=lambda *words: asked.append(words)))
+    for words in ((), ("--background",)):
+        assert calibrate.main(["--data-dir", str(tmp_path), "--passes", "0", *words]) == 1
+    assert asked == [(1, signal.SIGKILL, 0, 0, 0), (19,)]
 
 
 @pytest.mark.parametrize(

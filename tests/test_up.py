@@ -205,7 +205,11 @@ def test_what_up_writes_is_private(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_everything(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     """Exit code 0, no process left, no context that points to a port that is free now."""
-    up = start()
+    old = signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup themselves
+    try:
+        up = start()
+    finally:
+        signal.signal(number, old)
     pids = pids_of(up, up.ready())
     up.process.send_signal(number)
     code, said = up.end()
