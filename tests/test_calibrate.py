@@ -75,7 +75,7 @@ def test_in_the_background_everybody_else_goes_first(tmp_path: Path, monkeypatch
     monkeypatch.setattr(calibrate, "_libc", SimpleNamespace(prctl=lambda *words: asked.append(words)))
     for words in ((), ("--background",)):
         assert calibrate.main(["--data-dir", str(tmp_path), "--passes", "0", *words]) == 1
-    assert asked == [(1, signal.SIGKILL, 0, 0, 0), (19,)]
+    assert asked == [(1, signal.SIGKILL, 0, 0, 0), (calibrate.NICE_BACKGROUND,)]
 
 
 @pytest.mark.parametrize(
