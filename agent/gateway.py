@@ -312,6 +312,7 @@ class Gateway:
             include_usage=bool(options and options.include_usage),
             orders=len(orders),
             choices=ask.n or 1,
+            logprobs=any("logprobs" in order.fields for order in orders),
         )
         if ask.stream:
             return await self._streamed(call, orders, shape)

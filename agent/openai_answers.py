@@ -124,7 +124,7 @@ def token_name(token: bytes, prefix: str = "") -> str:
         return prefix + "".join(f"\\x{byte:02x}" for byte in token)
 
 
-def chat_logprobs(figures: Sequence[Figures]) -> ChatLogprobs | None:
+def chat_logprobs(figures: Sequence[Figures]) -> ChatLogprobs:
     def top(name: str, logprob: float) -> TopLogprob:
         token = bytes.fromhex(name)
         return TopLogprob(token_name(token), logprob, list(token))
@@ -133,12 +133,10 @@ def chat_logprobs(figures: Sequence[Figures]) -> ChatLogprobs | None:
         own = top(figure.name, figure.logprob)
         return TokenLogprob(own.token, own.logprob, own.bytes, [top(*each) for each in figure.top])
 
-    return ChatLogprobs([one(figure) for figure in figures]) if figures else None
+    return ChatLogprobs([one(figure) for figure in figures])
 
 
-def text_logprobs(figures: Sequence[Figures]) -> TextLogprobs | None:
-    if not figures:
-        return None
+def text_logprobs(figures: Sequence[Figures]) -> TextLogprobs:
     names = [token_name(bytes.fromhex(figure.name), "bytes:") for figure in figures]
     tops = [
         # The token itself is told too where it is not among the likeliest.
@@ -182,12 +180,14 @@ class GeneratedShape:
         include_usage: bool = False,
         orders: int = 1,
         choices: int = 1,
+        logprobs: bool = False,
     ) -> None:
         self.answer_id = answer_id
         self.created = created
         self.model = model
         self.chat = chat
         self.include_usage = include_usage
+        self.logprobs = logprobs
         self._each = choices
         self._choices = [_Choice() for _ in range(orders * choices)]
         self._counts: dict[int, tuple[int, int]] = {}
@@ -252,10 +252,11 @@ class GeneratedShape:
         for index, choice in enumerate(self._choices):
             said = "".join(choice.parts)
             if self.chat:
-                message, figures = ChatAnswerMessage(said), chat_logprobs(choice.figures)
-                made.append(ChatChoice(index, message, choice.reason, figures))
+                told = chat_logprobs(choice.figures) if self.logprobs else None
+                made.append(ChatChoice(index, ChatAnswerMessage(said), choice.reason, told))
             else:
-                made.append(TextChoice(index, said, choice.reason, text_logprobs(choice.figures)))
+                plain = text_logprobs(choice.figures) if self.logprobs else None
+                made.append(TextChoice(index, said, choice.reason, plain))
         return self._encode("chat.completion" if self.chat else "text_completion", made, self.usage())
 
     def chunks(self, said: Said) -> list[bytes]:
@@ -290,9 +291,9 @@ class GeneratedShape:
         choice: TextChoice | ChatDeltaChoice
         if self.chat:
             delta = Delta(role, UNSET if said is None else said)
-            choice = ChatDeltaChoice(index, delta, reason, chat_logprobs(figures))
+            choice = ChatDeltaChoice(index, delta, reason, chat_logprobs(figures) if figures else None)
         else:
-            choice = TextChoice(index, said or "", reason, text_logprobs(figures))
+            choice = TextChoice(index, said or "", reason, text_logprobs(figures) if figures else None)
         return self._encode(self._chunk_object(), [choice], None if self.include_usage else UNSET)
 
     def _encode(

