@@ -7,7 +7,6 @@ which the router shares (``packer/http.py``), or what a key may see (``gateway``
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +31,7 @@ from packer.http import (
     enter,
     invalid_key,
 )
+from packer.local_caller import is_local
 from packer.rates import RateView
 from packer.types import KeySpec, Tier
 
@@ -40,8 +40,6 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/re
 # Needs no key, but a peer on this machine: a scraper seldom has a tenant's key, and numbers per tenant
 # are nobody else's business.
 LOCAL_PATHS = frozenset({"/metrics"})
-# A proxy on this machine would make every caller local; any of these says that one stands in between.
-FORWARDED_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
 
 
 @dataclass(slots=True)
@@ -81,21 +79,6 @@ def require_key(node: NodeFacade) -> Middleware:
         return await handler(request)
 
     return check
-
-
-def is_local(request: web.Request) -> bool:
-    """Whether the peer is a process on this machine, with no proxy in between."""
-    if any(name in request.headers for name in FORWARDED_HEADERS) or request.transport is None:
-        return False
-    peer = request.transport.get_extra_info("peername")
-    if not isinstance(peer, tuple):
-        return True  # a unix socket has no address: its file's mode already chose who may connect
-    try:
-        address = ipaddress.ip_address(peer[0].partition("%")[0])
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def add_headers(app: web.Application, node: NodeFacade, node_name: str) -> None:

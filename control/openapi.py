@@ -199,7 +199,7 @@ def _entry(
     entry: dict[str, object] = {
         "operationId": operation.name,
         "summary": operation.summary,
-        "security": [] if access is Access.OPEN else [{_SECURITY: []}],
+        "security": [] if access in (Access.OPEN, Access.LOCAL) else [{_SECURITY: []}],
         "x-bunkhouse-access": access.value,
         "parameters": [_parameter(schemas, given) for given in takes],
         "responses": _responses(schemas, method, path, access, operation),
@@ -248,7 +248,7 @@ def _responses(
 
 def _refusals(method: str, path: str, access: Access, operation: Operation) -> Mapping[int, str]:
     refusals = dict(SHARED_REFUSALS)
-    if access is not Access.OPEN:
+    if access not in (Access.OPEN, Access.LOCAL):
         refusals.update(KEY_REFUSALS)
     if access is Access.OPERATOR:
         refusals.update(OPERATOR_REFUSALS)

@@ -35,7 +35,7 @@ class RouterCounters:
     def text(self, in_flight: int) -> str:
         lines = []
         for name in ("calls", "tries", "unreachable", "elsewhere", "broken", "left"):
-            lines.append(f"# TYPE bunkhouse_router_{name} counter")
+            lines.append(f"# TYPE bunkhouse_router_{name}_total counter")
             lines.append(f"bunkhouse_router_{name}_total {getattr(self, name)}")
         lines.append("# TYPE bunkhouse_router_in_flight gauge")
         lines.append(f"bunkhouse_router_in_flight {in_flight}")

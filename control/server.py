@@ -21,6 +21,7 @@ from control.operations import Operation, Result
 from control.routes import (
     about,
     direct,
+    figures,
     keys,
     models,
     nodes,
@@ -70,6 +71,7 @@ _ROUTES = (
     *ps.ROUTES,
     *plans.ROUTES,
     *direct.ROUTES,
+    *figures.ROUTES,
     *router.ROUTES,
     *oip.ROUTES,
 )

@@ -38,6 +38,7 @@ from packer.http import (
     parse_key,
     retry_headers,
 )
+from packer.local_caller import is_local
 from packer.oip import is_oip, tenants_response
 from packer.types import BadValue, parse_tenant
 
@@ -47,9 +48,11 @@ RETRY_STORE_MS = 2_000
 
 
 class Access(StrEnum):
-    """What a caller must show. ``CALLER``: an operator's or any tenant's key."""
+    """What a caller must show. ``CALLER``: an operator's or any tenant's key. ``LOCAL``: nothing, but it must
+    be on this machine."""
 
     OPEN = "open"
+    LOCAL = "local"
     OPERATOR = "operator"
     CALLER = "caller"
     TENANT = "tenant"
@@ -123,7 +126,7 @@ def add_routes(
 def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def handler(request: web.Request) -> web.StreamResponse:
         caller = identify(control, request, route.access)
-        if route.access is not Access.OPEN:
+        if route.access not in (Access.OPEN, Access.LOCAL):
             enter(request, caller.owner)
         try:
             if not route.stays:
@@ -182,6 +185,10 @@ async def _remember(control: Control, claim: Claim, answer: web.Response) -> Non
 def identify(control: Control, request: web.Request, access: Access) -> Caller:
     """The caller, if ``access`` lets them in. Raises ``ApiError`` 401 or 403."""
     if access is Access.OPEN:
+        return Caller()
+    if access is Access.LOCAL:
+        if not is_local(request):
+            raise ApiError(403, "local_only", "This is answered to callers on this machine only.")
         return Caller()
     if access is Access.NODE:
         return _identify_node(control, request)

@@ -47,6 +47,8 @@ IN_FLIGHT_MAX = 4_096
 PLAN_SECONDS = 5.0
 # Nodes asked for one request; more would multiply a bad request's cost over the fleet.
 TRIES_MAX = 3
+# Connections that turn out to be dropped, met by one call to one node.
+STALE_MAX = 3
 RETRY_NO_NODE_MS = 2_000
 RETRY_BUSY_MS = 1_000
 # Whole answers up to this size are here before their head is passed on: a node that breaks off in one is
@@ -413,14 +415,16 @@ async def _send(control: Control, node: str, call: Call, watch: Stopwatch) -> No
     """Bring the call to a node and get the beginning of its answer."""
     begun_s = time.perf_counter()
     try:
-        while True:
+        for again in range(STALE_MAX, -1, -1):
             connection = Connection()
             try:
-                return await _hold(control, node, await _request(control, node, call, connection))
-            except aiohttp.ServerDisconnectedError:
+                response = await _request(control, node, call, connection)
+                break
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 # The node dropped an idle connection, or was started anew: that is no answer of its.
-                if not connection.reused or not call.sendable:
+                if not again or not connection.reused or not call.sendable:
                     raise
+        return await _hold(control, node, response)
     except aiohttp.SocketTimeoutError:
         raise NodeFailed(
             504, "node_timeout", "The node that was asked has said nothing for too long.", kind="server_error"

@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from control.cluster import NodeView
+from control.node_tls import NoLine
 from control.operations import JSON, Operation, Passed, Result
 from control.routes.access import Access, Caller, Route
 from control.routes.forwarding import (
@@ -183,17 +184,20 @@ async def _statistics(control: Control, request: web.Request, specs: Sequence[Mo
 
 async def _ask_stats(control: Control, view: NodeView, headers: dict[str, str]) -> StatsAnswer:
     """What a node counted of the caller's models; nothing when it does not say in time."""
-    url = f"{view.gateway_url.rstrip('/')}/v2/models/stats"
     body = bytearray()
     try:
         async with asyncio.timeout(STATS_SECONDS):
-            async with control.session.get(url, headers=headers, allow_redirects=False) as answer:
+            line = control.lines.to(view.node)
+            url = f"{line.url}/v2/models/stats"
+            async with control.session.get(
+                url, headers=headers, ssl=line.tls, allow_redirects=False
+            ) as answer:
                 while answer.status == 200 and len(body) <= STATS_BYTES_MAX:
                     piece = await answer.content.readany()
                     if not piece:
                         return msgspec.json.decode(body, type=StatsAnswer)
                     body += piece
-    except (aiohttp.ClientError, TimeoutError, OSError, msgspec.MsgspecError, UnicodeError) as error:
+    except (aiohttp.ClientError, NoLine, TimeoutError, OSError, msgspec.MsgspecError, UnicodeError) as error:
         control.log_fault(f"node {view.node}", error)
     return StatsAnswer([])
 

@@ -26,6 +26,8 @@ from packer.wire import WIRE_VERSION, JoinAsk, encode
 
 # The written list of what anybody may call. Adding to it is a decision, not a detail.
 OPEN_PUBLIC = {("GET", "/healthz"), ("GET", "/v2/health/live"), ("GET", "/v2/health/ready")}
+# What needs no key, but a caller on this machine: figures that name no tenant and no model.
+LOCAL_PUBLIC = {("GET", "/metrics")}
 OPEN_NODE = {("GET", "/node/v1/ca"), ("POST", "/node/v1/join")}
 # What a tenant's key may call at all; everything else of the management API is the operator's.
 TENANT_ROUTES = {
@@ -120,7 +122,7 @@ def sent_method(method: str) -> str:
 
 async def test_the_lists_name_routes_that_exist(site: Site) -> None:
     public = set(public_routes(site))
-    assert public >= OPEN_PUBLIC | TENANT_ROUTES
+    assert public >= OPEN_PUBLIC | LOCAL_PUBLIC | TENANT_ROUTES
     assert routes_of(build_node_app(site.control.server.control)) > OPEN_NODE
     assert len(public) > 20
 
@@ -151,7 +153,7 @@ async def test_no_public_route_answers_without_a_valid_key(site: Site) -> None:
     ]
     before = list(site.control.server.control.catalog.tenants)
     for method, path in public_routes(site):
-        if (method, path) in OPEN_PUBLIC:
+        if (method, path) in OPEN_PUBLIC | LOCAL_PUBLIC:
             continue
         bodies = set()
         for header in headers:
@@ -174,9 +176,24 @@ async def test_a_doubled_authorization_header_is_no_credential(site: Site) -> No
         assert answer.status == 401
 
 
+async def test_figures_are_for_this_machine_and_name_nobody(site: Site) -> None:
+    """A proxy on this machine makes every caller local, but for what it says of them."""
+    await site.control.call("POST", "/v1/embeddings", {"model": site.ref}, key=site.acme)
+    for method, path in LOCAL_PUBLIC:
+        answer = await site.control.call(method, path, key=None)
+        assert answer.status == 200
+        text = answer.body.decode()
+        assert "bunkhouse_router_calls_total 1" in text
+        assert "acme" not in text
+        assert "n1" not in text
+        for header in ("X-Forwarded-For", "Forwarded", "Via", "X-Real-IP"):
+            told = await site.control.call(method, path, headers={header: "127.0.0.1"})
+            assert (told.status, told.error["code"]) == (403, "local_only")
+
+
 async def test_operator_routes_refuse_tenants(site: Site) -> None:
     for method, path in public_routes(site):
-        if (method, path) in OPEN_PUBLIC | TENANT_ROUTES:
+        if (method, path) in OPEN_PUBLIC | LOCAL_PUBLIC | TENANT_ROUTES:
             continue
         answer = await site.control.call(method, site.fill(path), {"name": "x"}, key=site.acme)
         assert (answer.status, answer.error["code"]) == (403, "operator_key_required"), (method, path)

@@ -209,4 +209,7 @@ async def test_the_router_sends_nothing_in_the_clear(scene: Scene) -> None:
             await node.beat(scene.folder, report=empty_report(url, (resident(scene.ref),)))
         await scene.control.call("DELETE", "/api/v1/nodes/box")
         assert await scene.embed() == 503
+        # Neither does what is asked of nodes on the side.
+        stats = await scene.control.call("GET", "/v2/models/stats", key=scene.key)
+        assert stats.status == 200
         assert told == []
