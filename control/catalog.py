@@ -305,6 +305,9 @@ class Catalog:
                 del self.key_ids[row.tenant]
 
     def _put_model(self, spec: ModelSpec, seq: int) -> None:
+        known = self.models.get(spec.ref)
+        if known is not None and known != spec == replace(known, batching=spec.batching):
+            seq = self.model_seq[spec.ref]  # a node that has not heard of it yet answers as well
         self._drop_model(spec.ref)
         self.models[spec.ref] = spec
         self.model_seq[spec.ref] = seq
@@ -385,9 +388,12 @@ def plan_bytes(spec: ModelSpec) -> int:
 
 
 def model_arrival(catalog: Catalog, spec: ModelSpec) -> list[Change]:
-    """Changes that make ``spec`` the latest version of its model."""
+    """Changes that make ``spec`` the latest version of its model. A version that is new has the settings of
+    the latest one before it: they were made for the model, whatever its weights."""
     older = catalog.resolve(spec.ref.model, None)
     changes: list[Change] = []
+    if older is not None and spec.ref not in catalog.models:
+        spec = replace(spec, batching=older.batching)
     if older is not None and older.ref != spec.ref:
         changes.append(PutModel(replace(older, latest=False)))
     changes.append(PutModel(replace(spec, latest=True)))

@@ -291,6 +291,43 @@ class OriginFile:
     sha256: str
 
 
+# One forward pass over more inputs than this gains nothing on any device, and holds everybody else up.
+BATCH_INPUTS_MAX = 256
+# A person notices a tenth of a second, and requests that come further apart gain nothing by waiting.
+BATCH_DELAY_MS_MAX = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How requests for one model share forward passes.
+
+    ``inputs_max``: inputs, or texts in the making, of one pass. With 1 every answer is what the model gives
+    alone, to the last bit; with more its last bits may depend on its company. ``delay_ms``: how long the
+    first input of a pass waits for company; with 0 only what waits already is joined.
+    """
+
+    inputs_max: int = 1
+    delay_ms: int = 0
+
+
+def check_batching(batching: Batching) -> Batching:
+    """Returns it. Raises ``BadValue`` with the names of the management API."""
+    if not 1 <= batching.inputs_max <= BATCH_INPUTS_MAX:
+        raise BadValue(
+            "batch_max", f"must be from 1 (each input alone) to {BATCH_INPUTS_MAX}, not {batching.inputs_max}"
+        )
+    if not 0 <= batching.delay_ms <= BATCH_DELAY_MS_MAX:
+        raise BadValue(
+            "batch_delay_ms", f"must be from 0 to {BATCH_DELAY_MS_MAX} ms, not {batching.delay_ms}"
+        )
+    if batching.delay_ms and batching.inputs_max == 1:
+        raise BadValue(
+            "batch_delay_ms",
+            "has no use with batch_max 1, where no input has company: raise batch_max, or set 0",
+        )
+    return batching
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One immutable version, everything a node needs before it has seen a byte of it.
@@ -314,3 +351,4 @@ class ModelSpec:
     created_ms: int
     latest: bool = True
     signature: TensorSignature | None = None  # of a model for ``Task.TENSORS``; None of every other
+    batching: Batching = Batching()

@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
 from control import etags
 from control.catalog import (
@@ -20,6 +22,7 @@ from control.catalog import (
     PLAN_MODEL_BYTES_MAX,
     VERSIONS_MAX,
     VERSIONS_PER_TENANT_MAX,
+    PutModel,
     model_arrival,
     model_removal,
     plan_bytes,
@@ -42,7 +45,18 @@ from control.state import Control, wall_ms
 from packer.directory import BadDirectory, manifest_digest
 from packer.http import ApiError, json_response
 from packer.layout import BadHeader
-from packer.types import BadValue, ModelName, ModelRef, ModelSpec, OriginFile, parse_model
+from packer.types import (
+    BATCH_DELAY_MS_MAX,
+    BATCH_INPUTS_MAX,
+    BadValue,
+    Batching,
+    ModelName,
+    ModelRef,
+    ModelSpec,
+    OriginFile,
+    check_batching,
+    parse_model,
+)
 
 # A directory whose content is not acceptable: sending the same again can not help.
 REFUSED_CODE = "model_refused"
@@ -51,6 +65,18 @@ REFUSED_CODE = "model_refused"
 class OriginAsk(msgspec.Struct, forbid_unknown_fields=True):
     name: NameText
     origin: str
+
+
+def _ranged(low: int, high: int) -> msgspec.Meta:
+    """For the document: ``check_batching`` checks it, and says more."""
+    return msgspec.Meta(extra_json_schema={"minimum": low, "maximum": high})
+
+
+class SettingsAsk(msgspec.Struct, forbid_unknown_fields=True):
+    """The settings to change; see ``packer.types.Batching``."""
+
+    batch_max: Annotated[int, _ranged(1, BATCH_INPUTS_MAX)] | UnsetType = UNSET
+    batch_delay_ms: Annotated[int, _ranged(0, BATCH_DELAY_MS_MAX)] | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +92,8 @@ class ModelAnswer:
     workspace_bytes: int
     origin: str
     created_ms: int
+    batch_max: int
+    batch_delay_ms: int
     files: Sequence[OriginFile]
 
 
@@ -82,6 +110,8 @@ def model_answer(spec: ModelSpec) -> ModelAnswer:
         spec.workspace_bytes,
         spec.origin,
         spec.created_ms,
+        spec.batching.inputs_max,
+        spec.batching.delay_ms,
         spec.files,
     )
 
@@ -230,6 +260,44 @@ def _state(
     return spec, [each.ref for each in control.catalog.versions_of(model)] if version is None else []
 
 
+async def change(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """Settings of one version when the path names it, else of all versions of the model. Nodes hear of it
+    with the next plan, and running workers go by it from then on."""
+    ask = await read_json(control, request, caller, SettingsAsk)
+    if isinstance(ask.batch_max, UnsetType) and isinstance(ask.batch_delay_ms, UnsetType):
+        raise BadValue("batch_max", "give at least one of batch_max and batch_delay_ms")
+    async with control.writing:
+        model, version, spec = named_model(control, request, caller)
+        if request.match_info["ref"].endswith("@latest"):
+            version = spec.ref.version
+        # Two settings may only be right together, so each version is checked with both.
+        changed = [
+            replace(old, batching=_merged(old.batching, ask))
+            for old in ([spec] if version else control.catalog.versions_of(model))
+        ]
+        await control.write(
+            [PutModel(new) for new in changed if new != control.catalog.models[new.ref]],
+        )
+        answer = model_answer(control.catalog.models[spec.ref])
+    control.record(
+        "model_changed",
+        tenant=model.tenant,
+        model=str(spec.ref) if version else str(model),
+        detail=f"batch_max {answer.batch_max}, delay {answer.batch_delay_ms} ms, by key {caller.key_id}",
+    )
+    return json_response(answer)
+
+
+def _merged(old: Batching, ask: SettingsAsk) -> Batching:
+    """Raises ``BadValue``."""
+    return check_batching(
+        Batching(
+            old.inputs_max if isinstance(ask.batch_max, UnsetType) else ask.batch_max,
+            old.delay_ms if isinstance(ask.batch_delay_ms, UnsetType) else ask.batch_delay_ms,
+        )
+    )
+
+
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """One version when the path names it, else all versions of the model."""
     async with control.writing:
@@ -296,6 +364,18 @@ ROUTES = (
             "One version; the latest when the reference names none.",
             [Result(200, "The version.", ModelAnswer, headers=TAGGED), Result(304, SAME_TEXT)],
             takes=[IF_NONE_MATCH],
+        ),
+    ),
+    Route(
+        "PATCH",
+        "/api/v1/models/{ref:.+}",
+        Access.CALLER,
+        change,
+        operation=Operation(
+            "changeModel",
+            "Change settings of one version, or of all of the model when the reference names none.",
+            [Result(200, "The version, or the latest, as it is now.", ModelAnswer)],
+            SettingsAsk,
         ),
     ),
     Route(

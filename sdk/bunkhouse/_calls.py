@@ -125,6 +125,15 @@ def model(ref: str) -> Call[Model]:
     return Call(request, _decode.one(_decode.model))
 
 
+def set_model(ref: str, batch_max: int | None, batch_delay_ms: int | None) -> Call[Model]:
+    given = {"batch_max": batch_max, "batch_delay_ms": batch_delay_ms}
+    body: dict[str, object] = {name: value for name, value in given.items() if value is not None}
+    if not body:
+        raise BadValue("batch_max", "give at least one of batch_max and batch_delay_ms")
+    request = json_request("PATCH", f"/api/v1/models/{model_path(ref)}", body, repeatable=True)
+    return Call(request, _decode.one(_decode.model))
+
+
 def delete_model(ref: str) -> Call[None]:
     return Call(json_request("DELETE", f"/api/v1/models/{model_path(ref)}", repeatable=True), _decode.nothing)
 

@@ -238,6 +238,8 @@ def model(row: Fields) -> Model:
             ModelFile(each.text("path"), each.number("size_bytes"), each.text("sha256"))
             for each in row.each("files")
         ),
+        batch_max=row.number("batch_max", 1),
+        batch_delay_ms=row.number("batch_delay_ms", 0),
     )
 
 

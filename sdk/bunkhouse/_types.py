@@ -77,7 +77,10 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One immutable version of a model. ``ref`` is ``tenant/name@version``."""
+    """One immutable version of a model. ``ref`` is ``tenant/name@version``.
+
+    ``batch_max`` inputs share a forward pass; the first of them waits ``batch_delay_ms`` for company.
+    """
 
     ref: str
     tenant: str
@@ -91,6 +94,8 @@ class Model:
     origin: str
     created_ms: int
     files: tuple[ModelFile, ...] = ()
+    batch_max: int = 1
+    batch_delay_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ TENANT_ROUTES = {
     ("DELETE", "/api/v1/uploads/{upload_id}"),
     ("GET", "/api/v1/models"),
     ("GET", "/api/v1/models/{ref}"),
+    ("PATCH", "/api/v1/models/{ref}"),
     ("DELETE", "/api/v1/models/{ref}"),
     ("GET", "/api/v1/about"),
     ("GET", "/api/v1/openapi.json"),

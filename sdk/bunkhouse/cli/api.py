@@ -198,3 +198,22 @@ class Span(_IntParam):
         if not match or len(match[1]) > 12:
             self.fail(f"{value[:40]!r} is not a length of time: write for example 900, 15m, 24h or 30d")
         return int(match[1]) * _SPAN_S[match[2].lower()]
+
+
+_DELAY = re.compile(r"(\d{1,6})\s*(ms|s)", re.IGNORECASE)
+
+
+class Delay(_IntParam):
+    """A short time in milliseconds: ``5ms``, ``1s``, ``0``."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        if value.strip() == "0":
+            return 0
+        match = _DELAY.fullmatch(value.strip())
+        if not match:
+            self.fail(f"{value[:40]!r} is not a short time: write for example 5ms, or 0")
+        return int(match[1]) * (1000 if match[2].lower() == "s" else 1)

@@ -1,4 +1,4 @@
-"""``bunk model``: push, list, remove.
+"""``bunk model``: push, list, change settings, remove.
 
 Covers: the commands and the progress bar of a push. Does not cover: what a push takes and how it
 resumes (``bunkhouse._push``).
@@ -16,7 +16,7 @@ import click
 from bunkhouse._client import Client
 from bunkhouse._errors import BadValue
 from bunkhouse._types import Progress, ProgressCallback
-from bunkhouse.cli.api import api_command, confirm, yes_option
+from bunkhouse.cli.api import Delay, api_command, confirm, yes_option
 from bunkhouse.cli.tables import Output, moment, printable, size
 
 
@@ -104,6 +104,29 @@ def _model_ls(client: Client, out: Output, name: str | None) -> None:
     )
 
 
+@click.option(
+    "--batch-max",
+    type=int,
+    metavar="N",
+    help="Inputs of waiting requests that share a forward pass; 1: none do.",
+)
+@click.option(
+    "--batch-delay", type=Delay(), metavar="TIME", help="How long an input waits for company, as 5ms."
+)
+@click.argument("name", metavar="MODEL")
+def _model_set(
+    client: Client, out: Output, name: str, batch_max: int | None, batch_delay: int | None
+) -> None:
+    """Change settings of tenant/name@version, or with tenant/name of all its versions.
+
+    Nothing is loaded again: nodes go by the new settings within moments.
+    """
+    if batch_max is None and batch_delay is None:
+        raise BadValue("--batch-max", "give --batch-max, --batch-delay or both")
+    changed = client.set_model(name, batch_max=batch_max, batch_delay_ms=batch_delay)
+    out.document(changed, f"{name}  batch max {changed.batch_max}, batch delay {changed.batch_delay_ms} ms")
+
+
 @yes_option
 @click.argument("name", metavar="MODEL")
 def _model_rm(client: Client, out: Output, name: str, yes: bool) -> None:
@@ -116,4 +139,5 @@ def _model_rm(client: Client, out: Output, name: str, yes: bool) -> None:
 
 api_command(model, "push")(_model_push)
 api_command(model, "ls")(_model_ls)
+api_command(model, "set")(_model_set)
 api_command(model, "rm")(_model_rm)
