@@ -1,19 +1,23 @@
-"""Which answers a worker owes, and whether it is stuck in one of them.
+"""Which answers a worker owes, what each has cost, and whether the worker is stuck.
 
-Covers: the order in which a worker runs its requests, how long each keeps it busy, and how long it may say
-nothing. Does not cover:
+Covers: how long the worker was busy with each answer, and how long it may say nothing. Does not cover:
 processes that do not run at all (``workers``'s pings), or ending a stuck one (``workers``).
 
-A worker computes one request after the other. A tokenizer's expression that backtracks for ever, or a
-matrix that takes an hour, keeps that one thread busy while the process answers every ping.
+A worker has one thread that computes, for several answers in turn or at a time, so only the worker knows
+whose time it was. It states each answer's share, and is not believed more than that: all shares together are
+the time that passed on this side while it owed anything. A worker that states too little of one answer has
+another of the same tenant pay for it, since a worker is one tenant's.
+
+A tokenizer's expression that backtracks for ever, or a matrix that takes an hour, keeps that one thread busy
+while the process answers every ping.
 """
 
 from __future__ import annotations
 
 # As long as the router waits for a node that says nothing; openai's client waits no longer either.
 SILENT_SECONDS_MAX = 600.0
-# An answer that nobody waits for any more ends between two inputs or tokens; a worker that does not get
-# there keeps a core busy for nobody.
+# An answer that nobody waits for any more ends between two passes; a worker that does not get there keeps a
+# core busy for nobody.
 LEFT_SECONDS_MAX = 120.0
 
 
@@ -21,43 +25,52 @@ class Due:
     """Answers that a worker owes. Times are the event loop's, in seconds."""
 
     def __init__(self) -> None:
-        # In the order of asking, which is the order of computing; the value is when the caller left.
-        self._left_at: dict[int, float | None] = {}
+        # In the order of asking; the values are when each was asked, and when its caller left.
+        self._asked_at: dict[int, float] = {}
+        self._left_at: dict[int, float] = {}
         self._heard_at = 0.0
-        self._begun_at = 0.0  # when the oldest was begun
+        # Since when nobody was charged, while anything is owed; else what is left over of a millisecond.
+        self._uncharged_at = 0.0
+        self._rest_s = 0.0
 
     def asked(self, number: int, now: float) -> None:
-        if not self._left_at:
-            self._heard_at = self._begun_at = now
-        self._left_at[number] = None
+        if not self._asked_at:
+            self._heard_at, self._uncharged_at = now, now - self._rest_s
+        self._asked_at[number] = now
 
     def left(self, number: int, now: float) -> None:
         """The caller is gone. Harmless when the answer has ended."""
-        if number in self._left_at:
+        if number in self._asked_at:
             self._left_at[number] = now
 
-    def heard(self, number: int, ended: bool, now: float) -> float:
-        """A frame came. Returns how long the worker was busy with an answer that ends with it.
+    def heard(self, number: int, ended: bool, now: float, stated_s: float = 0.0) -> int:
+        """A frame came. Returns how many milliseconds the worker was busy with an answer that ends with it.
 
-        Waiting behind another answer is that one's time, so that the times of all add up to what passed,
-        whatever the worker says. One that ends out of turn took nothing, and the oldest pays for it.
+        What it states less than what passed stays to be charged to others, but never for longer than the
+        oldest of these was asked ago: time from before all that is owed belongs to nobody else.
         """
         self._heard_at = now
-        if not ended or number not in self._left_at:
-            return 0.0
-        oldest = next(iter(self._left_at)) == number
-        del self._left_at[number]
-        if not oldest:
-            return 0.0
-        busy_s, self._begun_at = now - self._begun_at, now
-        return busy_s
+        if not ended or number not in self._asked_at:
+            return 0
+        del self._asked_at[number]
+        self._left_at.pop(number, None)
+        uncharged_s = now - self._uncharged_at
+        oldest_at = min(self._asked_at.values(), default=now)
+        left_s = min(max(uncharged_s - stated_s, 0.0), now - oldest_at)
+        # Whole milliseconds, and the rest of one is the next answer's: of many small ones none gets lost.
+        charged_ms = int((uncharged_s - left_s) * 1000)
+        self._uncharged_at += charged_ms / 1000
+        if not self._asked_at:
+            self._rest_s = now - self._uncharged_at
+        return charged_ms
 
     def stuck_s(self, now: float) -> float:
         """How long the worker has been stuck beyond what is allowed; 0: it is not."""
-        if not self._left_at:
+        if not self._asked_at:
             return 0.0
-        # Only the oldest is being computed; all others wait for that one.
-        left_at = next(iter(self._left_at.values()))
+        # Younger answers may wait behind the oldest. It does not wait for them: whoever has left is let go
+        # between two passes.
+        left_at = self._left_at.get(next(iter(self._asked_at)))
         if left_at is None:
             silent, limit = now - self._heard_at, SILENT_SECONDS_MAX
         else:

@@ -41,6 +41,10 @@ class Gate:
     def is_open(self) -> bool:
         return not self._missing and not self._failed
 
+    @property
+    def may_wait(self) -> bool:
+        return bool(self._missing) and not self._failed
+
     def placed(self, number: int) -> None:
         with self._changed:
             self._missing.discard(number)

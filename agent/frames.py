@@ -285,6 +285,9 @@ class Run(msgspec.Struct, frozen=True, tag=True):
     ref: str
     op: str
     fields: msgspec.Raw
+    # See ``packer.types.Batching``: with each request, so that a change needs no order of its own.
+    batch_max: int = 1
+    batch_delay_ms: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -301,9 +304,11 @@ class Piece(msgspec.Struct, frozen=True, tag=True):
 
 
 class End(msgspec.Struct, frozen=True, tag=True):
-    """The answer is complete (or was cancelled)."""
+    """The answer is complete (or was cancelled). ``busy_us``, here and below: its share of the time that the
+    worker computed."""
 
     id: int
+    busy_us: Stated = 0
 
 
 class Fault(msgspec.Struct, frozen=True, tag=True):
@@ -313,6 +318,7 @@ class Fault(msgspec.Struct, frozen=True, tag=True):
     code: str
     message: str
     field: str | None = None
+    busy_us: Stated = 0
 
 
 class Broke(msgspec.Struct, frozen=True, tag=True):
@@ -321,6 +327,7 @@ class Broke(msgspec.Struct, frozen=True, tag=True):
     id: int
     message: str
     gone: bool = False
+    busy_us: Stated = 0
 
 
 class Measured(msgspec.Struct, frozen=True, tag=True):

@@ -525,7 +525,7 @@ class Orders:
         worker = self._workers.get((ref.tenant, device))
         if worker is None:
             raise _worker_died(ref)
-        frames = worker.run(ref, request, took)
+        frames = worker.run(ref, request, took, self._spec_of(ref).batching)
         try:
             async for frame in frames:
                 yield frame

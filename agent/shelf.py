@@ -101,6 +101,12 @@ class Shelf:
         finally:
             self.let_go(held)
 
+    def awaits(self, ref: ModelRef) -> bool:
+        """Whether weights of a model that may be used are still on their way."""
+        with self._changed:
+            held = self._held.get(ref)
+            return held is not None and held.model.is_gated
+
     def let_go(self, held: Held) -> None:
         """The end of a use that began before the model was put here."""
         with self._changed:

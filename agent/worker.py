@@ -1,9 +1,9 @@
 """The worker: one tenant's models on one device, for the life of one process.
 
-Covers: reading orders and requests off its two sockets, answering requests one after the other in one
-compute thread, cancelling, and staying alive through any bad request. Does not cover: forking and confinement
-(``nursery``), what an order does (``moves``), the models that are here (``shelf``), the engine
-(``engines/transformers``), or any decision: the agent says what to do and trusts no answer.
+Covers: reading orders and requests off its two sockets, and staying alive through any bad request. Does not
+cover: forking and confinement (``nursery``), what is computed when (``compute``), what an order does
+(``moves``), the models that are here (``shelf``), the engine (``engines/transformers``), or any decision: the
+agent says what to do and trusts no answer.
 
 Threads: the main one reads both sockets and leaves the process the moment either ends; orders run in a
 few threads of their own; one thread computes.
@@ -14,62 +14,51 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import queue
 import random
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import torch
 
-from agent.early import GateFailed
-from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
+from agent.compute import Compute, Request
 from agent.frames import (
     BODIES_BYTES_MAX,
     LENGTHS_BYTES,
     BadFrame,
     Bind,
-    Broke,
     Cancel,
     CancelMove,
     Done,
-    End,
     EvictModel,
-    Fault,
     FromWorker,
     LoadOrigin,
-    Measured,
     MoreFds,
-    Piece,
     Ping,
     Receiver,
     RepairPack,
     Reply,
     RestorePack,
-    Run,
     Spawn,
     ToWorker,
     WritePack,
     close_fds,
-    cut,
     decode,
     decode_lengths,
     encode_frame,
-    encode_value,
     orders_decoder,
     parse_wire_ref,
     send_message,
     to_worker_decoder,
 )
-from agent.moves import Move, Moves, where
+from agent.moves import Move, Moves
 from agent.peak import PeakMeter
-from agent.shelf import NotResident, Shelf
+from agent.shelf import Shelf
 from packer.tiers import RESTORE_BYTES_MAX
 from packer.types import MIB
 
@@ -96,20 +85,9 @@ assert (
 )
 # The core bounds what waits on a node (4,096); more than that here is a broken agent.
 RUNS_WAITING_MAX = 8192
-# Quiet time after which freed heap goes back to the system; between requests it is reused instead.
-TRIM_IDLE_S = 1.0
 RECEIVE_BYTES = 256 * 1024
 
 _libc = ctypes.CDLL(None)
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A request that waits for the compute thread, or is in it."""
-
-    run: Run
-    body: bytes
-    cancelled: threading.Event
 
 
 class Worker:
@@ -135,16 +113,16 @@ class Worker:
         self._reply_lock = threading.Lock()
         self._data_lock = threading.Lock()
         self._count_lock = threading.Lock()
-        self._runs: queue.SimpleQueue[Waiting] = queue.SimpleQueue()
-        self._waiting: dict[int, Waiting] = {}
+        self._waiting: dict[int, Request] = {}
         self._received = bytearray()
         self._orders_begun = self._orders_ended = 0
-        self._peak = PeakMeter(identity.kind == "cuda", self._moves_seen, _trim)
+        peak = PeakMeter(identity.kind == "cuda", self._moves_seen, _trim)
+        self._compute = Compute(self._shelf, peak, self._send, self._forget, _trim)
 
     # --- sockets ----------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        threading.Thread(target=self._compute, name="bunk-compute", daemon=True).start()
+        threading.Thread(target=self._serve_compute, name="bunk-compute", daemon=True).start()
         receiver = Receiver(self._orders)
         with selectors.DefaultSelector() as selector:
             selector.register(self._orders, selectors.EVENT_READ)
@@ -213,9 +191,9 @@ class Worker:
             and len(body) + sum(len(other.body) for other in [*self._waiting.values()]) > BODIES_BYTES_MAX
         ):
             raise BadFrame(f"run {frame.id}: bodies above the limit of {BODIES_BYTES_MAX} bytes are waiting")
-        waiting = Waiting(frame, body, threading.Event())
-        self._waiting[frame.id] = waiting
-        self._runs.put(waiting)
+        request = Request(frame, body, time.monotonic() * 1000)
+        self._waiting[frame.id] = request
+        self._compute.put(request)
 
     def _send(self, frame: FromWorker, body: bytes = b"") -> None:
         header, body = encode_frame(frame, body)
@@ -246,60 +224,15 @@ class Worker:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def _compute(self) -> None:
+    def _serve_compute(self) -> None:
         """The one thread that runs models; its results depend on nothing that another thread does."""
         torch.set_num_threads(self._identity.compute_threads)
         torch.seed()
         _warm_up("cuda" if self._identity.kind == "cuda" else "cpu")
-        used = True
-        while True:
-            try:
-                waiting = self._runs.get(timeout=TRIM_IDLE_S if used else None)
-            except queue.Empty:
-                _trim()
-                used = False
-                continue
-            used = True
-            end = self._answer(waiting)
-            del self._waiting[waiting.run.id]
-            try:
-                self._send(end)
-                # Nobody waits for this any more, but the next request does.
-                workspace_bytes = self._peak.end()
-                if workspace_bytes:
-                    self._send(Measured(waiting.run.id, waiting.run.ref, workspace_bytes))
-            except OSError:
-                return  # the agent is gone; the main thread sees it too
+        self._compute.serve()
 
-    def _answer(self, waiting: Waiting) -> FromWorker:
-        run = waiting.run
-
-        def emit(frame: EngineFrame) -> None:
-            if not waiting.cancelled.is_set():
-                self._send(Piece(run.id, encode_value(frame.header)), frame.body)
-
-        try:
-            if waiting.cancelled.is_set():
-                return End(run.id)
-            fields: dict[str, JSON] = msgspec.json.decode(run.fields)
-            ref = parse_wire_ref(run.ref)
-            with self._shelf.using(ref) as (held, _):
-                self._peak.begin(ref, len(run.fields) + len(waiting.body))
-                held.model.run(EngineRequest(run.op, fields, waiting.body), emit, waiting.cancelled.is_set)
-            return End(run.id)
-        except EngineError as error:
-            return Fault(run.id, error.code, cut(error.message), error.field)
-        except NotResident as error:
-            return Broke(run.id, cut(str(error)), gone=True)
-        except BadFrame as error:
-            return Fault(run.id, "invalid_request", cut(f"the answer is too large: {error}"))
-        except GateFailed as error:
-            return Broke(run.id, str(error), gone=True)
-        except (MemoryError, torch.OutOfMemoryError):
-            return Broke(run.id, "the device has no memory left for this request")
-        except Exception as error:
-            log.error("engine failed: %s", where(error))
-            return Broke(run.id, cut(f"{type(error).__name__}: {error}"))
+    def _forget(self, number: int) -> None:
+        del self._waiting[number]
 
 
 def _trim() -> None:

@@ -16,16 +16,14 @@ import logging
 import os
 import signal
 import socket
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 
-from agent.bodies import Bodies
+from agent.answers import Answers
 from agent.devices import DeviceConfig
-from agent.due import Due
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import (
     LENGTHS_BYTES,
@@ -41,7 +39,6 @@ from agent.frames import (
     EvictModel,
     Failed,
     Fault,
-    FromWorker,
     LoadOrigin,
     Measured,
     Message,
@@ -66,14 +63,12 @@ from agent.frames import (
 )
 from agent.sending import send
 from packer.pack_file import FileFds
-from packer.types import MIB, BadValue, HostForm, HostSizes, ModelRef, ModelSpec, parse_ref
+from packer.types import ALONE, BadValue, Batching, HostForm, HostSizes, ModelRef, ModelSpec, parse_ref
 
 log = logging.getLogger("bunk.workers")
 
 # A worker leaves at the end of its sockets, at once; one that does not is killed.
 CLOSE_TIMEOUT_S = 5.0
-# Answers that arrived and that callers have not taken yet, per worker; beyond this the worker waits.
-BUFFERED_BYTES_MAX = 64 * MIB
 # A worker that runs answers a ping in microseconds, one on a machine that swaps within seconds. Several
 # in a row must be missed: after a pause of the whole machine the first is, through no fault of its own.
 PULSE_S = 10.0
@@ -179,16 +174,6 @@ class PackFiles:
         return [fd for offer in self.offers for fd in offer.fds]
 
 
-class _Answer:
-    """The frames of one request on their way to its caller."""
-
-    def __init__(self) -> None:
-        self.frames: deque[tuple[FromWorker, bytes]] = deque()
-        self.arrived = asyncio.Event()
-        self.ended = False
-        self.busy_ms = 0
-
-
 class WorkerHandle:
     """One worker process: one tenant, one device, for life."""
 
@@ -209,11 +194,7 @@ class WorkerHandle:
         self._ids = itertools.count(1)
         self._serving: dict[int, Callable[[int], None]] = {}
         self._replies: dict[int, asyncio.Future[Done]] = {}
-        self._answers: dict[int, _Answer] = {}
-        self._due, self._bodies = Due(), Bodies()
-        self._buffered_bytes = 0
-        self._room = asyncio.Event()
-        self._room.set()
+        self._answers = Answers(lambda device_ms: self.on_late(device_ms))
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._pulse: asyncio.Task[None] | None = None
@@ -400,7 +381,7 @@ class WorkerHandle:
                 missed = 0 if ping.done() else missed + 1
                 ping.cancel()
                 await asyncio.gather(ping, return_exceptions=True)
-            if stuck_s := self._due.stuck_s(asyncio.get_running_loop().time()):
+            if stuck_s := self._answers.stuck_s():
                 log.error("worker %d of %s: %d s in one request; killing it", self.pid, self.tenant, stuck_s)
                 self.kill()
                 return
@@ -441,7 +422,11 @@ class WorkerHandle:
     # --- requests ---------------------------------------------------------------------------------
 
     async def run(
-        self, ref: ModelRef, request: EngineRequest, took: Callable[[int], None] = lambda device_ms: None
+        self,
+        ref: ModelRef,
+        request: EngineRequest,
+        took: Callable[[int], None] = lambda device_ms: None,
+        batching: Batching = ALONE,
     ) -> AsyncIterator[EngineFrame]:
         """The answer, frame by frame; closing the iterator cancels inside the worker. ``took`` is told how
         many milliseconds the worker was busy with it, unless it still is: then ``on_late`` will be.
@@ -449,21 +434,16 @@ class WorkerHandle:
         Raises ``EngineError`` (the request is at fault), ``WorkerFailure`` (the engine is) and
         ``WorkerDead``.
         """
-        number = next(self._ids)
-        answer = self._answers[number] = _Answer()
+        answer = self._answers.open(next(self._ids))
         try:
-            run = Run(number, str(ref), request.op, encode_value(request.fields))
-            await self._bodies.take(number, len(request.body))
-            loop = asyncio.get_running_loop()
+            await self._answers.may_send(answer, len(request.body))
             try:
-                self._due.asked(number, loop.time())
-                await self._write(run, request.body)
+                await self._write(_run_frame(answer.number, ref, request, batching), request.body)
             except BadFrame as error:
-                self._bodies.give(number)
-                self._due.heard(number, True, loop.time())  # it was never sent
+                self._answers.not_sent(answer)
                 raise EngineError("invalid_request", str(error)) from None
             while True:
-                for frame, body in self._taken(answer):
+                for frame, body in self._answers.taken(answer):
                     match frame:
                         case Piece():
                             header: dict[str, JSON] = msgspec.json.decode(frame.header)
@@ -479,22 +459,9 @@ class WorkerHandle:
                 answer.arrived.clear()
                 await answer.arrived.wait()
         finally:
-            del self._answers[number]
             took(answer.busy_ms)
-            for _ in self._taken(answer):
-                pass  # hands their room back
-            if not answer.ended and not self.died.is_set() and self._writer is not None:
-                self._writer.writelines(encode_frame(Cancel(number)))
-                self._due.left(number, asyncio.get_running_loop().time())
-
-    def _taken(self, answer: _Answer) -> list[tuple[FromWorker, bytes]]:
-        """Everything that has arrived for a caller."""
-        taken = list(answer.frames)
-        answer.frames.clear()
-        self._buffered_bytes -= sum(len(body) for _, body in taken)
-        if self._buffered_bytes < BUFFERED_BYTES_MAX:
-            self._room.set()
-        return taken
+            if self._answers.close(answer) and self._writer is not None:
+                self._writer.writelines(encode_frame(Cancel(answer.number)))
 
     async def _write(self, frame: ToWorker, body: bytes = b"") -> None:
         if self._writer is None or self.died.is_set():
@@ -508,28 +475,14 @@ class WorkerHandle:
     async def _read_frames(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                await self._room.wait()
+                await self._answers.room()
                 lengths = decode_lengths(await reader.readexactly(LENGTHS_BYTES))
                 frame = decode(from_worker_decoder, await reader.readexactly(lengths[0]))
                 body = await reader.readexactly(lengths[1])
                 if isinstance(frame, Measured):
                     self._measured(frame)
                     continue
-                ended = not isinstance(frame, Piece)
-                busy_s = self._due.heard(frame.id, ended, asyncio.get_running_loop().time())
-                if ended:
-                    self._bodies.give(frame.id)
-                answer = self._answers.get(frame.id)
-                if answer is None:  # its caller has left
-                    if busy_s:
-                        self.on_late(round(busy_s * 1000))
-                    continue
-                answer.ended, answer.busy_ms = ended, round(busy_s * 1000)
-                answer.frames.append((frame, body))
-                answer.arrived.set()
-                self._buffered_bytes += len(body)
-                if self._buffered_bytes >= BUFFERED_BYTES_MAX:
-                    self._room.clear()
+                self._answers.heard(frame, body)
         except (asyncio.IncompleteReadError, OSError):
             pass  # its death follows
         except BadFrame as error:
@@ -580,12 +533,15 @@ class WorkerHandle:
         if self._writer is not None:
             self._writer.close()
         self.died.set()
-        self._bodies.give_all()
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(WorkerDead(f"worker {self.pid} is gone"))
-        for answer in self._answers.values():
-            answer.arrived.set()
+        self._answers.end()
+
+
+def _run_frame(number: int, ref: ModelRef, request: EngineRequest, batching: Batching) -> Run:
+    fields = encode_value(request.fields)
+    return Run(number, str(ref), request.op, fields, batching.inputs_max, batching.delay_ms)
 
 
 def _pack_done(done: Done) -> PackDone:

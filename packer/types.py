@@ -310,6 +310,9 @@ class Batching:
     delay_ms: int = 0
 
 
+ALONE = Batching()
+
+
 def check_batching(batching: Batching) -> Batching:
     """Returns it. Raises ``BadValue`` with the names of the management API."""
     if not 1 <= batching.inputs_max <= BATCH_INPUTS_MAX:
@@ -351,4 +354,4 @@ class ModelSpec:
     created_ms: int
     latest: bool = True
     signature: TensorSignature | None = None  # of a model for ``Task.TENSORS``; None of every other
-    batching: Batching = Batching()
+    batching: Batching = ALONE

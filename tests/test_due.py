@@ -1,6 +1,12 @@
-"""When a worker counts as stuck in a request. Does not cover: killing it (``attacks/test_hostile_work``)."""
+"""When a worker counts as stuck in a request, and what each answer is charged.
+
+Does not cover: killing it (``attacks/test_hostile_work``), or what the charges are added to.
+"""
 
 from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.due import LEFT_SECONDS_MAX, SILENT_SECONDS_MAX, Due
 
@@ -41,3 +47,89 @@ def test_an_answer_for_nobody_has_less_time() -> None:
     due.left(7, 10.0)
     assert due.stuck_s(10.0 + LEFT_SECONDS_MAX) == 0
     assert due.stuck_s(11.0 + LEFT_SECONDS_MAX) > 0
+
+
+# --- charges --------------------------------------------------------------------------------------
+
+
+def test_one_after_the_other_each_is_charged_its_own_time() -> None:
+    due = Due()
+    due.asked(1, 0.0)
+    due.asked(2, 0.5)
+    assert due.heard(1, False, 1.0) == 0
+    assert due.heard(1, True, 2.0, stated_s=2.0) == 2000
+    assert due.heard(2, True, 5.0, stated_s=3.0) == 3000
+
+
+def test_answers_that_share_passes_are_charged_their_shares() -> None:
+    due = Due()
+    for number in (1, 2, 3):
+        due.asked(number, 0.0)
+    assert due.heard(1, True, 1.0, stated_s=0.25) == 250
+    assert due.heard(2, True, 1.0, stated_s=0.25) == 250
+    assert due.heard(3, True, 1.0, stated_s=0.5) == 500
+
+
+def test_who_states_nothing_is_paid_for_by_the_next_and_the_last_pays_the_rest() -> None:
+    due = Due()
+    due.asked(1, 0.0)
+    due.asked(2, 0.0)
+    assert due.heard(1, True, 1.0, stated_s=0.0) == 0
+    assert due.heard(2, True, 1.0, stated_s=0.0) == 1000
+
+
+def test_an_answer_without_end_defers_no_other_s_time_for_longer_than_it_runs() -> None:
+    """A worker that states nothing, and always owes a young answer, is charged all the same."""
+    due, charged_ms = Due(), 0
+    due.asked(0, 0.0)
+    for number in range(1, 100):
+        due.asked(number, float(number))
+        charged_ms += due.heard(number - 1, True, number + 0.5)
+    assert charged_ms == 99_000
+
+
+def test_a_stated_hour_is_no_more_than_what_passed() -> None:
+    due = Due()
+    due.asked(1, 0.0)
+    due.asked(2, 0.0)
+    assert due.heard(1, True, 1.0, stated_s=3600.0) == 1000
+    assert due.heard(2, True, 1.0, stated_s=3600.0) == 0
+
+
+def test_of_many_small_answers_no_fraction_is_lost() -> None:
+    due = Due()
+    now, charged_ms = 0.0, 0
+    for number in range(1000):
+        due.asked(number, now)
+        now += 0.0004
+        charged_ms += due.heard(number, True, now, stated_s=0.0004)
+        now += 1.0  # nobody asks: nobody's time
+    assert charged_ms in (399, 400)
+
+
+_STEPS = st.lists(
+    st.tuples(st.integers(0, 3), st.floats(0, 2, allow_nan=False), st.floats(0, 5, allow_nan=False)),
+    max_size=60,
+)
+
+
+@given(_STEPS)
+def test_charges_add_up_to_the_time_in_which_anything_was_owed(
+    steps: list[tuple[int, float, float]],
+) -> None:
+    due, owed, now = Due(), list[int](), 0.0
+    busy_s, charged_ms = 0.0, 0
+    for number, (what, passed_s, stated_s) in enumerate(steps):
+        now += passed_s
+        busy_s += passed_s if owed else 0.0
+        if what < 2:
+            due.asked(number, now)
+            owed.append(number)
+        elif owed:
+            ended = owed.pop(0 if what == 2 else -1)
+            charge_ms = due.heard(ended, True, now, stated_s)
+            assert charge_ms >= 0
+            charged_ms += charge_ms
+    while owed:
+        charged_ms += due.heard(owed.pop(), True, now)
+    assert abs(charged_ms - busy_s * 1000) < 1.01

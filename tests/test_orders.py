@@ -20,7 +20,7 @@ from agent.segments import HostSegments
 from agent.spawning import Nursery
 from agent.workers import WorkerFailure, WorkerHandle
 from packer.events import RefusalReason
-from packer.types import ModelRef, ModelSpec, Task
+from packer.types import ALONE, Batching, ModelRef, ModelSpec, Task
 
 REF = ModelRef("acme", "minilm", "0" * 16)
 SPEC = ModelSpec(REF, "control:", (), "transformers", Task.EMBEDDING, 4096, (4096,), 0, 1)
@@ -33,7 +33,11 @@ class Failing(WorkerHandle):
         self.failure = failure
 
     async def run(
-        self, ref: ModelRef, request: EngineRequest, took: Callable[[int], None]
+        self,
+        ref: ModelRef,
+        request: EngineRequest,
+        took: Callable[[int], None] = lambda device_ms: None,
+        batching: Batching = ALONE,
     ) -> AsyncIterator[EngineFrame]:
         raise self.failure
         yield  # type: ignore[unreachable]  # makes this a generator

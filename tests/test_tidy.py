@@ -47,6 +47,7 @@ TENSOR_FILES = {
     "agent/nursery.py",
     "agent/peak.py",
     "agent/worker.py",
+    "agent/compute.py",
 }
 TENSOR_FOLDERS = ("agent/engines/",)
 
@@ -89,6 +90,7 @@ PURE_FILES = (
     "packer/layout.py",
     "packer/directory.py",
     "packer/placement.py",
+    "agent/batching.py",
     "control/cluster.py",
 )
 # Clocks, input and output, chance, threads: all that makes a second run differ from the first.

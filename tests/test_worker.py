@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from make_models import make_gpt2
@@ -30,12 +31,12 @@ from running_workers import (
     tell,
     until_gone,
 )
-from tiny_models import tiny_llama
+from tiny_models import tiny_classifier, tiny_llama
 
 from agent.facade import JSON, EngineError, EngineRequest
 from agent.spawning import Nursery
 from agent.workers import WorkerDead, WorkerFailure, WorkerHandle
-from packer.types import MIB, ModelRef, Task
+from packer.types import ALONE, MIB, Batching, ModelRef, Task
 
 pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
 
@@ -135,6 +136,28 @@ async def test_a_worker_measures_what_requests_take_beside_the_weights(
 
 
 # --- requests -------------------------------------------------------------------------------------
+
+
+async def test_requests_that_share_passes_keep_their_own_answers(
+    worker: WorkerHandle, tmp_path: Path
+) -> None:
+    """And with the settings that a model is pushed with, each has its bits however many ask at once."""
+    model = known(tiny_classifier(tmp_path), "classifier", Task.CLASSIFICATION)
+    await load(worker, model)
+    texts = [("hello " * (1 + place % 7)).strip() for place in range(24)]
+
+    async def scores(text: str, batching: Batching = ALONE) -> tuple[bytes, JSON]:
+        request, took = EngineRequest("classify", {"inputs": [text]}), list[int]()
+        (frame,) = [frame async for frame in worker.run(model.ref, request, took.append, batching)]
+        assert took != []
+        return frame.body, frame.header["prompt_tokens"]
+
+    alone = [await scores(text) for text in texts]
+    assert await asyncio.gather(*map(scores, texts)) == alone
+    joined = await asyncio.gather(*(scores(text, Batching(8, delay_ms=2)) for text in texts))
+    for (body, tokens), (wanted, wanted_tokens) in zip(joined, alone, strict=True):
+        assert tokens == wanted_tokens
+        assert np.allclose(np.frombuffer(body, "<f4"), np.frombuffer(wanted, "<f4"), atol=2e-6, rtol=0)
 
 
 async def test_bad_requests_are_answered_and_the_worker_lives(worker: WorkerHandle, llama: Known) -> None:

@@ -1,8 +1,8 @@
 """The transformers engine: a module skeleton to which an image's tensors are attached, and its answers.
 
 Covers: building the module with its parameters on the meta device, matching stored tensors to
-parameters (strictly, with the known spellings), attaching and detaching, and embeddings and
-classification; ``generation`` has text generation. Does not cover: where the tensors' memory is
+parameters (strictly, with the known spellings), attaching and detaching, and which part answers a request:
+``vectors`` (embeddings and classification) or ``generation``. Does not cover: where the tensors' memory is
 (``agent/arena.py``) or how it was filled (``packer/tiers.py``).
 
 Nothing from a model directory is ever run: architectures come from an allow-list, remote code is off,
@@ -30,16 +30,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from agent.arena import DTYPES, Image
 from agent.early import Gate, chunks_of
 from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens, write
-from agent.engines.pooling import BadPooling, Pooling, check_dimensions, read_pooling
+from agent.engines.pooling import BadPooling, Pooling, read_pooling
 from agent.engines.sampling import Sampling, read_sampling
 from agent.engines.side_files import BadSideFile, written
+from agent.engines.vectors import EmbedFields, VectorAnswer, Vectors, check_tokens
 from agent.facade import EngineError, EngineFrame, EngineRequest
 from packer.directory import ARCHITECTURES
 from packer.layout import ImageLayout, PlacedTensor
 from packer.types import Task
 
-# OpenAI's limit for one embeddings request; each input is one forward pass.
-INPUTS_MAX = 2048
 # For models that declare no greatest length (ALiBi): what the workspace estimate assumes.
 CONTEXT_TOKENS_DEFAULT = 2048
 # Names in an error message; a wrong directory may miss thousands.
@@ -71,13 +70,6 @@ LAYERS_MIN = 2
 
 class BrokenModel(Exception):
     """The directory can not become a model, whatever tier it comes from. Names what is wrong."""
-
-
-class EmbedFields(msgspec.Struct, frozen=True):
-    """The fields of ``embed`` and ``classify``; ``dimensions``: only so many of each embedding."""
-
-    inputs: list[str | list[int]]
-    dimensions: int | None = None
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -341,6 +333,7 @@ class Model:
         self._hooks: list[RemovableHandle] = []
         self._gate: Gate | None = None  # of a restore that may still bring layers
         self._vocabulary = int(getattr(module.config, "vocab_size", 0)) or len(tokenizer)
+        self.vectors = Vectors(task, module, tokenizer, pooling, self._context, self._vocabulary)
 
     def _context_tokens(self) -> int:
         config = self._module.config
@@ -394,34 +387,50 @@ class Model:
         self._hooks.clear()
         self._gate = None
 
+    @property
+    def is_gated(self) -> bool:
+        """Whether a pass may have to wait for weights."""
+        gate = self._gate
+        return gate is not None and gate.may_wait
+
+    def begin(self, request: EngineRequest) -> VectorAnswer | None:
+        """Read a request whose inputs may share passes with others'; None: it is one for ``run``. Raises
+        ``EngineError``."""
+        task = _OPS.get(request.op)
+        if task is not self.task:
+            raise EngineError(
+                "invalid_request", f"this is a model for {self.task}: call {_ROUTES[self.task]}", "model"
+            )
+        return None if task is Task.GENERATION else self.vectors.begin(_convert(request, EmbedFields))
+
+    def compute(self, parts: Sequence[tuple[VectorAnswer, int]]) -> None:
+        """One forward pass over inputs of any answers that ``begin`` gave."""
+        self._stop_waiting_if_open()
+        with torch.inference_mode():
+            self.vectors.compute(parts)
+
     def run(
         self,
         request: EngineRequest,
         emit: Callable[[EngineFrame], None],
         cancelled: Callable[[], bool],
     ) -> None:
-        """Answer a request through ``emit``. Raises ``EngineError``."""
+        """Answer a whole request through ``emit``, each input alone. Raises ``EngineError``."""
+        answer = self.begin(request)
+        if answer is None:
+            self._stop_waiting_if_open()
+            with torch.inference_mode():
+                self._generate(_convert(request, GenerateFields), emit, cancelled)
+            return
+        while answer.missing:
+            if cancelled():
+                return
+            self.compute([(answer, next(iter(answer.missing)))])
+        emit(self.vectors.frame(answer))
+
+    def _stop_waiting_if_open(self) -> None:
         if self._gate is not None and self._gate.is_open:
             self._stop_waiting()  # here, because no other thread runs the module now
-        task = _OPS.get(request.op)
-        if task is not self.task:
-            raise EngineError(
-                "invalid_request", f"this is a model for {self.task}: call {_ROUTES[self.task]}", "model"
-            )
-        with torch.inference_mode():
-            if task is Task.GENERATION:
-                self._generate(_convert(request, GenerateFields), emit, cancelled)
-            else:
-                fields = _convert(request, EmbedFields)
-                inputs = fields.inputs
-                if not 0 < len(inputs) <= INPUTS_MAX:
-                    raise EngineError(
-                        "invalid_request", f"must hold 1 to {INPUTS_MAX} inputs, not {len(inputs)}", "input"
-                    )
-                if fields.dimensions is not None and task is Task.EMBEDDING:
-                    own = self._module.config.hidden_size * len(self._pooling.modes)
-                    check_dimensions(fields.dimensions, own, self._module.config)
-                self._vectors(task, inputs, fields.dimensions, emit, cancelled)
 
     def _generate(
         self, fields: GenerateFields, emit: Callable[[EngineFrame], None], cancelled: Callable[[], bool]
@@ -431,77 +440,9 @@ class Model:
             start = self._tokenizer.bos_token_id
             tokens = [start] if type(start) is int else []
         field = "messages" if fields.messages is not None else "prompt"
-        self._check_tokens(tokens, field)
+        check_tokens(tokens, self._vocabulary, field)
         writer = Writer(self._tokenizer, self._sampling, self._context, self._vocabulary, self._module.device)
         write(self._module, Answer(writer, fields, tokens, emit), cancelled)
-
-    def _vectors(
-        self,
-        task: Task,
-        inputs: Sequence[str | list[int]],
-        dimensions: int | None,
-        emit: Callable[[EngineFrame], None],
-        cancelled: Callable[[], bool],
-    ) -> None:
-        """One forward pass per input: exact to the bit whatever it arrived with, and the workspace is
-        that of one input."""
-        prepared = [self._input_tokens(text, index, len(inputs)) for index, text in enumerate(inputs)]
-        rows: list[torch.Tensor] = []
-        for tokens in prepared:
-            if cancelled():
-                return
-            ids = torch.tensor([tokens], dtype=torch.long, device=self._module.device)
-            output = self._module(input_ids=ids, attention_mask=torch.ones_like(ids))
-            if task is Task.EMBEDDING:
-                rows.append(self._pooling.apply(output.last_hidden_state[0], dimensions).cpu())
-            else:
-                rows.append(self._scores(output.logits[0].to(torch.float32)).cpu())
-        body = torch.stack(rows).numpy().tobytes()
-        count = sum(map(len, prepared))
-        if task is Task.EMBEDDING:
-            header = {"count": len(rows), "dimensions": len(rows[0]), "prompt_tokens": count}
-            emit(EngineFrame(header, body))
-        else:
-            emit(EngineFrame({"labels": self._labels(len(rows[0])), "prompt_tokens": count}, body))
-
-    def _input_tokens(self, text: str | list[int], index: int, count: int) -> list[int]:
-        field = "input" if count == 1 else f"input[{index}]"
-        if isinstance(text, str):
-            if self.task is Task.EMBEDDING:
-                text = self._pooling.prompt + text
-                text = text.lower() if self._pooling.lower_case else text
-            tokens = list(self._tokenizer(text)["input_ids"])
-        else:
-            tokens = text
-        self._check_tokens(tokens, field)
-        if len(tokens) > self._context:
-            raise EngineError(
-                "context_length_exceeded",
-                f"has {len(tokens)} tokens and the model takes at most {self._context}: shorten it",
-                field,
-            )
-        return tokens
-
-    def _check_tokens(self, tokens: Sequence[int], field: str) -> None:
-        if not tokens:
-            raise EngineError("invalid_request", "has no tokens", field)
-        # On a GPU a token outside the vocabulary kills the context, and the worker with it.
-        if min(tokens) < 0 or max(tokens) >= self._vocabulary:
-            raise EngineError(
-                "invalid_request", f"holds a token outside of 0 to {self._vocabulary - 1}", field
-            )
-
-    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
-        problem = self._module.config.problem_type
-        if problem == "regression":
-            return logits
-        if problem == "multi_label_classification" or len(logits) == 1:
-            return torch.sigmoid(logits)
-        return torch.softmax(logits, dim=-1)
-
-    def _labels(self, count: int) -> list[str]:
-        names = {int(index): str(name) for index, name in (self._module.config.id2label or {}).items()}
-        return [names.get(index, f"LABEL_{index}") for index in range(count)]
 
 
 @dataclass(frozen=True, slots=True)

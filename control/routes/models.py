@@ -263,6 +263,7 @@ def _state(
 async def change(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """Settings of one version when the path names it, else of all versions of the model. Nodes hear of it
     with the next plan, and running workers go by it from then on."""
+    named_model(control, request, caller)  # what is not there is not there, whatever is asked of it
     ask = await read_json(control, request, caller, SettingsAsk)
     if isinstance(ask.batch_max, UnsetType) and isinstance(ask.batch_delay_ms, UnsetType):
         raise BadValue("batch_max", "give at least one of batch_max and batch_delay_ms")

@@ -1,0 +1,113 @@
+"""The answers that a worker owes its callers, on their way through the agent.
+
+Covers: frames that arrived and were not taken yet, with their limit; what each answer cost and whether the
+worker is stuck (``due``); room for requests' bodies (``bodies``). Does not cover: sockets, or what a caller
+makes of a frame (``workers``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from agent.bodies import Bodies
+from agent.due import Due
+from agent.frames import FromWorker, Measured, Piece
+from packer.types import MIB
+
+# Answers that arrived and that callers have not taken yet, per worker; beyond this the worker waits.
+BUFFERED_BYTES_MAX = 64 * MIB
+
+
+class Answer:
+    """The frames of one request on their way to its caller."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.frames: deque[tuple[FromWorker, bytes]] = deque()
+        self.arrived = asyncio.Event()
+        self.ended = False
+        self.busy_ms = 0
+
+
+class Answers:
+    """Those of one worker. ``on_late`` is told of device time that answers took whose callers had left."""
+
+    def __init__(self, on_late: Callable[[int], None]) -> None:
+        self._on_late = on_late
+        self._open: dict[int, Answer] = {}
+        self._due, self._bodies = Due(), Bodies()
+        self._buffered_bytes = 0
+        self._room = asyncio.Event()
+        self._room.set()
+        self._ended = False
+
+    def open(self, number: int) -> Answer:
+        answer = self._open[number] = Answer(number)
+        return answer
+
+    async def may_send(self, answer: Answer, body_bytes: int) -> None:
+        """Returns when the request may be sent, which is when its time begins."""
+        await self._bodies.take(answer.number, body_bytes)
+        self._due.asked(answer.number, self._now())
+
+    def not_sent(self, answer: Answer) -> None:
+        self._bodies.give(answer.number)
+        self._due.heard(answer.number, True, self._now())
+
+    def close(self, answer: Answer) -> bool:
+        """The caller takes nothing more. Returns whether the worker must be told."""
+        del self._open[answer.number]
+        self.taken(answer)  # hands their room back
+        if answer.ended or self._ended:
+            return False
+        self._due.left(answer.number, self._now())
+        return True
+
+    def taken(self, answer: Answer) -> list[tuple[FromWorker, bytes]]:
+        """Everything that has arrived for a caller."""
+        taken = list(answer.frames)
+        answer.frames.clear()
+        self._buffered_bytes -= sum(len(body) for _, body in taken)
+        if self._buffered_bytes < BUFFERED_BYTES_MAX:
+            self._room.set()
+        return taken
+
+    async def room(self) -> None:
+        """Returns when the next frame may be read."""
+        await self._room.wait()
+
+    def heard(self, frame: FromWorker, body: bytes) -> None:
+        """A frame came."""
+        assert not isinstance(frame, Measured)
+        ended = not isinstance(frame, Piece)
+        stated_s = 0.0 if isinstance(frame, Piece) else frame.busy_us / 1e6
+        busy_ms = self._due.heard(frame.id, ended, self._now(), stated_s)
+        if ended:
+            self._bodies.give(frame.id)
+        answer = self._open.get(frame.id)
+        if answer is None:  # its caller has left
+            if busy_ms:
+                self._on_late(busy_ms)
+            return
+        answer.ended, answer.busy_ms = ended, busy_ms
+        answer.frames.append((frame, body))
+        answer.arrived.set()
+        self._buffered_bytes += len(body)
+        if self._buffered_bytes >= BUFFERED_BYTES_MAX:
+            self._room.clear()
+
+    def stuck_s(self) -> float:
+        """See ``Due.stuck_s``."""
+        return self._due.stuck_s(self._now())
+
+    def end(self) -> None:
+        """The worker is gone: every caller is woken and finds out."""
+        self._ended = True
+        self._bodies.give_all()
+        for answer in self._open.values():
+            answer.arrived.set()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()

@@ -1,0 +1,330 @@
+"""What the compute thread does next, with models that are functions of their inputs' tokens.
+
+Covers: that answers are the same however requests are joined, cancelled and mixed; passes' bounds; models'
+turns; one request's fault beside others; shares of the time; delays on a clock that the test moves. Does not
+cover: real models (``test_vectors``, ``test_worker``), or which inputs fit together (``test_batching``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.compute import Compute, Request
+from agent.engines.vectors import EmbedFields, VectorAnswer
+from agent.facade import EngineError, EngineFrame, EngineRequest
+from agent.frames import Broke, End, Fault, FromWorker, Piece, Run, encode_value
+from agent.peak import PeakMeter
+from agent.shelf import Held, Shelf
+from packer.types import ModelRef
+
+A, B = (ModelRef("acme", name, "0" * 16) for name in "ab")
+TOKENS_MAX = 64
+REFUSED, BROKEN = 900, 901  # tokens that a model refuses to read, or breaks at
+
+
+def vector(tokens: Sequence[int]) -> torch.Tensor:
+    """What the model makes of an input: every token and its place counts."""
+    return torch.tensor([float(sum(tokens)), float(sum(at * token for at, token in enumerate(tokens)))])
+
+
+@dataclass
+class Model:
+    """Notes its passes. ``passing`` is called in the middle of each."""
+
+    passes: list[list[tuple[int, ...]]] = field(default_factory=list)
+    passing: Callable[[], None] = lambda: None
+    is_gated: bool = False
+    tokens_max: int = TOKENS_MAX
+
+    @property
+    def vectors(self) -> Model:
+        return self
+
+    def begin(self, request: EngineRequest) -> VectorAnswer | None:
+        if request.op == "whole":
+            return None
+        inputs = cast(list[list[int]], msgspec.convert(request.fields, EmbedFields).inputs)
+        if any(REFUSED in tokens for tokens in inputs):
+            raise EngineError("invalid_request", "is refused", "input")
+        return VectorAnswer(inputs)
+
+    def compute(self, parts: Sequence[tuple[VectorAnswer, int]]) -> None:
+        inputs = [tuple(answer.inputs[place]) for answer, place in parts]
+        self.passes.append(inputs)
+        self.passing()
+        if any(BROKEN in tokens for tokens in inputs):
+            raise RuntimeError("broken")
+        for (answer, place), tokens in zip(parts, inputs, strict=True):
+            answer.put(place, vector(tokens))
+
+    def frame(self, answer: VectorAnswer) -> EngineFrame:
+        tokens = sum(map(len, answer.inputs))
+        return EngineFrame({"prompt_tokens": tokens}, torch.stack(answer.rows).numpy().tobytes())
+
+    def run(self, request: EngineRequest, emit: Callable[[EngineFrame], None], cancelled: object) -> None:
+        self.passes.append([()])
+        emit(EngineFrame({}, request.body))
+
+
+@dataclass
+class Resident:
+    """What ``Shelf.using`` gives, for as long as it is used."""
+
+    model: Model
+    users: int = 0
+    resident_image: object = object()
+
+
+class Bench:
+    """A ``Compute`` without its thread: a test puts requests in and gives it turns."""
+
+    def __init__(self) -> None:
+        self.held = {A: Resident(Model()), B: Resident(Model())}
+        shelf = Shelf()
+        shelf._held = cast(dict[ModelRef, Held], self.held)
+        peak = PeakMeter(False, lambda: (1, 0), lambda: None)  # an order is under way: nothing is measured
+        self.clock_ms = 0.0
+        self.sent: list[tuple[FromWorker, bytes]] = []
+        self.open: dict[int, Request] = {}
+        self.compute = Compute(
+            shelf,
+            peak,
+            lambda *frame: self.sent.append(frame),
+            self._ended,
+            lambda: None,
+            lambda: self.clock_ms,
+        )
+
+    def _ended(self, number: int) -> None:
+        del self.open[number]
+
+    def ask(
+        self, number: int, *inputs: Sequence[int], ref: ModelRef = A, op: str = "embed", **settings: int
+    ) -> Request:
+        fields = encode_value({"inputs": [list(tokens) for tokens in inputs]})
+        request = Request(Run(number, str(ref), op, fields, **settings), b"", self.clock_ms)
+        self.open[number] = request
+        self.compute.put(request)
+        return request
+
+    def run(self) -> None:
+        """Until nothing is left to do, whatever is waited for."""
+        while (wait_s := self.compute.turn()) is not None:
+            self.clock_ms += wait_s * 1000 + 0.001
+
+    def body(self, number: int) -> bytes | None:
+        found = [body for frame, body in self.sent if isinstance(frame, Piece) and frame.id == number]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    def end(self, number: int) -> Any:
+        (found,) = [
+            frame for frame, _ in self.sent if isinstance(frame, End | Fault | Broke) and frame.id == number
+        ]
+        return found
+
+    def passes(self, ref: ModelRef = A) -> list[list[tuple[int, ...]]]:
+        return self.held[ref].model.passes
+
+
+def answer(*inputs: Sequence[int]) -> bytes:
+    return torch.stack([vector(tokens) for tokens in inputs]).numpy().tobytes()
+
+
+_INPUTS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=90), min_size=1, max_size=7)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(_INPUTS, st.sampled_from([A, B]), st.integers(1, 8), st.integers(0, 3)), max_size=12),
+    st.integers(0, 2**32),
+)
+def test_answers_are_the_same_however_requests_are_joined(
+    requests: list[tuple[list[list[int]], ModelRef, int, int]], seed: int
+) -> None:
+    """Requests come between turns, some leave, some are at fault; each has its own answer or none."""
+    bench, chance = Bench(), random.Random(seed)
+    left: set[int] = set()
+    faulty: dict[int, int] = {}
+    for number, (inputs, ref, batch_max, delay_ms) in enumerate(requests):
+        if chance.random() < 0.2:
+            faulty[number] = chance.choice([REFUSED, BROKEN])
+            inputs[chance.randrange(len(inputs))].append(faulty[number])
+        asked = bench.ask(number, *inputs, ref=ref, batch_max=batch_max, batch_delay_ms=delay_ms)
+        for _ in range(chance.randrange(4)):
+            bench.compute.turn()
+            bench.clock_ms += chance.choice([0, 1])
+        if number in bench.open and chance.random() < 0.2:
+            asked.cancelled.set()
+            left.add(number)
+    bench.run()
+    assert bench.open == {}
+    assert [resident.users for resident in bench.held.values()] == [0, 0]
+    for number, (inputs, _, _, _) in enumerate(requests):
+        end, body = bench.end(number), bench.body(number)
+        if number in left:
+            assert body is None
+        elif number in faulty:
+            assert isinstance(end, Fault if faulty[number] == REFUSED else Broke)
+            assert body is None
+        else:
+            assert isinstance(end, End)
+            assert body == answer(*inputs)
+
+
+@given(st.lists(_INPUTS, min_size=1, max_size=6), st.integers(1, 8))
+def test_no_pass_is_larger_than_its_model_s_settings(requests: list[list[list[int]]], batch_max: int) -> None:
+    bench = Bench()
+    for number, inputs in enumerate(requests):
+        bench.ask(number, *inputs, batch_max=batch_max)
+    bench.run()
+    for passed in bench.passes():
+        assert len(passed) <= batch_max
+        assert len(passed) == 1 or max(map(len, passed)) * len(passed) <= TOKENS_MAX
+
+
+def test_requests_that_wait_share_a_pass_and_one_that_is_alone_does_not_wait() -> None:
+    bench = Bench()
+    for number in range(6):
+        bench.ask(number, [number, 1], batch_max=4)
+    bench.run()
+    assert [len(inputs) for inputs in bench.passes()] == [4, 2]
+
+
+def test_each_is_alone_unless_its_model_says_otherwise() -> None:
+    bench = Bench()
+    bench.ask(1, [1], [2])
+    bench.ask(2, [3])
+    bench.run()
+    assert bench.passes() == [[(1,)], [(2,)], [(3,)]]
+
+
+def test_a_setting_counts_from_the_next_pass_on() -> None:
+    bench = Bench()
+    bench.ask(1, *[[1]] * 6, batch_max=2)
+    bench.compute.turn()
+    bench.ask(2, [2], batch_max=1)
+    bench.run()
+    assert [len(inputs) for inputs in bench.passes()] == [2, 1, 1, 1, 1, 1]
+
+
+def test_models_take_turns_however_much_there_is_to_do_for_one() -> None:
+    bench = Bench()
+    order: list[str] = []
+    bench.held[A].model.passing = lambda: order.append("a")
+    bench.held[B].model.passing = lambda: order.append("b")
+    bench.ask(1, *[[1]] * 100, batch_max=2)
+    bench.ask(2, [1], [2], [3], ref=B)
+    bench.run()
+    assert order[:7] == ["a", "b", "a", "b", "a", "b", "a"]
+    assert bench.sent.index((bench.end(2), b"")) < bench.sent.index((bench.end(1), b""))
+
+
+def test_a_model_whose_weights_still_come_holds_up_no_other() -> None:
+    bench = Bench()
+    bench.held[A].model.is_gated = True
+    bench.ask(1, [1])
+    bench.ask(2, [2], ref=B)
+    bench.compute.turn()
+    assert (bench.passes(A), bench.passes(B)) == ([], [[(2,)]])
+    bench.run()
+    assert bench.body(1) == answer([1])
+
+
+def test_who_leaves_in_the_middle_of_its_inputs_takes_nobody_along() -> None:
+    bench = Bench()
+    leaving = bench.ask(1, *[[1]] * 20, batch_max=4)
+    bench.ask(2, [7, 7], batch_max=4)
+    bench.held[A].model.passing = leaving.cancelled.set
+    bench.run()
+    assert len(bench.passes()) < 5
+    assert (bench.body(1), bench.body(2)) == (None, answer([7, 7]))
+    assert isinstance(bench.end(1), End)
+
+
+def test_who_waits_for_company_is_let_go_at_once() -> None:
+    bench = Bench()
+    leaving = bench.ask(1, [1], batch_max=8, batch_delay_ms=50)
+    assert bench.compute.turn() == pytest.approx(0.05)
+    assert bench.held[A].users == 1
+    leaving.cancelled.set()
+    assert bench.compute.turn() is None
+    assert bench.held[A].users == 0
+    assert bench.passes() == []
+
+
+def test_a_delay_gathers_and_ends() -> None:
+    bench = Bench()
+    bench.ask(1, [1], batch_max=8, batch_delay_ms=5)
+    assert bench.compute.turn() == pytest.approx(0.005)
+    bench.clock_ms = 4.0
+    bench.ask(2, [2], batch_max=8, batch_delay_ms=5)
+    assert bench.compute.turn() == pytest.approx(0.001)
+    bench.clock_ms = 5.0
+    assert bench.compute.turn() == 0.0
+    assert bench.passes() == [[(1,), (2,)]]
+
+
+def test_one_model_s_delay_is_no_other_s() -> None:
+    bench = Bench()
+    bench.ask(1, [1], batch_max=8, batch_delay_ms=5)
+    bench.ask(2, [2], ref=B)
+    assert bench.compute.turn() == 0.0
+    assert bench.body(2) == answer([2])
+
+
+def test_what_one_breaks_the_others_do_not_pay_for() -> None:
+    bench = Bench()
+    for number, inputs in enumerate(([[1]], [[BROKEN]], [[2], [3]])):
+        bench.ask(number, *inputs, batch_max=8)
+    bench.run()
+    assert isinstance(bench.end(1), Broke)
+    assert (bench.body(0), bench.body(1), bench.body(2)) == (answer([1]), None, answer([2], [3]))
+
+
+def test_a_request_at_fault_joins_nothing() -> None:
+    bench = Bench()
+    bench.ask(1, [1], [REFUSED], batch_max=8)
+    bench.ask(2, [2], batch_max=8)
+    bench.run()
+    assert (bench.end(1).code, bench.end(1).field) == ("invalid_request", "input")
+    assert bench.passes() == [[(2,)]]
+
+
+def test_a_model_that_is_not_here_is_said_to_be_gone() -> None:
+    bench = Bench()
+    bench.ask(1, [1], ref=ModelRef("acme", "absent", "0" * 16))
+    bench.run()
+    assert bench.end(1).gone
+
+
+def test_what_is_computed_whole_has_its_turn_too() -> None:
+    bench = Bench()
+    bench.ask(1, [1], op="whole")
+    bench.ask(2, [2])
+    bench.run()
+    assert bench.passes() == [[()], [(2,)]]
+    assert isinstance(bench.end(1), End)
+
+
+def test_a_pass_is_paid_for_by_those_whose_tokens_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, clock_s = Bench(), [0.0]
+    monkeypatch.setattr("agent.compute.time.perf_counter", lambda: clock_s[0])
+
+    def passing() -> None:
+        clock_s[0] += 1.0
+
+    bench.held[A].model.passing = passing
+    bench.ask(1, [1, 1, 1], batch_max=8)
+    bench.ask(2, [2, 2, 2, 2], [2, 2, 2], batch_max=8)
+    bench.run()
+    assert (bench.end(1).busy_us, bench.end(2).busy_us) == (300_000, 700_000)
