@@ -121,18 +121,19 @@ async def test_a_worker_measures_what_requests_take_beside_the_weights(
 ) -> None:
     """A long input takes more than a short one, and neither is blamed for the weights."""
     await load(worker, storyteller)
-    seen: asyncio.Queue[tuple[ModelRef, int]] = asyncio.Queue()
-    worker.on_workspace = lambda ref, nbytes: seen.put_nowait((ref, nbytes))
-    peaks: list[int] = []
-    # The first request also brings in code and threads for good.
-    for words in (1, 1, 900):
+    seen: list[tuple[ModelRef, int]] = []
+    worker.on_workspace = lambda ref, nbytes: seen.append((ref, nbytes))
+    # The first request also brings in code and threads for good, and is not measured while the load ends.
+    # What a request took is told before the next one's answer.
+    for words in (1, 1, 1, 900, 1):
         await tell(worker, storyteller, prompt="word " * words, max_tokens=1)
-        ref, peak_bytes = await asyncio.wait_for(seen.get(), PATIENCE_S)
-        assert ref == storyteller.ref
-        peaks.append(peak_bytes)
+    assert {ref for ref, _ in seen} == {storyteller.ref}
+    peaks = [peak_bytes for _, peak_bytes in seen]
+    large = peaks.index(max(peaks))
+    assert large >= 2
     # Attention and activations of 1,800 tokens in four layers of width 128 are some megabytes.
-    assert peaks[2] > peaks[1] + 2 * MIB
-    assert peaks[2] < 512 * MIB
+    assert peaks[large] > peaks[large - 1] + 2 * MIB
+    assert peaks[large] < 512 * MIB
 
 
 # --- requests -------------------------------------------------------------------------------------
