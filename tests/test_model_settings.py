@@ -108,6 +108,21 @@ async def test_one_version_that_can_not_have_it_keeps_all_as_they_are(control: R
     assert await settings(control, "acme/m") == (8, 5)
 
 
+async def test_a_change_may_depend_on_what_its_caller_saw(control: Running) -> None:
+    await control.push("acme", "m", model_files(1))
+    await control.push("acme", "m", model_files(2))
+    seen = (await control.call("GET", PATH)).headers["ETag"]
+    first = await control.call("PATCH", PATH, {"batch_max": 8}, headers={"If-Match": seen})
+    again = await control.call("PATCH", PATH, {"batch_max": 16}, headers={"If-Match": seen})
+    assert (first.status, again.status) == (200, 412)
+    # Another version's settings are part of what the bare name means.
+    older = (await control.call("GET", "/api/v1/models")).json()["items"][1]["ref"]
+    await control.call("PATCH", f"/api/v1/models/{older}", {"batch_max": 3})
+    late = await control.call("PATCH", PATH, {"batch_max": 16}, headers={"If-Match": first.headers["ETag"]})
+    assert late.status == 412
+    assert await settings(control, "acme/m") == (8, 0)
+
+
 async def test_another_tenant_s_model_can_not_be_told_from_none(control: Running) -> None:
     await control.push("acme", "m", model_files())
     globex = await control.tenant("globex")

@@ -255,9 +255,10 @@ async def show(control: Control, request: web.Request, caller: Caller) -> web.Re
 
 def _state(
     control: Control, model: ModelName, version: str | None, spec: ModelSpec
-) -> tuple[ModelSpec, list[ModelRef]]:
+) -> tuple[ModelSpec, list[tuple[ModelRef, Batching]]]:
     """What an ETag is made of: this version, and all others when the name means all of them."""
-    return spec, [each.ref for each in control.catalog.versions_of(model)] if version is None else []
+    versions = control.catalog.versions_of(model) if version is None else []
+    return spec, [(each.ref, each.batching) for each in versions]
 
 
 async def change(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -269,6 +270,8 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
         raise BadValue("batch_max", "give at least one of batch_max and batch_delay_ms")
     async with control.writing:
         model, version, spec = named_model(control, request, caller)
+        state = _state(control, model, version, spec)
+        etags.check_match(request, state, lambda: model_answer(spec))
         if request.match_info["ref"].endswith("@latest"):
             version = spec.ref.version
         # Two settings may only be right together, so each version is checked with both.
@@ -279,14 +282,16 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
         await control.write(
             [PutModel(new) for new in changed if new != control.catalog.models[new.ref]],
         )
-        answer = model_answer(control.catalog.models[spec.ref])
+        model, named, spec = named_model(control, request, caller)
+        answer = model_answer(spec)
+        state = _state(control, model, named, spec)
     control.record(
         "model_changed",
         tenant=model.tenant,
         model=str(spec.ref) if version else str(model),
         detail=f"batch_max {answer.batch_max}, delay {answer.batch_delay_ms} ms, by key {caller.key_id}",
     )
-    return json_response(answer)
+    return etags.tagged(state, answer)
 
 
 def _merged(old: Batching, ask: SettingsAsk) -> Batching:
@@ -375,8 +380,10 @@ ROUTES = (
         operation=Operation(
             "changeModel",
             "Change settings of one version, or of all of the model when the reference names none.",
-            [Result(200, "The version, or the latest, as it is now.", ModelAnswer)],
+            [Result(200, "The version, or the latest, as it is now.", ModelAnswer, headers=TAGGED)],
             SettingsAsk,
+            takes=[IF_MATCH],
+            refusals=CHANGED,
         ),
     ),
     Route(
