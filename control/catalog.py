@@ -388,16 +388,22 @@ def plan_bytes(spec: ModelSpec) -> int:
 
 
 def model_arrival(catalog: Catalog, spec: ModelSpec) -> list[Change]:
-    """Changes that make ``spec`` the latest version of its model. A version that is new has the settings of
-    the latest one before it: they were made for the model, whatever its weights."""
+    """Changes that make ``spec`` the latest version of its model."""
     older = catalog.resolve(spec.ref.model, None)
     changes: list[Change] = []
-    if older is not None and spec.ref not in catalog.models:
-        spec = replace(spec, batching=older.batching)
     if older is not None and older.ref != spec.ref:
         changes.append(PutModel(replace(older, latest=False)))
     changes.append(PutModel(replace(spec, latest=True)))
     return changes
+
+
+def arriving(catalog: Catalog, spec: ModelSpec) -> ModelSpec:
+    """``spec`` as the latest version of its model. One that is new has the settings of the latest before it:
+    they were made for the model, whatever its weights."""
+    older = catalog.resolve(spec.ref.model, None)
+    if older is not None and spec.ref not in catalog.models:
+        spec = replace(spec, batching=older.batching)
+    return replace(spec, latest=True)
 
 
 def model_removal(catalog: Catalog, model: ModelName, version: str | None) -> list[Change]:

@@ -23,6 +23,7 @@ from control.catalog import (
     VERSIONS_MAX,
     VERSIONS_PER_TENANT_MAX,
     PutModel,
+    arriving,
     model_arrival,
     model_removal,
     plan_bytes,
@@ -206,7 +207,7 @@ async def register(control: Control, request: web.Request, caller: Caller) -> we
             # The same content: the version stays what it is, but a registered origin may have moved.
             origin = known.origin if known.origin == CONTROL_ORIGIN else url
             spec = replace(known, origin=origin)
-        spec = replace(spec, latest=True)
+        spec = arriving(control.catalog, spec)
         answer = json_response(model_answer(spec), 201 if known is None else 200)
         await control.write([*model_arrival(control.catalog, spec), *caller.remembering(answer)])
     control.record("model_registered", tenant=tenant, model=str(spec.ref), detail=url)

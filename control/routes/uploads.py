@@ -28,6 +28,7 @@ from control.catalog import (
     DropUpload,
     PutUpload,
     UploadRow,
+    arriving,
     model_arrival,
 )
 from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
@@ -412,11 +413,12 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
     try:
         await asyncio.to_thread(check_floor, control.upload_dir, row.declared_bytes)
         await asyncio.to_thread(control.models.put, row.ref, parts)
-        spec = replace(new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms()), latest=True)
-        answer = json_response(model_answer(spec), 201)
+        spec = new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms())
         async with control.writing:
             upload_of(control, request, caller)  # it, or its tenant, may have been deleted meanwhile
             check_room(control, spec)
+            spec = arriving(control.catalog, spec)
+            answer = json_response(model_answer(spec), 201)
             changes = [*model_arrival(control.catalog, spec), *_committed(control, row)]
             await control.write([*changes, *caller.remembering(answer)])
     except BaseException as error:
