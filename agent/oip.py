@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
 from aiohttp import web
@@ -149,6 +149,7 @@ class OipRoutes:
                 frame = await self._run_one(request, spec, asked.order)
             except EngineError as error:
                 raise _at_fault(spec, error) from None
+            asked = asked.answered()
             answer = await self._sized(len(frame.body), _write, spec, signature, asked, frame)
         headers = {} if answer.header_bytes is None else {HEADER_LENGTH: str(answer.header_bytes)}
         kind = "application/json" if answer.header_bytes is None else "application/octet-stream"
@@ -185,6 +186,10 @@ class Asked:
     id: str | None
     outputs: tuple[WantedOutput, ...]
     order: EngineRequest
+
+    def answered(self) -> Asked:
+        """Without the tensors, which nobody needs any more."""
+        return replace(self, order=replace(self.order, body=b""))
 
 
 def _read(body: bytes, header_bytes: int | None, spec: ModelSpec, signature: TensorSignature) -> Asked:

@@ -144,7 +144,7 @@ def read_inference(body: bytes, header_bytes: int | None, signature: TensorSigna
             f"{len(body)} bytes.",
         )
     view = memoryview(body)
-    ask = decode_json(body if header_bytes is None else bytes(view[:header_bytes]), InferAsk)
+    ask = _read_ask(body, header_bytes)
     raw = view[header_bytes:] if header_bytes is not None else None
     _refuse_parameters("parameters", ask.parameters, _REFUSED_PARAMETERS)
     outputs = _outputs(ask, signature)  # before the data: what can not be answered need not be read
@@ -177,6 +177,17 @@ def read_inference(body: bytes, header_bytes: int | None, signature: TensorSigna
             400, "invalid_value", f"The body has {len(raw) - at} bytes that no tensor's size covers."
         )
     return Inference(ask.id, tuple(tensors), outputs)
+
+
+def _read_ask(body: bytes, header_bytes: int | None) -> InferAsk:
+    if header_bytes is None:
+        return decode_json(body, InferAsk)
+    try:
+        return decode_json(body[:header_bytes], InferAsk)
+    except ApiError as error:
+        if error.code == "invalid_json":  # a header that is left over from another request, most often
+            error.hint = f"By Inference-Header-Content-Length it is the first {header_bytes} bytes."
+        raise
 
 
 def _refuse_parameters(field: str, parameters: Parameters, refused: Mapping[str, str]) -> None:

@@ -151,7 +151,8 @@ class FakeLease:
     restored_bytes: int = 4096
 
     async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
-        self.node.orders.append(request)
+        if self.node.keeps_orders:
+            self.node.orders.append(request)
         done = False
         try:
             async for frame in self.node.script(request):
@@ -178,6 +179,7 @@ class FakeNode:
     events: list[tuple[str, str]] = field(default_factory=list)
     is_ready: bool = True
     credentials: Credentials | None = None  # instead of ``keys``: those of a plan, and tickets
+    keeps_orders: bool = True  # with the bodies in them
 
     def __post_init__(self) -> None:
         self.go = asyncio.Event()
@@ -300,7 +302,8 @@ async def served(
 
 async def _main() -> None:
     """Serve in a process of its own, for tests that measure memory: prints URL and key, ends with stdin."""
-    node = FakeNode()
+    node = FakeNode(keeps_orders=False)
+    node.add(echo_spec("acme", "echo", "FP32"))
     async with served(node) as url:
         print(url, node.acme, flush=True)
         await asyncio.to_thread(sys.stdin.read)

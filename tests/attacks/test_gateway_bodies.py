@@ -11,24 +11,19 @@ import asyncio
 import gzip
 import io
 import json
-import os
 import random
-import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import aiohttp
 import pytest
 import zstandard
 from fake_node import SOON_SECONDS, FakeNode, served
+from gateway_process import first_status, own_process, peak_bytes
 
 import packer.http
 from packer.http import JSON_BYTES_MAX, OWNER_BODIES_BYTES_MAX
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 VALID: dict[str, dict[str, object]] = {
     "/v1/embeddings": {"model": "acme/embed", "input": ["a"], "encoding_format": "float"},
     "/v1/classify": {"model": "acme/moods", "input": "a"},
@@ -42,40 +37,6 @@ VALID: dict[str, dict[str, object]] = {
 }
 BOMB_BYTES = 300 * 1024 * 1024
 MEMORY_GROWTH_BYTES_MAX = 24 * 1024 * 1024
-
-
-@contextmanager
-def own_process() -> Iterator[tuple[str, str, int]]:
-    """The gateway in a process of its own: URL, a key, process id."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "fake_node.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    try:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        url, key = process.stdout.readline().split()
-        yield url, key, process.pid
-        process.stdin.close()
-        assert process.wait(SOON_SECONDS) == 0
-    finally:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-
-def peak_bytes(pid: int) -> int:
-    """The most memory that the process ever had resident."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no VmHWM")
 
 
 def bombs() -> Iterator[tuple[str, bytes]]:
@@ -123,19 +84,6 @@ async def test_a_hundred_withheld_giant_bodies_cost_no_memory() -> None:
         statuses = await asyncio.gather(*(first_status(url, head) for _ in range(100)))
         assert set(statuses) == {413}
         assert peak_bytes(pid) - before < MEMORY_GROWTH_BYTES_MAX
-
-
-async def first_status(url: str, sent: bytes) -> int:
-    """Send bytes, read the first answer's status, hang up. 0 when the server hung up without an answer."""
-    host, port = url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    try:
-        async with asyncio.timeout(SOON_SECONDS):
-            writer.write(sent)
-            line = await reader.readline()
-            return int(line.split()[1]) if line else 0
-    finally:
-        writer.transport.abort()
 
 
 async def test_a_body_over_the_limit_is_413_and_one_at_it_is_read() -> None:

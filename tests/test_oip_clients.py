@@ -1,0 +1,228 @@
+"""Unmodified clients of the Open Inference Protocol against a real stack: ``tritonclient`` and ``kserve``.
+
+Covers: ``tritonclient[http]`` (sync and aio) and ``kserve``'s REST client, each through the router and at the
+node itself, with real models in real workers, in JSON and raw bytes. Does not cover: every wrong request
+(``test_oip.py``), the router alone (``test_oip_router.py``), or gRPC, which this surface has not.
+
+There is no conformance suite of the protocol; these two are what its users run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import kserve
+import kserve.protocol.infer_type as kserve_types
+import numpy as np
+import pytest
+import tritonclient.http as triton
+import tritonclient.http.aio as triton_aio
+from make_models import make_encoder
+from real_box import PATIENCE_S, Box, running_box
+from tiny_models import tiny_classifier, tiny_gpt2
+from tritonclient.utils import InferenceServerException
+
+pytestmark = [pytest.mark.clients, pytest.mark.processes, pytest.mark.timeout(300)]
+
+TEXTS = ("A bunkhouse is a plain building.", "Grüße, 早上好", "hello")
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """One way in: the router's or the node's address, and acme's key."""
+
+    url: str
+    key: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Made anew for each call: Triton's clients leave headers of their own in it."""
+        return {"Authorization": f"Bearer {self.key}"}
+
+    @property
+    def address(self) -> str:
+        """As Triton's clients take it."""
+        return self.url.removeprefix("http://")
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+    folder = tmp_path_factory.mktemp("oip")
+    with running_box(folder, devices=("cpu:96MiB",)) as box:
+        for tenant in ("acme", "globex"):
+            box.add_tenant(tenant)
+        acme = box.tenant("acme")
+        acme.push("acme/words", make_encoder(folder / "words"))
+        acme.push("acme/mood", tiny_classifier(folder / "mood"))
+        acme.push("acme/chat", tiny_gpt2(folder / "chat"))
+        box.tenant("globex").push("globex/mood", tiny_classifier(folder / "other", seed=9))
+        box.wait_planned(4)
+        yield box
+
+
+@pytest.fixture(params=["router", "node"])
+def door(box: Box, request: pytest.FixtureRequest) -> Door:
+    url = box.url if request.param == "router" else box.gateway_url
+    return Door(url, box.keys["acme"])
+
+
+@pytest.fixture
+def client(door: Door) -> Iterator[triton.InferenceServerClient]:
+    made = triton.InferenceServerClient(door.address, network_timeout=PATIENCE_S)
+    yield made
+    made.close()
+
+
+def expected(box: Box) -> np.ndarray[Any, Any]:
+    """The same embeddings by OpenAI's route."""
+    answer = httpx2.post(
+        f"{box.gateway_url}/v1/embeddings",
+        headers={"Authorization": f"Bearer {box.keys['acme']}"},
+        json={"model": "acme/words", "input": list(TEXTS), "encoding_format": "float"},
+        timeout=PATIENCE_S,
+    )
+    return np.array([row["embedding"] for row in answer.json()["data"]], dtype=np.float32)
+
+
+def triton_input(binary: bool, kind: Any = triton, column: bool = False) -> Any:
+    texts = np.array([text.encode() for text in TEXTS], dtype=np.object_)
+    shaped = texts.reshape(-1, 1) if column else texts
+    found = kind.InferInput("text", list(shaped.shape), "BYTES")
+    found.set_data_from_numpy(shaped, binary_data=binary)
+    return found
+
+
+# --- tritonclient -----------------------------------------------------------------------------------------
+
+
+def test_triton_reads_what_there_is(box: Box, door: Door, client: triton.InferenceServerClient) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    metadata = client.get_server_metadata(headers=door.headers)
+    assert metadata["name"] == "bunkhouse"
+    assert "binary_tensor_data" in metadata["extensions"]
+    model = client.get_model_metadata("acme/words", headers=door.headers)
+    (version,) = model["versions"]
+    assert client.is_model_ready("acme/words", headers=door.headers)
+    assert client.is_model_ready("acme/words", version, headers=door.headers)
+    assert not client.is_model_ready("globex/mood", headers=door.headers)
+    assert not client.is_model_ready("acme/words")  # without a key
+    assert model["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+    config = client.get_model_config("acme/mood", headers=door.headers)
+    assert [port["name"] for port in config["output"]] == ["scores", "label"]
+    index = client.get_model_repository_index(headers=door.headers)
+    assert [row["name"] for row in index] == ["acme/chat", "acme/mood", "acme/words"]
+    for change in (client.load_model, client.unload_model):
+        with pytest.raises(InferenceServerException, match="by hand"):
+            change("acme/mood", headers=door.headers)
+
+
+@pytest.mark.parametrize("sent", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_triton_embeds_in_every_mix_of_json_and_raw_bytes(
+    box: Box, door: Door, client: triton.InferenceServerClient, sent: bool, wanted: bool
+) -> None:
+    result = client.infer(
+        "acme/words",
+        [triton_input(sent, column=wanted)],
+        outputs=[triton.InferRequestedOutput("embedding", binary_data=wanted)],
+        request_id="seven",
+        headers=door.headers,
+        response_compression_algorithm="gzip",
+    )
+    assert result.get_response()["id"] == "seven"
+    assert result.get_response()["model_name"] == "acme/words"
+    assert np.array_equal(result.as_numpy("embedding"), expected(box))
+
+
+def test_triton_classifies_and_asks_in_the_background(
+    door: Door, client: triton.InferenceServerClient
+) -> None:
+    whole = client.infer("acme/mood", [triton_input(True)], headers=door.headers)
+    later = client.async_infer("acme/mood", [triton_input(False)], headers=door.headers).get_result()
+    scores, labels = whole.as_numpy("scores"), whole.as_numpy("label")
+    assert scores.shape == (len(TEXTS), 3)
+    assert scores.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert np.array_equal(later.as_numpy("scores"), scores)
+    assert np.array_equal(later.as_numpy("label"), labels)
+    assert labels.shape == (len(TEXTS),)
+
+
+def test_triton_reads_its_own_statistics(box: Box, door: Door, client: triton.InferenceServerClient) -> None:
+    def counted() -> int:
+        (row,) = client.get_inference_statistics("acme/mood", headers=door.headers)["model_stats"]
+        return int(row["inference_count"])
+
+    before = counted()
+    client.infer("acme/mood", [triton_input(True)], headers=door.headers)
+    assert counted() == before + len(TEXTS)
+    everything = client.get_inference_statistics(headers=door.headers)["model_stats"]
+    assert {row["name"] for row in everything} == {"acme/chat", "acme/words", "acme/mood"}
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "said"),
+    [
+        ("globex/mood", "404", "does not exist or your key has no access"),
+        ("acme/none", "404", "does not exist or your key has no access"),
+        ("acme/chat", "400", "/v1/chat/completions"),
+    ],
+)
+def test_triton_raises_what_is_wrong(
+    door: Door, client: triton.InferenceServerClient, model: str, status: str, said: str
+) -> None:
+    with pytest.raises(InferenceServerException, match=said) as caught:
+        client.infer(model, [triton_input(True)], headers=door.headers)
+    assert caught.value.status() == status
+    with pytest.raises(InferenceServerException, match="not accepted; send the body uncompressed"):
+        client.infer(model, [triton_input(True)], headers=door.headers, request_compression_algorithm="gzip")
+    with pytest.raises(InferenceServerException, match="No valid API key"):
+        client.infer(model, [triton_input(True)])
+
+
+async def test_tritons_other_client_does_the_same(box: Box, door: Door) -> None:
+    async with triton_aio.InferenceServerClient(door.address) as client:
+        assert await client.is_server_ready()
+        assert await client.is_model_ready("acme/words", headers=door.headers)
+        for binary in (True, False):
+            result = await client.infer(
+                "acme/words",
+                [triton_input(binary, triton_aio)],
+                outputs=[triton_aio.InferRequestedOutput("embedding", binary_data=binary)],
+                headers=door.headers,
+            )
+            assert np.array_equal(result.as_numpy("embedding"), expected(box))
+        with pytest.raises(InferenceServerException, match="does not exist or your key has no access"):
+            await client.infer("globex/mood", [triton_input(True, triton_aio)], headers=door.headers)
+
+
+# --- kserve -----------------------------------------------------------------------------------------------
+
+
+def kserve_request(model: str, binary: bool) -> kserve.InferRequest:
+    tensor = kserve.InferInput("text", [len(TEXTS)], "BYTES")
+    values = np.array([text.encode() if binary else text for text in TEXTS], dtype=np.object_)
+    tensor.set_data_from_numpy(values, binary_data=binary)
+    output = kserve_types.RequestedOutput("embedding", parameters={"binary_data": binary})
+    return kserve.InferRequest(model, [tensor], request_id="nine", request_outputs=[output])
+
+
+@pytest.mark.parametrize("binary", [True, False])
+async def test_kserves_client_embeds(box: Box, door: Door, binary: bool) -> None:
+    async with kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2", timeout=PATIENCE_S)) as client:
+        assert await client.is_server_live(door.url)
+        assert await client.is_server_ready(door.url)
+        assert await client.is_model_ready(door.url, "acme/words", headers=door.headers)
+        assert not await client.is_model_ready(door.url, "globex/mood", headers=door.headers)
+        answer = await client.infer(
+            door.url,
+            kserve_request("acme/words", binary),
+            model_name="acme/words",
+            headers=door.headers,
+        )
+    assert answer.id == "nine"
+    (output,) = answer.outputs
+    assert np.array_equal(output.as_numpy(), expected(box))
