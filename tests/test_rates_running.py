@@ -16,6 +16,8 @@ import pytest
 from make_models import make_gpt2
 from real_box import PATIENCE_S, Box, running_box
 
+import bunkhouse
+
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
 TOKENS_PER_MINUTE = 30
@@ -23,7 +25,7 @@ TOKENS_PER_MINUTE = 30
 
 # Each test has a tenant of its own with a limit; this one has none.
 FREE = "free"
-TENANTS = ("direct", "routed", "leaver", "debtor", FREE)
+TENANTS = ("direct", "routed", "ticketed", "leaver", "debtor", FREE)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,25 @@ def test_a_tenant_above_its_tokens_is_told_when_to_come_back_and_its_neighbour_i
         assert answer.headers["x-ratelimit-reset-tokens"].startswith("2m"), "the debt and the bucket"
         _, unlimited = write(neighbour, FREE, 4)
         assert not any(name.startswith("x-ratelimit") for name in unlimited)
+
+
+def test_a_tickets_calls_count_as_the_keys_do(box: Box) -> None:
+    """The SDK calls the agent itself; the tenant's rate is the same one."""
+    limit(box, "ticketed", tokens_per_minute=TOKENS_PER_MINUTE)
+    before = routed_calls(box)
+    retry = bunkhouse.RetryPolicy(tries_max=1)
+    with bunkhouse.Client(box.url, box.keys["ticketed"], direct=True, retry=retry) as api:
+        written = api.complete("ticketed/gen", "the bunk", max_tokens=64)
+        assert written.served.node == "box"
+        with pytest.raises(bunkhouse.RateLimited, match="tokens per minute"):
+            api.complete("ticketed/gen", "the bunk", max_tokens=1, stream=True)
+    assert routed_calls(box) == before
+
+
+def routed_calls(box: Box) -> str:
+    """The line of control's figures that counts calls through its router."""
+    text = httpx2.get(f"{box.url}/metrics", timeout=PATIENCE_S).text
+    return next(line for line in text.splitlines() if line.startswith("bunkhouse_router_calls_total"))
 
 
 def test_who_leaves_a_stream_pays_for_what_was_written(box: Box) -> None:
