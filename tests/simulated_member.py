@@ -345,6 +345,7 @@ class Member(World):
         view = SimpleNamespace(
             gateway_url=self.gateway_url,
             peer_url=self.peer_url,
+            route_url="",
             started_ms=self.life * 1_000_000 + self.reports,  # tells reports apart
             counters=self.counters,
             accuracy=self.accuracy,
