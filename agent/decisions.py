@@ -20,6 +20,7 @@ from packer.events import (
     Dropped,
     Event,
     Grant,
+    Planned,
     Refuse,
     Requested,
     Restored,
@@ -58,6 +59,8 @@ class Decisions:
                 self._requests[request] = (ref, at_ms, None)
             case Cancelled(request=request):
                 self._end(request, event)
+            case Planned(tenants=tenants):
+                self._forget_others({spec.tenant for spec in tenants})
             case Restored() | RestoreFailed() | Dropped():
                 self._ring.append(_about(core, event, at_ms))
             case _:
@@ -70,6 +73,14 @@ class Decisions:
                 self._ring.append(
                     Decision(Kind.REFUSED, str(known[0]), why, request=action.request, at_ms=at_ms)
                 )
+
+    def _forget_others(self, tenants: set[str]) -> None:
+        """A tenant that is made anew under an old name must not read what was decided about the old one."""
+        kept = [each for each in self._ring if tenants.issuperset(_tenants(each))]
+        if len(kept) < len(self._ring):
+            self._ring = deque(kept, maxlen=DECISIONS_KEPT_MAX)
+        for request in [name for name, known in self._requests.items() if known[0].tenant not in tenants]:
+            del self._requests[request]
 
     def _end(self, request: str, how: Grant | Refuse | Cancelled) -> None:
         known = self._requests.get(request)
@@ -111,6 +122,12 @@ class Decisions:
             if not served and asked_ms <= each.at_ms <= until_ms + SLACK_MS and _concerns(each, str(ref))
         ]
         return Reply(question.question, decisions=tuple(found[-DECISIONS_MAX:]), story=story)
+
+
+def _tenants(decision: Decision) -> list[str]:
+    """Everybody whom a decision names."""
+    refs = [decision.ref, decision.by, *(victim.ref for victim in decision.victims)]
+    return [ref.partition("/")[0] for ref in refs if ref]
 
 
 def _concerns(decision: Decision, ref: str) -> bool:

@@ -2,6 +2,7 @@
 
 Covers: which questions are open, which a node has not been handed yet, and whose answers count. Does not
 cover: who may ask (``control.routes.plans``) or long polls (``control.state``), which a question ends.
+Each costs its node a beat, so a tenant has a rate of them, and never the last places.
 Everything is in memory: a question is worth no more than the wait of who asked it.
 """
 
@@ -14,11 +15,17 @@ from dataclasses import dataclass
 
 from packer.http import ApiError
 from packer.questions import QUESTIONS_MAX, Asks, Question, Reply
+from packer.rates import Rate
 
 # Open questions of one node: what one beat can carry. More means that people ask faster than it answers.
 OPEN_PER_NODE_MAX = QUESTIONS_MAX
 # Open questions of one tenant at one node: less than a node takes, so that nobody shuts others out.
 OPEN_PER_TENANT_MAX = 2
+# Open questions of all tenants at one node; the operator, who looks for what is wrong, has the rest.
+OPEN_OF_TENANTS_MAX = OPEN_PER_NODE_MAX - 2
+# Questions of one tenant, to how many nodes they ever go: a person at a terminal, or a page that looks every
+# two seconds. Ten seconds' worth may come at once.
+TENANT_QUESTIONS_PER_MINUTE = 30
 # Open questions of one owner over all nodes: what one ``explain`` of a fleet needs, and another.
 OPEN_PER_OWNER_MAX = 32
 # A node answers in milliseconds once it hears of it; a node between two beats hears within a second.
@@ -37,10 +44,13 @@ class _Open:
 
 
 class Questions:
-    """``wake`` ends a node's long poll, so that it comes for its questions."""
+    """``wake`` ends a node's long poll, so that it comes for its questions; ``now_ms`` never goes back."""
 
-    def __init__(self, wake: Callable[[str], None]) -> None:
+    def __init__(self, wake: Callable[[str], None], now_ms: Callable[[], int]) -> None:
         self._wake = wake
+        self._now_ms = now_ms
+        # Of tenants that asked lately: those that may ask at full rate again are forgotten.
+        self._rates: dict[str, Rate] = {}
         self._open: dict[str, _Open] = {}
         self._pending: dict[str, list[Question]] = {}
 
@@ -50,6 +60,23 @@ class Questions:
     def take(self, node: str) -> tuple[Question, ...]:
         """What the answer to this node's beat carries; handed over once."""
         return tuple(self._pending.pop(node, ()))
+
+    def admit(self, owner: str) -> None:
+        """Count a question that is about to be put to some nodes. Raises ``ApiError`` 429."""
+        if owner == OPERATOR_OWNER:
+            return
+        now_ms = self._now_ms()
+        self._rates = {name: rate for name, rate in self._rates.items() if rate.reset_ms(now_ms)}
+        rate = self._rates.setdefault(owner, Rate(TENANT_QUESTIONS_PER_MINUTE))
+        if wait_ms := rate.wait_ms(now_ms):
+            raise ApiError(
+                429,
+                "too_many_questions",
+                f"A tenant may ask {TENANT_QUESTIONS_PER_MINUTE} questions per minute, {rate.burst} at once; "
+                "come back after Retry-After.",
+                retry_ms=wait_ms,
+            )
+        rate.take(now_ms)
 
     async def ask(self, node: str, owner: str, asks: Asks, subject: str) -> Reply | None:
         """The node's reply, or None when none came in time. Raises ``ApiError`` 429."""
@@ -70,11 +97,13 @@ class Questions:
     def _check(self, node: str, owner: str) -> None:
         there = [each.owner for each in self._open.values() if each.node == node]
         mine = sum(each.owner == owner for each in self._open.values())
-        limits = (
-            (len(there), OPEN_PER_NODE_MAX, f"to node {node}"),
-            (mine, OPEN_PER_OWNER_MAX, "of yours"),
-            (0 if owner == OPERATOR_OWNER else there.count(owner), OPEN_PER_TENANT_MAX, "of yours"),
-        )
+        limits = [(len(there), OPEN_PER_NODE_MAX, f"to node {node}"), (mine, OPEN_PER_OWNER_MAX, "of yours")]
+        if owner != OPERATOR_OWNER:
+            of_tenants = len(there) - there.count(OPERATOR_OWNER)
+            limits += [
+                (there.count(owner), OPEN_PER_TENANT_MAX, "of yours"),
+                (of_tenants, OPEN_OF_TENANTS_MAX, f"of tenants to node {node}"),
+            ]
         for count, limit, whose in limits:
             if count >= limit:
                 raise ApiError(

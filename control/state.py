@@ -123,7 +123,7 @@ class Control:
         self._source_waits: dict[ModelRef, asyncio.Event] = {}
         self._kept: set[asyncio.Task[object]] = set()
         self._background: list[asyncio.Task[None]] = []
-        self.questions = Questions(self._end_poll)
+        self.questions = Questions(self._end_poll, self.now_ms)
         self.routed = RouterCounters()
         self.stopping = False
         self.start_name = secrets.token_hex(8)

@@ -20,9 +20,10 @@ from scene import Scene, model
 from agent.decisions import DECISIONS_KEPT_MAX, Decisions
 from control import questions
 from packer.decisions import Kind
-from packer.events import Cancelled, Finished, Requested
-from packer.questions import DECISIONS_MAX, Asks, Question
-from packer.types import ModelSpec
+from packer.events import Cancelled, Finished, Planned, Requested
+from packer.http import ApiError
+from packer.questions import DECISIONS_MAX, Asks, Question, Reply
+from packer.types import ModelSpec, TenantSpec
 
 
 @dataclass(slots=True)
@@ -157,7 +158,7 @@ async def test_open_questions_are_bounded(site: Site, monkeypatch: pytest.Monkey
 
 
 async def test_a_question_to_a_node_between_two_beats_waits_for_the_next(tmp_path: Path) -> None:
-    asked = questions.Questions(lambda node: None)
+    asked = questions.Questions(lambda node: None, lambda: 0)
     asking = asyncio.create_task(asked.ask("box", "operator!", Asks.PLAN, "acme/a"))
     await asyncio.sleep(0)
     assert asked.pending("box")
@@ -168,6 +169,36 @@ async def test_a_question_to_a_node_between_two_beats_waits_for_the_next(tmp_pat
         await asking
     assert not asked.pending("box")
     assert question.subject == "acme/a"
+
+
+async def test_a_tenant_asks_at_a_rate_and_never_takes_the_last_places() -> None:
+    """Six tenants with two questions each leave room for the operator; what waited is given back its rate."""
+    now_ms = 0
+    asked = questions.Questions(lambda node: None, lambda: now_ms)
+    burst = questions.TENANT_QUESTIONS_PER_MINUTE // 6
+    for _ in range(burst):
+        asked.admit("acme")
+    with pytest.raises(ApiError, match="30 questions per minute") as refused:
+        asked.admit("acme")
+    assert refused.value.retry_ms == 2_000
+    asked.admit("bolt")
+    asked.admit(questions.OPERATOR_OWNER)
+    now_ms = 2_000
+    asked.admit("acme")
+    now_ms = 60_000
+    asked.admit("cone")
+    assert list(asked._rates) == ["cone"], "who may ask at full rate again is forgotten"
+
+    owners = [f"t{number // 2}" for number in range(questions.OPEN_OF_TENANTS_MAX)]
+    owners.append(questions.OPERATOR_OWNER)
+    asking = [asyncio.create_task(asked.ask("box", owner, Asks.PLAN, "acme/a")) for owner in owners]
+    await asyncio.sleep(0)
+    with pytest.raises(ApiError, match="of tenants to node box are open"):
+        await asked.ask("box", "late", Asks.PLAN, "acme/a")
+    assert len(asked.take("box")) == questions.OPEN_PER_NODE_MAX - 1, "one is left for the operator"
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
 
 
 # --- what the node remembers ----------------------------------------------------------------------
@@ -183,6 +214,27 @@ def test_the_ring_is_bounded_and_answers_are_too() -> None:
     assert len(reply.decisions) == DECISIONS_MAX
     assert reply.decisions[-1].request == f"r{DECISIONS_KEPT_MAX + 9}"
     assert {decision.kind for decision in reply.decisions} == {Kind.REFUSED}
+
+
+def test_decisions_are_forgotten_with_a_tenant_that_they_name() -> None:
+    """Else a new tenant of the old name could read what its predecessor did."""
+    ours, theirs = model("acme/a", 20), model("bolt/b", 20)
+    node = AskedNode(scene=Scene(ours, theirs, devices_mib=(30,)), decisions=Decisions(lambda: WALL_MS))
+    for number, spec in enumerate((ours, theirs)):
+        node.feed(Requested(f"r{number}", spec.ref, 60_000))
+        node.feed(Finished(f"r{number}"))
+
+    def asked(asks: Asks, subject: str) -> Reply:
+        return node.decisions.reply(Question("q", asks, subject))
+
+    assert asked(Asks.MODEL, str(theirs.ref)).decisions
+    assert asked(Asks.REQUEST, "r1").story is not None
+    node.feed(Planned((TenantSpec("acme"),), (ours,)))
+    assert not asked(Asks.MODEL, str(theirs.ref)).decisions
+    assert asked(Asks.REQUEST, "r1").story is None
+    kept = asked(Asks.MODEL, str(ours.ref)).decisions
+    assert kept, "what concerns nobody else stays"
+    assert all(not decision.victims and "bolt" not in decision.by for decision in kept)
 
 
 def test_a_caller_that_left_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

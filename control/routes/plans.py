@@ -168,6 +168,7 @@ async def _ask(
     control: Control, caller: Caller, nodes: Sequence[str], asks: Asks, subject: str
 ) -> list[Reply | None]:
     owner = caller.owner
+    control.questions.admit(owner)
     return list(await asyncio.gather(*(control.questions.ask(node, owner, asks, subject) for node in nodes)))
 
 
