@@ -22,6 +22,7 @@ from agent.data_dir import hold_data_dir
 from agent.gateway import GatewayConfig, build_app
 from agent.identity import BadIdentity
 from agent.node import RunningNode
+from agent.scrape_key import scrape_key
 from agent.workers import WorkerDead
 from packer import http
 from packer.durable import write_private
@@ -82,7 +83,8 @@ async def run(config: AgentConfig) -> int:
     node = RunningNode(config)
     loop.add_signal_handler(signal.SIGUSR2, node.meter.look_now)
     loop.add_signal_handler(signal.SIGUSR1, lambda: node.loop.dump("asked"))
-    app = build_app(node, GatewayConfig(config.name, config.request_timeout_ms))
+    scraper = scrape_key(config.data_dir)
+    app = build_app(node, GatewayConfig(config.name, config.request_timeout_ms, scraper=scraper))
     if node.control_listener is not None:
         node.control_listener.guard(app)
     runner = http.runner(app)

@@ -147,5 +147,6 @@ class NodeFacade(Protocol):
     def ready(self) -> bool:
         """Whether the node can accept requests: it has a plan and is not draining."""
 
-    def metrics_text(self) -> str:
-        """Prometheus text format; holds no prompts and no secrets."""
+    def metrics_text(self, tenants: bool) -> str:
+        """Prometheus text format; holds no prompts and no secrets. ``tenants``: also figures of tenants,
+        which name them."""

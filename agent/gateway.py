@@ -24,7 +24,7 @@ from aiohttp.typedefs import Handler
 
 from agent.event_stream import STALL_SECONDS, EventStream, with_silences
 from agent.facade import EngineError, EngineFault, EngineFrame, EngineRequest, Lease, NodeFacade, Refused
-from agent.guard import FACTS, KEY, add_headers, require_key
+from agent.guard import FACTS, KEY, SCRAPER, add_headers, require_key
 from agent.metering import expected_tokens
 from agent.oip import OipRoutes
 from agent.oip_models import rows_of
@@ -43,6 +43,7 @@ from agent.openai_shapes import (
     embed_request,
     embedding_answer,
 )
+from agent.scrape_key import ScrapeKey
 from packer.http import (
     REQUEST_ID,
     ApiError,
@@ -87,12 +88,14 @@ ASKED: web.RequestKey[str] = web.RequestKey("asked", str)
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
-    """What a gateway needs to know beside its node. ``node_name`` goes into every answer's headers."""
+    """What a gateway needs to know beside its node. ``node_name`` goes into every answer's headers;
+    ``scraper``: whose key shows figures of tenants (None: nobody's)."""
 
     node_name: str
     lease_timeout_ms: int = LEASE_TIMEOUT_MS
     keep_alive_ms: int = KEEP_ALIVE_MS
     stall_seconds: float = STALL_SECONDS
+    scraper: ScrapeKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class Call:
 
 def build_app(node: NodeFacade, config: GatewayConfig) -> web.Application:
     """The gateway's application; serve it with ``packer.http.runner``."""
-    app = web.Application(middlewares=[require_key(node), _explain])
+    app = web.Application(middlewares=[require_key(node, config.scraper), _explain])
     protect(app, tenants_response)
     add_headers(app, node, config.node_name)
     gateway = Gateway(node, config)
@@ -184,7 +187,7 @@ class Gateway:
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(
-            text=self._node.metrics_text(),
+            text=self._node.metrics_text(tenants=request[SCRAPER]),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
 

@@ -1,8 +1,9 @@
 """Who may pass the gateway's door, and what every answer says about its caller's limits.
 
 Covers: the key of each request (refused by default, whatever route is added later), the few open routes,
-metrics for this machine only, rate-limit headers. Does not cover: bodies, encodings and the error shape,
-which the router shares (``packer/http.py``), or what a key may see (``gateway``).
+metrics for this machine and the operator's scraper only, rate-limit headers. Does not cover: bodies,
+encodings and the error shape, which the router shares (``packer/http.py``), or what a key may see
+(``gateway``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from agent.facade import NodeFacade
+from agent.scrape_key import ScrapeKey
 from packer.http import (
     DEVICE_HEADER,
     NODE_HEADER,
@@ -37,8 +39,8 @@ from packer.types import KeySpec, Tier
 
 # The routes that answer without a key. Health says only whether, never what.
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
-# Needs no key, but a peer on this machine: a scraper seldom has a tenant's key, and numbers per tenant
-# are nobody else's business.
+# Needs no tenant's key: a peer on this machine sees the machine's own figures, and who has the scraper's key
+# sees those of tenants too, from anywhere. A proxy that ends TLS makes every stranger a local peer.
 LOCAL_PATHS = frozenset({"/metrics"})
 
 
@@ -54,9 +56,11 @@ class AnswerFacts:
 
 KEY: web.RequestKey[KeySpec] = web.RequestKey("key", KeySpec)
 FACTS: web.RequestKey[AnswerFacts] = web.RequestKey("facts", AnswerFacts)
+# Whether the caller has shown the scraper's key; set on ``LOCAL_PATHS`` only.
+SCRAPER: web.RequestKey[bool] = web.RequestKey("scraper", bool)
 
 
-def require_key(node: NodeFacade) -> Middleware:
+def require_key(node: NodeFacade, scraper: ScrapeKey | None = None) -> Middleware:
     """Every request needs a valid key unless its route is on the written list; unknown paths need one too."""
 
     @web.middleware
@@ -67,8 +71,14 @@ def require_key(node: NodeFacade) -> Middleware:
         if path in OPEN_PATHS:
             return await handler(request)
         if path in LOCAL_PATHS:
-            if not is_local(request):
-                raise ApiError(403, "local_only", "This is answered to callers on this machine only.")
+            request[SCRAPER] = scraper is not None and scraper.matches(bearer_text(request))
+            if not request[SCRAPER] and not is_local(request):
+                raise ApiError(
+                    403,
+                    "local_only",
+                    "This is answered to callers on this machine, and to those who send the key in the "
+                    "node's metrics.key as 'Authorization: Bearer …'.",
+                )
             return await handler(request)
         text = bearer_text(request)
         key = node.find_key(text) if text else None

@@ -34,14 +34,21 @@ class _Families:
         accuracy: Accuracy,
         rates: Rates | None,
         host_form: HostForm,
+        tenants: bool,
     ) -> None:
         self._report = report
         self._counters = counters
         self._accuracy = accuracy
         self._rates = rates
         self._host_form = host_form
+        self._tenants = tenants
 
     def collect(self) -> Iterator[Metric]:
+        for family in self._families():
+            if self._tenants or not any("tenant" in sample.labels for sample in family.samples):
+                yield family
+
+    def _families(self) -> Iterator[Metric]:
         report, counters = self._report, self._counters
         device = GaugeMetricFamily(
             "bunkhouse_device_bytes", "Bytes of a device by use.", labels=["device", "use"]
@@ -226,9 +233,15 @@ class _Families:
 
 
 def render(
-    report: Report, counters: Counters, accuracy: Accuracy, rates: Rates | None, host_form: HostForm
+    report: Report,
+    counters: Counters,
+    accuracy: Accuracy,
+    rates: Rates | None,
+    host_form: HostForm,
+    tenants: bool = True,
 ) -> str:
-    """The whole exposition; cheap enough to make on each scrape."""
+    """The exposition, without the families of tenants unless ``tenants``; cheap enough to make on each
+    scrape."""
     registry = CollectorRegistry()
-    registry.register(_Families(report, counters, accuracy, rates, host_form))
+    registry.register(_Families(report, counters, accuracy, rates, host_form, tenants))
     return generate_latest(registry).decode()

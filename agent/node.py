@@ -463,8 +463,10 @@ class RunningNode:
     def ready(self) -> bool:
         return self._plan is not None and not self._plan.draining
 
-    def metrics_text(self) -> str:
-        return metrics.render(self.report(), self.counters, self.accuracy, self.rates, self.host_form)
+    def metrics_text(self, tenants: bool = True) -> str:
+        return metrics.render(
+            self.report(), self.counters, self.accuracy, self.rates, self.host_form, tenants
+        )
 
     # --- what the uplink asks ---------------------------------------------------------------------
 

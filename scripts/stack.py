@@ -108,6 +108,11 @@ class Stack:
         if left:
             raise StackFailed(f"still running after bunk up had ended: process ids {sorted(left)}")
 
+    @property
+    def metrics_key_file(self) -> Path:
+        """With the key in it the agent shows figures of tenants."""
+        return self.options.data_dir / "agent" / "metrics.key"
+
     def logs(self) -> str:
         return read_logs(self.options.data_dir)
 

@@ -272,7 +272,7 @@ def _push_models(stack: Stack, directories: Mapping[str, Path], keys: Mapping[st
 
 def _wait_for_beat(stack: Stack, operator: bunkhouse.Client) -> None:
     """Wait until control has heard of every request that the node counted, so that the tables show all."""
-    counted = parse_counters(read_metrics(stack.agent_url))
+    counted = parse_counters(read_metrics(stack.agent_url, stack.metrics_key_file))
     deadline_s = time.monotonic() + BEAT_TIMEOUT_S
     while True:
         usage = [usage for tenant in TENANTS for usage in operator.quota(tenant).usage]

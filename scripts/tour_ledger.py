@@ -10,6 +10,7 @@ import re
 import threading
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SAMPLE_INTERVAL_S = 0.1
 READ_TIMEOUT_S = 10.0
@@ -49,10 +50,15 @@ def parse_counters(text: str) -> dict[str, int]:
     return found
 
 
-def read_metrics(agent_url: str) -> str:
-    """The node's exposition now. Loopback needs no proxy, whatever the environment says about one."""
+def read_metrics(agent_url: str, key_file: Path | None = None) -> str:
+    """The node's exposition now; with its key (``metrics.key`` of its data directory) also of tenants.
+
+    Loopback needs no proxy, whatever the environment says about one.
+    """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{agent_url}/metrics", timeout=READ_TIMEOUT_S) as answer:
+    headers = {"Authorization": f"Bearer {key_file.read_text().strip()}"} if key_file is not None else {}
+    request = urllib.request.Request(f"{agent_url}/metrics", headers=headers)
+    with opener.open(request, timeout=READ_TIMEOUT_S) as answer:
         text: bytes = answer.read(METRICS_BYTES_MAX)
     return text.decode()
 

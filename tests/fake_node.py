@@ -20,6 +20,7 @@ from aiohttp import web
 from agent.credentials import Credentials
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest, Lease, Refused
 from agent.gateway import GatewayConfig, build_app
+from agent.scrape_key import ScrapeKey
 from packer.http import KeyText, check_key, make_key, runner
 from packer.rates import RateView
 from packer.types import (
@@ -268,8 +269,9 @@ class FakeNode:
     def ready(self) -> bool:
         return self.is_ready
 
-    def metrics_text(self) -> str:
-        return "# TYPE bunkhouse_up gauge\nbunkhouse_up 1\n"
+    def metrics_text(self, tenants: bool) -> str:
+        of_tenants = '# TYPE bunkhouse_tokens gauge\nbunkhouse_tokens{tenant="acme"} 1\n'
+        return "# TYPE bunkhouse_up gauge\nbunkhouse_up 1\n" + of_tenants * tenants
 
 
 def too_long(field_name: str) -> Script:
@@ -285,10 +287,15 @@ def too_long(field_name: str) -> Script:
 
 @asynccontextmanager
 async def served(
-    node: FakeNode, *, keep_alive_ms: int = 3000, stall_seconds: float = 60.0
+    node: FakeNode,
+    *,
+    keep_alive_ms: int = 3000,
+    stall_seconds: float = 60.0,
+    scraper: ScrapeKey | None = None,
 ) -> AsyncIterator[str]:
     """The gateway over ``node`` on a real socket; gives its base URL."""
-    app = build_app(node, GatewayConfig("box-1", keep_alive_ms=keep_alive_ms, stall_seconds=stall_seconds))
+    config = GatewayConfig("box-1", keep_alive_ms=keep_alive_ms, stall_seconds=stall_seconds, scraper=scraper)
+    app = build_app(node, config)
     running = runner(app)
     await running.setup()
     try:

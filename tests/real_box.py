@@ -169,6 +169,14 @@ class Box:
         numbers = answer.json()["data"][0]["embedding"]
         return json.dumps(numbers).encode(), answer.headers["x-bunkhouse-tier"]
 
+    def metrics(self) -> str:
+        """The node's figures, those of tenants too."""
+        key = (self.folder / "agent" / "metrics.key").read_text().strip()
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx2.get(f"{self.gateway_url}/metrics", headers=headers, timeout=PATIENCE_S)
+        assert answer.status_code == 200, answer.text
+        return answer.text
+
     def worker_pids(self) -> list[int]:
         """Workers are the nursery's children; the nursery is the agent's only child."""
         assert self.agent is not None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 
-import httpx2
 import openai
 import pytest
 from make_models import make_gpt2
@@ -128,7 +127,7 @@ def test_a_debt_outlives_the_agent_and_everybody_concerned_sees_it(box: Box) -> 
         rates = {rate.name: rate for row in wait_reported(box).usage for rate in row.rates}
         assert rates["tokens_per_minute"].remaining == 0
         assert rates["device_seconds_per_day"].limit == 3_600
-        metrics = httpx2.get(f"{box.gateway_url}/metrics", timeout=PATIENCE_S).text
+        metrics = box.metrics()
         line = 'bunkhouse_tenant_limit{limit="tokens_per_minute",tenant="debtor",what="remaining"} 0.0'
         assert line in metrics
         wait_kept(box)

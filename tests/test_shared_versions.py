@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -95,7 +94,7 @@ def test_a_second_version_is_stored_beside_the_first_and_outlives_it(
     disk_bytes, deduplicated_bytes = report(operator, refs[1])
     assert disk_bytes <= grown + 64 * 1024
     assert deduplicated_bytes > 80 * 1024 * 1024
-    metrics = httpx2.get(f"{box.gateway_url}/metrics").text
+    metrics = box.metrics()
     assert 'bunkhouse_deduplicated_bytes{tenant="acme"}' in metrics
 
     # Another tenant's equal weights are stored as if these were not there.

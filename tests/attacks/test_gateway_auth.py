@@ -17,6 +17,7 @@ from fake_node import FakeNode, served
 
 from agent.gateway import GatewayConfig, build_app
 from agent.guard import LOCAL_PATHS, OPEN_PATHS
+from agent.scrape_key import ScrapeKey
 from packer.http import make_key, parse_key
 from packer.local_caller import is_local
 
@@ -160,6 +161,34 @@ async def test_another_method_is_refused_with_the_possible_ones() -> None:
         async with session.delete(f"{url}/v1/models", headers=headers) as answer:
             assert answer.status == 405
             assert set(answer.headers["Allow"].split(",")) == {"GET", "HEAD"}
+
+
+async def test_figures_of_tenants_need_the_scrapers_key() -> None:
+    """Also of a local caller: behind a proxy that ends TLS and adds nothing, everybody is one."""
+    node, key = FakeNode(), "bm_" + "s" * 43
+    tenants = 'bunkhouse_tokens{tenant="acme"}'
+    async with served(node, scraper=ScrapeKey(key)) as url, aiohttp.ClientSession() as session:
+        for wrong in ("", key[:-1], key + "s", key.upper(), "bm_\u00e9", node.acme):
+            headers = {"Authorization": f"Bearer {wrong}"} if wrong else {}
+            async with session.get(f"{url}/metrics", headers=headers) as answer:
+                text = await answer.text()
+            assert (answer.status, "bunkhouse_up" in text, tenants in text) == (200, True, False)
+            async with session.get(f"{url}/metrics", headers={"Via": "x", **headers}) as answer:
+                assert answer.status == 403
+        for from_afar in ({}, {"X-Forwarded-For": "10.0.0.1"}):
+            right = {"Authorization": f"Bearer {key}", **from_afar}
+            async with session.get(f"{url}/metrics", headers=right) as answer:
+                assert (answer.status, tenants in await answer.text()) == (200, True)
+        # It is good for nothing else.
+        async with session.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}) as answer:
+            assert answer.status == 401
+
+
+async def test_without_a_scrapers_key_nobody_sees_figures_of_tenants() -> None:
+    async with served(FakeNode()) as url, aiohttp.ClientSession() as session:
+        for headers in ({}, {"Authorization": "Bearer "}, {"Authorization": "Bearer None"}):
+            async with session.get(f"{url}/metrics", headers=headers) as answer:
+                assert "tenant=" not in await answer.text()
 
 
 async def test_metrics_behind_a_proxy_are_refused() -> None:

@@ -95,9 +95,11 @@ def test_processes_logs_and_events_hold_no_secret_and_no_prompt(box: Box) -> Non
         for name in ("cmdline", "environ"):
             seen += Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace")
     seen += str(box.operator().events(limit=1000))
-    seen += httpx2.get(f"{box.gateway_url}/metrics").text
+    seen += box.metrics()
     operator = (box.folder / "control" / "operator.key").read_text().strip()
-    for secret in (operator, *box.keys.values(), (box.folder / "agent" / "seal.key").read_bytes().hex()):
+    scraper = (box.folder / "agent" / "metrics.key").read_text().strip()
+    sealing = (box.folder / "agent" / "seal.key").read_bytes().hex()
+    for secret in (operator, scraper, sealing, *box.keys.values()):
         assert secret not in seen
         assert secret.rpartition("_")[2] not in seen
     assert PROMPT not in seen
