@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 
+import httpx2
 import openai
 import pytest
 from make_models import make_gpt2
