@@ -270,6 +270,13 @@ class Journal:
         """As it was saved; None when this machine never measured itself."""
         return self._meta("calibration")
 
+    def save_shares(self, text: str) -> None:
+        """This node's part of its tenants' limits, as it will be in force."""
+        self._set_meta("shares", text)
+
+    def shares(self) -> str | None:
+        return self._meta("shares")
+
     def save_spent(self, rows: Sequence[SpentRow]) -> None:
         """What tenants owe of their rates, in place of what was written before; no more rows than tenants."""
         with self._db.atomic():

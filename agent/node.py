@@ -37,6 +37,7 @@ from agent.regret import RegretMeter
 from agent.remembering import Changed, Remembering
 from agent.reports import build_report
 from agent.segments import HostSegments
+from agent.shares import Shares
 from agent.sharing import Sharing
 from agent.spawning import Nursery
 from agent.spending import Spending
@@ -162,8 +163,10 @@ class RunningNode:
     def _find_identity(self, config: AgentConfig) -> None:
         """Who this node is, its line to control and the listener that control calls."""
         self._identity = Identity(config.data_dir / "identity")
+        stored = self._journal.journal.shares()
+        self.shares = Shares(lambda: self.loop.core, self._post, monotonic_ms, self._save_shares, stored)
         self.uplink = (
-            Uplink(self, self._identity, config.control_url, config.name, config.join_token_file)
+            Uplink(self, self._identity, config.control_url, config.name, config.join_token_file, self.shares)
             if config.control_url
             else None
         )
@@ -213,6 +216,8 @@ class RunningNode:
         for tier in (Tier.HOST, Tier.DISK):
             self.loop.post(TierBudgetSeen(tier, self.budget_bytes(tier)))
         self._look_at_devices()
+        if self.uplink is not None:
+            self.shares.take_up()
         await self._keeper.take_up()
         if any(device.kind == "cuda" for device in self._devices.values()):
             self._tasks.append(asyncio.create_task(self._watch_devices()))
@@ -362,6 +367,16 @@ class RunningNode:
             with self._keeper.journal_may_fail():
                 await self._journal.call(self._journal.journal.save_spent, rows)
 
+    async def _save_shares(self, text: str) -> bool:
+        saved = []
+        with self._keeper.journal_may_fail():
+            await self._journal.call(self._journal.journal.save_shares, text)
+            saved.append(text)
+        return bool(saved)
+
+    def _post(self, event: Event) -> None:
+        self.loop.post(event)
+
     def _owed_rates(self) -> dict[str, tuple[int, int]]:
         return residency.spent(self.loop.core, monotonic_ms())
 
@@ -441,6 +456,7 @@ class RunningNode:
         self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int
     ) -> AsyncIterator[Lease]:
         try:
+            await self.shares.until_let_in(spec.ref.tenant, timeout_ms)
             with self._calibrator.disturbed():
                 async with self.loop.lease(spec, request_id, timeout_ms, tokens) as held:
                     metered = MeteredLease(held)

@@ -24,6 +24,7 @@ import aiohttp
 
 from agent.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
 from agent.origin import PIECE_BYTES, OriginUnavailable
+from agent.shares import Shares
 from agent.sources import ControlAway
 from packer.questions import QUESTIONS_MAX, Question, Replies, Reply
 from packer.types import ModelRef, ModelSpec
@@ -84,13 +85,20 @@ class Uplink:
     """Runs until cancelled. ``changed`` says that there is something new to report."""
 
     def __init__(
-        self, owner: UplinkOwner, identity: Identity, control_url: str, name: str, token_file: Path | None
+        self,
+        owner: UplinkOwner,
+        identity: Identity,
+        control_url: str,
+        name: str,
+        token_file: Path | None,
+        shares: Shares | None = None,
     ) -> None:
         self._owner = owner
         self._identity = identity
         self._url = control_url.rstrip("/")
         self._name = name
         self._token_file = token_file
+        self._shares = shares
         self._gateway_url = ""
         self._changed = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
@@ -136,6 +144,8 @@ class Uplink:
         """Poll and push over one session until it must be made anew."""
         async with self._connected():
             tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._push())]
+            if self._shares is not None:
+                tasks.append(asyncio.create_task(self._shares.run(self._post, self._online)))
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in tasks:  # in this order, when both are done
@@ -178,6 +188,8 @@ class Uplink:
         while True:
             try:
                 await self._join(self._token_file)
+                if self._shares is not None:
+                    await self._shares.forget()
                 return
             except aiohttp.ClientConnectorCertificateError as error:
                 hint = "start control with --node-host and the name or address in --control"
@@ -296,6 +308,8 @@ class Uplink:
             await self._owner.acknowledge(got.acked_seq)
         if got.plan is not None:
             await self._consider(got.plan)
+        if got.shares and self._shares is not None:
+            self._shares.nudge()
         if got.questions:
             await self._reply(got.questions[:QUESTIONS_MAX])
         if records and got.acked_seq < records[-1].seq:
@@ -309,6 +323,8 @@ class Uplink:
             log.error("ignored a plan for node %s of cluster %s", plan.node, plan.cluster)
             return
         await self._owner.accept_plan(plan)
+        if self._shares is not None:
+            self._shares.planned()
 
     async def _reply(self, questions: Sequence[Question]) -> None:
         """Answer what control asks. Nobody depends on it: who asked is told when no answer comes."""

@@ -30,6 +30,7 @@ from control.routes import (
     ps,
     quotas,
     router,
+    shares,
     tenants,
     uploads,
 )
@@ -89,7 +90,7 @@ def build_public_app(control: Control) -> web.Application:
 def build_node_app(control: Control) -> web.Application:
     """What nodes call; served with TLS only (``control.state.Control.node_tls``)."""
     app = web.Application()
-    add_routes(app, control, nodes.NODE_ROUTES)
+    add_routes(app, control, (*nodes.NODE_ROUTES, *shares.NODE_ROUTES))
     protect(app, render_error)
     app.on_shutdown.append(lambda _: control.end_polls())
     return app

@@ -51,6 +51,8 @@ from control.node_session import open_session
 from control.node_tls import NodeLines
 from control.questions import Questions
 from control.router_counters import RouterCounters
+from control.share_desk import ShareDesk
+from control.shares import Ticked as SharesTicked
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
 from control.ticket_office import TicketOffice
 from packer.durable import write_private
@@ -124,6 +126,7 @@ class Control:
         self._kept: set[asyncio.Task[object]] = set()
         self._background: list[asyncio.Task[None]] = []
         self.questions = Questions(self._end_poll, self.now_ms)
+        self.shares = ShareDesk(self.now_ms, self._end_poll)
         self.routed = RouterCounters()
         self.stopping = False
         self.start_name = secrets.token_hex(8)
@@ -169,6 +172,7 @@ class Control:
         for row in self.catalog.nodes.values():
             self.act(fleet.step(self.cluster, fleet.NodeJoined(row.node, row.gateway_url), self.now_ms()))
         self.cluster.newest = (self.meta.epoch, self.meta.seq)
+        self.shares.open(self.start_name, self.catalog.nodes)
 
     def run_background(self) -> None:
         self._background = [asyncio.create_task(self._store_records()), asyncio.create_task(self._tick())]
@@ -372,6 +376,7 @@ class Control:
                 poll.set_result(False)
         for waiting in self._source_waits.values():
             waiting.set()
+        self.shares.close()
 
     async def source(self, asked: fleet.SourceAsked, wait_ms: int) -> fleet.AnswerSource:
         """Where a node gets a pack from; waits for one that another node is about to have."""
@@ -461,6 +466,7 @@ class Control:
             await asyncio.sleep(TICK_S)
             try:
                 self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
+                self.shares.step(SharesTicked())
                 if self.now_ms() >= sweep_at:
                     sweep_at = self.now_ms() + int(SWEEP_EVERY_S * 1000)
                     await self.sweep(wall_ms())

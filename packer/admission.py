@@ -13,7 +13,7 @@ from packer import queueing
 from packer.events import RefusalReason, Requested
 from packer.ledger import Model, Node, State
 from packer.quota import Tenant
-from packer.rates import SECOND_MS, span_text
+from packer.rates import BURST_PARTS, SECOND_MS, burst_of, span_text
 from packer.victims import Hopeless
 
 # When a draining node refuses, another node should be asked soon.
@@ -36,12 +36,18 @@ def refusal_of(node: Node, event: Requested, model: Model | None, now_ms: int) -
 
 
 def _concurrency(tenant: Tenant) -> Hopeless | None:
-    limit = tenant.quota.concurrency
-    if limit is None or tenant.in_flight < limit:
+    rates = tenant.rates
+    if rates.slots is None or tenant.in_flight < rates.slots:
         return None
+    here = (
+        ""
+        if rates.slots == rates.concurrency
+        else f"{rates.slots} of them here now, as others use the rest; "
+    )
     detail = (
-        f"{tenant.in_flight} requests of tenant {tenant.spec.tenant} are in flight, its limit "
-        "(concurrency); wait for answers before sending more, or ask the operator to raise it"
+        f"{tenant.in_flight} requests of tenant {tenant.spec.tenant} are in flight here, and it may have "
+        f"{rates.concurrency} (concurrency); {here}wait for answers before sending more, or ask the operator "
+        "to raise it"
     )
     return Hopeless(RefusalReason.CONCURRENCY, detail, queueing.clamp_retry_ms(tenant.use_ms))
 
@@ -50,8 +56,9 @@ def _rates(tenant: Tenant, now_ms: int) -> Hopeless | None:
     rates, name = tenant.rates, tenant.spec.tenant
     if wait_ms := rates.requests.wait_ms(now_ms):
         detail = (
-            f"tenant {name} may send {rates.requests.limit} requests per minute, {rates.requests.burst} of "
-            f"them at once (requests_per_minute); {_WAY_OUT}"
+            f"tenant {name} may send {rates.requests.limit} requests per minute, "
+            f"{burst_of(rates.requests.limit or 0, BURST_PARTS)} of them at once (requests_per_minute); "
+            f"{_WAY_OUT}"
         )
         return Hopeless(RefusalReason.RATE, detail, wait_ms)
     if wait_ms := rates.tokens.wait_ms(now_ms):

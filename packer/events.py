@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from packer.decisions import Forecast
 from packer.estimate import Rates
+from packer.shares import Share, TenantShare
 from packer.types import HostForm, ModelRef, ModelSpec, TenantSpec, Tier
 
 
@@ -75,6 +76,19 @@ class RatesSeen:
     rates: Rates
     host_form: HostForm = HostForm.STORED
     on_cuda: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SharesSeen:
+    """This node's part of every tenant's limits from now on: ``shares`` of those named, ``rest`` of all
+    others. What a tenant's share grows by comes with its lags. At ``halve_at_ms`` all of it halves, unless
+    another one comes before; None: it stays. ``used_up``: after a restart; what of it is left nobody knows.
+    """
+
+    rest: Share
+    shares: tuple[TenantShare, ...] = ()
+    halve_at_ms: int | None = None
+    used_up: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +344,7 @@ Event = (
     | DeviceSeen
     | TierBudgetSeen
     | RatesSeen
+    | SharesSeen
     | PolicyChosen
     | LendingChosen
     | PackFound

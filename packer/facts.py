@@ -19,6 +19,7 @@ from packer.events import (
     Planned,
     RatesSeen,
     RefusalReason,
+    SharesSeen,
     TierBudgetSeen,
 )
 from packer.ledger import (
@@ -34,6 +35,7 @@ from packer.ledger import (
 )
 from packer.lending import MARGIN_PERCENT_MAX
 from packer.quota import Tenant
+from packer.shares import NO_LAGS, Lags
 from packer.types import ModelRef, ModelSpec, Task, TenantSpec, Tier
 
 
@@ -93,6 +95,10 @@ def planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None:
         known = node.tenants.get(spec.tenant)
         if known is None:
             known = node.tenants[spec.tenant] = Tenant(spec)
+            known.rates.set_share(node.shares.share_of(spec.tenant), NO_LAGS, 0, now_ms)
+            quota.apply_quota(known, spec, now_ms)
+            if node.shares.used_up:
+                known.rates.use_up(now_ms)
         quota.apply_quota(known, spec, now_ms)
     for model in node.models.values():
         model.planned = False
@@ -125,6 +131,30 @@ def planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None:
             tenant.planned = False
             upkeep.forget_tenant(node, tenant)
     _capacity_changed(node)
+
+
+def shares_seen(node: Node, event: SharesSeen, now_ms: int) -> None:
+    held = node.shares
+    held.rest, held.halve_at_ms, held.used_up = event.rest, event.halve_at_ms, event.used_up
+    held.by_tenant = {each.tenant: each.share for each in event.shares}
+    lags = {each.tenant: each.lags for each in event.shares}
+    for name, tenant in node.tenants.items():
+        _share(node, tenant, lags.get(name, NO_LAGS), tenant.in_flight, now_ms)
+        if event.used_up:
+            tenant.rates.use_up(now_ms)
+
+
+def halve_shares(node: Node, now_ms: int) -> None:
+    """Control was not heard for the whole term: keep half, whatever is in flight."""
+    node.shares.halve()
+    for tenant in node.tenants.values():
+        _share(node, tenant, NO_LAGS, 0, now_ms)
+
+
+def _share(node: Node, tenant: Tenant, lags: Lags, in_flight: int, now_ms: int) -> None:
+    tenant.rates.set_share(node.shares.share_of(tenant.spec.tenant), lags, in_flight, now_ms)
+    if tenant.waiting:
+        node.dirty = True  # models may wait for the rate of restores
 
 
 def device_seen(node: Node, event: DeviceSeen) -> None:

@@ -27,6 +27,8 @@ def is_quiet(node: Node, now_ms: int) -> bool:
     timers = node.timers
     if node.why:
         return False  # the whole step takes away what the one before it explained
+    if node.shares.are_due(now_ms):
+        return False
     if not timers:
         return not node.dirty
     at_ms, _, request = timers[0]
@@ -59,10 +61,9 @@ def grant_at_once(node: Node, request: str, model: Model, now_ms: int, tokens: i
         or not is_quiet(node, now_ms)
     ):
         return None
-    concurrency = tenant.spec.quota.concurrency
-    if concurrency is not None and tenant.waiting + tenant.granted >= concurrency:
-        return None
     rates = tenant.rates
+    if rates.slots is not None and tenant.waiting + tenant.granted >= rates.slots:
+        return None
     reserved = 0
     if rates.limited:
         if rates.blocked(now_ms, (tenant.waiting + tenant.granted) * tenant.use_ms):

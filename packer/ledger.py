@@ -23,6 +23,7 @@ from packer.intensity import Intensity, Shared
 from packer.lending import Shade, Terms, shade_of
 from packer.proof import Proof
 from packer.quota import Account, InvariantBroken, Tenant
+from packer.shares import NodeShares
 from packer.shortlist import Shortlist
 from packer.types import MIB, ModelRef, ModelSpec, Tier
 
@@ -251,6 +252,8 @@ class Node:
     host: Account = field(default_factory=Account)
     disk: Account = field(default_factory=Account)
     tenants: dict[str, Tenant] = field(default_factory=dict)
+    # This node's part of the tenants' limits.
+    shares: NodeShares = field(default_factory=NodeShares)
     models: dict[ModelRef, Model] = field(default_factory=dict)
     requests: dict[str, Waiter | Lease] = field(default_factory=dict)
     waiting: int = 0

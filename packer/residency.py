@@ -41,6 +41,7 @@ from packer.events import (
     Restored,
     RestoreFailed,
     ServingBegun,
+    SharesSeen,
     SpentFound,
     Ticked,
     TierBudgetSeen,
@@ -133,6 +134,8 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
     now_ms = node.now_ms = max(node.now_ms, now_ms)
     out: list[Action] = []
     node.why.clear()
+    if node.shares.are_due(now_ms):
+        facts.halve_shares(node, now_ms)
     match event:
         case Requested():
             _requested(node, event, now_ms, out)
@@ -177,6 +180,8 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             facts.tier_budget_seen(node, event)
         case RatesSeen():
             facts.rates_seen(node, event)
+        case SharesSeen():
+            facts.shares_seen(node, event, now_ms)
         case PolicyChosen():
             facts.policy_chosen(node, event.policy)
         case LendingChosen():

@@ -18,6 +18,7 @@ import msgspec
 from packer.lending import LendingView
 from packer.questions import Question
 from packer.rates import RateView
+from packer.shares import Share, TenantShare
 from packer.types import KeySpec, ModelSpec, TenantSpec
 
 # Raised by one when a message changes so that an older peer would misread it.
@@ -273,6 +274,7 @@ class BeatAnswer:
     acked_seq: int  # highest record sequence that control has stored
     questions: tuple[Question, ...] = ()  # answered by ``Replies`` at once
     now_ms: int = 0  # control's wall clock; 0: of an earlier release, which does not say
+    shares: bool = False  # come for an exchange of shares at once: others want what this node has
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +305,36 @@ class SourcesAnswer:
     origin: OriginTurn
     peers: tuple[PeerSpec, ...] = ()
     wait_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SharesAsk:
+    """What a node holds of the limits of its tenants, and what it wants; see ``control/shares.py``.
+    ``rest``: of tenants that are not named."""
+
+    version: int
+    session: str  # as control named it; empty at first
+    number: int  # of the exchange
+    rest: Share
+    shares: tuple[TenantShare, ...] = ()
+    wait_ms: int = 0  # answer within this time, as soon as there is more
+    lasting: bool = False  # what it holds does not halve (any more)
+    divided: bool = False  # as it was told last
+    begun: bool = False  # nothing was answered to this process yet
+
+
+@dataclass(frozen=True, slots=True)
+class SharesAnswer:
+    """All that the node may have from now on, or (``known`` False) only the name of a new session."""
+
+    version: int
+    session: str
+    number: int
+    rest: Share
+    shares: tuple[TenantShare, ...] = ()
+    lasting: bool = False
+    divided: bool = False
+    known: bool = True
 
 
 def encode(message: object) -> bytes:

@@ -26,18 +26,22 @@ from types import ModuleType
 from typing import Any
 
 import cluster_judges
+from share_judge import ShareJudge
 from simulated_control import Disk, DiskFaults, SimulatedControl, copy_of, spawn_reply
 from simulated_hands import GRID_MS, Violated
 from simulated_member import Member
 from simulated_network import Answered, Network, NetworkFaults, Process, task_factory
 from virtual_clock import VirtualLoop, run_virtual
 
+from agent import shares as agent_shares
 from agent import uplink
 from control import cluster as fleet_core
+from control import shares as share_core
 from control.catalog import Change, PutQuota, PutTenant, TenantRow, tenant_removal
 from control.store import Store, StoreUnavailable
 from packer import residency
 from packer.http import ApiError
+from packer.shares import MARGIN_MS, TERM_MS
 from packer.types import MIB, ByteQuota, ModelRef, ModelSpec, Task, TenantQuota
 from packer.wire import Plan
 
@@ -73,6 +77,8 @@ class Fleet:
         self.specs: dict[ModelRef, ModelSpec] = {}
         self.issued: dict[tuple[int, int, str], bytes] = {}
         self.statuses: dict[str, int] = {}
+        self.shares = ShareJudge(self)
+        self.term_ms = rng.choice((5_000, 20_000, TERM_MS))
         self.backup: Store | None = None
         self.restored = False
         self.reading: dict[tuple[ModelRef, str], None] = {}
@@ -174,11 +180,32 @@ class Fleet:
                 raise
             return actions
 
+        real_divide = share_core.step
+
+        def divide(
+            book: share_core.ShareBook, event: share_core.Event, now_ms: int
+        ) -> list[share_core.Action]:
+            actions = real_divide(book, event, now_ms)
+            self.note(f"{type(event).__name__} {event} {actions}")
+            try:
+                share_core.check(book)
+            except Exception as error:
+                self.broke(error)
+                raise
+            self.reached.update(type(action).__name__ for action in actions)
+            return actions
+
         fleet_core.step, uplink.jitter = step, lambda: chances.choice((0.5, 1.0, 1.5))
+        share_core.step = divide
+        agent_shares.TERM_MS = self.term_ms  # type: ignore[attr-defined]
+        share_core.FREE_AFTER_MS = self.term_ms + MARGIN_MS
         try:
             yield
         finally:
             fleet_core.step, uplink.jitter = real, real_jitter
+            share_core.step = real_divide
+            agent_shares.TERM_MS = TERM_MS  # type: ignore[attr-defined]
+            share_core.FREE_AFTER_MS = TERM_MS + MARGIN_MS
 
     # --- life -------------------------------------------------------------------------------------
 

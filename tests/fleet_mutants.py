@@ -365,26 +365,26 @@ FLEET_MUTANTS = (
     Mutant(
         "reserved tokens do not count",
         RATES,
-        " + self.reserved * self.period_ms",
+        " + self.reserved * self.span_ms",
         "",
     ),
     Mutant(
         "what is owed is forgotten when a limit changes",
         RATES,
-        "self.due = 0 if limit is None else now_ms * limit + owed",
-        "self.due = 0 if limit is None else now_ms * limit",
+        "self.due = 0 if limit is None else now_ms * self.speed + owed",
+        "self.due = 0 if limit is None else now_ms * self.speed",
     ),
     Mutant(
         "what was owed before a restart never drains",
         RATES,
-        "        left = owed * self.period_ms - max(ago_ms, 0) * self.limit\n",
-        "        left = owed * self.period_ms\n",
+        "        left = owed * self.span_ms - max(ago_ms, 0) * self.speed\n",
+        "        left = owed * self.span_ms\n",
     ),
     Mutant(
         "a silent tenant saves up without end",
         RATES,
-        "            self.due = max(self.due, now_ms * self.limit) + amount * self.period_ms\n",
-        "            self.due = self.due + amount * self.period_ms\n",
+        "            self.due = max(self.due, now_ms * self.speed) + amount * self.span_ms\n",
+        "            self.due = self.due + amount * self.span_ms\n",
     ),
     Mutant(
         "worst fit instead of best fit",

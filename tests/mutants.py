@@ -519,13 +519,13 @@ RATE_MUTANTS = (
     Mutant(
         "one more than the rate comes in",
         "rates",
-        "over = self._used(now_ms) - (self.burst - units) * self.period_ms",
+        "over = self._used(now_ms) - (self.burst - units) * self.span_ms",
         "over = self._used(now_ms) - (self.burst - units + 1) * self.period_ms",
     ),
     Mutant(
         "what requests are expected to use does not count",
         "rates",
-        "+ self.reserved * self.period_ms",
+        "+ self.reserved * self.span_ms",
         "+ 0 * self.reserved",
     ),
     Mutant(

@@ -25,6 +25,7 @@ from packer.events import (
     Requested,
     Restore,
     Restored,
+    SharesSeen,
     SpentFound,
 )
 from packer.types import ModelRef, TenantQuota
@@ -115,6 +116,8 @@ class RateJudge:
         self._books: dict[str, Books] = {}
         self._open: dict[str, tuple[str, int]] = {}  # requests let in: their tenant, what is reserved
         self._granted: set[str] = set()
+        # Whoever had less than the whole of its limits in this life may be refused within them.
+        self._divided: set[str] = set()
         self._orders: dict[ModelRef, int] = {}  # models whose restore was counted and has not ended well
 
     def judge(self, world: World, event: Event, actions: list[Action]) -> None:
@@ -126,6 +129,8 @@ class RateJudge:
             books = self._of(event.tenant, world.now_ms)
             books.tokens.owe(event.tokens, event.ago_ms)
             books.device.owe(event.device_ms, event.ago_ms)
+        if isinstance(event, SharesSeen | Planned):
+            self._divided |= {n for n, known in world.node.tenants.items() if not known.rates.share.is_whole}
         refused = {action.request: action.reason for action in actions if isinstance(action, Refuse)}
         if isinstance(event, Requested) and event.request not in self._open:
             self._requested(world, event, refused.get(event.request))
@@ -167,6 +172,8 @@ class RateJudge:
             world.require(not books.tokens.full(books.reserved), f"{tenant} uses more tokens than it may")
             world.require(not books.device.full(), f"{tenant} uses more device time than it may")
             books.least.take(1)
+        elif tenant in self._divided:
+            world.reached["refused for a share"] += reason in (RefusalReason.RATE, RefusalReason.CONCURRENCY)
         elif reason is RefusalReason.RATE:
             world.require(books.most.full(), f"{event.request} of {tenant} is within its rate")
         elif reason is RefusalReason.TOKENS:

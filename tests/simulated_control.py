@@ -25,11 +25,12 @@ from control.config import Config
 from control.routes.access import Caller
 from control.routes.forwarding import Call, NodeUnreachable, first_answer
 from control.routes.nodes import _decode, add_node, answer_beat, answer_sources, remove_node
+from control.routes.shares import answer_shares
 from control.state import Control
 from control.store import Store, StoreUnavailable
 from packer.http import ApiError
 from packer.types import BadValue, ModelName, ModelSpec
-from packer.wire import WIRE_VERSION, Beat, JoinAnswer, JoinAsk, SourcesAsk, encode
+from packer.wire import WIRE_VERSION, Beat, JoinAnswer, JoinAsk, SharesAsk, SourcesAsk, encode
 
 T = TypeVar("T")
 CLUSTER = "c0ffee"
@@ -139,6 +140,8 @@ class SimulatedControl(Control):
             raise ApiError(403, "unknown_node", "removed")
         if path == "/node/v1/beat":
             return encode(await answer_beat(self, row, _decode(data, Beat), None))
+        if path == "/node/v1/shares":
+            return encode(await answer_shares(self, row, _decode(data, SharesAsk)))
         assert path == "/node/v1/sources"
         return encode(await answer_sources(self, row, _decode(data, SourcesAsk)))
 

@@ -63,7 +63,7 @@ class SimulatedUplink(Uplink):
 
     def __init__(self, member: Member) -> None:
         papers = cast(Any, member.papers)
-        super().__init__(member, papers, "", member.name, papers)
+        super().__init__(member, papers, "", member.name, papers, member.shares)
         self.life = f"{member.name} {member.life}"
         self._member = member
 

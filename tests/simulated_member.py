@@ -35,6 +35,7 @@ from agent.keeper import Keeper
 from agent.peer_fetch import FetchedPack
 from agent.remembering import Remembering
 from agent.reports import build_report
+from agent.shares import Shares
 from agent.sources import Obtained
 from agent.spending import Spending
 from control.routes.forwarding import NodeUnreachable
@@ -149,7 +150,11 @@ class Member(World):
             self.act(lambda: event)
 
     def feed(self, event: Event) -> None:
+        if isinstance(event, Requested):
+            self.shares.note(event.ref.tenant)
         super().feed(event)
+        if self.up:
+            self.fleet.shares.judge(self, event)
         if self.up:
             self.uplink.changed()
 
@@ -189,6 +194,9 @@ class Member(World):
             cast(Any, self._thread), self.counters, self.clock_of_the_wall_ms, self._apply, self._settle
         )
         self._know_again()
+        self.shares = Shares(
+            lambda: self.node, self.post, self.clock_ms, self._save_shares, self.journal.shares()
+        )
         self.uplink = SimulatedUplink(self)
         self.sources = SimulatedSources(self)
         self._begin_from_disk()
@@ -232,6 +240,7 @@ class Member(World):
             self.post(DeviceSeen(device, budget))
 
     async def _run(self) -> None:
+        self.shares.take_up()
         while True:
             try:
                 await self.keeper.take_up()
@@ -265,6 +274,14 @@ class Member(World):
                 self.debts.kept(debts)
         with may_fail():
             await self.remembering.keep(lambda changed: self._thread.call(journal.save_remembered, changed))
+
+    async def _save_shares(self, text: str) -> bool:
+        """As ``agent.node`` does it."""
+        saved = []
+        with self.keeper.journal_may_fail():
+            await self._thread.call(self.journal.save_shares, text)
+            saved.append(text)
+        return bool(saved)
 
     def crash(self) -> None:
         """The process is gone, and the machine with it: memory is lost, files that were not complete too."""

@@ -63,6 +63,7 @@ PURE_FILES = (
     "packer/hits.py",
     "packer/turns.py",
     "packer/rates.py",
+    "packer/shares.py",
     "packer/room.py",
     "packer/facts.py",
     "packer/footprint.py",
@@ -92,6 +93,7 @@ PURE_FILES = (
     "packer/placement.py",
     "agent/batching.py",
     "control/cluster.py",
+    "control/shares.py",
 )
 # Clocks, input and output, chance, threads: all that makes a second run differ from the first.
 IMPURE_IMPORTS = {

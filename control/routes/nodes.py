@@ -48,6 +48,7 @@ from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.routes.access import Access, Caller, Route, not_found, read_json
+from control.shares import HolderJoined, HolderRemoved
 from control.state import Control, TooManyRecords, wall_ms
 from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
@@ -233,6 +234,7 @@ async def remove_node(
         ]
         await control.write([*changes, DropNode(node)])
         control.act(fleet.step(control.cluster, fleet.NodeRemoved(node), control.now_ms()))
+        control.shares.step(HolderRemoved(node))
 
 
 # --- join and renew -------------------------------------------------------------------------------
@@ -284,6 +286,7 @@ async def add_node(control: Control, row: NodeRow, changes: Sequence[Change]) ->
     await control.write([*changes, PutNode(row)])
     joined = fleet.NodeJoined(row.node, row.gateway_url)
     control.act(fleet.step(control.cluster, joined, control.now_ms()))
+    control.shares.step(HolderJoined(row.node, fresh=True))
 
 
 async def renew(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -380,6 +383,7 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
         with suppress(TooManyRecords, StoreUnavailable):
             acked_seq = await control.store_spooled(row, message.records, message.spool)
     waits = message.wait_ms > 0 and not control.stopping and not control.questions.pending(row.node)
+    waits = waits and not control.shares.nudged(row.node)
     url = dialled_gateway_url(message.report.gateway_url, peer)
     peer_url = dialled_gateway_url(message.report.peer_url, peer)
     route_url = dialled_gateway_url(message.report.route_url, peer)
@@ -396,7 +400,9 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
     plan = control.plan_for(row.node) if due else None
     if current.spool in ("", message.spool):
         acked_seq = max(acked_seq, current.acked_seq)
-    return BeatAnswer(WIRE_VERSION, plan, acked_seq, control.questions.take(row.node), control.wall_ms())
+    nudged = control.shares.take_nudge(row.node)
+    questions = control.questions.take(row.node)
+    return BeatAnswer(WIRE_VERSION, plan, acked_seq, questions, control.wall_ms(), nudged)
 
 
 def _check_beat(message: Beat, row: NodeRow) -> None:
