@@ -55,6 +55,8 @@ SPEAKERS_MAX = 2_048
 COMMON_NAME_CHARS_MAX = 64
 # A node's name is one path segment of a URI, a file name and a label.
 NODE_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+# What stands in the place of a node's name in the management API's paths.
+NODE_NAMES_TAKEN = frozenset({"tokens"})
 # 80 and 256 random bits.
 TOKEN_ID_BYTES = 10
 TOKEN_SECRET_BYTES = 32
@@ -80,11 +82,11 @@ class JoinRefused(Exception):
 
 def parse_node(text: str, field: str = "name") -> str:
     """Return ``text`` if it is a node name, else raise ``BadValue``."""
-    if not NODE_PATTERN.fullmatch(text) or ".." in text:
+    if not NODE_PATTERN.fullmatch(text) or ".." in text or text in NODE_NAMES_TAKEN:
         raise BadValue(
             field,
             f"{text[:80]!r} is not a node name: use 1 to 63 of letters, digits, '.', '_' and '-', "
-            "starting and ending with a letter or digit",
+            "starting and ending with a letter or digit, and not a word of the API's paths",
         )
     return text
 

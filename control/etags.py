@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -25,15 +25,19 @@ from packer.types import BadValue
 _TAG = re.compile(r'(W/)?"([!#-~]*)"')
 _LIST = re.compile(r'\s*(?:W/)?"[!#-~]*"\s*(?:,\s*(?:W/)?"[!#-~]*"\s*)*')
 _DIGEST_CHARS = 16
+_TagText = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^(\*|{_LIST.pattern})$"})]
 
 IF_MATCH = Given(
     "If-Match",
-    str,
+    _TagText,
     "Only when the thing is still as it was when this ETag was given; `*`: only when there is one.",
     Where.HEADER,
 )
 IF_NONE_MATCH = Given(
-    "If-None-Match", str, "Answer 304 when the thing still looks as when this ETag was given.", Where.HEADER
+    "If-None-Match",
+    _TagText,
+    "Answer 304 when the thing still looks as when this ETag was given.",
+    Where.HEADER,
 )
 TAGGED = {"ETag": "Of the thing as it is now."}
 CHANGED = {412: "The thing is no longer as `If-Match` says; ETag says how it is."}

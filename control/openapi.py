@@ -38,7 +38,9 @@ _SECURITY = "key"
 
 # What any route may answer beside its own; by status, in words for a person.
 SHARED_REFUSALS: Mapping[int, str] = {
-    400: "A value is wrong; `field` names it. Nothing was changed.",
+    # What the HTTP parser can not read never comes to a route, and its answer is plain text.
+    400: "A value is wrong; `field` names it. Nothing was changed. In plain text: it is no HTTP request, or "
+    "one of its lines is above 8 KiB.",
     415: "The body is compressed; send it as it is.",
     429: "Too many requests or bytes of this caller are being answered; come back as Retry-After says.",
     503: "Control's own storage can not be used now, or it is stopping; nothing was changed.",
@@ -239,7 +241,8 @@ def _responses(
     error = OipError if is_oip(path) else OpenAiErrorAnswer if path.startswith("/v1/") else ErrorAnswer
     for status, text in sorted(_refusals(method, path, access, operation).items()):
         name = f"{error.__name__}{status}"
-        answer = _answer(schemas, Result(status, text, error), _HEADERS.get(status, {}))
+        media = (JSON, "text/plain") if status == 400 else (JSON,)
+        answer = _answer(schemas, Result(status, text, error, media), _HEADERS.get(status, {}))
         if text in _COMMON_TEXTS and schemas.responses.setdefault(name, answer) == answer:
             answer = {"$ref": f"#/components/responses/{name}"}
         found.setdefault(str(status), answer)

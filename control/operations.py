@@ -43,9 +43,10 @@ def worded(pattern: str, example: str) -> msgspec.Meta:
     return msgspec.Meta(extra_json_schema={"pattern": f"^{pattern}$"}, examples=[example])
 
 
+_NO_DOUBLE_DOT = r"(?!.*\.\.)"
 TenantText = Annotated[str, worded(TENANT_PATTERN.pattern, "acme")]
-NodeText = Annotated[str, worded(NODE_PATTERN.pattern, "box-1")]
-NameText = Annotated[str, worded(MODEL_NAME_PATTERN.pattern, "minilm")]
+NodeText = Annotated[str, worded(_NO_DOUBLE_DOT + NODE_PATTERN.pattern, "box-1")]
+NameText = Annotated[str, worded(_NO_DOUBLE_DOT + MODEL_NAME_PATTERN.pattern, "minilm")]
 KeyIdText = Annotated[str, worded("[a-z2-7]{12}", "abcdefghijkl")]
 UploadIdText = Annotated[str, worded("[0-9a-f]{32}", "0" * 32)]
 ModelText = Annotated[

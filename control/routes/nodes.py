@@ -531,6 +531,8 @@ def _range(request: web.Request, file: OriginFile) -> tuple[int, int]:
     )
 
 
+# "tokens" is a path of its own, and no node's name (``parse_node``).
+ONE_NODE = r"/api/v1/nodes/{node:(?!tokens$)[^/]+}"
 ROUTES = (
     Route(
         "GET",
@@ -558,7 +560,7 @@ ROUTES = (
     ),
     Route(
         "GET",
-        "/api/v1/nodes/{node}",
+        ONE_NODE,
         Access.OPERATOR,
         show,
         operation=Operation(
@@ -570,7 +572,7 @@ ROUTES = (
     ),
     Route(
         "DELETE",
-        "/api/v1/nodes/{node}",
+        ONE_NODE,
         Access.OPERATOR,
         remove,
         operation=Operation(
