@@ -44,10 +44,10 @@ from agent.openai_shapes import (
     embedding_answer,
 )
 from agent.scrape_key import ScrapeKey
+from packer.body_budget import BodyBudget
 from packer.http import (
     REQUEST_ID,
     ApiError,
-    BodyBudget,
     decode_json,
     internal_error,
     json_response,

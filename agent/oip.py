@@ -24,7 +24,8 @@ from agent.oip_models import order_of, tensors_of
 from agent.oip_stats import Statistics
 from agent.oip_tensors import WantedOutput, header_length, read_inference
 from agent.openai_shapes import bad_field
-from packer.http import ApiError, BodyBudget, json_response, model_not_found
+from packer.body_budget import BodyBudget
+from packer.http import ApiError, json_response, model_not_found
 from packer.oip import (
     HEADER_LENGTH,
     QUESTION_BYTES_MAX,

@@ -55,8 +55,9 @@ from control.share_desk import ShareDesk
 from control.shares import Ticked as SharesTicked
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
 from control.ticket_office import TicketOffice
+from packer.body_budget import BodyBudget
 from packer.durable import write_private
-from packer.http import BodyBudget, make_key
+from packer.http import make_key
 from packer.types import ModelRef
 from packer.wire import WIRE_VERSION, Plan, PlanNumber, Record
 

@@ -1,9 +1,9 @@
 """What both HTTP surfaces must do alike: API keys, guards on requests, errors in OpenAI's shape.
 
-Covers: header names, the text of an API key and its check, reading a body within limits, decoding
-JSON, the error shape and the status of every refusal, the middleware that turns errors into answers,
-and the shape of a model in ``/v1/models``. Does not cover: routes, who may call them, or what a key
-may see (``agent/gateway.py``, ``control/routes``).
+Covers: header names, the text of an API key and its check, decoding JSON, the error shape and the status
+of every refusal, the middleware that turns errors into answers, and the shape of a model in ``/v1/models``.
+Does not cover: routes, who may call them, what a key may see (``agent/gateway.py``, ``control/routes``), or
+bodies in memory (``body_budget``).
 
 It lives in the leaf because a tenant may call the same paths on the router and on a node and must not
 be able to tell them apart by an error or a limit, while agent and control never import each other.
@@ -12,7 +12,6 @@ It is the one file of the leaf that knows HTTP; no core imports it.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import hmac
@@ -21,8 +20,7 @@ import logging
 import re
 import secrets
 import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -71,12 +69,6 @@ PASSED_HEADERS = (
 
 # One JSON request. 1 MiB is about 250,000 tokens of text, more than any model here reads at once.
 JSON_BYTES_MAX = 1 * MIB
-# Bodies held at one time, by all callers and by one tenant: the bound on what requests cost in memory.
-# A tenant's share is the largest request with tensors (64 MiB) and 16 of the largest others.
-BODIES_BYTES_MAX = 512 * MIB
-OWNER_BODIES_BYTES_MAX = 80 * MIB
-# A body that is not complete by then is a broken or hostile client; 1 MiB in 30 s is 35 kB/s.
-BODY_READ_SECONDS = 30.0
 # One request or header line; also the longest path.
 HEADER_LINE_BYTES_MAX = 8 * KIB
 # What an error repeats of the caller's own words.
@@ -289,76 +281,6 @@ def openai_response(request: web.Request, error: ApiError) -> web.Response:
 
 
 # --- requests ---------------------------------------------------------------------------------------
-
-
-class BodyBudget:
-    """Bytes of request bodies held at one time, in all and by one owner (a tenant).
-
-    Without it a thousand connections of one key, each sending one large body slowly, fill the memory.
-    """
-
-    def __init__(
-        self, total_bytes: int = BODIES_BYTES_MAX, owner_bytes: int = OWNER_BODIES_BYTES_MAX
-    ) -> None:
-        self.total_bytes = total_bytes
-        self.owner_bytes = owner_bytes
-        self._held: dict[str, int] = {}
-
-    @property
-    def held_bytes(self) -> int:
-        return sum(self._held.values())
-
-    @asynccontextmanager
-    async def body(
-        self, request: web.Request, owner: str, limit_bytes: int = JSON_BYTES_MAX
-    ) -> AsyncIterator[bytes]:
-        """The request's whole body; its bytes stay counted until the block is left. Raises ``ApiError``."""
-        declared = request.content_length
-        if declared is not None and declared > limit_bytes:
-            raise too_large(limit_bytes)
-        taken = declared or 0
-        self._take(owner, taken)
-        try:
-            parts: list[bytes] = []
-            size = 0
-            try:
-                async with asyncio.timeout(BODY_READ_SECONDS):
-                    while part := await request.content.readany():
-                        size += len(part)
-                        if size > limit_bytes:
-                            raise too_large(limit_bytes)
-                        if size > taken:
-                            self._take(owner, size - taken)
-                            taken = size
-                        parts.append(part)
-            except TimeoutError:
-                raise ApiError(
-                    408, "body_timeout", f"The request's body was not complete after {BODY_READ_SECONDS:g} s."
-                ) from None
-            parts[:] = [b"".join(parts)]
-            yield parts.pop()  # what is held here would be in memory until the answer, wanted or not
-        finally:
-            self._give(owner, taken)
-
-    def _take(self, owner: str, count: int) -> None:
-        if self._held.get(owner, 0) + count > self.owner_bytes or self.held_bytes + count > self.total_bytes:
-            raise ApiError(
-                429,
-                "too_many_bytes_in_flight",
-                f"Requests that are being answered hold too many bytes already (limit {self.owner_bytes} "
-                f"bytes for a tenant, {self.total_bytes} in all); send fewer at one time.",
-                kind="requests",
-                retry_ms=RETRY_MS_DEFAULT,
-                should_retry=True,
-            )
-        self._held[owner] = self._held.get(owner, 0) + count
-
-    def _give(self, owner: str, count: int) -> None:
-        left = self._held.get(owner, 0) - count
-        if left > 0:
-            self._held[owner] = left
-        else:
-            self._held.pop(owner, None)
 
 
 CROWD: web.AppKey[Crowd] = web.AppKey("crowd", Crowd)

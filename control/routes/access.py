@@ -82,7 +82,7 @@ class Caller:
 
     @property
     def owner(self) -> str:
-        """What the bytes of the caller's bodies are counted under (see ``packer.http.BodyBudget``)."""
+        """What the bytes of the caller's bodies are counted under (see ``packer.body_budget``)."""
         if self.node is not None:
             return f"node!{self.node.node}"  # no tenant's name has a '!'
         return self.tenant or OPERATOR_OWNER

@@ -21,8 +21,9 @@ import zstandard
 from fake_node import SOON_SECONDS, FakeNode, served
 from gateway_process import first_status, own_process, peak_bytes
 
-import packer.http
-from packer.http import JSON_BYTES_MAX, OWNER_BODIES_BYTES_MAX
+import packer.body_budget
+from packer.body_budget import OWNER_BODIES_BYTES_MAX
+from packer.http import JSON_BYTES_MAX
 
 VALID: dict[str, dict[str, object]] = {
     "/v1/embeddings": {"model": "acme/embed", "input": ["a"], "encoding_format": "float"},
@@ -111,7 +112,7 @@ async def test_an_endless_chunked_body_is_cut_off() -> None:
 
 
 async def test_a_body_that_never_comes_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packer.http, "BODY_READ_SECONDS", 0.05)
+    monkeypatch.setattr(packer.body_budget, "BODY_READ_SECONDS", 0.05)
     node = FakeNode()
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n" % node.acme.encode()
     async with served(node) as url:

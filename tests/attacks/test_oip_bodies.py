@@ -16,14 +16,14 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from fake_node import FakeNode, echo_spec, served
+from fake_node import FakeNode, echo_spec, served, spec_of
 from gateway_process import own_process, peak_bytes
 from oip_http import HEADER_LENGTH, call, declare, get, infer, json_input, packed, raw_input, texts
 from running_control import model_files, running
 
-from packer.http import OWNER_BODIES_BYTES_MAX
+from packer.body_budget import BODIES_BYTES_MAX, LARGE_PERCENT, OWNER_BODIES_BYTES_MAX
 from packer.oip import TENSOR_BODY_BYTES_MAX, TENSOR_JSON_BYTES_MAX
-from packer.types import MIB
+from packer.types import MIB, Task
 
 # The JSON of a request is at most 4 MiB; every way to make it large in memory stays below this.
 JSON_GROWTH_BYTES_MAX = 160 * MIB
@@ -223,6 +223,30 @@ async def test_one_tenants_large_bodies_are_bounded_and_do_not_harm_another() ->
         other = path.replace("acme", "globex")
         too_large = await declare(url, other, node.globex, TENSOR_BODY_BYTES_MAX + 1, headers)
         assert too_large.status == 413
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
+
+async def test_tenants_with_large_bodies_leave_room_for_everybody_elses_requests() -> None:
+    """As many tenants as it takes promise large bodies; one that is not among them still asks."""
+    node = FakeNode()
+    headers = {HEADER_LENGTH: "100"}
+    tenants = BODIES_BYTES_MAX * LARGE_PERCENT // 100 // TENSOR_BODY_BYTES_MAX + 1
+    keys = {f"t{i}": node.add_key(f"t{i}") for i in range(tenants)}
+    for tenant in keys:
+        node.add(spec_of(tenant, "m", Task.EMBEDDING))
+    async with served(node) as url:
+        held = [
+            asyncio.create_task(
+                declare(url, f"/v2/models/{one}/m/infer", key, TENSOR_BODY_BYTES_MAX, headers)
+            )
+            for one, key in keys.items()
+        ]
+        done, waiting = await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED)
+        assert [task.result().status for task in done] == [429]
+        for tenant, key in keys.items():
+            assert (await infer(url, f"{tenant}/m", key, texts("a"))).status == 200
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
