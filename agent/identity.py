@@ -10,12 +10,16 @@ The key never leaves this directory (0700, files 0600); losing it costs one new 
 from __future__ import annotations
 
 import base64
+import hashlib
 import hmac
+import shutil
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from cryptography import x509
@@ -28,18 +32,23 @@ from packer.certificates import (
     CheckedContext,
     WrongSpeaker,
     checked_context,
+    is_issued_by,
     parse_cas,
     pem_of,
     read_speaker,
     spki_digest,
 )
 from packer.durable import write_private
-from packer.wire import JoinAnswer, decode, encode
+from packer.wire import BoxFacts, JoinAnswer, decode, encode
 
 # A token is about 110 characters; a file much larger than that is not a token file.
 TOKEN_CHARS_MAX = 512
 # Renew after this share of a certificate's life, so that control may be away for the rest of it.
 RENEW_AT_SHARE = 2 / 3
+# Spread over this share of the life, so that nodes that joined together do not renew together.
+RENEW_JITTER_SHARE = 0.1
+# Identities of nodes that were removed, kept beside the present one for a person to look at.
+FORMER_MAX = 3
 
 
 class BadIdentity(Exception):
@@ -131,25 +140,67 @@ class Identity:
         if certified in self._watchers:
             self._watchers.remove(certified)
 
-    def forget(self) -> None:
-        """Control does not know this node any more: the next join starts afresh, with the same key."""
-        self._answer_path.unlink(missing_ok=True)
+    def adopt_cas(self, ca_pem: str) -> bool:
+        """Trust these CAs from now on, as control says; False when the node would lock itself out."""
+        assert self.answer is not None
+        try:
+            issued = any(is_issued_by(self._leaf(), ca) for ca in parse_cas(ca_pem))
+        except ValueError:
+            issued = False
+        if issued:
+            self.save(replace(self.answer, ca_pem=ca_pem))
+        return issued
+
+    @property
+    def ca_sha256(self) -> str:
+        """Of the CAs that are trusted; empty without any."""
+        return hashlib.sha256(self.answer.ca_pem.encode()).hexdigest() if self.answer is not None else ""
+
+    def forget(self) -> Path | None:
+        """Control removed this node: what it was is put aside, and the next join starts afresh with a new
+        key. Returns where it lies now."""
+        former = [f"former-{number}" for number in range(1, FORMER_MAX + 1)]
+        free = next((name for name in former if not (self._directory / name).exists()), None)
+        if free is None:
+            shutil.rmtree(self._directory / former[0], ignore_errors=True)
+            for older, newer in pairwise(former):
+                (self._directory / newer).rename(self._directory / older)
+            free = former[-1]
+        aside = self._directory / free
         self.answer = None
+        try:
+            aside.mkdir(mode=0o700)
+            for path in (self._answer_path, self._key_path, self._directory / "node.crt"):
+                if path.exists():
+                    path.rename(aside / path.name)
+        except OSError:
+            # A full disk must not keep a removed node in its old identity; the key may serve again.
+            self._answer_path.unlink(missing_ok=True)
+            return None
+        return aside
 
     def expires_s(self) -> float:
         """Unix time at which the certificate ends; 0 without one."""
         return self._times()[1]
 
     def renew_due(self) -> bool:
-        """At two thirds of its life; at once, but once, when it was issued by an earlier release and can
-        not be shown to other nodes as a server."""
+        """At two thirds of its life, a little earlier or later; at once, but once, when it was issued by an
+        earlier release and can not be shown to other nodes as a server."""
         if self.answer is not None and not self._saved_now and not may_serve(self._leaf()):
             return True
-        begins, ends = self._times()
-        return self.now_s() >= begins + (ends - begins) * RENEW_AT_SHARE
+        return self.now_s() >= self.renew_at_s()
 
-    def expired(self) -> bool:
-        return self.now_s() >= self.expires_s()
+    def renew_at_s(self) -> float:
+        """Unix time; the certificate's number says how far from two thirds, so that it is one time."""
+        if self.answer is None:
+            return 0.0
+        begins, ends = self._times()
+        spread = (self._leaf().serial_number % 1024 / 1024 - 0.5) * RENEW_JITTER_SHARE
+        return begins + (ends - begins) * (RENEW_AT_SHARE + spread)
+
+    def expired(self, margin_s: float = 0.0) -> bool:
+        """Whether the certificate has ended, or ends within ``margin_s``."""
+        return self.now_s() >= self.expires_s() - margin_s
 
     def _times(self) -> tuple[float, float]:
         if self.answer is None:
@@ -212,6 +263,15 @@ class Identity:
                 write_private(chain, pem)
             context.load_cert_chain(chain, self._key_path)
         return context
+
+
+def box_facts(devices: Sequence[str]) -> BoxFacts:
+    """This machine, as people tell it from another that was made from the same image."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return BoxFacts(socket.gethostname()[:64], boot[:64], tuple(devices))
 
 
 def may_serve(certificate: x509.Certificate) -> bool:

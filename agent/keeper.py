@@ -60,7 +60,8 @@ class Keeper:
         Unless the disk is full: then revoked keys and deleted models, which make room, must not wait.
         """
         async with self._lock:
-            if plan.number <= self.number:
+            same = self.plan is not None and plan.cluster == self.plan.cluster
+            if same and plan.number <= self.number:
                 return
             self._kept = saved = False
             with self.journal_may_fail():

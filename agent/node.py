@@ -25,7 +25,7 @@ from agent.debts import Debts
 from agent.decisions import Decisions
 from agent.facade import Lease
 from agent.footprints import Footprints
-from agent.identity import BadIdentity, Identity
+from agent.identity import BadIdentity, Identity, box_facts
 from agent.journal import JournalFailed, PackRow, open_journal
 from agent.keeper import Keeper
 from agent.loop import Loop
@@ -72,7 +72,7 @@ from packer.types import (
     parse_model,
     parse_ref,
 )
-from packer.wire import Plan, PlanNumber, Record, RegretReport, Report
+from packer.wire import NO_PLAN, BoxFacts, Plan, PlanNumber, Record, RegretReport, Report
 
 log = logging.getLogger("bunk.node")
 
@@ -165,6 +165,7 @@ class RunningNode:
         self._identity = Identity(config.data_dir / "identity")
         stored = self._journal.journal.shares()
         self.shares = Shares(lambda: self.loop.core, self._post, monotonic_ms, self._save_shares, stored)
+        self._box = box_facts([device.device for device in config.devices if device.kind == "cuda"])
         self.uplink = (
             Uplink(self, self._identity, config.control_url, config.name, config.join_token_file, self.shares)
             if config.control_url
@@ -339,7 +340,14 @@ class RunningNode:
         return self._keeper.plan
 
     def have_plan(self) -> PlanNumber:
+        """Of another cluster's plan nothing is had: this node joined anew."""
+        mine, plan = self._identity.answer, self._plan
+        if mine is not None and plan is not None and plan.cluster != mine.cluster:
+            return NO_PLAN
         return self._keeper.number
+
+    def box(self) -> BoxFacts:
+        return self._box
 
     async def accept_plan(self, plan: Plan) -> None:
         """Keep a newer plan and act on it."""

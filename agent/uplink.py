@@ -17,10 +17,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 from urllib.parse import quote
 
 import aiohttp
+import msgspec
 
 from agent.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
 from agent.origin import PIECE_BYTES, OriginUnavailable
@@ -35,8 +36,10 @@ from packer.wire import (
     BadMessage,
     Beat,
     BeatAnswer,
+    BoxFacts,
     JoinAnswer,
     JoinAsk,
+    LateRenewAsk,
     Plan,
     PlanNumber,
     Record,
@@ -58,10 +61,19 @@ REPORT_PAUSE_S = 0.2
 # fleet does not come back in one wave.
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 10.0
+# A certificate that control has just given and does not accept is not asked for again and again.
+REFUSED_PAUSE_S = 1.0
 # An answer that takes longer than this beyond the poll's own wait is a dead connection.
 ANSWER_TIMEOUT_S = 15.0
 # A control that takes no connection by then is not there.
 CONNECT_TIMEOUT_S = 5.0
+# A certificate that ends within this time may have ended by control's clock already: then it is renewed as
+# one that has ended. As control's ``CLOCK_SKEW``.
+EXPIRY_MARGIN_S = 1_800.0
+# Beyond this the clocks are said to be off; certificates allow for half an hour.
+SKEW_SAID_S = 60.0
+# Errors of control are some hundred bytes.
+ERROR_BYTES_MAX = 16 * 1024
 # A model waits for this answer, and can be loaded without it.
 SOURCES_TIMEOUT_S = 3.0
 SOURCES_CONNECT_TIMEOUT_S = 2.0
@@ -79,6 +91,7 @@ class UplinkOwner(Protocol):
     async def acknowledge(self, acked_seq: int) -> None: ...
     async def reply(self, question: Question) -> Reply: ...
     def heard_clock(self, control_ms: int) -> None: ...  # control's wall clock, just now
+    def box(self) -> BoxFacts: ...
 
 
 class Uplink:
@@ -106,6 +119,10 @@ class Uplink:
         # Beats overtake each other; control goes by the newest of this life.
         self.life = secrets.token_hex(8)
         self._beats = 0
+        self._told = ""  # by control's newest answer
+        self._refused = False  # control does not accept the certificate
+        self._clock = _ControlClock()
+        self._complaint = ""  # of control about this node, said once
 
     def changed(self) -> None:
         self._changed.set()
@@ -119,26 +136,35 @@ class Uplink:
         which ``NodeDeleted`` means that the node must stop serving as well."""
         self._gateway_url = gateway_url
         while True:
-            if self._identity.answer is None or (self._identity.expired() and self._token_file):
-                await self._join_until_joined()
-            if self._identity.expired():
-                raise BadIdentity(
-                    "this node's certificate has expired and there is no join token: make one with "
-                    "`bunk node token create` and start the agent with --join-token-file"
-                )
             try:
+                await self._certified()
                 await self._talk()
             except _Renewed:
-                log.info("certificate renewed")
+                log.info("certificate or CAs renewed")
+            except _Refused as error:
+                # The node may exist still: its certificate ended by control's clock, or its CA was replaced.
+                log.warning("control does not accept this node's certificate: %s", error)
+                self._refused = True
+                await _pause(REFUSED_PAUSE_S)
             except _Forgotten as error:
-                self._identity.forget()
+                aside = self._identity.forget()
+                kept = f"; its former identity is kept in {aside}" if aside else ""
                 if self._token_file is None or not self._token_file.exists():
                     raise NodeDeleted(
-                        f"control deleted this node ({error}); join again with a new token from "
-                        "`bunk node token create`"
+                        f"control deleted this node ({error}){kept}; join again with a new token from "
+                        "`bunk node token create`, in the same --data-dir if you like"
                     ) from None
+                log.warning("control deleted this node (%s); joining afresh with the token%s", error, kept)
             finally:
                 self._online.clear()
+
+    async def _certified(self) -> None:
+        """Returns with a certificate that control may accept."""
+        if self._identity.answer is None:
+            await self._join_until_joined()
+        elif self._refused or self._identity.expired(EXPIRY_MARGIN_S):
+            await self._renew_late()
+        self._refused = False
 
     async def _talk(self) -> None:
         """Poll and push over one session until it must be made anew."""
@@ -232,6 +258,57 @@ class Uplink:
         token_file.unlink(missing_ok=True)
         log.info("joined cluster %s as %s", joined.cluster, joined.node)
 
+    # --- a certificate that has ended -------------------------------------------------------------
+
+    async def _renew_late(self) -> None:
+        """Until control gives a certificate to the node whose own has ended, however long it is away."""
+        pause_s, said = RETRY_FIRST_S, False
+        while True:
+            try:
+                answer = await self._ask_late()
+                if answer.status == 200:
+                    self._identity.save(decode(answer.body, JoinAnswer))
+                    log.info("the certificate had ended; control gave a new one")
+                    return None
+                code, text = _error(answer.body)
+                if code == "node_removed":
+                    raise _Forgotten(text)
+                if code == "renewal_refused":
+                    if self._token_file is not None and self._token_file.exists():
+                        return await self._join_until_joined()
+                    raise BadIdentity(
+                        f"this node's certificate has ended and control gives no other ({text}): make a join "
+                        "token with `bunk node token create` and start the agent with --join-token-file"
+                    )
+                raise aiohttp.ClientError(f"control answered {answer.status}: {text}")
+            except aiohttp.ClientConnectorCertificateError as error:
+                hint = "if its CA was replaced while this node was away, join with a new token"
+                log.warning(
+                    "control at %s shows a certificate of another CA (%s); %s", self._url, error, hint
+                )
+            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
+                if not said:
+                    log.warning("the certificate has ended and control does not renew it yet: %s", error)
+                said = True
+            pause_s = await _pause(pause_s)
+
+    async def _ask_late(self) -> _Answer:
+        """Without the certificate: TLS would refuse it. Control checks what the message shows instead."""
+        mine = self._identity.answer
+        assert mine is not None
+        ask = LateRenewAsk(WIRE_VERSION, self._identity.csr_pem(mine.node), mine.certificate_pem)
+        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.post(
+                f"{self._url}/node/v1/renew-late",
+                data=encode(ask),
+                ssl=verified_context(mine.ca_pem),
+                headers=_JSON,
+            ) as answer,
+        ):
+            return _Answer(answer.status, await answer.content.read(MESSAGE_BYTES_MAX))
+
     # --- beats ------------------------------------------------------------------------------------
 
     async def _poll(self) -> None:
@@ -247,7 +324,7 @@ class Uplink:
                 if self.connected:
                     log.warning("control is away, serving on with the last plan: %s", error)
                 self._online.clear()
-                if self._identity.expired():
+                if self._identity.expired(EXPIRY_MARGIN_S):
                     raise _Renewed from None  # leads to the check for expiry in run()
                 pause_s = await _pause(pause_s)
 
@@ -290,20 +367,27 @@ class Uplink:
             self._owner.spool_id,
             self.life,
             self._beats,
+            self._told,
+            round(self._identity.now_s() * 1000),
+            self._identity.ca_sha256,
+            self._owner.box(),
         )
         timeout_s = wait_ms / 1000 + ANSWER_TIMEOUT_S
         answer = await self._post("/node/v1/beat", beat, timeout_s, CONNECT_TIMEOUT_S)
-        if answer.status in (401, 403, 404):
-            raise _Forgotten(_text(answer.body))
         if answer.status != 200:
-            raise aiohttp.ClientError(f"beat: control answered {answer.status}: {_text(answer.body)}")
+            self._complain(answer)
         got = decode(answer.body, BeatAnswer)
+        if got.life and (got.life, got.number) != (beat.life, beat.number):
+            raise BadMessage("control's answer is to another beat")
         if got.now_ms:
             self._owner.heard_clock(got.now_ms)
+        self._complaint = ""
+        self._told = got.told
         if not self.connected:
             log.info("connected to control at %s", self._url)
             self._online.set()
             self._changed.set()
+        self._clock.heard(got.now_ms, self._identity.now_s())
         if records:
             await self._owner.acknowledge(got.acked_seq)
         if got.plan is not None:
@@ -312,15 +396,33 @@ class Uplink:
             self._shares.nudge()
         if got.questions:
             await self._reply(got.questions[:QUESTIONS_MAX])
+        if got.ca_pem and self._identity.adopt_cas(got.ca_pem):
+            raise _Renewed
         if records and got.acked_seq < records[-1].seq:
             return _Left.STUCK
         return _Left.MORE if len(records) == SPOOL_RECORDS_MAX else _Left.NOTHING
+
+    def _complain(self, answer: _Answer) -> NoReturn:
+        """Control does not take a beat: what that means for this node."""
+        code, text = _error(answer.body)
+        if answer.status in (403, 404):
+            raise _Forgotten(text)
+        if answer.status == 401:
+            raise _Refused(text)
+        if code == "node_cloned" and code != self._complaint:
+            log.error("%s", text)
+            self._complaint = code
+        raise aiohttp.ClientError(f"beat: control answered {answer.status}: {text}")
 
     async def _consider(self, plan: Plan) -> None:
         mine = self._identity.answer
         assert mine is not None
         if plan.cluster != mine.cluster or plan.node != mine.node:
             log.error("ignored a plan for node %s of cluster %s", plan.node, plan.cluster)
+            return
+        if plan.expires_ms and self._clock.is_past(plan.expires_ms):
+            log.error("ignored plan %d.%d, which was made too long ago", plan.epoch, plan.seq)
+            self._clock = _ControlClock()  # should it be control's clock that was set back, the next is taken
             return
         await self._owner.accept_plan(plan)
         if self._shares is not None:
@@ -391,6 +493,37 @@ class Uplink:
             ) from None
 
 
+class _ControlClock:
+    """The time at control, as its answers told it: what came late or comes again can not set it back.
+
+    Plans expire by it, so that a node whose own clock is wrong takes plans all the same.
+    """
+
+    def __init__(self) -> None:
+        self._ahead_ms: int | None = None  # of this process's steady clock
+
+    def heard(self, now_ms: int, own_s: float) -> None:
+        if not now_ms:
+            return
+        ahead_ms = now_ms - _steady_ms()
+        if self._ahead_ms is None:
+            skew_s = now_ms / 1000 - own_s
+            if abs(skew_s) > SKEW_SAID_S:
+                log.warning(
+                    "this box's clock is %d s %s control's; set both by NTP: certificates end by them",
+                    abs(skew_s),
+                    "behind" if skew_s > 0 else "ahead of",
+                )
+        self._ahead_ms = ahead_ms if self._ahead_ms is None else max(self._ahead_ms, ahead_ms)
+
+    def is_past(self, at_ms: int) -> bool:
+        return self._ahead_ms is not None and _steady_ms() + self._ahead_ms >= at_ms
+
+
+def _steady_ms() -> int:
+    return round(asyncio.get_running_loop().time() * 1000)
+
+
 class _Left(Enum):
     """Records that wait after a beat: none, more than one beat carries, or what control did not take."""
 
@@ -407,6 +540,10 @@ class _Renewed(Exception):
     """The session must be made anew with another certificate."""
 
 
+class _Refused(Exception):
+    """Control does not accept the certificate."""
+
+
 class _Forgotten(Exception):
     """Control does not know this node."""
 
@@ -417,6 +554,19 @@ class _Answer:
 
     status: int
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class _ErrorAnswer:
+    """How control says no."""
+
+    error: _Said
 
 
 _JSON = {"Content-Type": "application/json"}
@@ -431,6 +581,15 @@ async def _pause(pause_s: float) -> float:
 def jitter() -> float:
     """The share of a pause that is waited; tests make it the same every time."""
     return random.uniform(0.5, 1.5)
+
+
+def _error(body: bytes) -> tuple[str, str]:
+    """The code and the message of an answer that refuses; the code is empty when it has none."""
+    try:
+        said = msgspec.json.decode(body[:ERROR_BYTES_MAX], type=_ErrorAnswer).error
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError):
+        return "", _text(body)
+    return said.code[:64], said.message[:500]
 
 
 def _text(body: bytes) -> str:

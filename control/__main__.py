@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 
-from control import simulate_command
+from control import rotate_command, simulate_command
 from control.config import parse_config
 from control.server import serve
 from control.state import AlreadyRunning
@@ -18,6 +18,8 @@ def main() -> None:
     """Exit status: 0 after an orderly stop, 1 when it can not start, 2 for wrong arguments."""
     if sys.argv[1:2] == ["simulate"]:
         raise SystemExit(simulate_command.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["rotate-ca"]:
+        raise SystemExit(rotate_command.main(sys.argv[2:]))
     config = parse_config(sys.argv[1:])
     # Everything that control writes is its own: the CA's key, the operator's key, tenants' models.
     os.umask(0o077)

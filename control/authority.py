@@ -1,9 +1,9 @@
-"""The cluster's certificate authority and its join tokens.
+"""Who is certified in a cluster, and its join tokens.
 
-Covers: making and keeping the CA's key, the certificates of nodes and of the node listener, reading
-who a client certificate speaks for, the text of a join token, and the pure decision whether a token may
-be redeemed. Does not cover: storing tokens and nodes (``control.catalog``), the routes
-(``control.routes.nodes``), or the node's side (it checks the pin before it sends the secret).
+Covers: the certificates of nodes and of control, reading who a client certificate speaks for, the text of a
+join token, and the pure decision whether a token may be redeemed. Does not cover: the CAs' keys and their
+rotation (``control.ca``), storing tokens and nodes (``control.catalog``), the routes
+(``control.routes.joining``), or the node's side (it checks the pin before it sends the secret).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import ipaddress
 import re
 import secrets
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
+from control.ca import NODE_CERTIFICATE_LIFE, Cas, enter_stage, load_cas, next_stage, private_pem
 from control.catalog import NodeRow, TokenRow
 from packer.certificates import (
     CONTROL,
@@ -39,14 +39,12 @@ from packer.certificates import (
 from packer.durable import write_private
 from packer.types import BadValue
 
-CA_LIFE = timedelta(days=3650)
-# Revocation is the node's removal, checked on each request; a short life bounds what a copy is worth.
-NODE_CERTIFICATE_LIFE = timedelta(hours=24)
 # Made anew at each start and at two thirds of its life while the process runs.
 SERVER_CERTIFICATE_LIFE = timedelta(days=30)
 RENEW_AT_SHARE = 2 / 3
-# Certificates are valid from a little earlier, for clocks that are behind.
-CLOCK_SKEW = timedelta(minutes=10)
+# How long after its certificate's end a node may have another one without a new token: control's outage over
+# a long weekend. After that a copy of its key, on a disk that was thrown away say, is worth nothing.
+LATE_RENEWAL_MAX = timedelta(days=7)
 # A request for an EC key is about 500 bytes; RSA 4096 about 1,700.
 CSR_CHARS_MAX = 8_192
 # Client certificates that were verified and are remembered, two per node; one is about 1 KB.
@@ -174,28 +172,36 @@ class NodeIdentity:
 
 
 class Authority:
-    """The CA of one cluster: a P-256 key and its certificate in two files of control's directory."""
+    """Who is certified in one cluster, by the CAs in control's directory (``control.ca``)."""
 
-    def __init__(self, directory: Path, cluster: str) -> None:
+    def __init__(
+        self, directory: Path, cluster: str, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
         self.cluster = cluster
+        self.now = now
         self._directory = directory
-        key_path, certificate_path = directory / "ca.key", directory / "ca.pem"
-        if not key_path.exists() or not certificate_path.exists():
-            key = ec.generate_private_key(ec.SECP256R1())
-            certificate = _self_signed(key, cluster)
-            # The key goes last: with it in place the pair is complete, without it both are made anew.
-            key_path.unlink(missing_ok=True)
-            write_private(certificate_path, certificate.public_bytes(serialization.Encoding.PEM))
-            write_private(key_path, _private_pem(key))
-        loaded = serialization.load_pem_private_key(key_path.read_bytes(), None)
-        if not isinstance(loaded, ec.EllipticCurvePrivateKey):
-            raise ValueError(f"{key_path} is not an EC key; restore it from a backup")
-        self._key = loaded
-        self._certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
-        self.cas = (self._certificate,)
         self._speakers: dict[bytes, Speaker] = {}  # by certificate: what was read and verified of it
-        self.ca_pem = self._certificate.public_bytes(serialization.Encoding.PEM).decode()
-        self.pin = base64.urlsafe_b64encode(spki_digest(self._certificate)).rstrip(b"=").decode()
+        self._take_up(load_cas(directory, f"Bunkhouse cluster {cluster}", now()))
+
+    def _take_up(self, cas: Cas) -> None:
+        self._cas = cas
+        trusted = [cas.present] + ([cas.next] if cas.next is not None else [])
+        self.cas = tuple(ca.certificate for ca in trusted)
+        self.ca_pem = "".join(ca.pem for ca in trusted)
+        self.ca_sha256 = hashlib.sha256(self.ca_pem.encode()).hexdigest()
+        self.pin = trusted[-1].pin
+        self._speakers.clear()
+
+    def advance(self, all_trust: bool) -> str | None:
+        """Go on with a rotation when it is time; what happened, for people. ``all_trust``: every node that
+        can be asked has said that it trusts both CAs. Whoever shows certificates takes them anew then."""
+        rotation = next_stage(self._cas, all_trust, self.now())
+        if rotation is None:
+            return None
+        self._take_up(enter_stage(self._directory, self._cas, rotation))
+        if rotation.ended:
+            return "the former CA is no longer trusted and its key is destroyed"
+        return "the next CA signs nodes' certificates; the former is trusted until the last of its own ended"
 
     def read_request(self, csr_pem: str) -> x509.CertificateSigningRequest:
         """Check a certificate request; raises ``BadCertificateRequest``. Only its key is used."""
@@ -223,8 +229,11 @@ class Authority:
         san = x509.UniformResourceIdentifier(speaker_uri(self.cluster, NODE_PREFIX + node))
         usages = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
         common_name = f"node {node}"[:COMMON_NAME_CHARS_MAX]
-        leaf = self._sign(request.public_key(), common_name, [san], usages, NODE_CERTIFICATE_LIFE)
-        return leaf.public_bytes(serialization.Encoding.PEM).decode() + self.ca_pem
+        key = request.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # ``read_request`` takes no others
+        issuer = self._cas.issuer
+        leaf = issuer.sign(key, common_name, [san], usages, NODE_CERTIFICATE_LIFE, self.now())
+        return pem_of(leaf) + issuer.pem
 
     def identify(self, certificate_der: bytes | None, now: datetime) -> NodeIdentity:
         """Whom a client certificate that TLS has verified speaks for; raises ``NotANode``.
@@ -259,53 +268,36 @@ class Authority:
         """Make a certificate for ``hosts`` and give it to ``context``; connections made later use it."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = [_host_name(host) for host in hosts]
-        leaf = self._sign(
-            key.public_key(), "control", names, [ExtendedKeyUsageOID.SERVER_AUTH], SERVER_CERTIFICATE_LIFE
-        )
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH]
+        leaf = self._own(key, "control", names, usages)
         # The ssl module reads key pairs from files only.
         path = self._directory / "server.pem"
-        leaf_pem = leaf.public_bytes(serialization.Encoding.PEM)
-        write_private(path, _private_pem(key) + leaf_pem + self.ca_pem.encode())
+        write_private(path, private_pem(key) + leaf.encode())
+        context.load_verify_locations(cadata=self.ca_pem)
         context.load_cert_chain(path)
 
     def make_control_certificate(self) -> Path:
         """A file with a key and a certificate that names control: what it shows to nodes as a client."""
         key = ec.generate_private_key(ec.SECP256R1())
         names = [x509.UniformResourceIdentifier(speaker_uri(self.cluster, CONTROL))]
-        usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
-        leaf = self._sign(key.public_key(), CONTROL, names, usages, SERVER_CERTIFICATE_LIFE)
+        leaf = self._own(key, CONTROL, names, [ExtendedKeyUsageOID.CLIENT_AUTH])
         path = self._directory / "client.pem"
-        write_private(path, _private_pem(key) + pem_of(leaf).encode())
+        write_private(path, private_pem(key) + leaf.encode())
         return path
 
-    def _sign(
+    def _own(
         self,
-        key: object,
+        key: ec.EllipticCurvePrivateKey,
         common_name: str,
         names: Sequence[x509.GeneralName],
         usages: Sequence[x509.ObjectIdentifier],
-        life: timedelta,
-    ) -> x509.Certificate:
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise BadCertificateRequest("must be for a P-256 key")
-        now = datetime.now(UTC)
-        issuer_key = self._key.public_key()
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
-            .issuer_name(self._certificate.subject)
-            .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - CLOCK_SKEW)
-            .not_valid_after(now + life)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-            .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
-        )
-        return builder.sign(self._key, hashes.SHA256())
+    ) -> str:
+        """A certificate of control's own, PEM chain: of the present CA until a rotation ends, and with what
+        the next one says of it, so that it is accepted by who trusts the one or the other."""
+        cas, now = self._cas, self.now()
+        leaf = cas.present.sign(key.public_key(), common_name, names, usages, SERVER_CERTIFICATE_LIFE, now)
+        between = pem_of(cas.next.vouch_for(cas.present, now)) if cas.next is not None else cas.present.pem
+        return pem_of(leaf) + between
 
 
 def key_sha256_of(holder: x509.Certificate | x509.CertificateSigningRequest) -> str:
@@ -313,46 +305,8 @@ def key_sha256_of(holder: x509.Certificate | x509.CertificateSigningRequest) -> 
     return spki_digest(holder).hex()
 
 
-def _self_signed(key: ec.EllipticCurvePrivateKey, cluster: str) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Bunkhouse cluster {cluster}")])
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SKEW)
-        .not_valid_after(now + CA_LIFE)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(signs_certificates=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-
-
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
 def _host_name(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
-
-
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )

@@ -27,6 +27,8 @@ VERSIONS_PER_TENANT_MAX = 2_000
 VERSIONS_MAX = 20_000
 UPLOADS_PER_TENANT_MAX = 16  # open at once; an abandoned one is swept after config's upload life
 NODES_MAX = 1_000
+# Where nodes are whose tokens name no pool.
+POOL_DEFAULT = "default"
 TOKENS_MAX = 1_000  # join tokens alive at once
 # Answers kept for repetitions; beyond it the oldest of the same owner go. A tenant declares and commits
 # uploads, operators set up a cluster's tenants in one go. Sealed, most have 1 KB, none more than 64 KiB.
@@ -89,6 +91,7 @@ class NodeRow:
     joined_ms: int
     acked_seq: int = 0  # highest spooled record stored, of those that ``spool`` counts
     spool: str = ""  # as told by the node; empty: a node of an earlier release
+    pool: str = POOL_DEFAULT  # as the token said that it last joined with
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class TokenRow:
     expires_ms: int
     used_key_sha256: str | None = None
     used_node: str | None = None
+    pool: str = POOL_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,14 @@ class NodeRemoved:
 
 
 @dataclass(frozen=True, slots=True)
+class Cloned:
+    """Two boxes use the node's identity (``control.lives``), or one is left. Two are sent nothing."""
+
+    node: str
+    two: bool
+
+
+@dataclass(frozen=True, slots=True)
 class NodeBeat:
     """A node reported; ``waits`` says that it holds the line for a plan newer than it has."""
 
@@ -126,6 +134,7 @@ class Ticked:
 Event = (
     NodeJoined
     | NodeRemoved
+    | Cloned
     | NodeBeat
     | PollEnded
     | Changed
@@ -211,6 +220,7 @@ class NodeView:
     have: tuple[int, int] = (0, 0)
     life: str = ""  # of the process whose report this is
     number: int = 0
+    cloned: bool = False
     in_flight: int = 0  # requests that this router has sent and not seen end
     # Requests in flight when it reported: what it said itself, and what this router had sent to it.
     load_said: int = 0
@@ -249,6 +259,8 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
             cluster.in_flight -= removed.in_flight if removed is not None else 0
             ended: list[Action] = [EndPoll(node)] if removed is not None and removed.waits else []
             return ended + _end_turns(cluster, node)
+        case Cloned(node, two):
+            return _cloned(cluster, node, two)
         case NodeBeat():
             return _beat(cluster, event, now_ms)
         case PollEnded(node):
@@ -287,6 +299,11 @@ def _beat(cluster: Cluster, event: NodeBeat, now_ms: int) -> list[Action]:
     elif event.waits:
         view.waits = True
     return actions
+
+
+def _cloned(cluster: Cluster, node: str, two: bool) -> list[Action]:
+    cluster.nodes[node].cloned = two
+    return [EndPoll(node), *_end_turns(cluster, node)] if two else []
 
 
 def _is_late(view: NodeView, event: NodeBeat) -> bool:
@@ -389,6 +406,8 @@ def check(cluster: Cluster) -> None:
             raise FleetBroken(f"{view.node} said {view.load_said} of {view.in_flight_then} requests")
         if view.have > cluster.newest:
             raise FleetBroken(f"{view.node} has plan {view.have}, the newest is {cluster.newest}")
+        if view.waits and view.cloned:
+            raise FleetBroken(f"{view.node} waits for a plan, and is two boxes")
         if view.waits and view.have == cluster.newest and view.report is None:
             raise FleetBroken(f"{view.node} waits and was never heard")
 
@@ -425,7 +444,7 @@ def _peers_with(cluster: Cluster, event: SourceAsked) -> tuple[str, ...]:
     for view in cluster.nodes.values():
         if view.node == event.node or view.node in event.failed:
             continue
-        if view.silent or view.report is None or not view.peer_url:
+        if view.silent or view.cloned or view.report is None or not view.peer_url:
             continue
         known = view.by_ref.get(text)
         if known is not None and known.packed:
@@ -518,7 +537,7 @@ def equally_good(cluster: Cluster, nodes: Sequence[str], ref: ModelRef, now_ms: 
 
 def _able(view: NodeView) -> bool:
     report = view.report
-    if view.silent or report is None or report.draining or not view.gateway_url:
+    if view.silent or view.cloned or report is None or report.draining or not view.gateway_url:
         return False
     return not report.devices or any(device.healthy for device in report.devices)
 

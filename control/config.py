@@ -117,8 +117,9 @@ def parse_config(arguments: Sequence[str]) -> Config:
         help="tell tenants' programs where they can call nodes themselves; off: all calls pass here "
         "(default %(default)s)",
     )
-    # Only for the list of commands: ``control.__main__`` sends it to its own module.
+    # Only for the list of commands: ``control.__main__`` sends these to their own modules.
     commands.add_parser("simulate", help="replay a trace on a fleet that you describe (--help for more)")
+    commands.add_parser("rotate-ca", help="replace the cluster's CA while its nodes go on", add_help=False)
     given = parser.parse_args(arguments)
     try:
         return Config(

@@ -11,7 +11,6 @@ keeps connections apart by their context, so one session serves all nodes.
 from __future__ import annotations
 
 import ssl
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,13 +42,11 @@ class NodeLines:
         cluster: fleet.Cluster,
         *,
         plain: bool,
-        now_s: Callable[[], float] = time.time,
     ) -> None:
         self._authority = authority
         self._catalog = catalog
         self._cluster = cluster
         self._plain = plain
-        self._now_s = now_s
         self._shown = authority.make_control_certificate()
         self._contexts: dict[tuple[str, str], CheckedContext] = {}  # by node and its key
 
@@ -78,10 +75,12 @@ class NodeLines:
         return context
 
     def _make(self, row: NodeRow) -> CheckedContext:
-        authority, now_s = self._authority, self._now_s
+        authority = self._authority
 
         def check(certificate_der: bytes | None) -> float:
-            speaker = read_speaker(certificate_der, authority.cluster, authority.cas, now_s())
+            speaker = read_speaker(
+                certificate_der, authority.cluster, authority.cas, authority.now().timestamp()
+            )
             if (speaker.node, speaker.key_sha256) != (row.node, row.key_sha256):
                 raise WrongSpeaker(f"not node {row.node} answers there, or not with its key")
             return speaker.ends_s

@@ -22,6 +22,7 @@ from control.routes import (
     about,
     direct,
     figures,
+    joining,
     keys,
     models,
     nodes,
@@ -88,9 +89,9 @@ def build_public_app(control: Control) -> web.Application:
 
 
 def build_node_app(control: Control) -> web.Application:
-    """What nodes call; served with TLS only (``control.state.Control.node_tls``)."""
+    """What nodes call; served with TLS only (``control.shown``)."""
     app = web.Application()
-    add_routes(app, control, (*nodes.NODE_ROUTES, *shares.NODE_ROUTES))
+    add_routes(app, control, (*joining.NODE_ROUTES, *nodes.NODE_ROUTES, *shares.NODE_ROUTES))
     protect(app, render_error)
     app.on_shutdown.append(lambda _: control.end_polls())
     return app
@@ -131,7 +132,7 @@ class Server:
         app_runner = runner(app, STOP_S)
         self._runners.append(app_runner)
         await app_runner.setup()
-        context = self.control.node_tls() if tls else None
+        context = self.control.shown.listener_context() if tls else None
         await web.TCPSite(app_runner, address.host, address.port, ssl_context=context).start()
         host, port = app_runner.addresses[0][:2]
         return Address(host, port)

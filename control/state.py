@@ -17,8 +17,6 @@ import logging
 import os
 import secrets
 import shutil
-import socket
-import ssl
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +29,7 @@ import aiohttp
 from aiohttp import web
 
 from control import cluster as fleet
-from control.authority import RENEW_AT_SHARE, SERVER_CERTIFICATE_LIFE, Authority
+from control.authority import Authority
 from control.catalog import (
     Catalog,
     Change,
@@ -51,21 +49,25 @@ from control.node_session import open_session
 from control.node_tls import NodeLines
 from control.questions import Questions
 from control.router_counters import RouterCounters
+from control.said import Said
 from control.share_desk import ShareDesk
 from control.shares import Ticked as SharesTicked
+from control.shown import ShownCertificates
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
 from control.ticket_office import TicketOffice
 from packer.body_budget import BodyBudget
 from packer.durable import write_private
 from packer.http import make_key
 from packer.types import ModelRef
-from packer.wire import WIRE_VERSION, Plan, PlanNumber, Record
+from packer.wire import WIRE_VERSION, Beat, Plan, PlanNumber, Record
 
 log = logging.getLogger("bunk.control")
 
 T = TypeVar("T")
 
 TICK_S = 1.0
+# A plan is on its way for seconds; one that comes later than this is no wish of control's any more.
+PLAN_LIFE_MS = 3_600_000
 SWEEP_EVERY_S = 600.0
 # Requests that are being answered may take this long to end at an orderly stop.
 STOP_S = 10.0
@@ -128,6 +130,7 @@ class Control:
         self._background: list[asyncio.Task[None]] = []
         self.questions = Questions(self._end_poll, self.now_ms)
         self.shares = ShareDesk(self.now_ms, self._end_poll)
+        self.said = Said()
         self.routed = RouterCounters()
         self.stopping = False
         self.start_name = secrets.token_hex(8)
@@ -138,10 +141,10 @@ class Control:
         self.tickets: TicketOffice
         self.session: aiohttp.ClientSession
         self.lines: NodeLines
+        self.shown: ShownCertificates
         self._store: Store
         self._read_store: Store
         self._lock_file: int
-        self._node_tls: ssl.SSLContext | None = None
 
     # --- life ---
 
@@ -150,7 +153,7 @@ class Control:
         folder = self.config.data_dir
         for path in (folder, self.upload_dir):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock_file = _lock(folder / "lock")
+        self._lock_file = lock_data_dir(folder)
         path = folder / "control.db"
         self._store = await self._on(self._writer, lambda: Store(path))
         self.meta = await self._on(self._writer, lambda: self._store.start(secrets.token_hex(8)))
@@ -160,6 +163,7 @@ class Control:
         self.lines = NodeLines(
             self.authority, lambda: self.catalog, self.cluster, plain=self.config.plain_routes
         )
+        self.shown = ShownCertificates(self.authority, self.config, self.lines, self.now_ms())
         self.tickets = TicketOffice(folder, self.meta.cluster)
         self.ticket_keys = self.tickets.public_keys
         await self._ensure_operator()
@@ -314,6 +318,7 @@ class Control:
             peers=peers,
             start=self.start_name,
             ticket_keys=self.ticket_keys,
+            expires_ms=self.wall_ms() + PLAN_LIFE_MS,
         )
 
     # --- nodes ---
@@ -344,6 +349,34 @@ class Control:
         self._heard.set()
         self._heard = asyncio.Event()
         return due
+
+    def note_said(self, node: str, beat: Beat, peer: str | None) -> None:
+        """What a beat says of the box that it comes from; finds out that there are two of them."""
+        self.said.note(node, beat, peer, self.wall_ms())
+        other = self.said.hear(node, beat.life, self._turn_told(beat.told), self.now_ms())
+        view = self.cluster.nodes.get(node)
+        if other is None or view is None or view.cloned:
+            return
+        boxes = f"{self.said.box_text(node, beat.life)}; and {self.said.box_text(node, other)}"
+        log.error("two boxes use the identity of node %s: %s", node, boxes)
+        self.record("node_cloned", detail=f"{node}: two boxes use its identity: {boxes}")
+        self.act(fleet.step(self.cluster, fleet.Cloned(node, True), self.now_ms()))
+
+    def _release_clones(self) -> None:
+        for node, view in self.cluster.nodes.items():
+            if view.cloned and self.said.is_alone(node, self.now_ms()):
+                log.info("one box is left with the identity of node %s", node)
+                self.record("node_alone", detail=f"{node}: one box is left with its identity")
+                self.act(fleet.step(self.cluster, fleet.Cloned(node, False), self.now_ms()))
+
+    def tell_turn(self, node: str) -> str:
+        """What an answer tells the node, to be repeated with its next beats."""
+        return f"{self.start_name}.{self.said.turn(node)}"
+
+    def _turn_told(self, told: str) -> int:
+        """The turn that a node repeats; 0 when another start of control gave it out."""
+        start, _, turn = told.rpartition(".")
+        return int(turn) if start == self.start_name and turn.isdecimal() and len(turn) < 10 else 0
 
     async def poll(self, node: str, wait_ms: int) -> bool:
         """Wait for a newer plan on behalf of a node; True when there is one."""
@@ -462,23 +495,30 @@ class Control:
 
     async def _tick(self) -> None:
         sweep_at = self.now_ms() + int(SWEEP_EVERY_S * 1000)
-        renew_at = self.now_ms() + int(SERVER_CERTIFICATE_LIFE.total_seconds() * RENEW_AT_SHARE * 1000)
         while True:
             await asyncio.sleep(TICK_S)
             try:
                 self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
                 self.shares.step(SharesTicked())
+                self._release_clones()
                 if self.now_ms() >= sweep_at:
                     sweep_at = self.now_ms() + int(SWEEP_EVERY_S * 1000)
                     await self.sweep(wall_ms())
-                if self.now_ms() >= renew_at and self._node_tls is not None:
-                    renew_at = self.now_ms() + int(
-                        SERVER_CERTIFICATE_LIFE.total_seconds() * RENEW_AT_SHARE * 1000
-                    )
-                    self.authority.load_server_certificate(self._node_tls, self._node_hosts())
-                    self.lines.renew()
+                self.shown.tick(self.now_ms())
+                self.advance_rotation()
             except (StoreUnavailable, OSError) as error:
                 self.log_fault("tick", error)
+
+    def advance_rotation(self) -> None:
+        """Another stage of replacing the CA, when it is time; every node hears of what it must trust."""
+        asked = [view.node for view in self.cluster.nodes.values() if not view.silent]
+        happened = self.authority.advance(self.said.all_trust(asked, self.authority.ca_sha256))
+        if happened is not None:
+            log.info("rotation of the CA: %s", happened)
+            self.record("ca_rotated", detail=happened)
+            self.shown.renew()
+            for node in list(self._polls):
+                self._end_poll(node)
 
     async def sweep(self, now_ms: int) -> None:
         """Remove join tokens that ended, answers kept for too long, and uploads that nobody touched."""
@@ -501,19 +541,6 @@ class Control:
         asyncio.get_running_loop().run_in_executor(
             None, lambda: shutil.rmtree(self.upload_dir / upload_id, ignore_errors=True)
         )
-
-    # --- listeners ---
-
-    def _node_hosts(self) -> list[str]:
-        host = self.config.node_listen.host
-        names = ["127.0.0.1", "::1", "localhost", *self.config.node_hosts]
-        # On all addresses the likeliest other name is this machine's own; --node-host says the rest.
-        names.append(socket.gethostname() if host in ("0.0.0.0", "::") else host)
-        return list(dict.fromkeys(names))
-
-    def node_tls(self) -> ssl.SSLContext:
-        self._node_tls = self.authority.server_context(self._node_hosts())
-        return self._node_tls
 
 
 class RefLock:
@@ -549,13 +576,14 @@ def wall_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def lock_data_dir(folder: Path) -> int:
+    """Have a data directory alone, until the descriptor is closed. Raises ``AlreadyRunning``, ``OSError``."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise AlreadyRunning(
-            f"another control server uses {path.parent}: stop it, or choose another --data-dir"
+            f"another control server uses {folder}: stop it, or choose another --data-dir"
         ) from None
     return descriptor

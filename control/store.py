@@ -87,6 +87,13 @@ def m003_replays(db: Database) -> None:
     db.execute("create index replays_owner on replays (owner, made_ms)")
 
 
+@migrations()
+def m004_pools(db: Database) -> None:
+    """Nodes and join tokens are of a pool."""
+    for table in ("nodes", "tokens"):
+        db.execute(f"alter table {table} add column pool text not null default 'default'")
+
+
 class StoreUnavailable(Exception):
     """The database could not be read or written (disk full, I/O error, held by another process)."""
 
@@ -205,12 +212,12 @@ class Store:
                 rows.UploadRow(upload_id, tenant, name, version, declared, created_ms, bool(committed))
             )
         for row in query(
-            "select node, incarnation, key_sha256, gateway_url, joined_ms, acked_seq, spool from nodes"
+            "select node, incarnation, key_sha256, gateway_url, joined_ms, acked_seq, spool, pool from nodes"
         ):
             yield rows.PutNode(rows.NodeRow(*row))
         for row in query(
-            "select token_id, secret_sha256, node, created_ms, expires_ms, used_key_sha256, used_node "
-            "from tokens"
+            "select token_id, secret_sha256, node, created_ms, expires_ms, used_key_sha256, used_node, "
+            "pool from tokens"
         ):
             yield rows.PutToken(rows.TokenRow(*row))
 
@@ -278,6 +285,7 @@ class Store:
                     joined_ms=row.joined_ms,
                     acked_seq=row.acked_seq,
                     spool=row.spool,
+                    pool=row.pool,
                 )
             case rows.DropNode(node):
                 self._db.execute("delete from nodes where node = ?", (node,))
@@ -291,6 +299,7 @@ class Store:
                     expires_ms=row.expires_ms,
                     used_key_sha256=row.used_key_sha256,
                     used_node=row.used_node,
+                    pool=row.pool,
                 )
             case rows.DropToken(token_id):
                 self._db.execute("delete from tokens where token_id = ?", (token_id,))

@@ -101,7 +101,7 @@ def read_late_speaker(
         key_sha256 = spki_digest(certificate).hex()
     except (ValueError, TypeError, x509.ExtensionNotFound):
         raise WrongSpeaker("the certificate names nobody") from None
-    if not any(_issued_by(certificate, ca) for ca in cas):
+    if not any(is_issued_by(certificate, ca) for ca in cas):
         raise WrongSpeaker("the certificate is of another CA")
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     prefix = speaker_uri(cluster, "")
@@ -115,7 +115,8 @@ def read_late_speaker(
     )
 
 
-def _issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+def is_issued_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Whether this CA signed it; says nothing of its life."""
     try:
         certificate.verify_directly_issued_by(ca)
     except (InvalidSignature, ValueError, TypeError):

@@ -65,6 +65,16 @@ class RenewAsk:
 
 
 @dataclass(frozen=True, slots=True)
+class LateRenewAsk:
+    """Renewal by a node whose certificate expired while control was away: the last certificate that it had,
+    and a request signed by the same key."""
+
+    version: int
+    csr_pem: str
+    certificate_pem: str  # chain, leaf first
+
+
+@dataclass(frozen=True, slots=True)
 class PeerSpec:
     """Another node of the cluster: who may ask for packs, and where they are asked for.
 
@@ -92,8 +102,9 @@ NO_PLAN = PlanNumber(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Control's numbered wish. A node ignores a plan of another cluster or node, of a lower epoch, or
-    of a sequence that is not higher than what it has."""
+    """Control's numbered wish. A node ignores a plan of another cluster or node, of a lower epoch, of a
+    sequence that is not higher than what it has, or one that comes after ``expires_ms``. A plan in force
+    stays in force while control is away, however old it is."""
 
     version: int
     cluster: str
@@ -107,6 +118,7 @@ class Plan:
     peers: tuple[PeerSpec, ...] = ()  # all nodes of the cluster: whom this node may give packs to
     start: str = ""  # of the control that made it; see ``PlanNumber``
     ticket_keys: tuple[str, ...] = ()  # public keys of who signs tickets; see ``packer.tickets``
+    expires_ms: int = 0  # control's wall clock: taken up before, or not at all; 0: made by an earlier release
 
     @property
     def number(self) -> PlanNumber:
@@ -246,6 +258,15 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class BoxFacts:
+    """What tells a machine from another with the same identity; shown to people, trusted by nobody."""
+
+    host: str = ""
+    boot: str = ""  # changes at every start of the machine
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """Node to control. ``wait_ms`` > 0 makes it a long poll: control answers when it has a plan newer
     than ``have_epoch``/``have_seq``, or when the time is up."""
@@ -261,6 +282,10 @@ class Beat:
     spool: str = ""  # what counts the records; a node that joins again goes on with the same one
     life: str = ""  # of the node's process: its beats count from 1
     number: int = 0
+    told: str = ""  # the newest ``told`` of control's answers that this process has had
+    sent_ms: int = 0  # the node's wall clock; 0: a node of an earlier release
+    ca_sha256: str = ""  # of the text of the CA certificates that the node trusts
+    box: BoxFacts = field(default_factory=BoxFacts)
 
     @property
     def have(self) -> PlanNumber:
@@ -275,6 +300,10 @@ class BeatAnswer:
     questions: tuple[Question, ...] = ()  # answered by ``Replies`` at once
     now_ms: int = 0  # control's wall clock; 0: of an earlier release, which does not say
     shares: bool = False  # come for an exchange of shares at once: others want what this node has
+    life: str = ""  # which beat this answers; empty: a control of an earlier release
+    number: int = 0
+    told: str = ""  # repeated by the node's next beats: proof that it was alive after this
+    ca_pem: str = ""  # the CAs to trust from now on; empty: those that the node has
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ FLEET_MUTANTS = (
     Mutant(
         "an older plan replaces a newer one",
         KEEPER,
-        "            if plan.number <= self.number:\n                return\n",
+        "            if same and plan.number <= self.number:\n                return\n",
         "",
     ),
     Mutant(
@@ -222,8 +222,8 @@ FLEET_MUTANTS = (
     Mutant(
         "a deleted node keeps its identity",
         UPLINK,
-        "                self._identity.forget()\n",
-        "",
+        "                aside = self._identity.forget()\n",
+        "                aside = None\n",
     ),
     Mutant(
         "a plan in an answer is dropped",

@@ -14,18 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from types import SimpleNamespace
+from typing import TypeVar, cast
 
 from simulated_hands import GRID_MS
 from simulated_network import Answered, Process, of_the_living
 
 from control import cluster as fleet
+from control.authority import Authority
 from control.catalog import Change, NodeRow, model_arrival, model_removal
 from control.config import Config
 from control.routes.access import Caller
 from control.routes.forwarding import Call, NodeUnreachable, first_answer
-from control.routes.nodes import _decode, add_node, answer_beat, answer_sources, remove_node
+from control.routes.joining import add_node
+from control.routes.nodes import answer_beat, answer_sources, decode_message, remove_node
 from control.routes.shares import answer_shares
+from control.shown import ShownCertificates
 from control.state import Control
 from control.store import Store, StoreUnavailable
 from packer.http import ApiError
@@ -96,6 +100,10 @@ class SimulatedControl(Control):
         self._disk = disk
         self._skew_ms = skew_ms
         self.start_name = start_name
+        # Certificates are not of this world.
+        nothing = SimpleNamespace(ca_pem="", ca_sha256="", advance=lambda all_trust: None)
+        self.authority = cast(Authority, nothing)
+        self.shown = cast(ShownCertificates, SimpleNamespace(tick=lambda now_ms: None))
         self.ready = False
         self.ready_event = asyncio.Event()
 
@@ -134,16 +142,16 @@ class SimulatedControl(Control):
 
     async def _serve(self, node: str, path: str, data: bytes) -> bytes:
         if path == "/node/v1/join":
-            return await self._join(_decode(data, JoinAsk))
+            return await self._join(decode_message(data, JoinAsk))
         row = self.catalog.nodes.get(node)
         if row is None:
             raise ApiError(403, "unknown_node", "removed")
         if path == "/node/v1/beat":
-            return encode(await answer_beat(self, row, _decode(data, Beat), None))
+            return encode(await answer_beat(self, row, decode_message(data, Beat), None))
         if path == "/node/v1/shares":
-            return encode(await answer_shares(self, row, _decode(data, SharesAsk)))
+            return encode(await answer_shares(self, row, decode_message(data, SharesAsk)))
         assert path == "/node/v1/sources"
-        return encode(await answer_sources(self, row, _decode(data, SourcesAsk)))
+        return encode(await answer_sources(self, row, decode_message(data, SourcesAsk)))
 
     async def _join(self, ask: JoinAsk) -> bytes:
         """As ``routes.nodes.join``, with a token whose secret is the next incarnation's name."""

@@ -59,6 +59,7 @@ from packer.events import (
 from packer.types import HostForm, HostSizes, ModelRef, ModelSpec, TenantSpec, Tier
 from packer.wire import (
     NO_PLAN,
+    BoxFacts,
     Plan,
     PlanNumber,
     Record,
@@ -355,6 +356,9 @@ class Member(World):
         pass
 
     # --- what the uplink asks ---------------------------------------------------------------------
+
+    def box(self) -> BoxFacts:
+        return BoxFacts(self.name, str(self.life))
 
     def report(self) -> Report:
         self.reports += 1

@@ -118,10 +118,13 @@ def test_no_certificate_is_nobody(authority: Authority, certificate: bytes | Non
 
 
 def test_a_certificate_of_another_cluster_is_nobody(authority: Authority, tmp_path: Path) -> None:
+    """Neither one of another CA, nor one of this CA that speaks of another cluster."""
     (tmp_path / "other").mkdir()
-    other = Authority(tmp_path / "other", "c2")
-    with pytest.raises(NotANode, match="not of this cluster"):
+    other = Authority(tmp_path / "other", "c1")
+    with pytest.raises(NotANode, match="another CA"):
         authority.identify(der(issued(other)), NOW)
+    with pytest.raises(NotANode, match="not of this cluster"):
+        authority.identify(der(issued(Authority(tmp_path, "c2"))), NOW)
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n", "x" * 9000])

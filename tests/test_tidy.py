@@ -94,6 +94,7 @@ PURE_FILES = (
     "agent/batching.py",
     "control/cluster.py",
     "control/shares.py",
+    "control/lives.py",
 )
 # Clocks, input and output, chance, threads: all that makes a second run differ from the first.
 IMPURE_IMPORTS = {

@@ -19,7 +19,7 @@ from running_uplinks import Owner, make_uplink, token_file
 from agent.identity import BadIdentity, Identity, may_serve
 from agent.sources import ControlAway
 from agent.uplink import NodeDeleted
-from control.authority import Authority
+from control.ca import Ca
 from control.state import wall_ms
 from packer.types import ModelRef
 from packer.wire import BadMessage, OriginTurn, Record
@@ -145,18 +145,16 @@ async def test_a_certificate_that_is_for_clients_only_is_renewed_at_once(
 ) -> None:
     """A node of an earlier release can give packs without joining anew. Control that issues none but such
     is asked once, not for ever."""
-    sign = Authority._sign
+    sign = Ca.sign
 
-    def for_clients(
-        self: Authority, key: object, name: str, names: Any, usages: Any, life: Any
-    ) -> x509.Certificate:
-        return sign(self, key, name, names, usages[:1], life)
+    def for_clients(self: Ca, key: Any, name: str, names: Any, usages: Any, *rest: Any) -> x509.Certificate:
+        return sign(self, key, name, names, usages[:1], *rest)
 
     async with running(tmp_path / "control") as control:
         owner = Owner()
         uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
         with monkeypatch.context() as earlier:
-            earlier.setattr(Authority, "_sign", for_clients)
+            earlier.setattr(Ca, "sign", for_clients)
             task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
             await owner.until_versions(0)
             task.cancel()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TypeVar
 
@@ -215,7 +214,7 @@ def _identify_node(control: Control, request: web.Request) -> Caller:
     tls = transport.get_extra_info("ssl_object") if transport is not None else None
     certificate = tls.getpeercert(binary_form=True) if tls is not None else None
     try:
-        identity = control.authority.identify(certificate, datetime.now(UTC))
+        identity = control.authority.identify(certificate, control.authority.now())
     except NotANode as error:
         raise ApiError(
             401, "node_certificate_required", f"Only nodes may call this: {error}.", hint="Join first."

@@ -1,15 +1,13 @@
-"""Nodes: join tokens and the list for operators; join, renew, beat, sources and origins for nodes.
+"""Nodes: join tokens and the list for operators; beat, sources and origins for nodes.
 
 Covers both sides, because a node's name means the same on each. The second table is served on the node
-listener only, where everything but the CA and the join needs a client certificate whose node exists.
-Does not cover: certificates and who may redeem a token (``control.authority``), or who is sent a plan
-(``control.cluster``).
+listener only, where all of it needs a client certificate whose node exists. Does not cover: joining and
+certificates (``control.routes.joining``), or who is sent a plan (``control.cluster``).
 """
 
 from __future__ import annotations
 
 import ipaddress
-import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,31 +22,27 @@ from control import etags
 from control.authority import (
     TOKEN_TTL_S_DEFAULT,
     TOKEN_TTL_S_MAX,
-    BadCertificateRequest,
-    JoinRefused,
-    check_redemption,
     hash_secret,
-    key_sha256_of,
     make_token,
     parse_node,
 )
 from control.catalog import (
     CONTROL_ORIGIN,
-    NODES_MAX,
+    POOL_DEFAULT,
     TOKENS_MAX,
     Change,
     DropNode,
     DropToken,
     NodeRow,
-    PutNode,
     PutToken,
     TokenRow,
 )
 from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
-from control.operations import NodeText, Operation, Result
+from control.lives import CLONE_MEMORY_MS
+from control.operations import Given, NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.routes.access import Access, Caller, Route, not_found, read_json
-from control.shares import HolderJoined, HolderRemoved
+from control.shares import HolderRemoved
 from control.state import Control, TooManyRecords, wall_ms
 from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
@@ -63,12 +57,9 @@ from packer.wire import (
     BeatAnswer,
     CalibrationReport,
     DeviceReport,
-    JoinAnswer,
-    JoinAsk,
     OriginTurn,
     PeerSpec,
     RegretReport,
-    RenewAsk,
     SourcesAnswer,
     SourcesAsk,
     decode,
@@ -77,13 +68,13 @@ from packer.wire import (
 
 T = TypeVar("T")
 
-# A join is a token, two names and a certificate request.
-JOIN_BYTES_MAX = 32 * KIB
 # A report of 20,000 models and 1,000 records is about 12 MB.
 BEAT_BYTES_MAX = 16 * MIB
 GATEWAY_URL_CHARS_MAX = 256
 # Names that a node repeats or makes up: of a start of control, of its spool. Ours have 16.
 NAME_CHARS_MAX = 64
+# As many as a box can have.
+BOX_DEVICES_MAX = 64
 # What a node measures of itself is a few KiB; the agent keeps no more than this either.
 CALIBRATION_CHARS_MAX = 256 * KIB
 # Eight numbers with their names.
@@ -106,6 +97,7 @@ REPORTED_MAX = 20_000
 class TokenAsk(msgspec.Struct, forbid_unknown_fields=True):
     ttl_s: Annotated[int, msgspec.Meta(ge=1, le=TOKEN_TTL_S_MAX)] = TOKEN_TTL_S_DEFAULT
     name: NodeText | None = None
+    pool: NodeText | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +106,15 @@ class TokenAnswer:
     token_id: str
     name: str | None
     expires_ms: int
+    pool: str
 
 
 @dataclass(frozen=True, slots=True)
 class NodeAnswer:
     node: str
-    state: str  # "up", "draining", "silent", "unheard" (not since control started)
+    state: (
+        str  # "up", "draining", "silent", "unheard" (not since control started), "cloned" (two boxes are it)
+    )
     gateway_url: str
     joined_ms: int
     heard_ago_ms: int | None
@@ -132,14 +127,19 @@ class NodeAnswer:
     disk_used_bytes: int
     calibration: CalibrationReport | None
     regret: RegretReport | None
+    pool: str
+    route_url: str  # where the router calls it over mutual TLS; empty: nowhere
+    clock_skew_ms: int | None  # its clock less control's, when it was last heard
 
 
 async def make_join_token(control: Control, request: web.Request, caller: Caller) -> web.Response:
     ask = await read_json(control, request, caller, TokenAsk)
     node = parse_node(ask.name) if ask.name is not None else None
+    pool = parse_node(ask.pool, "pool") if ask.pool is not None else POOL_DEFAULT
     token = make_token(control.authority.pin)
     now_ms = wall_ms()
-    row = TokenRow(token.token_id, hash_secret(token.secret), node, now_ms, now_ms + ask.ttl_s * 1000)
+    ends_ms = now_ms + ask.ttl_s * 1000
+    row = TokenRow(token.token_id, hash_secret(token.secret), node, now_ms, ends_ms, pool=pool)
     async with control.writing:
         ended = [old for old in control.catalog.tokens.values() if old.expires_ms <= now_ms]
         if len(control.catalog.tokens) - len(ended) >= TOKENS_MAX:
@@ -149,15 +149,18 @@ async def make_join_token(control: Control, request: web.Request, caller: Caller
                 f"There are {TOKENS_MAX} live join tokens, the limit; wait for some to end.",
             )
         changes: list[Change] = [DropToken(old.token_id) for old in ended]
-        answer = json_response(TokenAnswer(token.text, row.token_id, node, row.expires_ms), 201)
+        answer = json_response(TokenAnswer(token.text, row.token_id, node, row.expires_ms, pool), 201)
         await control.write([*changes, PutToken(row), *caller.remembering(answer)])
     control.record("token_created", detail=f"{row.token_id}, by key {caller.key_id}")
     return answer
 
 
 async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    rows = sorted(control.catalog.nodes.values(), key=lambda row: row.node)
-    asked = asked_page(request, None, parts=1)
+    pool = request.query.get("pool")
+    named = parse_node(pool, "pool") if pool is not None else None
+    rows = [row for row in control.catalog.nodes.values() if named is None or row.pool == named]
+    rows.sort(key=lambda row: row.node)
+    asked = asked_page(request, named, parts=1)
     return json_response(page_of(asked, rows, lambda row: (row.node,), lambda row: _shown(control, row)))
 
 
@@ -170,12 +173,15 @@ async def show(control: Control, request: web.Request, caller: Caller) -> web.Re
 
 
 def _shown(control: Control, row: NodeRow) -> NodeAnswer:
-    return _node_answer(row, control.cluster.nodes[row.node], control.now_ms())
+    skew_ms = control.said.clock_skew_ms(row.node)
+    return _node_answer(row, control.cluster.nodes[row.node], skew_ms, control.now_ms())
 
 
-def _node_answer(row: NodeRow, view: fleet.NodeView, now_ms: int) -> NodeAnswer:
+def _node_answer(row: NodeRow, view: fleet.NodeView, clock_skew_ms: int | None, now_ms: int) -> NodeAnswer:
     report = view.report
-    if view.silent:
+    if view.cloned:
+        state = "cloned"
+    elif view.silent:
         state = "silent"
     elif report is None:
         state = "unheard"
@@ -196,6 +202,9 @@ def _node_answer(row: NodeRow, view: fleet.NodeView, now_ms: int) -> NodeAnswer:
         disk_used_bytes=report.disk_used_bytes if report else 0,
         calibration=_reported(report.calibration, CalibrationReport) if report else None,
         regret=_reported(report.regret, RegretReport) if report else None,
+        pool=row.pool,
+        route_url=view.route_url,
+        clock_skew_ms=clock_skew_ms,
     )
 
 
@@ -233,80 +242,12 @@ async def remove_node(
             DropToken(token.token_id) for token in control.catalog.tokens.values() if token.used_node == node
         ]
         await control.write([*changes, DropNode(node)])
+        control.said.forget(node)
         control.act(fleet.step(control.cluster, fleet.NodeRemoved(node), control.now_ms()))
         control.shares.step(HolderRemoved(node))
 
 
-# --- join and renew -------------------------------------------------------------------------------
-
-
-async def ca(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    return web.Response(text=control.authority.ca_pem, content_type="application/x-pem-file")
-
-
-async def join(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    async with control.bodies.body(request, "join!", JOIN_BYTES_MAX) as body:
-        ask = _decode(body, JoinAsk)
-    node = parse_node(ask.name)
-    check_gateway_url(ask.gateway_url)
-    gateway_url = dialled_gateway_url(ask.gateway_url, request.remote)
-    try:
-        csr = control.authority.read_request(ask.csr_pem)
-    except BadCertificateRequest as error:
-        raise BadValue("csr_pem", str(error)) from None
-    key_sha256 = key_sha256_of(csr)
-    async with control.writing:
-        token = control.catalog.tokens.get(ask.token_id)
-        known = control.catalog.nodes.get(node)
-        try:
-            check_redemption(token, ask.token_secret, node, key_sha256, known, wall_ms())
-        except JoinRefused as error:
-            if error.conflict:
-                control.record("join_refused", detail=f"{node} from {request.remote}: {error}")
-            raise ApiError(
-                409 if error.conflict else 401,
-                "join_conflict" if error.conflict else "join_refused",
-                f"Join refused: {error}.",
-                should_retry=False,
-            ) from None
-        if known is None and len(control.catalog.nodes) >= NODES_MAX:
-            raise ApiError(
-                507, "too_many_nodes", f"There are {NODES_MAX} nodes, the limit; remove one first."
-            )
-        assert token is not None  # a token that is absent was refused above
-        row = known or NodeRow(node, secrets.token_hex(8), key_sha256, gateway_url, wall_ms())
-        used = replace(token, used_key_sha256=key_sha256, used_node=node)
-        await add_node(control, replace(row, gateway_url=gateway_url), [PutToken(used)])
-    control.record("node_joined", detail=f"{node} from {request.remote}, token {token.token_id}")
-    return _certificate_answer(control, control.authority.issue_node(csr, node), node)
-
-
-async def add_node(control: Control, row: NodeRow, changes: Sequence[Change]) -> None:
-    """The node is one of the cluster; the caller holds ``writing`` since it looked."""
-    await control.write([*changes, PutNode(row)])
-    joined = fleet.NodeJoined(row.node, row.gateway_url)
-    control.act(fleet.step(control.cluster, joined, control.now_ms()))
-    control.shares.step(HolderJoined(row.node, fresh=True))
-
-
-async def renew(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    row = _row(caller)
-    async with control.bodies.body(request, caller.owner, JOIN_BYTES_MAX) as body:
-        ask = _decode(body, RenewAsk)
-    try:
-        csr = control.authority.read_request(ask.csr_pem)
-    except BadCertificateRequest as error:
-        raise BadValue("csr_pem", str(error)) from None
-    if key_sha256_of(csr) != row.key_sha256:
-        raise ApiError(
-            409, "other_key", "A certificate is renewed for the node's own key; join again to change the key."
-        )
-    return _certificate_answer(control, control.authority.issue_node(csr, row.node), row.node)
-
-
-def _certificate_answer(control: Control, chain_pem: str, node: str) -> web.Response:
-    answer = JoinAnswer(WIRE_VERSION, control.meta.cluster, node, chain_pem, control.authority.ca_pem)
-    return web.Response(body=encode(answer), content_type="application/json")
+# --- where nodes are ------------------------------------------------------------------------------
 
 
 def check_gateway_url(url: str) -> None:
@@ -349,9 +290,31 @@ def dialled_gateway_url(url: str, peer: str | None) -> str:
     return f"{parts.scheme}://{f'[{host}]' if host.version == 6 else host}{port}"
 
 
-def _row(caller: Caller) -> NodeRow:
+def row_of(control: Control, caller: Caller) -> NodeRow:
+    """The node that calls. Raises ``ApiError`` 409 for one of two boxes that share an identity."""
+    row = _caller_row(caller)
+    refuse_clone(control, row.node)
+    return row
+
+
+def _caller_row(caller: Caller) -> NodeRow:
     assert caller.node is not None  # Access.NODE gives every handler one
     return caller.node
+
+
+def refuse_clone(control: Control, node: str) -> None:
+    """Raises ``ApiError`` 409 while two boxes use the node's identity: nobody knows which is right."""
+    view = control.cluster.nodes.get(node)
+    if view is not None and view.cloned:
+        raise ApiError(
+            409,
+            "node_cloned",
+            f"Two boxes use the identity of node {node!r}: a machine image or data directory was copied with "
+            "it. Neither is sent requests or plans until one of them is silent for "
+            f"{CLONE_MEMORY_MS // 60_000} minutes. On the copy: stop bunk-agent, remove the folder "
+            "'identity' in its data directory, and join it under a name of its own with a new token "
+            "(`bunk node token create`). If you did not copy anything, remove the node: its key was stolen.",
+        )
 
 
 # --- beats ----------------------------------------------------------------------------------------
@@ -359,9 +322,9 @@ def _row(caller: Caller) -> NodeRow:
 
 async def beat(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """Take the report and the records in; answer at once with a newer plan, or when there is one."""
-    row = _row(caller)
+    row = _caller_row(caller)
     async with control.bodies.body(request, caller.owner, BEAT_BYTES_MAX) as body:
-        message = _decode(body, Beat)
+        message = decode_message(body, Beat)
     answer = await answer_beat(control, row, message, request.remote)
     return web.Response(body=encode(answer), content_type="application/json")
 
@@ -376,13 +339,17 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
             f"The node has a plan of epoch {message.have_epoch}, control is at {control.meta.epoch}; is this "
             "the right control server?",
         )
+    control.note_said(row.node, message, peer)
+    refuse_clone(control, row.node)
     acked_seq = 0
     if message.records:
         # The node goes by what is acknowledged and brings the rest again; a disk of control's that is full
         # must not make its nodes look silent.
         with suppress(TooManyRecords, StoreUnavailable):
             acked_seq = await control.store_spooled(row, message.records, message.spool)
-    waits = message.wait_ms > 0 and not control.stopping and not control.questions.pending(row.node)
+    informed = message.ca_sha256 in ("", control.authority.ca_sha256)
+    waits = message.wait_ms > 0 and informed and not control.stopping
+    waits = waits and not control.questions.pending(row.node)
     waits = waits and not control.shares.nudged(row.node)
     url = dialled_gateway_url(message.report.gateway_url, peer)
     peer_url = dialled_gateway_url(message.report.peer_url, peer)
@@ -397,12 +364,16 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
     current = control.catalog.nodes.get(row.node)
     if current is None or current.incarnation != row.incarnation:
         raise ApiError(403, "node_removed", f"The node {row.node!r} was removed from this cluster.")
+    refuse_clone(control, row.node)
     plan = control.plan_for(row.node) if due else None
     if current.spool in ("", message.spool):
         acked_seq = max(acked_seq, current.acked_seq)
     nudged = control.shares.take_nudge(row.node)
     questions = control.questions.take(row.node)
-    return BeatAnswer(WIRE_VERSION, plan, acked_seq, questions, control.wall_ms(), nudged)
+    ca_pem = control.authority.ca_pem if message.ca_sha256 not in ("", control.authority.ca_sha256) else ""
+    told, now_ms = control.tell_turn(row.node), control.wall_ms()
+    answered = (message.life, message.number)
+    return BeatAnswer(WIRE_VERSION, plan, acked_seq, questions, now_ms, nudged, *answered, told, ca_pem)
 
 
 def _check_beat(message: Beat, row: NodeRow) -> None:
@@ -413,12 +384,18 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
     report = message.report
     if max(len(report.models), len(report.tenants), len(report.devices)) > REPORTED_MAX:
         raise BadValue("report", f"at most {REPORTED_MAX} models, tenants or devices")
-    numbers = [message.have_epoch, message.have_seq, message.wait_ms, message.number]
+    numbers = [message.have_epoch, message.have_seq, message.wait_ms, message.number, message.sent_ms]
     numbers += [number for record in message.records for number in (record.seq, record.at_ms)]
     if any(not 0 <= number <= NUMBER_MAX for number in numbers):
         raise BadValue("beat", f"numbers must be from 0 to {NUMBER_MAX}")
-    if max(len(message.have_start), len(message.spool), len(message.life)) > NAME_CHARS_MAX:
-        raise BadValue("have_start, spool, life", f"at most {NAME_CHARS_MAX} characters")
+    names = [message.have_start, message.spool, message.life, message.told, message.ca_sha256]
+    names += [message.box.host, message.box.boot, *message.box.devices]
+    if max(map(len, names)) > NAME_CHARS_MAX:
+        raise BadValue(
+            "have_start, spool, life, told, ca_sha256, box", f"at most {NAME_CHARS_MAX} characters"
+        )
+    if len(message.box.devices) > BOX_DEVICES_MAX:
+        raise BadValue("box", f"at most {BOX_DEVICES_MAX} devices")
     check_gateway_url(report.gateway_url)
     if report.peer_url:
         _check_url(report.peer_url, "peer_url", ("https",))
@@ -430,7 +407,7 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
         raise BadValue("calibration", f"at most {CALIBRATION_CHARS_MAX} characters")
 
 
-def _decode(body: bytes, kind: type[T]) -> T:
+def decode_message(body: bytes, kind: type[T]) -> T:
     try:
         return decode(body, kind)
     except BadMessage as error:
@@ -439,9 +416,9 @@ def _decode(body: bytes, kind: type[T]) -> T:
 
 async def replies(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """What the node answers to the questions that its beats brought."""
-    row = _row(caller)
+    row = row_of(control, caller)
     async with control.bodies.body(request, caller.owner, REPLIES_BYTES_MAX) as body:
-        message = _decode(body, Replies)
+        message = decode_message(body, Replies)
     if len(message.replies) > QUESTIONS_MAX:
         raise BadValue("replies", f"at most {QUESTIONS_MAX} in one message")
     control.questions.settle(row.node, message.replies)
@@ -453,9 +430,9 @@ async def replies(control: Control, request: web.Request, caller: Caller) -> web
 
 async def sources(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """Peers that have a pack, or a turn at the origin; held open while another node reads it."""
-    row = _row(caller)
+    row = row_of(control, caller)
     async with control.bodies.body(request, caller.owner, SOURCES_BYTES_MAX) as body:
-        ask = _decode(body, SourcesAsk)
+        ask = decode_message(body, SourcesAsk)
     answer = await answer_sources(control, row, ask)
     return web.Response(body=encode(answer), content_type="application/json")
 
@@ -543,7 +520,7 @@ ROUTES = (
             "listNodes",
             "All nodes by name, as each last said it.",
             [Result(200, "A page.", Page[NodeAnswer])],
-            takes=PAGED,
+            takes=(*PAGED, Given("pool", NodeText, "Only the nodes of this pool.")),
         ),
     ),
     Route(
@@ -586,9 +563,6 @@ ROUTES = (
 )
 
 NODE_ROUTES = (
-    Route("GET", "/node/v1/ca", Access.OPEN, ca),
-    Route("POST", "/node/v1/join", Access.OPEN, join),
-    Route("POST", "/node/v1/renew", Access.NODE, renew),
     Route("POST", "/node/v1/beat", Access.NODE, beat, stays=False),
     Route("POST", "/node/v1/replies", Access.NODE, replies, stays=False),
     Route("POST", "/node/v1/sources", Access.NODE, sources, stays=False),

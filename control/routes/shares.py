@@ -12,7 +12,7 @@ from aiohttp import web
 
 from control.catalog import NodeRow
 from control.routes.access import Access, Caller, Route
-from control.routes.nodes import NAME_CHARS_MAX, NUMBER_MAX, REPORTED_MAX, _decode, _row
+from control.routes.nodes import NAME_CHARS_MAX, NUMBER_MAX, REPORTED_MAX, decode_message, row_of
 from control.shares import AnswerShares, SharesAsked, Wish
 from control.state import Control
 from packer.http import ApiError
@@ -28,9 +28,9 @@ WAIT_MS_MAX = 2_000
 
 
 async def exchange(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    row = _row(caller)
+    row = row_of(control, caller)
     async with control.bodies.body(request, caller.owner, SHARES_BYTES_MAX) as body:
-        ask = _decode(body, SharesAsk)
+        ask = decode_message(body, SharesAsk)
     return web.Response(body=encode(await answer_shares(control, row, ask)), content_type="application/json")
 
 
