@@ -16,6 +16,7 @@ from contextlib import suppress
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from agent.config import AgentConfig
 from agent.identity import Identity
 from packer.certificates import CheckedObject
 
@@ -24,6 +25,13 @@ log = logging.getLogger("bunk.control_listener")
 # A handshake is two small messages; who needs longer is gone or hostile.
 HANDSHAKE_S = 5.0
 BACKLOG = 128
+
+
+def control_listener(config: AgentConfig, identity: Identity) -> ControlListener | None:
+    """None for a node that has no control, or that only tenants call."""
+    if config.route_listen is None or config.control_url is None:
+        return None
+    return ControlListener(identity, config.route_listen, config.route_url)
 
 
 class ControlListener:

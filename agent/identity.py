@@ -98,6 +98,7 @@ class Identity:
     def __init__(self, directory: Path, now_s: Callable[[], float] = time.time) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.now_s = now_s
+        self.box = BoxFacts()  # told to control
         self._directory = directory
         self._key_path = directory / "node.key"
         self._answer_path = directory / "identity.json"
@@ -150,6 +151,11 @@ class Identity:
         if issued:
             self.save(replace(self.answer, ca_pem=ca_pem))
         return issued
+
+    @property
+    def cluster(self) -> str:
+        """Empty before the node has joined one."""
+        return self.answer.cluster if self.answer is not None else ""
 
     @property
     def ca_sha256(self) -> str:

@@ -48,6 +48,10 @@ class Keeper:
         """Of the plan in force."""
         return self.plan.number if self.plan else NO_PLAN
 
+    def number_in(self, cluster: str) -> PlanNumber:
+        """As a node of this cluster: another one's plan does not count, however high its number."""
+        return NO_PLAN if self.plan is None or cluster not in ("", self.plan.cluster) else self.plan.number
+
     async def take_up(self) -> None:
         """At a start: the plan that was in force before."""
         plan = await self._journal.call(self._journal.journal.plan)

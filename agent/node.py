@@ -18,7 +18,7 @@ from agent import devices, metrics
 from agent.accuracy import Accuracy
 from agent.calibration import Calibrator, LinkMeter
 from agent.config import AgentConfig
-from agent.control_listener import ControlListener
+from agent.control_listener import control_listener
 from agent.counters import Counters
 from agent.credentials import Credentials
 from agent.debts import Debts
@@ -72,7 +72,7 @@ from packer.types import (
     parse_model,
     parse_ref,
 )
-from packer.wire import NO_PLAN, BoxFacts, Plan, PlanNumber, Record, RegretReport, Report
+from packer.wire import Plan, PlanNumber, Record, RegretReport, Report
 
 log = logging.getLogger("bunk.node")
 
@@ -165,17 +165,13 @@ class RunningNode:
         self._identity = Identity(config.data_dir / "identity")
         stored = self._journal.journal.shares()
         self.shares = Shares(lambda: self.loop.core, self._post, monotonic_ms, self._save_shares, stored)
-        self._box = box_facts([device.device for device in config.devices if device.kind == "cuda"])
+        self._identity.box = box_facts([each.device for each in config.devices if each.kind == "cuda"])
         self.uplink = (
             Uplink(self, self._identity, config.control_url, config.name, config.join_token_file, self.shares)
             if config.control_url
             else None
         )
-        self.control_listener = (
-            ControlListener(self._identity, config.route_listen, config.route_url)
-            if config.route_listen is not None and config.control_url is not None
-            else None
-        )
+        self.control_listener = control_listener(config, self._identity)
 
     def _know_again(self) -> None:
         """Take up what the journal has kept of earlier lives; the core hears of it with the first plan."""
@@ -340,14 +336,7 @@ class RunningNode:
         return self._keeper.plan
 
     def have_plan(self) -> PlanNumber:
-        """Of another cluster's plan nothing is had: this node joined anew."""
-        mine, plan = self._identity.answer, self._plan
-        if mine is not None and plan is not None and plan.cluster != mine.cluster:
-            return NO_PLAN
-        return self._keeper.number
-
-    def box(self) -> BoxFacts:
-        return self._box
+        return self._keeper.number_in(self._identity.cluster)
 
     async def accept_plan(self, plan: Plan) -> None:
         """Keep a newer plan and act on it."""

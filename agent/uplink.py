@@ -36,7 +36,6 @@ from packer.wire import (
     BadMessage,
     Beat,
     BeatAnswer,
-    BoxFacts,
     JoinAnswer,
     JoinAsk,
     LateRenewAsk,
@@ -91,7 +90,6 @@ class UplinkOwner(Protocol):
     async def acknowledge(self, acked_seq: int) -> None: ...
     async def reply(self, question: Question) -> Reply: ...
     def heard_clock(self, control_ms: int) -> None: ...  # control's wall clock, just now
-    def box(self) -> BoxFacts: ...
 
 
 class Uplink:
@@ -370,7 +368,7 @@ class Uplink:
             self._told,
             round(self._identity.now_s() * 1000),
             self._identity.ca_sha256,
-            self._owner.box(),
+            self._identity.box,
         )
         timeout_s = wait_ms / 1000 + ANSWER_TIMEOUT_S
         answer = await self._post("/node/v1/beat", beat, timeout_s, CONNECT_TIMEOUT_S)

@@ -21,7 +21,7 @@ from agent.control_listener import ControlListener
 from agent.identity import Identity
 from agent.uplink import Uplink
 from packer.questions import Question, Reply
-from packer.wire import NO_PLAN, BoxFacts, ModelReport, Plan, PlanNumber, Record, Report
+from packer.wire import NO_PLAN, ModelReport, Plan, PlanNumber, Record, Report
 
 GATEWAY = "http://127.0.0.1:9"
 
@@ -36,7 +36,6 @@ class Owner:
     models: tuple[ModelReport, ...] = ()
     route_url: str = ""
     control_ms: int = 0
-    facts: BoxFacts = field(default_factory=lambda: BoxFacts("box"))
 
     def report(self) -> Report:
         return empty_report(GATEWAY, self.models, route_url=self.route_url)
@@ -63,9 +62,6 @@ class Owner:
 
     async def reply(self, question: Question) -> Reply:
         return Reply(question.question)
-
-    def box(self) -> BoxFacts:
-        return self.facts
 
     async def until_versions(self, count: int) -> Plan:
         async with asyncio.timeout(PATIENCE_S):

@@ -22,7 +22,7 @@ from agent.peer_fetch import FetchedPack
 from agent.sources import Sources
 from agent.uplink import ANSWER_TIMEOUT_S, Uplink, _Answer
 from packer.types import ModelRef
-from packer.wire import WIRE_VERSION, JoinAnswer, JoinAsk, PeerSpec, decode
+from packer.wire import WIRE_VERSION, BoxFacts, JoinAnswer, JoinAsk, PeerSpec, decode
 
 if TYPE_CHECKING:
     from simulated_member import Member
@@ -46,6 +46,7 @@ class Papers:
         self.token: str | None = None
 
     ca_sha256 = ""
+    box = BoxFacts()
 
     def now_s(self) -> float:
         return 1_700_000_000 + asyncio.get_running_loop().time()

@@ -59,7 +59,6 @@ from packer.events import (
 from packer.types import HostForm, HostSizes, ModelRef, ModelSpec, TenantSpec, Tier
 from packer.wire import (
     NO_PLAN,
-    BoxFacts,
     Plan,
     PlanNumber,
     Record,
@@ -356,9 +355,6 @@ class Member(World):
         pass
 
     # --- what the uplink asks ---------------------------------------------------------------------
-
-    def box(self) -> BoxFacts:
-        return BoxFacts(self.name, str(self.life))
 
     def report(self) -> Report:
         self.reports += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -235,11 +236,15 @@ async def test_ten_minutes_between_the_clocks_hinder_nothing(tmp_path: Path, ske
             before = serial(identity)
             async with beating(uplink):
                 await until(lambda: serial(identity) != before)
+                identity.now_s = time.time
                 await control.tenant("acme")
                 await control.push("acme", "tiny", model_files())
                 await owner.until_versions(1)
+                said, minutes = control.server.control.said, round(-skew.total_seconds() / 60)
+                uplink.changed()
+                await until(lambda: round((said.clock_skew_ms("box") or 0) / 60_000) == minutes)
                 (node,) = (await control.call("GET", "/api/v1/nodes")).json()["items"]
-            assert round(node["clock_skew_ms"] / 60_000) == round(-skew.total_seconds() / 60)
+            assert round(node["clock_skew_ms"] / 60_000) == minutes
 
 
 def _wall_ms(skew: timedelta) -> int:
@@ -301,11 +306,13 @@ async def test_two_boxes_with_one_identity_are_both_sent_nothing(tmp_path: Path)
     gone for long enough, the other goes on."""
     async with running(tmp_path / "control") as control:
         state = control.server.control
-        first, second = Owner(), Owner(facts=BoxFacts("copy", "another boot", ("GPU-2",)))
+        first, second = Owner(), Owner()
         await joined(control, tmp_path / "box", first)
         shutil.copytree(tmp_path / "box", tmp_path / "copy")
         one = make_uplink(control, tmp_path / "box", first, None)
+        one._identity.box = BoxFacts("box")
         two = make_uplink(control, tmp_path / "copy", second, None)
+        two._identity.box = BoxFacts("copy", "another boot", ("GPU-2",))
         async with beating(one):
             await until(lambda: one.connected)
             task = asyncio.create_task(two.run(GATEWAY))
@@ -331,8 +338,8 @@ async def test_a_restart_is_no_copy(tmp_path: Path) -> None:
         owner = Owner()
         await joined(control, tmp_path / "box", owner)
         for boot in range(12):
-            owner.facts = BoxFacts("box", f"boot {boot}")
             uplink = make_uplink(control, tmp_path / "box", owner, None)
+            uplink._identity.box = BoxFacts("box", f"boot {boot}")
             async with beating(uplink):
                 await until(lambda uplink=uplink: uplink.connected)  # type: ignore[misc]
                 uplink.changed()
