@@ -22,6 +22,7 @@ import aiohttp
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from documented import undocumented
 from yarl import URL
 
 from control.config import Config
@@ -143,7 +144,10 @@ class Running:
         url = URL(self.url + path, encoded=True)
         async with asyncio.timeout(PATIENCE_S):
             async with self.session.request(method, url, data=data, headers=sent) as answer:
-                return Answer(answer.status, answer.headers, await answer.read())
+                got = Answer(answer.status, answer.headers, await answer.read())
+        wrong = undocumented(method, path, got.status)
+        assert wrong is None, f"{wrong}: {got.body[:300]!r}"
+        return got
 
     async def tenant(self, name: str) -> str:
         """Create a tenant with one key; returns the key's text."""

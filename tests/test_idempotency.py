@@ -1,7 +1,7 @@
-"""POSTs that are sent again: every route of the running app, once through a network that loses answers.
+"""Requests that are sent again: every POST of the running app, once through a network that loses answers.
 
 Covers: one effect and one answer however often a request is sent, the transaction that holds both, what is
-kept and for how long, duplicates at one time. Does not cover: other callers and hostile keys
+kept and for how long, duplicates at one time, deletions. Does not cover: other callers and hostile keys
 (``attacks/test_replays``), or a control server that is killed (``test_control_crash``).
 """
 
@@ -20,6 +20,7 @@ import pytest_asyncio
 from losing_proxy import losing_proxy
 from running_control import Answer, Running, declare, model_files, running
 
+import bunkhouse
 from bunkhouse._request import Request, json_request, resolve_address
 from bunkhouse._retry import RetryPolicy
 from bunkhouse._transport import AsyncSender
@@ -149,6 +150,27 @@ async def test_a_lost_answer_to_any_post_leaves_one_effect(site: Site) -> None:
             assert len(site.writes) == 1, route
     assert len(site.state.catalog.keys_of("acme")) == 2
     assert len(site.state.catalog.tokens) == 1
+
+
+async def test_a_lost_answer_to_a_deletion_is_no_error(site: Site) -> None:
+    """The second try finds nothing, because the first one did it; nothing there at all is still an error."""
+    node = await site.control.join("n1")
+    model = await site.control.push("acme", "m", model_files(3))
+    key_id = (await site.control.key("acme")).split("_")[1]
+    async with losing_proxy(site.control.url) as proxy:
+        retry = RetryPolicy(backoff_s=0.001)
+        async with bunkhouse.AsyncClient(proxy.url, site.control.operator_key, retry=retry) as client:
+            for delete, name in (
+                (client.delete_model, model["ref"]),
+                (client.revoke_key, key_id),
+                (client.delete_node, node.name),
+                (client.delete_tenant, "acme"),
+            ):
+                proxy.to_lose = 1
+                await delete(name)
+                with pytest.raises(bunkhouse.NotFound):
+                    await delete(name)
+            assert proxy.lost == 4
 
 
 async def test_a_repeated_post_of_any_route_gets_the_same_answer(site: Site) -> None:

@@ -64,16 +64,18 @@ class RetryBudget:
 
 @dataclass(slots=True)
 class Tries:
-    """The tries of one call."""
+    """The tries of one call. ``unclear``: one of them may have been done although its answer did not come."""
 
     policy: RetryPolicy
     budget: RetryBudget
     made: int = 0
     waited_s: float = 0.0
+    unclear: bool = False
 
     def wait_s(self, request: Request, outcome: Answer | Unreachable, now_s: float) -> float | None:
         """Seconds to wait before sending again; None when the outcome is final. Counts the try."""
         self.made += 1
+        self.unclear |= isinstance(outcome, Unreachable) and outcome.sent
         if isinstance(outcome, Answer) and (outcome.status < 400 or outcome.status in request.accepts):
             self.budget.earn()
             return None

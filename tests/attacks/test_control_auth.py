@@ -348,6 +348,7 @@ async def test_a_token_can_not_take_over_a_node(site: Site) -> None:
     [
         ({"name": "../n1"}, "name"),
         ({"name": "n\n1"}, "name"),
+        ({"name": "tokens"}, "name"),
         ({"csr_pem": "nonsense"}, "csr_pem"),
         ({"gateway_url": "file:///etc/passwd"}, "gateway_url"),
         ({"gateway_url": "http://user:pw@h:1"}, "gateway_url"),
