@@ -1,7 +1,8 @@
-"""What requests take: the estimate before, the count during, device time, and what outlives a restart.
+"""What requests take: the estimate before, the count during, and what outlives a restart.
 
-Covers: ``agent/metering.py``, ``agent/spending.py``, the busy time of ``agent/due.py``, the gateway's headers
-about rates, and the journal's table. Does not cover: limits (``test_rates``).
+Covers: ``agent/metering.py``, ``agent/spending.py``, the gateway's headers about
+rates, and the journal's table. Does not cover: limits (``test_rates``) or device
+time (``test_due``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import openai
 import pytest
 from fake_node import FakeNode, served
 
-from agent.due import Due
 from agent.facade import EngineError, EngineFrame, EngineRequest, Refused
 from agent.journal import SPENT_MAX, open_journal
 from agent.loop import HeldLease
@@ -164,36 +164,6 @@ def test_a_worker_can_not_say_anything_else_than_a_bounded_count(
     header: dict[str, str | int | float], count: int | None
 ) -> None:
     assert count_of(EngineFrame(header)) == count
-
-
-# --- device time --------------------------------------------------------------------------------------
-
-
-def test_waiting_behind_another_answer_is_that_ones_time() -> None:
-    due = Due()
-    due.asked(1, 100.0)
-    due.asked(2, 101.0)
-    assert due.heard(1, False, 105.0) == 0.0
-    assert due.heard(1, True, 107.0) == 7.0
-    assert due.heard(2, True, 110.0) == 3.0
-    due.asked(3, 200.0)
-    assert due.heard(3, True, 201.0) == 1.0
-
-
-def test_an_answer_out_of_turn_takes_nothing_and_the_oldest_pays() -> None:
-    due = Due()
-    due.asked(1, 0.0)
-    due.asked(2, 0.0)
-    assert due.heard(2, True, 50.0) == 0.0
-    assert due.heard(2, True, 60.0) == 0.0
-    assert due.heard(1, True, 60.0) == 60.0
-
-
-def test_who_leaves_still_keeps_the_worker_busy() -> None:
-    due = Due()
-    due.asked(1, 0.0)
-    due.left(1, 1.0)
-    assert due.heard(1, True, 9.0) == 9.0
 
 
 # --- over a restart -----------------------------------------------------------------------------------
