@@ -8,8 +8,10 @@ time (``test_due``).
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import aiohttp
@@ -217,6 +219,35 @@ RATES = (
     RateView("tokens_per_minute", 9000, 9000, -5, 1_500),
     RateView("device_seconds_per_day", 3600, 3600, 7, 9),
 )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/embeddings", {"model": "acme/embed", "input": [], "x": 1}, 400),
+        ("/v1/embeddings", {"model": "acme/nothing", "input": "a"}, 404),
+        ("/v1/nothing", {}, 404),
+        ("/v1/models", {}, 405),
+        ("/v1/embeddings", {"model": "acme/embed", "input": "a" * 1_100_000}, 413),
+        ("/v1/embeddings", {"model": "acme/embed", "input": "a"}, 429),
+        ("/v1/chat/completions", {"model": "acme/chat", "messages": [{"role": "user", "content": "a"}]}, 503),
+    ],
+)
+async def test_failures_say_what_is_left_too(path: str, body: dict[str, object], status: int) -> None:
+    node = FakeNode(rates=RATES)
+    node.refused["embed"] = Refused(RefusalReason.RATE, "60 a minute", 999_999)
+    node.refused["chat"] = Refused(RefusalReason.WORKER_DIED, "gone", None)
+    async with served(node) as url, aiohttp.ClientSession(headers=bearer(node.acme)) as session:
+        async with session.post(f"{url}{path}", data=BytesIO(json.dumps(body).encode())) as answer:
+            assert answer.status == status, await answer.text()
+            assert answer.headers["x-ratelimit-limit-requests"] == "60"
+            assert answer.headers["x-ratelimit-remaining-tokens"] == "0"
+            assert answer.headers["x-request-id"].startswith("req_")
+            error = (await answer.json())["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    if status in (429, 503):
+        assert 1 <= int(answer.headers["Retry-After"]) <= 120
+        assert 1 <= int(answer.headers["retry-after-ms"]) <= 120_000
 
 
 async def test_answers_say_what_is_left_of_requests_and_tokens() -> None:

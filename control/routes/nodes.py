@@ -147,6 +147,8 @@ async def make_join_token(control: Control, request: web.Request, caller: Caller
                 429,
                 "too_many_tokens",
                 f"There are {TOKENS_MAX} live join tokens, the limit; wait for some to end.",
+                retry_ms=min(old.expires_ms for old in control.catalog.tokens.values()) - now_ms,
+                should_retry=False,
             )
         changes: list[Change] = [DropToken(old.token_id) for old in ended]
         answer = json_response(TokenAnswer(token.text, row.token_id, node, row.expires_ms, pool), 201)

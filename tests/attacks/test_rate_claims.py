@@ -17,8 +17,9 @@ from scene import Scene, model, of, the
 
 from agent.facade import EngineFrame
 from agent.metering import OUTPUT_TOKENS_RESERVED_MAX, count_of
-from agent.openai_shapes import PROMPTS_MAX
+from agent.openai_shapes import CHOICES_MAX, OUTPUT_TOKENS_MAX, PROMPT_CHOICES_MAX, PROMPTS_MAX
 from packer.events import Grant, Refuse, TookLate
+from packer.http import JSON_BYTES_MAX
 from packer.rates import REQUEST_TOKENS_MAX
 from packer.types import TenantQuota
 
@@ -47,6 +48,22 @@ async def test_the_largest_claim_reserves_a_bounded_number_of_tokens() -> None:
             assert answer.status == 200
     (expected,) = node.expected_tokens
     assert expected == PROMPTS_MAX * (OUTPUT_TOKENS_RESERVED_MAX + 1) < REQUEST_TOKENS_MAX
+
+
+async def test_the_largest_claim_of_choices_reserves_a_bounded_number_of_tokens() -> None:
+    node = FakeNode()
+    body: dict[str, object] = {"model": "acme/chat", "max_tokens": 1_000_000, "n": PROMPT_CHOICES_MAX}
+    most = CHOICES_MAX // PROMPT_CHOICES_MAX
+    async with served(node) as url, aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {node.acme}"}
+        for prompts, status in ((most, 200), (most + 1, 400), (PROMPTS_MAX, 400)):
+            asked = body | {"prompt": ["a b"] * prompts}
+            async with session.post(f"{url}/v1/completions", json=asked, headers=headers) as answer:
+                assert answer.status == status
+    (expected,) = node.expected_tokens
+    assert expected == most + CHOICES_MAX * OUTPUT_TOKENS_RESERVED_MAX
+    # What such a request may really take is counted to the last token.
+    assert JSON_BYTES_MAX + CHOICES_MAX * OUTPUT_TOKENS_MAX < REQUEST_TOKENS_MAX
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e400", "-1", "9" * 4000, "[1]", "{}"])
