@@ -202,7 +202,8 @@ def full_lags(quota: TenantQuota) -> Lags:
 
 @dataclass(frozen=True, slots=True)
 class RateView:
-    """A rate as it stands: ``name`` is the quota's field and its unit, ``burst`` what fits at once."""
+    """A rate as it stands on this node: ``name`` is the quota's field and its unit, ``limit`` the tenant's
+    whole limit, ``burst`` what fits at once here, ``remaining`` what this node may still let in now."""
 
     name: str
     limit: int
@@ -312,7 +313,7 @@ class TenantRates:
                 yield RateView(
                     name,
                     rate.limit // unit,
-                    burst_of(rate.limit, rate.burst_parts) // unit,
+                    rate.burst // unit,
                     rate.remaining(now_ms) // unit,
                     rate.reset_ms(now_ms),
                 )

@@ -246,7 +246,8 @@ class ByteQuota:
 
 @dataclass(frozen=True, slots=True)
 class TenantQuota:
-    """Everything a tenant is promised and limited to on one node. None means not limited."""
+    """Everything a tenant is promised and limited to. Bytes are of each node; rates, concurrency and device
+    time are of all nodes together, which divide them (``shares``). None means not limited."""
 
     device: ByteQuota = ByteQuota()
     host: ByteQuota = ByteQuota()

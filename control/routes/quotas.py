@@ -1,6 +1,7 @@
 """Quotas: read with the use that the nodes last reported, and change some fields.
 
-Control stores and shows quotas; nodes enforce them (``packer/quota.py``). A quota holds on each node.
+Control stores and shows quotas; nodes enforce them (``packer/quota.py``). Bytes hold on each node; rates,
+concurrency and device time hold over all nodes, among which control divides them (``control/shares.py``).
 
 A promise that no node could keep is refused. One that some node can not keep beside all others is taken
 (nodes come and go), and every answer about it warns of it.

@@ -142,7 +142,7 @@ def _limits(shown: _types.QuotaUse) -> list[_Limit]:
         )
         for tier, each in (("device", quota.device), ("host", quota.host), ("disk", quota.disk))
     ]
-    in_flight = str(max((row.in_flight for row in usage), default=0))
+    in_flight = str(sum(row.in_flight for row in usage))
     return [
         *limits,
         *(
@@ -156,12 +156,12 @@ def _limits(shown: _types.QuotaUse) -> list[_Limit]:
 
 
 def _used(shown: _types.QuotaUse, name: str) -> str:
-    """What is used of what may come at once, where that is most."""
+    """What is used of what may come at once on all nodes: they have the tenant's limit together."""
     rates = [rate for row in shown.usage for rate in row.rates if rate.name == name]
     if not rates:
         return "-"
-    most = max(rates, key=lambda rate: rate.burst - rate.remaining)
-    return f"{most.burst - most.remaining} of {most.burst} at once"
+    burst = sum(rate.burst for rate in rates)
+    return f"{sum(rate.burst - rate.remaining for rate in rates)} of {burst} at once"
 
 
 def _rate(limit: int | None) -> str:

@@ -1,0 +1,114 @@
+"""Two real agents and control: a tenant's rate holds over both nodes and the router, whoever dies meanwhile.
+
+Covers: requests counted from outside against the limit and the time that passed, with control away, control
+back, and an agent that was killed; what the headers say. Does not cover: who gets which share
+(``test_shares``), or all that a network may do (``test_cluster_simulation``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import httpx2
+import pytest
+from make_models import make_gpt2
+from real_box import PATIENCE_S, Box, Process, free_port, running_box
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
+
+PER_MINUTE = 120
+BURST = 20
+
+
+@dataclass(slots=True)
+class Crowd:
+    """Everybody who calls for one tenant, and what came of it since the first call."""
+
+    box: Box
+    urls: list[str]
+    answers: dict[str, int] = field(default_factory=dict)  # 200s by whom they came from
+    first_s: float | None = None
+
+    def call(self, url: str) -> httpx2.Response:
+        if self.first_s is None:
+            self.first_s = time.monotonic()
+        got = httpx2.post(
+            f"{url}/v1/completions",
+            headers={"Authorization": f"Bearer {self.box.keys['acme']}"},
+            json={"model": "acme/gen", "prompt": "the bunk", "max_tokens": 1, "temperature": 0},
+            timeout=PATIENCE_S,
+        )
+        assert got.status_code in (200, 429, 502, 503), got.text
+        if got.status_code == 200:
+            self.answers[url] = self.answers.get(url, 0) + 1
+        return got
+
+    def rush(self, calls: int) -> None:
+        """All doors in turn, as fast as they answer."""
+        for i in range(calls):
+            self.call(self.urls[i % len(self.urls)])
+        self.judge()
+
+    def judge(self) -> None:
+        """More time than this has passed for the nodes since they let the first one in."""
+        assert self.first_s is not None
+        passed_s = time.monotonic() - self.first_s
+        let_in = sum(self.answers.values())
+        assert let_in <= BURST + passed_s * PER_MINUTE / 60, self.answers
+
+    def until_let_in(self, url: str) -> None:
+        before = self.answers.get(url, 0)
+        while self.answers.get(url, 0) == before:
+            got = self.call(url)
+            assert got.status_code in (200, 429), got.text
+        self.judge()
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
+    folder = tmp_path_factory.mktemp("shares")
+    make_gpt2(folder / "gen", 1, hidden=64, layers=2, heads=2)
+    with running_box(folder / "box", devices=("cpu:48MiB",)) as box:
+        box.add_tenant("acme")
+        box.tenant("acme").push("acme/gen", folder / "gen")
+        token_file = folder / "second.token"
+        token_file.write_text(box.operator().create_node_token(name="second").token)
+        port = free_port()
+        words = ["run", "--data-dir", str(folder / "second"), "--control", box.node_url, "--name", "second"]
+        words += ["--join-token-file", str(token_file), "--host-bytes", "64MiB", "--disk-bytes", "1GiB"]
+        words += ["--standbys", "0", "--calibrate", "off", "--device", "cpu:48MiB"]
+        second = Process("agent", *words, "--listen", f"127.0.0.1:{port}")
+        try:
+            second.wait_for(r"plan \d+\.\d+: 1 tenants, 1 versions")
+            crowd = Crowd(box, [box.gateway_url, f"http://127.0.0.1:{port}", box.url])
+            for url in crowd.urls:
+                assert crowd.call(url).status_code == 200, "nothing is limited yet"
+            box.operator().set_quota("acme", requests_per_minute=PER_MINUTE)
+            box.wait_planned(1)
+            second.wait_for(r"plan \d+\.\d+: 1 tenants, 1 versions")
+            crowd.answers, crowd.first_s = {}, None
+            yield crowd
+        finally:
+            second.stop()
+
+
+def test_one_limit_holds_over_both_nodes_and_the_router_whoever_is_away(crowd: Crowd) -> None:
+    box = crowd.box
+    crowd.rush(3 * 2 * BURST)
+    assert len(crowd.answers) == 3, "every door lets somebody in"
+    headers = [crowd.call(url).headers for url in crowd.urls]
+    assert {each["x-ratelimit-limit-requests"] for each in headers} == {str(PER_MINUTE)}
+    assert box.control is not None
+    box.control.kill()
+    for url in crowd.urls[:2]:
+        crowd.until_let_in(url)
+    box.start_control()
+    crowd.rush(BURST)
+    assert box.agent is not None
+    box.agent.kill()
+    crowd.until_let_in(crowd.urls[1])
+    box.start_agent()
+    crowd.rush(3 * BURST)
+    crowd.until_let_in(crowd.urls[0])
