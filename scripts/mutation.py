@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Plant one bug after the other and see whether the tests notice.
 
-Covers: every mutant of ``tests/mutants.py`` and ``tests/fleet_mutants.py``, each planted alone as its module
-is imported (nothing on disk changes), first under the simulations, then under the tests of its module, in
-processes of their own with a limit of time. Does not cover: finding new mutants.
+Covers: every mutant of ``tests/mutants.py``, ``tests/fleet_mutants.py`` and ``tests/share_mutants.py``, each
+planted alone as its module is imported (nothing on disk changes), first under the simulations, then under
+the tests of its module, in processes of their own with a limit of time. Does not cover: finding new mutants.
 
 A mutant whose text is not in the source exactly once is stale: an error. One that nothing notices is a
 survivor; those that are known, with the reason, are in SURVIVORS. Exit status: 0 all as it should be, 1 a
@@ -67,7 +67,11 @@ BASELINE_SEEDS = 20
 # The tests of a module, quick ones first. The core's mutants without an entry get those of the core.
 CORE_TESTS = ("test_residency", "test_quota", "test_turns", "test_lending", "test_hits", "test_chosen")
 MODULE_TESTS = {
-    "packer.rates": ("test_rates", "test_node_rates", "test_residency"),
+    "packer.rates": ("test_rates", "test_shares", "test_node_rates", "test_residency"),
+    "packer.shares": ("test_shares", "test_node_shares"),
+    "control.shares": ("test_shares", "test_node_shares"),
+    "control.share_desk": ("test_node_shares",),
+    "agent.shares": ("test_node_shares",),
     "packer.placement": ("test_placement", "test_residency"),
     "packer.intensity": ("test_intensity", "test_keep", "test_policies"),
     "packer.keep": ("test_keep", "test_policies", "test_residency"),
