@@ -299,7 +299,7 @@ def test_what_can_not_be_kept_on_disk_is_not_given_back() -> None:
         before = a.part
         assert 0 < before < 1
         await asyncio.sleep(4 * LOOK_MS / 1000)
-        assert a.part == before
+        assert a.part >= before
         b.disk_full = True
         await b.let_in()
         assert b.part > 0, "more needs no disk"
