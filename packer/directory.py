@@ -15,8 +15,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from packer import tensor_model
 from packer.layout import BadLayout, ImageLayout, TensorInfo, first_workspace_estimate, lay_out
-from packer.types import MIB, VERSION_CHARS, OriginFile, Task
+from packer.tensor_model import CONFIG_FILE, EXPORT_ENGINE, PROGRAM_FILE, BadTensorModel
+from packer.types import MIB, VERSION_CHARS, OriginFile, Task, TensorSignature
 
 # A large sharded model has about 200 files.
 FILES_MAX = 256
@@ -47,6 +49,7 @@ _PLAIN_NAMES = frozenset(
 )
 _PLAIN_ENDINGS = (".json", ".txt", ".model", ".jsonl")
 _WEIGHT_ENDING = ".safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
 # Named one by one only to say why; whatever is on no list is refused as well.
 _CODE_ENDINGS = (".py", ".pyc", ".so", ".sh", ".ipynb", ".js", ".exe", ".dll", ".jar")
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".dill")
@@ -217,6 +220,7 @@ class ModelFacts:
     image_bytes: int
     chunk_bytes: tuple[int, ...]
     workspace_bytes: int
+    signature: TensorSignature | None = None
 
 
 # --- file names -----------------------------------------------------------------------------------
@@ -307,17 +311,22 @@ def inspect(
     for path in json_paths(paths):
         if path not in json_files:
             raise BadDirectory(path, "was not read")
-    loaded = {path: _load(path, data) for path, data in sorted(json_files.items())}
+    config = _load(CONFIG_FILE, json_files.get(CONFIG_FILE, b"null"))
+    if not isinstance(config, dict):
+        raise BadDirectory(CONFIG_FILE, "is missing or not a JSON object")
+    is_program = config.get("engine") == EXPORT_ENGINE
+    # A program has its own strict reader, which builds nothing that it does not know.
+    plain = {path: data for path, data in json_files.items() if not (is_program and path == PROGRAM_FILE)}
+    loaded = {path: _load(path, data) for path, data in sorted(plain.items())}
     for path, value in loaded.items():
         _refuse_code(path, value)
-    config = loaded.get("config.json")
-    if not isinstance(config, dict):
-        raise BadDirectory("config.json", "is missing or not a JSON object")
+    if is_program:
+        return _inspect_program(paths, json_files, headers, loaded.get(_INDEX_FILE))
     architecture, task = _architecture(config)
     _check_sizes(config)
     _check_tokenizer(loaded)
     _check_modules(loaded.get("modules.json"), paths, task)
-    layout = _layout(paths, headers, loaded.get("model.safetensors.index.json"))
+    layout = _layout(paths, headers, loaded.get(_INDEX_FILE))
     return ModelFacts(
         engine=ENGINE,
         task=task,
@@ -325,6 +334,30 @@ def inspect(
         image_bytes=layout.image_bytes,
         chunk_bytes=layout.chunk_bytes,
         workspace_bytes=first_workspace_estimate(task, config, layout.image_bytes),
+    )
+
+
+def _inspect_program(
+    paths: Sequence[str],
+    json_files: Mapping[str, bytes],
+    headers: Mapping[str, tuple[TensorInfo, ...]],
+    index: object,
+) -> ModelFacts:
+    """A directory of the ``export`` engine: the program, its signature and its weights fit together."""
+    try:
+        model = tensor_model.read_tensor_model(json_files)
+        layout = _layout(paths, headers, index, tensor_model.first_uses(model))
+        tensor_model.check_weights(model, [placed.info for placed in layout.tensors])
+    except BadTensorModel as error:
+        raise BadDirectory(error.path, error.message) from None
+    return ModelFacts(
+        engine=EXPORT_ENGINE,
+        task=Task.TENSORS,
+        architecture="torch.export",
+        image_bytes=layout.image_bytes,
+        chunk_bytes=layout.chunk_bytes,
+        workspace_bytes=tensor_model.first_workspace_estimate(model.program),
+        signature=model.signature,
     )
 
 
@@ -458,7 +491,10 @@ def _check_modules(modules: object, paths: Sequence[str], task: Task) -> None:
 
 
 def _layout(
-    paths: Sequence[str], headers: Mapping[str, tuple[TensorInfo, ...]], index: object
+    paths: Sequence[str],
+    headers: Mapping[str, tuple[TensorInfo, ...]],
+    index: object,
+    uses: Sequence[str] = (),
 ) -> ImageLayout:
     weights = sorted(path for path in paths if path.endswith(_WEIGHT_ENDING))
     for path in weights:
@@ -467,12 +503,10 @@ def _layout(
     if index is not None:
         _check_index(index, headers)
     elif len(weights) > 1:
-        raise BadDirectory(
-            "model.safetensors.index.json", f"is missing, but there are {len(weights)} safetensors files"
-        )
+        raise BadDirectory(_INDEX_FILE, f"is missing, but there are {len(weights)} safetensors files")
     tensors = [tensor for path in weights for tensor in headers[path]]
     try:
-        layout = lay_out(tensors)
+        layout = lay_out(tensors, uses)
     except BadLayout as error:
         raise BadDirectory(weights[0] if weights else "model.safetensors", str(error)) from None
     if layout.image_bytes == 0:
@@ -481,7 +515,7 @@ def _layout(
 
 
 def _check_index(index: object, headers: Mapping[str, tuple[TensorInfo, ...]]) -> None:
-    path = "model.safetensors.index.json"
+    path = _INDEX_FILE
     wanted = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(wanted, dict):
         raise BadDirectory(path, "has no weight_map")

@@ -37,6 +37,7 @@ from packer.packing import Pack, PackTarget
 from packer.pieces import PIECE_BYTES, Part, Piece, cut, pieces, runs
 from packer.sources import SMALL_ASK_BYTES, Source, SourceFailed
 from packer.tiers import Image, TierError
+from packer.tensor_model import BadTensorModel, execution_order
 from packer.types import KIB, ModelRef, OriginFile, Task
 
 # Read at once at the start of a weight file: the header of most files, so that it costs one round trip.
@@ -90,8 +91,8 @@ class Ingest:
             else:
                 self.side_files[reader.file.path] = reader.read_whole()
         try:
-            self.layout = lay_out(tensors)
-        except BadLayout as error:
+            self.layout = lay_out(tensors, execution_order(self._engine, self.side_files))
+        except (BadLayout, BadTensorModel) as error:
             raise TierError(str(error), broken=True) from None
         data = headers.data(self.layout.image_bytes)
         if data is not None:

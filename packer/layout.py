@@ -272,9 +272,23 @@ def _check_tiling(tensors: Sequence[TensorInfo], file: str, base: int, file_size
 # --- the image ------------------------------------------------------------------------------------
 
 
-def _order(tensor: TensorInfo) -> tuple[int, int, str, bool, str, str]:
-    """Execution order: embeddings, layers by number, tail; one dtype after the other within each, the small
-    tensors first, because together they are one chunk."""
+def _stages(tensors: Sequence[TensorInfo], uses: Sequence[str]) -> dict[str, int]:
+    """Tensors that are used one after the other, together as large as a chunk, are one stage."""
+    sizes = {tensor.name: tensor.nbytes for tensor in tensors}
+    stages: dict[str, int] = {}
+    before = 0
+    for name in uses:
+        stages[name] = before // CHUNK_BYTES
+        before += sizes.get(name, 0)
+    return stages
+
+
+def _order(tensor: TensorInfo, stages: Mapping[str, int]) -> tuple[int, int, str, bool, str, str]:
+    """Execution order: by stage, or embeddings, layers by number, tail; one dtype after the other within
+    each, the small tensors first, because together they are one chunk."""
+    if stages:
+        stage = stages.get(tensor.name, len(stages))
+        return (0, stage, tensor.dtype, tensor.nbytes >= OWN_CHUNK_BYTES, tensor.name, tensor.file)
     layer = next((part for part in tensor.name.split(".") if re.fullmatch("[0-9]{1,6}", part)), None)
     own = tensor.nbytes >= OWN_CHUNK_BYTES
     if layer is not None:
@@ -287,13 +301,15 @@ def _up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def lay_out(tensors: Sequence[TensorInfo]) -> ImageLayout:
+def lay_out(tensors: Sequence[TensorInfo], uses: Sequence[str] = ()) -> ImageLayout:
     """Place tensors in the image and cut it into chunks. The same tensors give the same layout in any
-    order of the argument. Raises ``BadLayout`` on a name used twice or an image above the limit."""
+    order of the argument. ``uses``: their names in execution order where that is known; else it is guessed
+    from the names. Raises ``BadLayout`` on a name used twice or an image above the limit."""
+    stages = _stages(tensors, uses)
     placed: list[PlacedTensor] = []
     runs: list[tuple[int, int, str]] = []  # start, end, dtype; each starts and ends on a page
     at, start, dtype, closed = 0, 0, "", False
-    for tensor in sorted(tensors, key=_order):
+    for tensor in sorted(tensors, key=lambda tensor: _order(tensor, stages)):
         if tensor.nbytes == 0:
             # An empty tensor takes no place and must not break a run of one dtype.
             placed.append(PlacedTensor(tensor, _up(at, TENSOR_ALIGN_BYTES)))

@@ -161,6 +161,7 @@ def new_spec(ref: ModelRef, origin: str, examined: Examined, now_ms: int) -> Mod
         chunk_bytes=facts.chunk_bytes,
         workspace_bytes=facts.workspace_bytes,
         created_ms=now_ms,
+        signature=facts.signature,
     )
 
 
