@@ -36,8 +36,8 @@ from packer.pack_writer import PackSummary
 from packer.packing import Pack, PackTarget
 from packer.pieces import PIECE_BYTES, Part, Piece, cut, pieces, runs
 from packer.sources import SMALL_ASK_BYTES, Source, SourceFailed
-from packer.tiers import Image, TierError
 from packer.tensor_model import BadTensorModel, execution_order
+from packer.tiers import Image, TierError
 from packer.types import KIB, ModelRef, OriginFile, Task
 
 # Read at once at the start of a weight file: the header of most files, so that it costs one round trip.
