@@ -196,7 +196,7 @@ class Compute:
         if not parts:
             return None  # all that came was at fault
         items = [Item(len(begun.answer.inputs[at]), begun.request.arrived_ms) for begun, at in parts]
-        tokens_max = parts[0][0].held.model.vectors.tokens_max
+        tokens_max = parts[0][0].held.model.tokens_max
         chosen = choose(items, lane.batching, tokens_max, self._now_ms())
         if not chosen:
             return due_ms(items[0], lane.batching)
@@ -254,7 +254,7 @@ class Compute:
         number = begun.request.run.id
         end: FromWorker = End(number)
         try:
-            self._emit(begun.request, begun.held.model.vectors.frame(begun.answer))
+            self._emit(begun.request, begun.held.model.frame(begun.answer))
         except BadFrame as error:
             end = _fault(number, error)
         self._end_begun(lane, begun, end)

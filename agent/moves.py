@@ -22,7 +22,7 @@ from pathlib import Path
 
 from agent.arena import Image, allocate_image
 from agent.early import EARLY_BYTES_MIN, EarlyStart, Gate, Watched
-from agent.engines.transformers import BrokenModel, Model, build
+from agent.engines.model import BrokenModel, Model, build
 from agent.frames import (
     BadFrame,
     BaseOffer,
@@ -298,7 +298,7 @@ class Moves:
             if parked is None:
                 own = {path: data for path, data in new.side_files.items() if path != ORIGIN_HEADERS}
                 coming.building = self._builder.submit(
-                    build, spec.task, own, layout, self._private, self._torch_device
+                    build, spec.engine, spec.task, own, layout, self._private, self._torch_device
                 )
             if new.watched is not None:
                 early = EarlyStart(new.watched, coming.begin, partial(self._admit, coming))

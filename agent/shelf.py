@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from agent.arena import Image
-from agent.engines.transformers import Model
+from agent.engines.model import Model
 from packer.layout import ImageLayout
 from packer.tiers import TierError
 from packer.types import ModelRef, Task

@@ -57,6 +57,7 @@ class Size(msgspec.Struct, forbid_unknown_fields=True):
 class TensorMeta(msgspec.Struct):
     dtype: int
     sizes: list[Size]
+    requires_grad: bool = False
 
 
 class Graph(msgspec.Struct):

@@ -62,11 +62,9 @@ _ARGUMENT = re.compile(
 )
 _SCHEMA = re.compile(r"(?P<name>[a-z0-9_]+)(?:\.(?P<overload>\w+))?\((?P<arguments>.*)\) -> (?P<returns>.*)")
 
-# Results as large as the data say; never more than their arguments are.
-SIZED_BY_VALUES = frozenset(
-    {"aten.nonzero.default", "aten.masked_select.default", "aten.item.default"}
-    | {"aten._local_scalar_dense.default", "aten.index.Tensor"}
-)
+# Results as large as the data say (never more than their arguments are), or numbers that are the data.
+SIZED_BY_VALUES = frozenset({"aten.nonzero.default", "aten.masked_select.default"})
+NUMBERS_FROM_DATA = frozenset({"aten.item.default", "aten._local_scalar_dense.default"})
 
 # Scalar types of torch's own serialization that a program may name: those a tensor of a request can have.
 DTYPE_NAMES: Mapping[int, str] = {

@@ -66,6 +66,8 @@ NUMBER_OPERATORS: Mapping[str, int] = {
     "sym_ite": 3,
 }
 _NUMBER_TARGET = re.compile(r"(?:_operator|math|torch)\.(\w+)")
+# torch takes a plain number for the second tensor of an addition and its like, and exports it so.
+_NUMBER_AS_TENSOR = "other"
 _SYMBOL = re.compile(r"Symbol\('(\w{1,64})'[^()]*\)")
 
 
@@ -131,11 +133,12 @@ class Node:
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
     """What torch knew of a tensor: its datatype, and sizes; a free size is its expression, as opaque text.
-    ``hint``: the elements that it had when the program was exported."""
+    ``hint``: the elements that it had when the program was exported. ``is_trained``: it had a gradient."""
 
     datatype: str
     shape: tuple[int | str, ...]
     hint: int
+    is_trained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +405,8 @@ class _Reader:
             return None
         form = next(iter(arg), "")
         read = _FORMS[kind].get(form)
+        if kind is Kind.TENSOR and name == _NUMBER_AS_TENSOR:
+            read = read or _FORMS[Kind.SCALAR].get(form)
         if read is None:
             raise self._wrong(f"argument {name}: must be {kind}, not {form[:40] or 'nothing'}")
         return read(self, arg)
@@ -540,4 +545,4 @@ def _facts(name: str, meta: TensorMeta) -> TensorFacts:
             hint *= max(known.as_int, 1) if known is not None and known.as_int is not UNSET else 1
         else:
             raise BadProgram(f"tensor {name[:80]!r}: a size is empty")
-    return TensorFacts(datatype, tuple(shape), hint)
+    return TensorFacts(datatype, tuple(shape), hint, meta.requires_grad)

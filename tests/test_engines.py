@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import describe, find_minilm, opened, tiny_classifier, tiny_gpt2, tiny_llama
 
 from agent.arena import Image, allocate_image
+from agent.engines.model import BrokenModel
 from agent.engines.pooling import BadPooling, Pooling, read_pooling
 from agent.engines.text import TextStream
-from agent.engines.transformers import BrokenModel, Model, build
+from agent.engines.transformers import Model, build
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from packer.ingest import Ingest
 from packer.sources import FileSource

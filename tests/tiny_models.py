@@ -21,6 +21,7 @@ from packer.types import MIB, ModelRef, ModelSpec, OriginFile, Task
 __all__ = [
     "copy_minilm",
     "describe",
+    "described_files",
     "find_minilm",
     "opened",
     "tiny_classifier",
@@ -55,17 +56,24 @@ def tiny_classifier(
     )
 
 
-def describe(directory: Path, ref: ModelRef, task: Task) -> ModelSpec:
-    """The version that control would register for a directory."""
+def described_files(directory: Path) -> list[OriginFile]:
+    """Every file of a directory, as a version lists it."""
     files: list[OriginFile] = []
-    tensors: list[TensorInfo] = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         data = path.read_bytes()
         name = path.relative_to(directory).as_posix()
         files.append(OriginFile(name, len(data), hashlib.sha256(data).hexdigest()))
-        if name.endswith(".safetensors"):
-            size = header_bytes(data[:8], len(data), name)
-            tensors.extend(parse_header(data[8 : 8 + size], name, len(data)))
+    return files
+
+
+def describe(directory: Path, ref: ModelRef, task: Task) -> ModelSpec:
+    """The version that control would register for a directory."""
+    files = described_files(directory)
+    tensors: list[TensorInfo] = []
+    for name in (file.path for file in files if file.path.endswith(".safetensors")):
+        data = (directory / name).read_bytes()
+        size = header_bytes(data[:8], len(data), name)
+        tensors.extend(parse_header(data[8 : 8 + size], name, len(data)))
     layout = lay_out(tensors)
     return ModelSpec(
         ref,

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from agent.arena import DTYPES, Image
 from agent.early import Gate, chunks_of
 from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens, write
+from agent.engines.model import BrokenModel
 from agent.engines.pooling import BadPooling, Pooling, read_pooling
 from agent.engines.sampling import Sampling, read_sampling
 from agent.engines.side_files import BadSideFile, written
@@ -66,10 +67,6 @@ _building = threading.Lock()
 
 # A list of one layer has nothing to compute while the rest of it comes.
 LAYERS_MIN = 2
-
-
-class BrokenModel(Exception):
-    """The directory can not become a model, whatever tier it comes from. Names what is wrong."""
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -333,7 +330,7 @@ class Model:
         self._hooks: list[RemovableHandle] = []
         self._gate: Gate | None = None  # of a restore that may still bring layers
         self._vocabulary = int(getattr(module.config, "vocab_size", 0)) or len(tokenizer)
-        self.vectors = Vectors(task, module, tokenizer, pooling, self._context, self._vocabulary)
+        self._vectors = Vectors(task, module, tokenizer, pooling, self._context, self._vocabulary)
 
     def _context_tokens(self) -> int:
         config = self._module.config
@@ -401,13 +398,21 @@ class Model:
             raise EngineError(
                 "invalid_request", f"this is a model for {self.task}: call {_ROUTES[self.task]}", "model"
             )
-        return None if task is Task.GENERATION else self.vectors.begin(_convert(request, EmbedFields))
+        return None if task is Task.GENERATION else self._vectors.begin(_convert(request, EmbedFields))
 
     def compute(self, parts: Sequence[tuple[VectorAnswer, int]]) -> None:
         """One forward pass over inputs of any answers that ``begin`` gave."""
         self._stop_waiting_if_open()
         with torch.inference_mode():
-            self.vectors.compute(parts)
+            self._vectors.compute(parts)
+
+    @property
+    def tokens_max(self) -> int:
+        return self._vectors.tokens_max
+
+    def frame(self, answer: VectorAnswer) -> EngineFrame:
+        """The answer, once no row is missing."""
+        return self._vectors.frame(answer)
 
     def run(
         self,
@@ -426,7 +431,7 @@ class Model:
             if cancelled():
                 return
             self.compute([(answer, next(iter(answer.missing)))])
-        emit(self.vectors.frame(answer))
+        emit(self.frame(answer))
 
     def _stop_waiting_if_open(self) -> None:
         if self._gate is not None and self._gate.is_open:

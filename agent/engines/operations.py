@@ -1,0 +1,350 @@
+"""Running one node of a program: arithmetic of sizes, torch's operations, and what each may take.
+
+Covers: calling the allowed operations and nothing else, the bytes that one would take before it runs, and the
+arguments for which torch's own kernels do not look. Does not cover: which operations are allowed
+(``packer/operators.py``) or the run of a whole program (``export``).
+
+The size of a result is found by running the operation on tensors without memory ("meta") first. So a node
+that asks for a terabyte is refused before a byte is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from packer.operators import SIZED_BY_VALUES, Kind
+from packer.program import ITEMS_MAX, Argument, Dtype, Here, MemoryFormat, Node, Ref
+from packer.types import GIB
+
+# What one request may hold in intermediate results, and as how much any one of them may pass: an expanded
+# view takes no memory, but whoever reads it takes its time.
+RUN_BYTES_MAX = 2 * GIB
+# Powers and shifts of sizes: none that fits 64 bits needs more.
+_EXPONENT_MAX = 64
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "UINT8": torch.uint8,
+    "INT8": torch.int8,
+    "INT16": torch.int16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "FP16": torch.float16,
+    "BF16": torch.bfloat16,
+    "FP32": torch.float32,
+    "FP64": torch.float64,
+}
+_MEMORY_FORMATS: Mapping[int, torch.memory_format] = {
+    1: torch.contiguous_format,
+    2: torch.channels_last,
+    3: torch.channels_last_3d,
+    4: torch.preserve_format,
+}
+
+# A value of a name while a program runs: a tensor or a number; in arguments also lists of them.
+Value: TypeAlias = Any
+Environment: TypeAlias = dict[str, Value]
+Call: TypeAlias = Callable[..., Value]
+
+
+class Refusal(Exception):
+    """A node can not be run with these values; the request or the program is at fault."""
+
+
+# --- numbers ------------------------------------------------------------------------------------------
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    if abs(exponent) > _EXPONENT_MAX or abs(base) > 2**63:
+        raise Refusal("a power is too great")
+    return base**exponent
+
+
+def _shift(value: int, by: int) -> int:
+    if not 0 <= by <= _EXPONENT_MAX:
+        raise Refusal("a shift is too wide")
+    return value << by
+
+
+NUMBER_CALLS: Mapping[str, Call] = {
+    **{
+        name: getattr(operator, name)
+        for name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "rshift", "neg", "pos")
+    },
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")},
+    "pow": _power,
+    "lshift": _shift,
+    "trunc": math.trunc,
+    "sym_max": max,
+    "sym_min": min,
+    "sym_not": operator.not_,
+    "sym_int": int,
+    "sym_float": float,
+    "sym_ite": lambda condition, then, otherwise: then if condition else otherwise,
+}
+
+
+def checked_number(value: Value) -> Value:
+    """Integers of a program have 64 bits, whatever Python's have."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise Refusal("a number does not fit in 64 bits")
+    return value
+
+
+def _assert(condition: Value, message: str) -> tuple[()]:
+    if not condition:
+        raise Refusal(f"the model refuses these inputs: {message[:200]}")
+    return ()
+
+
+def _in_range(size: Value, *, min: int | None = None, max: int | None = None) -> tuple[()]:
+    if (min is not None and size < min) or (max is not None and size > max):
+        raise Refusal(f"a size of {size} is outside of {min} to {max}")
+    return ()
+
+
+# Operations that give numbers or nothing; torch's own would give symbols or trust the file.
+_OWN_CALLS: Mapping[str, Call] = {
+    "aten.sym_size.int": lambda tensor, dim: int(tensor.shape[dim]),
+    "aten.sym_numel.default": lambda tensor: tensor.numel(),
+    "aten.item.default": lambda tensor: tensor.item(),
+    "aten._local_scalar_dense.default": lambda tensor: tensor.item(),
+    "aten._assert_scalar.default": _assert,
+    # Says what the dtypes and devices were when the program was exported, on another machine.
+    "aten._assert_tensor_metadata.default": lambda *arguments, **options: (),
+    "aten.sym_constrain_range.default": _in_range,
+    "aten.sym_constrain_range_for_size.default": _in_range,
+}
+
+
+# --- one step -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A node, ready to run. ``ends``: names that nobody reads afterwards."""
+
+    node: Node
+    call: Call
+    positional: tuple[Argument, ...]
+    keywords: Mapping[str, Argument]
+    makes_tensors: bool
+    ends: tuple[str, ...]
+
+    def arguments(
+        self, environment: Environment, device: torch.device
+    ) -> tuple[list[Value], dict[str, Value]]:
+        positional = [_resolved(value, environment, device) for value in self.positional]
+        return positional, {
+            name: _resolved(value, environment, device) for name, value in self.keywords.items()
+        }
+
+
+def step_of(node: Node, ends: tuple[str, ...]) -> Step:
+    """Raises ``KeyError`` for an operation that this release of torch does not have."""
+    keywords = dict(node.keywords)
+    if node.operator is None:
+        return Step(node, NUMBER_CALLS[node.target], node.positional, keywords, False, ends)
+    own = _OWN_CALLS.get(node.target)
+    if own is not None:
+        return Step(node, own, node.positional, keywords, False, ends)
+    kinds = {parameter.kind for parameter in node.operator.parameters}
+    if Kind.DEVICE in kinds and not kinds & {Kind.TENSOR, Kind.TENSORS}:
+        keywords["device"] = Here()  # without it torch would make the tensor on the processor
+    return Step(node, _torch_call(node.operator.name), node.positional, keywords, True, ends)
+
+
+def _torch_call(name: str) -> Call:
+    """``name`` is a key of ``packer.operators.OPERATORS``, never a text of a file."""
+    _, base, overload = name.split(".")
+    packet = getattr(torch.ops.aten, base, None)
+    if packet is None or overload not in packet.overloads():
+        raise KeyError(name)
+    call: Call = getattr(packet, overload)
+    return call
+
+
+def _resolved(value: Argument, environment: Environment, device: torch.device) -> Value:
+    match value:
+        case Ref():
+            return environment[value.name]
+        case tuple():
+            return [_resolved(item, environment, device) for item in value]
+        case Dtype():
+            return TORCH_DTYPES[value.datatype]
+        case MemoryFormat():
+            return _MEMORY_FORMATS[value.code]
+        case Here():
+            return device
+        case _:
+            return value
+
+
+def tensors_in(values: object) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_in(value)
+
+
+# --- what torch's kernels do not look at ----------------------------------------------------------------
+
+
+def prepared(step: Step, positional: list[Value]) -> list[Value]:
+    """Positional arguments that are safe to hand over. Raises ``Refusal``."""
+    target = step.node.target
+    check = _CHECKS.get(target)
+    if check is not None:
+        check(step, positional)
+    if target in ("aten.index.Tensor", "aten.index_put.default"):
+        positional = [positional[0], _places(positional[1]), *positional[2:]]
+    return positional
+
+
+def has_mask(step: Step, positional: Sequence[Value]) -> bool:
+    """Whether the size of the result is a matter of the values of a mask."""
+    return step.node.target == "aten.index.Tensor" and any(
+        tensor.dtype == torch.bool for tensor in tensors_in(positional[1])
+    )
+
+
+def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Masks as the places that they name, as torch does inside, so that sizes can be told beforehand."""
+    found: list[torch.Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            check_bytes(index.numel() * max(index.dim(), 1) * 8)
+            found.extend(index.nonzero().unbind(1))
+        elif index is not None and index.dtype == torch.uint8:
+            raise Refusal("an index of UINT8 is ambiguous; use BOOL or INT64")
+        else:
+            found.append(index)
+    return found
+
+
+def _check_split(step: Step, positional: Sequence[Value]) -> None:
+    tensor, size, *dim = positional
+    if size <= 0:
+        raise Refusal("the size of a piece must be positive")
+    _check_pieces(step, -(-_length(tensor, *dim) // size) or 1)
+
+
+def _check_unbind(step: Step, positional: Sequence[Value]) -> None:
+    _check_pieces(step, _length(*positional))
+
+
+def _length(tensor: torch.Tensor, dim: int = 0) -> int:
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise Refusal(f"has no dimension {dim}")
+    return tensor.shape[dim]
+
+
+def _check_pieces(step: Step, count: int) -> None:
+    (names,) = step.node.outputs
+    if count != len(names):
+        raise Refusal(f"would give {count} pieces, the program expects {len(names)}")
+
+
+def _check_count(step: Step, positional: Sequence[Value]) -> None:
+    if not 0 < positional[1] <= ITEMS_MAX:
+        raise Refusal(f"may give 1 to {ITEMS_MAX} pieces")
+
+
+def _check_group_norm(step: Step, positional: Sequence[Value]) -> None:
+    tensor, _, _, batch, channels, inner, _, *_ = positional
+    if batch * channels * inner != tensor.numel() or min(batch, channels, inner) < 0:
+        raise Refusal("sizes that are not those of the tensor")
+
+
+def _check_batch_norm(step: Step, positional: Sequence[Value]) -> None:
+    tensor, *statistics = positional[:5]
+    channels = tensor.shape[1] if tensor.dim() > 1 else -1
+    if any(each is not None and each.shape != (channels,) for each in statistics):
+        raise Refusal("statistics must have one value per channel")
+
+
+_CHECKS: Mapping[str, Callable[[Step, Sequence[Value]], None]] = {
+    "aten.split.Tensor": _check_split,
+    "aten.unsafe_split.Tensor": _check_split,
+    "aten.unbind.int": _check_unbind,
+    "aten.chunk.default": _check_count,
+    "aten.tensor_split.sections": _check_count,
+    "aten.native_group_norm.default": _check_group_norm,
+    "aten._native_batch_norm_legit_no_training.default": _check_batch_norm,
+}
+
+
+# --- sizes beforehand -----------------------------------------------------------------------------------
+
+
+def check_bytes(nbytes: int, alive_bytes: int = 0) -> None:
+    if nbytes + alive_bytes > RUN_BYTES_MAX:
+        raise Refusal(
+            f"would take {nbytes} bytes beside {alive_bytes}, the limit of a request is {RUN_BYTES_MAX}: "
+            "send smaller inputs"
+        )
+
+
+class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Looks at every tensor that is made inside, also by the parts of composed operations."""
+
+    def __init__(self, alive_bytes: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._alive_bytes = alive_bytes
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Value, ...] = (),
+        kwargs: Mapping[str, Value] | None = None,
+    ) -> Value:
+        options = dict(kwargs or {})
+        result: Value = NotImplemented
+        # Its parts would be those of the slowest of its implementations, which no real device takes.
+        if func is not torch.ops.aten.scaled_dot_product_attention.default and func._can_decompose():
+            with self:
+                result = func.decompose(*args, **options)
+        if result is NotImplemented:
+            result = func(*args, **options)
+        for tensor in tensors_in(result):
+            check_bytes(max(_logical_bytes(tensor), tensor.untyped_storage().nbytes()), self._alive_bytes)
+        return result
+
+
+def _logical_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def check_size(step: Step, positional: list[Value], keywords: Mapping[str, Value], alive_bytes: int) -> None:
+    """Raise ``Refusal`` if the step would take more than a request may."""
+    if step.node.target in SIZED_BY_VALUES:
+        largest = max((tensor.numel() * max(tensor.dim(), 1) for tensor in tensors_in(positional)), default=0)
+        if step.node.target == "aten.masked_select.default":
+            shapes = [each.shape for each in tensors_in(positional)]
+            largest = torch.broadcast_shapes(*shapes).numel()  # type: ignore[no-untyped-call]
+        check_bytes(largest * 8, alive_bytes)
+        return
+    meta = torch.device("meta")
+    without = [_on_meta(value) for value in positional]
+    options = {name: _on_meta(value) for name, value in keywords.items()}
+    if "device" in options:
+        options["device"] = meta
+    with _Sizes(alive_bytes):
+        step.call(*without, **options)
+
+
+def _on_meta(value: Value) -> Value:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, list):
+        return [_on_meta(item) for item in value]
+    return torch.device("meta") if isinstance(value, torch.device) else value
