@@ -218,10 +218,12 @@ def _get_warm() -> None:
     import transformers
 
     from agent import worker
+    from agent.engines import export
     from agent.engines.transformers import warm_imports
     from packer import kernels
 
     assert worker.main is not None
+    assert export.build is not None
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     warm_imports()
     # Compiled once, so that no restore waits for it; workers are born with the machine code.

@@ -272,29 +272,32 @@ def _check_tiling(tensors: Sequence[TensorInfo], file: str, base: int, file_size
 # --- the image ------------------------------------------------------------------------------------
 
 
-def _stages(tensors: Sequence[TensorInfo], uses: Sequence[str]) -> dict[str, int]:
-    """Tensors that are used one after the other, together as large as a chunk, are one stage."""
+def _stages(tensors: Sequence[TensorInfo], uses: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Stage and place of each tensor: those that are used one after the other, together as large as a chunk,
+    are one stage."""
     sizes = {tensor.name: tensor.nbytes for tensor in tensors}
-    stages: dict[str, int] = {}
+    stages: dict[str, tuple[int, int]] = {}
     before = 0
     for name in uses:
-        stages[name] = before // CHUNK_BYTES
+        stages[name] = (before // CHUNK_BYTES, len(stages))
         before += sizes.get(name, 0)
     return stages
 
 
-def _order(tensor: TensorInfo, stages: Mapping[str, int]) -> tuple[int, int, str, bool, str, str]:
+def _order(
+    tensor: TensorInfo, stages: Mapping[str, tuple[int, int]]
+) -> tuple[int, int, str, bool, int, str, str]:
     """Execution order: by stage, or embeddings, layers by number, tail; one dtype after the other within
     each, the small tensors first, because together they are one chunk."""
     if stages:
-        stage = stages.get(tensor.name, len(stages))
-        return (0, stage, tensor.dtype, tensor.nbytes >= OWN_CHUNK_BYTES, tensor.name, tensor.file)
+        stage, place = stages.get(tensor.name, (len(stages), len(stages)))
+        return (0, stage, tensor.dtype, tensor.nbytes >= OWN_CHUNK_BYTES, place, tensor.name, tensor.file)
     layer = next((part for part in tensor.name.split(".") if re.fullmatch("[0-9]{1,6}", part)), None)
     own = tensor.nbytes >= OWN_CHUNK_BYTES
     if layer is not None:
-        return (1, int(layer), tensor.dtype, own, tensor.name, tensor.file)
+        return (1, int(layer), tensor.dtype, own, 0, tensor.name, tensor.file)
     group = 0 if _EMBEDDING.search(tensor.name.lower()) else 2
-    return (group, 0, tensor.dtype, own, tensor.name, tensor.file)
+    return (group, 0, tensor.dtype, own, 0, tensor.name, tensor.file)
 
 
 def _up(value: int, step: int) -> int:

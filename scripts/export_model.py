@@ -21,6 +21,7 @@ import importlib
 import io
 import json
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,11 +61,11 @@ def write_model(
     program = without_writes(program)
     outputs = list(output_names) or _output_names(program)
     graph = graph_json(program)
-    weights, tied = _weights(program)
     try:
         checked = parse(graph)
     except BadProgram as error:
         raise CanNotExport(str(error)) from None
+    weights, tied = _weights(program)
     inputs = list(input_names) or [port.name for port in checked.inputs]
     if (len(inputs), len(outputs)) != (len(checked.inputs), len(checked.outputs)):
         raise CanNotExport(
@@ -138,7 +139,9 @@ def without_writes(program: torch.export.ExportedProgram) -> torch.export.Export
     order = {node: number for number, node in enumerate(program.graph.nodes)}
     writing = [node for node in program.graph.nodes if _writes(node)]
     if not all(_is_private(node, order) and _twin(node) is not None for node in writing):
-        program = program.run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 about its own code
+            program = program.run_decompositions({})
         writing = []
     for node in writing:
         (target, *rest), twin = node.args, _twin(node)

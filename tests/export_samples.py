@@ -5,6 +5,7 @@ Covers: the models, writing and describing their directories, and asking a built
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from export_model import write_model
+from safetensors.torch import save_file
 from tiny_models import described_files, opened
 from torch import nn
 
@@ -23,6 +25,7 @@ from agent.facade import JSON, EngineFrame, EngineRequest
 from packer.directory import inspect, json_paths
 from packer.ingest import Ingest
 from packer.layout import header_bytes, parse_header
+from packer.operators import DTYPE_NAMES
 from packer.sources import FileSource
 from packer.types import ModelRef, ModelSpec, Task
 
@@ -260,3 +263,59 @@ def load_program(directory: Path) -> Loaded:
         source.fill(image)
     model.attach(image)
     return Loaded(model, image, spec)
+
+
+# --- programs by hand -------------------------------------------------------------------------------
+
+FREE = {"as_expr": {"expr_str": "Symbol('s0', positive=True, integer=True)", "hint": {"as_int": 2}}}
+
+
+def tensor_meta(dtype: int, *sizes: int | None) -> dict[str, object]:
+    """As torch writes it; None: a free size."""
+    return {"dtype": dtype, "sizes": [FREE if size is None else {"as_int": size} for size in sizes]}
+
+
+def node(target: str, outputs: Sequence[str], **arguments: object) -> dict[str, object]:
+    """One node; arguments are torch's unions, a text stands for a tensor's name."""
+    inputs = [
+        {"name": name, "arg": {"as_tensor": {"name": arg}} if isinstance(arg, str) else arg, "kind": 1}
+        for name, arg in arguments.items()
+    ]
+    made = [{"as_tensor": {"name": name}} for name in outputs]
+    return {"target": target, "inputs": inputs, "outputs": made, "metadata": {}}
+
+
+def aten(name: str, output: str, **arguments: object) -> dict[str, object]:
+    return node(f"torch.ops.aten.{name}", [output], **arguments)
+
+
+def forge(
+    directory: Path,
+    nodes: Sequence[Mapping[str, object]],
+    shape: Sequence[int | None] = (None, 4),
+    dtype: int = 7,
+) -> Path:
+    """A directory whose program has an input ``x`` (FP32 [-1, 4]), a weight ``p_w`` (FP32 [4]), these nodes,
+    and the output ``y``, which one of them makes. Nothing is checked."""
+    values = {"x": tensor_meta(7, None, 4), "p_w": tensor_meta(7, 4), "y": tensor_meta(dtype, *shape)}
+    inputs = [
+        {"parameter": {"arg": {"name": "p_w"}, "parameter_name": "w"}},
+        {"user_input": {"arg": {"as_tensor": {"name": "x"}}}},
+    ]
+    outputs = [{"user_output": {"arg": {"as_tensor": {"name": "y"}}}}]
+    graph = {"nodes": nodes, "tensor_values": values}
+    module = {"graph": graph, "signature": {"input_specs": inputs, "output_specs": outputs}}
+    bounds = {"s0": {"min_val": 0, "max_val": None}}
+    program = {"graph_module": module, "schema_version": {"major": 8}, "range_constraints": bounds}
+    free = [-1 if size is None else size for size in shape]
+    config = {
+        "engine": "export",
+        "format": 1,
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}],
+        "outputs": [{"name": "y", "datatype": DTYPE_NAMES[dtype], "shape": free}],
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "program.json").write_text(json.dumps(program))
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({"w": torch.arange(4.0)}, directory / "model.safetensors")
+    return directory

@@ -190,6 +190,8 @@ class ExportModel(WholeRequests):
 
     def _results(self, inputs: Environment, cancelled: Callable[[], bool]) -> Environment | None:
         """All values that are left at the end; None: nobody waits for them any more."""
+        if len(self._weights) != len(self._placed):
+            raise RuntimeError("the program has no weights here")
         shapes = tuple(tuple(tensor.shape) for tensor in inputs.values())
         meter = _Meter(self._weights.values()) if shapes not in self._known else None
         environment = {**self._weights, **inputs}
