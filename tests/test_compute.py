@@ -45,10 +45,6 @@ class Model:
     is_gated: bool = False
     tokens_max: int = TOKENS_MAX
 
-    @property
-    def vectors(self) -> Model:
-        return self
-
     def begin(self, request: EngineRequest) -> VectorAnswer | None:
         if request.op == "whole":
             return None
