@@ -1,10 +1,10 @@
 """The fleet as control sees it: which nodes live, what they hold, where a request should go. Pure.
 
 ``step(cluster, event, now_ms)`` changes the state and returns orders; it has no clock, no I/O and no
-chance. Covers: liveness, who waits for a plan, routing by where a model's bytes are, and where a node gets
-a pack from (a peer that has one, or its turn at the origin). Does not cover: what goes into a plan (every
-node is told everything), which device fits best (``packer.placement``), delivery (``control.server``), or
-what a node decides by itself.
+chance. Covers: liveness, who waits for a plan, what was sent where, and where a node gets a pack from (a peer
+that has one, or its turn at the origin). Does not cover: which node is asked for a model
+(``control.choosing``), what goes into a plan (every node is told everything), delivery (``control.server``),
+or what a node decides by itself.
 
 Nothing here is written to disk: after a restart of control the nodes report again within seconds.
 """
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from packer.placement import Bin, Wanted, left_over, place
 from packer.types import ModelRef
 from packer.wire import PEERS_TRIED_MAX, ModelReport, Report
 
@@ -25,10 +24,8 @@ SILENT_AFTER_MS = 45_000
 EXPECTED_MS = 30_000
 # Expectations remembered; the oldest go first. One is about 200 bytes.
 EXPECTED_MAX = 10_000
-# Nodes whose requests in flight differ by less are as busy as each other when a cold model is placed.
-LOAD_BAND = 8
-# How far a model's bytes are from answering; see ``_distance``.
-COMING, NOWHERE = 1, 4
+# States of a model that will answer without a restore that has not begun yet.
+NEAR_STATES = ("resident", "restoring")
 # A node that could not be reached is asked last for this long.
 AVOID_MS = 5_000
 # A node's turn at the origin of one version, unless it asks again: three lost words before another may.
@@ -222,6 +219,7 @@ class NodeView:
     number: int = 0
     cloned: bool = False
     in_flight: int = 0  # requests that this router has sent and not seen end
+    near: tuple[str, ...] = ()  # versions that it has on a device or is bringing there
     # Requests in flight when it reported: what it said itself, and what this router had sent to it.
     load_said: int = 0
     in_flight_then: int = 0
@@ -245,6 +243,8 @@ class Cluster:
     nodes: dict[str, NodeView] = field(default_factory=dict)
     newest: tuple[int, int] = (0, 0)
     in_flight: int = 0  # of all nodes
+    # Nodes that have a version on a device or are bringing it there, as they said, by its text.
+    near: dict[str, dict[str, None]] = field(default_factory=dict)
     expected: dict[ModelRef, Expected] = field(default_factory=dict)
     turns: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # at the origin: (node, until ms)
 
@@ -256,7 +256,9 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
             cluster.nodes.setdefault(node, NodeView(node, gateway_url)).gateway_url = gateway_url
         case NodeRemoved(node):
             removed = cluster.nodes.pop(node, None)
-            cluster.in_flight -= removed.in_flight if removed is not None else 0
+            if removed is not None:
+                cluster.in_flight -= removed.in_flight
+                _note_near(cluster, removed, ())
             ended: list[Action] = [EndPoll(node)] if removed is not None and removed.waits else []
             return ended + _end_turns(cluster, node)
         case Cloned(node, two):
@@ -319,11 +321,23 @@ def _take_report(cluster: Cluster, view: NodeView, event: NodeBeat) -> list[Acti
     view.peer_url = event.report.peer_url
     view.route_url = event.report.route_url
     view.report = event.report
+    _note_near(cluster, view, [m.ref for m in event.report.models if m.state in NEAR_STATES])
     view.by_ref = {model.ref: model for model in event.report.models}
     view.load_said = sum(model.leases + model.waiting for model in event.report.models)
     view.in_flight_then = view.in_flight
     view.avoid_until_ms = 0
     return _note_packs(cluster, view)
+
+
+def _note_near(cluster: Cluster, view: NodeView, refs: Sequence[str]) -> None:
+    for ref in view.near:
+        nodes = cluster.near[ref]
+        del nodes[view.node]
+        if not nodes:
+            del cluster.near[ref]
+    view.near = tuple(dict.fromkeys(refs))
+    for ref in view.near:
+        cluster.near.setdefault(ref, {})[view.node] = None
 
 
 def _answer_polls(cluster: Cluster) -> list[Action]:
@@ -393,6 +407,8 @@ def check(cluster: Cluster) -> None:
         raise FleetBroken(f"{len(cluster.expected)} expectations, {len(cluster.turns)} turns")
     if cluster.in_flight != (total := sum(view.in_flight for view in cluster.nodes.values())):
         raise FleetBroken(f"{cluster.in_flight} requests in flight in all, {total} by node")
+    if sum(map(len, cluster.near.values())) != sum(len(view.near) for view in cluster.nodes.values()):
+        raise FleetBroken("nodes that have a model near are counted otherwise than the models")
     for ref, (holder, _) in cluster.turns.items():
         view = cluster.nodes.get(holder)
         if view is None or view.silent:
@@ -481,119 +497,3 @@ def knows(cluster: Cluster, node: str, seq: int) -> bool:
     """Whether the node has confirmed a plan of the present epoch that is not older than ``seq``."""
     view = cluster.nodes.get(node)
     return view is not None and view.have >= (cluster.newest[0], seq)
-
-
-def is_there(cluster: Cluster, node: str, ref: ModelRef) -> bool:
-    """Whether the node has bytes of the model in any tier, as far as it said."""
-    view = cluster.nodes.get(node)
-    known = view.by_ref.get(str(ref)) if view is not None else None
-    return known is not None and (
-        known.state in ("resident", "restoring") or known.host_bytes + known.disk_bytes > 0
-    )
-
-
-def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) -> Sequence[str]:
-    """Nodes that may answer for ``ref``, best first. Not among them: silent and draining nodes, and those
-    whose every device is broken.
-
-    Where the bytes are counts first (device, then on its way, then host or disk by what a restore takes),
-    then whether a device has room, then load, roughly, then the best fit, so that large holes stay whole.
-    Ties are broken by a hash of model and node, so that cold models spread and each goes home.
-    """
-    text = str(ref)
-    able = [view for view in cluster.nodes.values() if _able(view)]
-    distances = {view.node: _distance(cluster, view, ref, text, now_ms) for view in able}
-    # Where it is on a device already, or coming there, its room is there too.
-    cold = min(distances.values(), default=0) > COMING
-    left = _left_over(cluster, able, image_bytes, now_ms) if cold else {}
-    ranked = []
-    for view in able:
-        room = left.get(view.node)
-        spread = hashlib.sha256(f"{text}|{view.node}".encode()).hexdigest()
-        ranked.append(
-            (
-                view.avoid_until_ms > now_ms,
-                _cost(view, text, distances[view.node]),
-                room is None,
-                _load(view) // LOAD_BAND,
-                room if room is not None and distances[view.node] == NOWHERE else 0,
-                _load(view),
-                spread,
-                view.node,
-            )
-        )
-    return [entry[-1] for entry in sorted(ranked)]
-
-
-def equally_good(cluster: Cluster, nodes: Sequence[str], ref: ModelRef, now_ms: int) -> Sequence[str]:
-    """Of nodes in ``choose_node``'s order those that may share calls for ``ref``: all that have it on a
-    device, or the first alone."""
-    text = str(ref)
-    views = [cluster.nodes[node] for node in nodes if node in cluster.nodes]
-    good = [view for view in views if view.avoid_until_ms <= now_ms]
-    there = [view.node for view in good if _distance(cluster, view, ref, text, now_ms) == 0]
-    return there or [view.node for view in good[:1]]
-
-
-def _able(view: NodeView) -> bool:
-    report = view.report
-    if view.silent or view.cloned or report is None or report.draining or not view.gateway_url:
-        return False
-    return not report.devices or any(device.healthy for device in report.devices)
-
-
-def _cost(view: NodeView, text: str, distance: int) -> tuple[int, int, int]:
-    """What it takes until the model could answer here. Host memory or disk: by what the node expects, in
-    powers of two, since finer differences are less than what estimates are off by; else by tier."""
-    known = view.by_ref.get(text)
-    if known is None or distance in (0, COMING, NOWHERE):
-        return (distance, 0, 0)
-    return (COMING + 1, known.restore_ms_estimate.bit_length(), distance)
-
-
-def _left_over(cluster: Cluster, views: Sequence[NodeView], image_bytes: int, now_ms: int) -> dict[str, int]:
-    """Of every node with room for the model, what its best device would have left. What was sent there a
-    moment ago and is in no report yet counts as there, where it fits best."""
-    bins = {
-        (view.node, device.device): Bin(device.device, device.budget_bytes - device.used_bytes, (), view.node)
-        for view in views
-        if view.report is not None
-        for device in view.report.devices
-        if device.healthy
-    }
-    for ref, expected in cluster.expected.items():
-        view = cluster.nodes.get(expected.node)
-        known = view.by_ref.get(str(ref)) if view is not None else None
-        if expected.until_ms <= now_ms or not expected.nbytes or (known is not None and known.device_bytes):
-            continue
-        there = [each for each in bins.values() if each.site == expected.node]
-        placing = place(there, Wanted(str(ref), expected.nbytes))
-        if placing is not None:
-            at = (expected.node, placing.bins[0])
-            bins[at] = replace(bins[at], reserved_bytes=bins[at].reserved_bytes + expected.nbytes)
-    return left_over(list(bins.values()), Wanted(str(image_bytes), image_bytes))
-
-
-def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, text: str, now_ms: int) -> int:
-    """0 on a device, 1 on its way there (``COMING``), 2 in host memory, 3 on disk, 4 ``NOWHERE``."""
-    known = view.by_ref.get(text)
-    if known is not None and known.state == "resident" and not _on_broken(view, known):
-        return 0
-    sent = cluster.expected.get(ref)
-    there = sent is not None and sent.node == view.node and sent.until_ms > now_ms
-    if there or (known is not None and known.state == "restoring"):
-        return COMING
-    if known is not None and known.host_bytes:
-        return 2
-    return 3 if known is not None and known.disk_bytes else NOWHERE
-
-
-def _on_broken(view: NodeView, known: ModelReport) -> bool:
-    """What lies on a device that the node has given up must be restored to another."""
-    devices = view.report.devices if view.report is not None else ()
-    return any(device.device == known.device and not device.healthy for device in devices)
-
-
-def _load(view: NodeView) -> int:
-    """Requests in flight: what the node said, and what this router has sent to it and seen end since."""
-    return max(view.in_flight, view.load_said + view.in_flight - view.in_flight_then)

@@ -1,12 +1,13 @@
 """Control's own choice between boxes, for the simulator.
 
-Covers: what control would know of every box at this moment, and asking ``cluster.choose_node``. Does not
+Covers: what control would know of every box at this moment, and asking ``choosing.choose_node``. Does not
 cover: how late a real report may be (the simulator's boxes report at once), or the simulation itself.
 """
 
 from __future__ import annotations
 
-from control.cluster import Cluster, NodeView, Routed, choose_node, step
+from control.choosing import choose_node
+from control.cluster import Cluster, NodeView, Routed, step
 from packer.ledger import State
 from packer.simulated_box import Box
 from packer.wire import DeviceReport, ModelReport, Report

@@ -77,6 +77,7 @@ MODULE_TESTS = {
     "packer.keep": ("test_keep", "test_policies", "test_residency"),
     "packer.forecast": ("test_forecast", "test_residency"),
     "packer.wire": ("test_push", "test_cluster", "test_uplink", "test_control", "attacks/test_control_auth"),
+    "control.choosing": ("test_cluster", "test_router", "test_forwarding"),
     "control.cluster": ("test_cluster", "test_sources_route", "test_router"),
     "control.state": ("test_control", "test_control_recovers", "test_control_crash"),
     "control.routes.nodes": ("test_control", "test_control_recovers", "attacks/test_control_auth"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mutants import Mutant
 
+CHOOSING = "control.choosing"
 CLUSTER, WIRE, UPLINK, KEEPER = "control.cluster", "packer.wire", "agent.uplink", "agent.keeper"
 STATE, ROUTES, STORE, SOURCES = "control.state", "control.routes.nodes", "control.store", "agent.sources"
 RATES, PLACEMENT, INTENSITY, KEEP = "packer.rates", "packer.placement", "packer.intensity", "packer.keep"
@@ -119,13 +120,13 @@ FLEET_MUTANTS = (
     ),
     Mutant(
         "draining nodes are sent requests",
-        CLUSTER,
+        CHOOSING,
         "report is None or report.draining or",
         "report is None or",
     ),
     Mutant(
         "what was sent since a report does not count",
-        CLUSTER,
+        CHOOSING,
         "view.load_said + view.in_flight - view.in_flight_then",
         "view.load_said",
     ),
@@ -357,8 +358,20 @@ FLEET_MUTANTS = (
     Mutant(
         "a body that was begun is sent again",
         ROUTER,
-        "if not left or not call.sendable:",
-        "if not left:",
+        "while len(asked) < TRIES_MAX and call.sendable:",
+        "while len(asked) < TRIES_MAX:",
+    ),
+    Mutant(
+        "a model that left a device is looked for there",
+        CLUSTER,
+        "        del nodes[view.node]\n",
+        "        pass\n",
+    ),
+    Mutant(
+        "a model that is on its way somewhere is not looked for there",
+        CHOOSING,
+        "        names[sent.node] = None\n",
+        "        pass\n",
     ),
     # --- rates, placement, keep
     Mutant("a burst is one too large", RATES, "(self.burst - units)", "(self.burst - units + 1)"),

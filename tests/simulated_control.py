@@ -23,6 +23,7 @@ from simulated_network import Answered, Process, of_the_living
 from control import cluster as fleet
 from control.authority import Authority
 from control.catalog import Change, NodeRow, model_arrival, model_removal
+from control.choosing import choose_node, equally_good
 from control.config import Config
 from control.routes.access import Caller
 from control.routes.forwarding import Call, NodeUnreachable, first_answer
@@ -180,8 +181,8 @@ class SimulatedControl(Control):
 
     def point(self, spec: ModelSpec) -> None:
         """Tell a tenant's program where to call the model itself, as ``routes.direct`` does."""
-        nodes = fleet.choose_node(self.cluster, spec.ref, spec.image_bytes, self.now_ms())
-        for node in fleet.equally_good(self.cluster, nodes, spec.ref, self.now_ms())[:1]:
+        nodes = choose_node(self.cluster, spec.ref, spec.image_bytes, self.now_ms())
+        for node in equally_good(self.cluster, nodes, spec.ref, self.now_ms())[:1]:
             pointed = fleet.Pointed(node, spec.ref, spec.image_bytes)
             self.act(fleet.step(self.cluster, pointed, self.now_ms()))
 

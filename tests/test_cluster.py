@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from running_control import empty_report, model_report
 
+from control.choosing import LOAD_BAND, choose_near, choose_node, equally_good, is_there
 from control.cluster import (
     AVOID_MS,
     EXPECTED_MAX,
     EXPECTED_MS,
-    LOAD_BAND,
     SILENT_AFTER_MS,
     TURN_MS,
     TURNS_MAX,
@@ -29,14 +29,14 @@ from control.cluster import (
     NodeRemoved,
     NoteBack,
     NoteSilent,
+    Pointed,
     PollEnded,
     Routed,
     SendPlan,
     SourceAsked,
     Ticked,
     WakeSources,
-    choose_node,
-    is_there,
+    check,
     knows,
     step,
 )
@@ -73,7 +73,12 @@ def cluster_of(*events: Event) -> Cluster:
 
 
 def order(cluster: Cluster, ref: ModelRef = REF, now_ms: int = 0) -> list[str]:
-    return list(choose_node(cluster, ref, 10 * MIB, now_ms))
+    """The whole order; what the short cut says must be its beginning."""
+    nodes = list(choose_node(cluster, ref, 10 * MIB, now_ms))
+    near = choose_near(cluster, ref, now_ms)
+    assert near == nodes[: len(near)]
+    check(cluster)
+    return nodes
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -344,6 +349,43 @@ def test_one_request_finds_out_whether_a_node_is_back() -> None:
     assert order(cluster, now_ms=AVOID_MS)[-1] == "a"
     step(cluster, Answered("a", True), AVOID_MS + 1)
     assert order(cluster, now_ms=AVOID_MS + 1)[0] == "a"
+
+
+def test_who_was_told_of_a_node_brings_the_model_there() -> None:
+    """A program that calls the node itself is not in flight here, but the model is most likely soon there."""
+    cluster = cluster_of()
+    target = order(cluster)[-1]
+    step(cluster, Pointed(target, REF, 10 * MIB), 0)
+    assert order(cluster)[0] == target
+    assert cluster.in_flight == 0
+    assert order(cluster, now_ms=EXPECTED_MS)[0] != target
+
+
+def test_nodes_that_are_as_good_share_the_calls() -> None:
+    cluster = cluster_of()
+    nodes = order(cluster)
+    assert equally_good(cluster, nodes, REF, 0) == nodes[:1]
+    step(cluster, beat("a", model_report(str(REF), "resident", leases=9)), 0)
+    step(cluster, beat("c", model_report(str(REF), "resident")), 0)
+    assert equally_good(cluster, order(cluster), REF, 0) == ["c", "a"]
+    assert equally_good(cluster, ["b", "a"], REF, 0) == ["a"]
+    step(cluster, Routed("c", REF), 0)
+    step(cluster, Answered("c", False), 0)
+    assert equally_good(cluster, order(cluster), REF, 1) == ["a"]
+    assert equally_good(cluster, [], REF, 0) == equally_good(cluster, ["z"], REF, 0) == []
+
+
+def test_what_is_near_is_forgotten_with_its_report_and_its_node() -> None:
+    cluster = cluster_of(
+        beat("a", model_report(str(REF), "resident"), model_report(str(OTHER), "restoring")),
+        beat("b", model_report(str(REF), "evicting")),
+    )
+    assert (choose_near(cluster, REF, 0), choose_near(cluster, OTHER, 0)) == (["a"], ["a"])
+    step(cluster, beat("a", model_report(str(OTHER), "resident")), 1)
+    assert (choose_near(cluster, REF, 1), choose_near(cluster, OTHER, 1)) == ([], ["a"])
+    step(cluster, NodeRemoved("a"), 2)
+    assert cluster.near == {}
+    check(cluster)
 
 
 def test_where_a_model_is() -> None:

@@ -98,6 +98,7 @@ PURE_FILES = (
     "packer/placement.py",
     "agent/batching.py",
     "control/cluster.py",
+    "control/choosing.py",
     "control/shares.py",
     "control/lives.py",
 )

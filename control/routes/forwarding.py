@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -24,6 +24,7 @@ import msgspec
 from aiohttp import web
 from yarl import URL
 
+from control import choosing
 from control import cluster as fleet
 from control.node_session import Connection
 from control.node_tls import NoLine
@@ -309,11 +310,15 @@ async def first_answer(
     """
     left = await candidates(control, caller, call.spec)
     refused: tuple[str, H] | None = None
+    asked: list[str] = []
     try:
-        for _ in range(TRIES_MAX):
-            if not left or not call.sendable:
+        while len(asked) < TRIES_MAX and call.sendable:
+            if not left:
+                left = _others(control, caller, call.spec, asked, refused[1].code if refused else None)
+            if not left:
                 break
             node = left.pop(0)
+            asked.append(node)
             control.routed.tries += 1
             answer = await _try(control, node, call, send)
             if answer is None:
@@ -325,8 +330,7 @@ async def first_answer(
                 return node, answer
             control.routed.elsewhere += 1
             refused = (node, answer)
-            if answer.code not in ANYWHERE_CODES | BEHIND_CODES:
-                left = [n for n in left if fleet.is_there(control.cluster, n, call.spec.ref)]
+            left = []
     except BaseException:
         if refused is not None:
             _settle(control, refused)
@@ -344,6 +348,16 @@ async def first_answer(
         retry_ms=RETRY_NO_NODE_MS,
         should_retry=True,
     )
+
+
+def _others(
+    control: Control, caller: Caller, spec: ModelSpec, asked: Sequence[str], code: str | None
+) -> list[str]:
+    """All other nodes that may be asked, after a refusal with ``code`` if there was one."""
+    nodes = [node for node in _known_first(control, caller, spec) if node not in asked]
+    if code is None or code in ANYWHERE_CODES | BEHIND_CODES:
+        return nodes
+    return [node for node in nodes if choosing.is_there(control.cluster, node, spec.ref)]
 
 
 def _worth_another(control: Control, caller: Caller, spec: ModelSpec, node: str, answer: Head) -> bool:
@@ -391,7 +405,7 @@ def seq_needed(control: Control, caller: Caller, spec: ModelSpec) -> int:
 
 
 async def candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
-    """Nodes in the core's order, those that have heard of the model and the key before the others.
+    """The first nodes in order, of those that have heard of the model and the key; others if there are none.
 
     Waits until some node has confirmed a plan that has both: they may have been made a moment ago, or
     control may have started a moment ago and its nodes are on their way back.
@@ -399,16 +413,25 @@ async def candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[
     chosen: list[str] = []
 
     def known() -> bool:
-        seq = seq_needed(control, caller, spec)
-        nodes = fleet.choose_node(control.cluster, spec.ref, spec.image_bytes, control.now_ms())
-        chosen[:] = sorted(nodes, key=lambda node: not fleet.knows(control.cluster, node, seq))
+        cluster, seq = control.cluster, seq_needed(control, caller, spec)
+        near = choosing.choose_near(cluster, spec.ref, control.now_ms())
+        chosen[:] = [node for node in near if fleet.knows(cluster, node, seq)]
         if chosen:
-            return fleet.knows(control.cluster, chosen[0], seq)
-        views = control.cluster.nodes.values()
-        return not any(view.report is None and not view.silent for view in views)
+            return True
+        chosen[:] = _known_first(control, caller, spec)
+        if chosen:
+            return fleet.knows(cluster, chosen[0], seq)
+        return not any(view.report is None and not view.silent for view in cluster.nodes.values())
 
     await control.until_heard(known, PLAN_SECONDS)
     return chosen
+
+
+def _known_first(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
+    """All nodes in the core's order, those that have heard of the model and the key before the others."""
+    seq = seq_needed(control, caller, spec)
+    nodes = choosing.choose_node(control.cluster, spec.ref, spec.image_bytes, control.now_ms())
+    return sorted(nodes, key=lambda node: not fleet.knows(control.cluster, node, seq))
 
 
 async def _send(control: Control, node: str, call: Call, watch: Stopwatch) -> NodeAnswer:
@@ -444,6 +467,8 @@ async def _request(control: Control, node: str, call: Call, connection: Connecti
         raise NodeUnreachable(str(error)) from None
     headers, body = call.headers, call.body
     if isinstance(body, Once):
+        if body.begun:
+            raise RuntimeError("a body that was begun can not be sent again")
         if body.length is not None:
             headers = {**headers, "Content-Length": str(body.length)}
         data: bytes | AsyncIterator[bytes] | None = body.pieces()

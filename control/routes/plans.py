@@ -18,7 +18,7 @@ from typing import Annotated
 
 from aiohttp import web
 
-from control import cluster as fleet
+from control import choosing
 from control.operations import Given, ModelText, NodeText, Operation, Result, worded
 from control.routes.access import Access, Caller, Route, not_found
 from control.state import Control
@@ -157,7 +157,7 @@ def _nodes(control: Control, request: web.Request, spec: ModelSpec | None = None
         return [asked]
     if spec is not None:
         heard = (
-            list(fleet.choose_node(control.cluster, spec.ref, spec.image_bytes, control.now_ms())) or heard
+            list(choosing.choose_node(control.cluster, spec.ref, spec.image_bytes, control.now_ms())) or heard
         )
     if not heard:
         raise ApiError(503, "no_node", "No node is up.", hint="See: bunk node ls", retry_ms=2_000)

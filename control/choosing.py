@@ -1,0 +1,157 @@
+"""Which node is asked for a model: questions about the cluster, and no change to it. Pure.
+
+Covers: the order of nodes by residency, then by what a restore costs, then by room and load. Does not cover:
+keeping what is asked here (``control.cluster``), which device of a node fits best (``packer.placement``), or
+asking the nodes (``control.routes.forwarding``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+from control.cluster import NEAR_STATES, Cluster, NodeView
+from packer.placement import Bin, Wanted, left_over, place
+from packer.types import ModelRef
+from packer.wire import ModelReport
+
+# Nodes whose requests in flight differ by less are as busy as each other when a cold model is placed.
+LOAD_BAND = 8
+# How far a model's bytes are from answering; see ``_distance``.
+COMING, NOWHERE = 1, 4
+
+
+def is_there(cluster: Cluster, node: str, ref: ModelRef) -> bool:
+    """Whether the node has bytes of the model in any tier, as far as it said."""
+    view = cluster.nodes.get(node)
+    known = view.by_ref.get(str(ref)) if view is not None else None
+    return known is not None and (known.state in NEAR_STATES or known.host_bytes + known.disk_bytes > 0)
+
+
+def choose_near(cluster: Cluster, ref: ModelRef, now_ms: int) -> Sequence[str]:
+    """The beginning of what ``choose_node`` answers, without a look at all other nodes: those that have the
+    model on a device or coming there, and can be reached. Empty: it is cold."""
+    text = str(ref)
+    names = dict(cluster.near.get(text, {}))
+    if (sent := cluster.expected.get(ref)) is not None:
+        names[sent.node] = None
+    ranked = []
+    for name in names:
+        view = cluster.nodes.get(name)
+        if view is None or not _able(view) or view.avoid_until_ms > now_ms:
+            continue
+        if (distance := _distance(cluster, view, ref, text, now_ms)) <= COMING:
+            ranked.append((distance, _load(view) // LOAD_BAND, _load(view), _spread(text, name), name))
+    return [entry[-1] for entry in sorted(ranked)]
+
+
+def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) -> Sequence[str]:
+    """Nodes that may answer for ``ref``, best first. Not among them: silent and draining nodes, those of
+    which there are two, and those whose every device is broken.
+
+    Where the bytes are counts first (device, then on its way, then host or disk by what a restore takes),
+    then whether a device has room, then load, roughly, then the best fit, so that large holes stay whole.
+    Ties are broken by a hash of model and node, so that cold models spread and each goes home.
+    """
+    text = str(ref)
+    able = [view for view in cluster.nodes.values() if _able(view)]
+    distances = {view.node: _distance(cluster, view, ref, text, now_ms) for view in able}
+    # Where it is on a device already, or coming there, its room is there too.
+    cold = min(distances.values(), default=0) > COMING
+    left = _left_over(cluster, able, image_bytes, now_ms) if cold else {}
+    ranked = []
+    for view in able:
+        room = left.get(view.node)
+        ranked.append(
+            (
+                view.avoid_until_ms > now_ms,
+                _cost(view, text, distances[view.node]),
+                room is None,
+                _load(view) // LOAD_BAND,
+                room if room is not None and distances[view.node] == NOWHERE else 0,
+                _load(view),
+                _spread(text, view.node),
+                view.node,
+            )
+        )
+    return [entry[-1] for entry in sorted(ranked)]
+
+
+def equally_good(cluster: Cluster, nodes: Sequence[str], ref: ModelRef, now_ms: int) -> Sequence[str]:
+    """Of nodes in ``choose_node``'s order those that may share calls for ``ref``: all that have it on a
+    device, or the first alone."""
+    text = str(ref)
+    views = [cluster.nodes[node] for node in nodes if node in cluster.nodes]
+    good = [view for view in views if view.avoid_until_ms <= now_ms]
+    there = [view.node for view in good if _distance(cluster, view, ref, text, now_ms) == 0]
+    return there or [view.node for view in good[:1]]
+
+
+def _spread(text: str, node: str) -> bytes:
+    """A tie-break that is another for each model, and stays."""
+    return hashlib.sha256(f"{text}|{node}".encode()).digest()
+
+
+def _able(view: NodeView) -> bool:
+    report = view.report
+    if view.silent or view.cloned or report is None or report.draining or not view.gateway_url:
+        return False
+    return not report.devices or any(device.healthy for device in report.devices)
+
+
+def _cost(view: NodeView, text: str, distance: int) -> tuple[int, int, int]:
+    """What it takes until the model could answer here. Host memory or disk: by what the node expects, in
+    powers of two, since finer differences are less than what estimates are off by; else by tier."""
+    known = view.by_ref.get(text)
+    if known is None or distance in (0, COMING, NOWHERE):
+        return (distance, 0, 0)
+    return (COMING + 1, known.restore_ms_estimate.bit_length(), distance)
+
+
+def _left_over(cluster: Cluster, views: Sequence[NodeView], image_bytes: int, now_ms: int) -> dict[str, int]:
+    """Of every node with room for the model, what its best device would have left. What was sent there a
+    moment ago and is in no report yet counts as there, where it fits best."""
+    bins = {
+        (view.node, device.device): Bin(device.device, device.budget_bytes - device.used_bytes, (), view.node)
+        for view in views
+        if view.report is not None
+        for device in view.report.devices
+        if device.healthy
+    }
+    for ref, expected in cluster.expected.items():
+        view = cluster.nodes.get(expected.node)
+        known = view.by_ref.get(str(ref)) if view is not None else None
+        if expected.until_ms <= now_ms or not expected.nbytes or (known is not None and known.device_bytes):
+            continue
+        there = [each for each in bins.values() if each.site == expected.node]
+        placing = place(there, Wanted(str(ref), expected.nbytes))
+        if placing is not None:
+            at = (expected.node, placing.bins[0])
+            bins[at] = replace(bins[at], reserved_bytes=bins[at].reserved_bytes + expected.nbytes)
+    return left_over(list(bins.values()), Wanted(str(image_bytes), image_bytes))
+
+
+def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, text: str, now_ms: int) -> int:
+    """0 on a device, 1 on its way there (``COMING``), 2 in host memory, 3 on disk, 4 ``NOWHERE``."""
+    known = view.by_ref.get(text)
+    if known is not None and known.state == "resident" and not _on_broken(view, known):
+        return 0
+    sent = cluster.expected.get(ref)
+    there = sent is not None and sent.node == view.node and sent.until_ms > now_ms
+    if there or (known is not None and known.state == "restoring"):
+        return COMING
+    if known is not None and known.host_bytes:
+        return 2
+    return 3 if known is not None and known.disk_bytes else NOWHERE
+
+
+def _on_broken(view: NodeView, known: ModelReport) -> bool:
+    """What lies on a device that the node has given up must be restored to another."""
+    devices = view.report.devices if view.report is not None else ()
+    return any(device.device == known.device and not device.healthy for device in devices)
+
+
+def _load(view: NodeView) -> int:
+    """Requests in flight: what the node said, and what this router has sent to it and seen end since."""
+    return max(view.in_flight, view.load_said + view.in_flight - view.in_flight_then)
