@@ -36,6 +36,8 @@ PAGE_BYTES_MAX = 4 * MIB
 # Ours are below 400: a digest and a few names.
 CURSOR_CHARS_MAX = 1_024
 _SCOPE_BYTES = 8
+# Of a list's query what says where in it a page begins and ends, and not what is in the list.
+_NO_FILTERS = frozenset({"limit", "cursor", "after"})
 
 Position = tuple[str, ...]
 
@@ -78,7 +80,9 @@ def asked_page(request: web.Request, seen_by: str | None, parts: int) -> Asked:
     texts a position of this list has. Raises ``BadValue``."""
     limit = whole_number(request, "limit", PAGE_ROWS_DEFAULT, PAGE_ROWS_MAX, least=1)
     resource = request.match_info.route.resource
-    view = [resource.canonical if resource is not None else "", *request.match_info.values(), seen_by or ""]
+    filters = sorted((name, text) for name, text in request.query.items() if name not in _NO_FILTERS)
+    place = resource.canonical if resource is not None else ""
+    view = [place, *request.match_info.values(), seen_by or "", *(text for each in filters for text in each)]
     scope = hashlib.sha256(msgspec.json.encode(view)).digest()[:_SCOPE_BYTES]
     text = request.query.get("cursor")
     after = _read_cursor(text, scope, parts) if text is not None else None

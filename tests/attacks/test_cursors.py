@@ -54,7 +54,7 @@ async def test_a_cursor_is_good_for_its_own_list_and_view_only(site: Site) -> No
     assert len(again.json()["items"]) == 1
     await refused(site, site.cursor, key=site.globex)
     await refused(site, site.cursor, key=site.control.operator_key)
-    for path in ("/api/v1/ps", "/api/v1/events"):
+    for path in ("/api/v1/ps", "/api/v1/events", "/api/v1/models?tenant=acme"):
         await refused(site, site.cursor, path)
 
 
