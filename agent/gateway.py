@@ -311,6 +311,7 @@ class Gateway:
             f"{'chatcmpl' if chat else 'cmpl'}-{call.request_id}",
             int(time.time()),
             call.model_id,
+            call.spec.ref.version,
             chat,
             include_usage=bool(options and options.include_usage),
             orders=len(orders),

@@ -113,6 +113,8 @@ class Completion(msgspec.Struct, frozen=True):
     created: int
     model: str
     choices: Sequence[TextChoice | ChatChoice | ChatDeltaChoice]
+    # What a seed repeats under: the version that answered.
+    system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
 
 
@@ -176,6 +178,7 @@ class GeneratedShape:
         answer_id: str,
         created: int,
         model: str,
+        version: str,
         chat: bool,
         include_usage: bool = False,
         orders: int = 1,
@@ -185,6 +188,7 @@ class GeneratedShape:
         self.answer_id = answer_id
         self.created = created
         self.model = model
+        self.version = version
         self.chat = chat
         self.include_usage = include_usage
         self.logprobs = logprobs
@@ -302,4 +306,6 @@ class GeneratedShape:
         choices: Sequence[TextChoice | ChatChoice | ChatDeltaChoice],
         usage: Usage | UnsetType | None,
     ) -> bytes:
-        return msgspec.json.encode(Completion(self.answer_id, kind, self.created, self.model, choices, usage))
+        return msgspec.json.encode(
+            Completion(self.answer_id, kind, self.created, self.model, choices, self.version, usage)
+        )

@@ -12,7 +12,7 @@ from typing import Any
 
 import openai
 import pytest
-from fake_node import FakeNode, served
+from fake_node import VERSION, FakeNode, served
 from gateway_calls import client
 
 from agent.facade import JSON, EngineFrame, EngineRequest
@@ -30,6 +30,7 @@ async def test_every_choice_has_its_index_its_end_and_its_text() -> None:
         answer = await api.chat.completions.create(model="acme/chat", messages=MESSAGES, n=3)
     assert [one.index for one in answer.choices] == [0, 1, 2]
     assert {(one.message.content, one.finish_reason) for one in answer.choices} == {("one two ", "stop")}
+    assert answer.system_fingerprint == VERSION
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2, 6)
     (order,) = node.orders

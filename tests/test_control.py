@@ -257,6 +257,17 @@ async def test_abandoned_uploads_and_ended_tokens_are_swept(control: Running) ->
     assert (len(state.catalog.uploads), len(state.catalog.tokens)) == (0, 0)
 
 
+async def test_a_full_table_of_tokens_says_when_the_first_ends(
+    control: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("control.routes.nodes.TOKENS_MAX", 1)
+    await control.call("POST", "/api/v1/nodes/tokens", {"ttl_s": 60})
+    full = await control.call("POST", "/api/v1/nodes/tokens", {})
+    assert (full.status, full.error["code"]) == (429, "too_many_tokens")
+    assert 0 < int(full.headers["Retry-After"]) <= 60
+    assert full.headers["x-should-retry"] == "false"
+
+
 async def test_a_tenant_can_not_fill_controls_disk(tmp_path: Path) -> None:
     async with running(tmp_path / "control", tenant_store_bytes=2_000) as control:
         await control.tenant("acme")
