@@ -467,7 +467,9 @@ class WorkerHandle:
         if self._writer is None or self.died.is_set():
             raise WorkerDead(f"worker {self.pid} is gone")
         try:
-            self._writer.writelines(encode_frame(frame, body))
+            # Not ``writelines``: it joins, and a body may be 64 MiB.
+            for part in encode_frame(frame, body):
+                self._writer.write(part)
             await self._writer.drain()
         except OSError as error:
             raise WorkerDead(f"worker {self.pid}: {error}") from None

@@ -9,6 +9,7 @@ There is no conformance suite of the protocol; these two are what its users run.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +17,27 @@ from typing import Any
 import httpx2
 import kserve
 import kserve.protocol.infer_type as kserve_types
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
+from export_samples import SAMPLES, program_of, write_sample
+from gateway_process import peak_bytes
 from make_models import make_encoder
 from real_box import PATIENCE_S, Box, running_box
 from tiny_models import tiny_classifier, tiny_gpt2
 from tritonclient.utils import InferenceServerException
 
+from packer.types import MIB
+
 pytestmark = [pytest.mark.clients, pytest.mark.processes, pytest.mark.timeout(300)]
 
+# A tensor far larger than what the router may hold of a request; the agent was seen to take three times it.
+LARGE_BYTES = 48 * MIB
+AGENT_GROWTH_MAX = 5
+ACMES = ["acme/chat", "acme/half", "acme/mood", "acme/net", "acme/tokens", "acme/words"]
 TEXTS = ("A bunkhouse is a plain building.", "Grüße, 早上好", "hello")
 
 
@@ -58,8 +69,11 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         acme.push("acme/words", make_encoder(folder / "words"))
         acme.push("acme/mood", tiny_classifier(folder / "mood"))
         acme.push("acme/chat", tiny_gpt2(folder / "chat"))
+        acme.push("acme/tokens", write_sample("attention", folder / "tokens"))
+        acme.push("acme/net", write_sample("mlp", folder / "net"))
+        acme.push("acme/half", write_sample("mlp", folder / "half", torch.bfloat16))
         box.tenant("globex").push("globex/mood", tiny_classifier(folder / "other", seed=9))
-        box.wait_planned(4)
+        box.wait_planned(7)
         yield box
 
 
@@ -114,7 +128,7 @@ def test_triton_reads_what_there_is(box: Box, door: Door, client: triton.Inferen
     config = client.get_model_config("acme/mood", headers=door.headers)
     assert [port["name"] for port in config["output"]] == ["scores", "label"]
     index = client.get_model_repository_index(headers=door.headers)
-    assert [row["name"] for row in index] == ["acme/chat", "acme/mood", "acme/words"]
+    assert [row["name"] for row in index] == ACMES
     for change in (client.load_model, client.unload_model):
         with pytest.raises(InferenceServerException, match="by hand"):
             change("acme/mood", headers=door.headers)
@@ -160,7 +174,7 @@ def test_triton_reads_its_own_statistics(box: Box, door: Door, client: triton.In
     client.infer("acme/mood", [triton_input(True)], headers=door.headers)
     assert counted() == before + len(TEXTS)
     everything = client.get_inference_statistics(headers=door.headers)["model_stats"]
-    assert {row["name"] for row in everything} == {"acme/chat", "acme/words", "acme/mood"}
+    assert {row["name"] for row in everything} == set(ACMES)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +213,73 @@ async def test_tritons_other_client_does_the_same(box: Box, door: Door) -> None:
             await client.infer("globex/mood", [triton_input(True, triton_aio)], headers=door.headers)
 
 
+# --- tensors ----------------------------------------------------------------------------------------------
+
+
+def tensor_inputs(name: str, binary: bool) -> tuple[list[Any], Any]:
+    """A sample model's inputs for a batch of five, and what torch itself answers to them."""
+    torch.manual_seed(5)
+    values = SAMPLES[name].inputs(5)
+    names = list(inspect.signature(SAMPLES[name].module().forward).parameters)
+    found = []
+    for named, value in zip(names, values, strict=True):
+        datatype = {torch.float32: "FP32", torch.int64: "INT64", torch.bool: "BOOL"}[value.dtype]
+        one = triton.InferInput(named, list(value.shape), datatype)
+        one.set_data_from_numpy(value.numpy(), binary_data=binary)
+        found.append(one)
+    return found, program_of(name).module()(*values)
+
+
+@pytest.mark.parametrize("sent", [True, False])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_triton_runs_a_program_of_torch_export(
+    door: Door, client: triton.InferenceServerClient, sent: bool, wanted: bool
+) -> None:
+    inputs, expected = tensor_inputs("attention", sent)
+    metadata = client.get_model_metadata("acme/tokens", headers=door.headers)
+    outputs = [port["name"] for port in metadata["outputs"]]
+    assert set(outputs) == set(expected)
+    chosen = outputs[0]
+    asked = [triton.InferRequestedOutput(chosen, binary_data=wanted)]
+    result = client.infer("acme/tokens", inputs, outputs=asked, headers=door.headers)
+    assert [one["name"] for one in result.get_response()["outputs"]] == [chosen]
+    assert np.allclose(result.as_numpy(chosen), expected[chosen].detach().numpy(), atol=1e-5)
+    everything = client.infer("acme/tokens", inputs, headers=door.headers)
+    assert [one["name"] for one in everything.get_response()["outputs"]] == outputs
+
+
+def test_triton_sends_and_reads_half_floats(door: Door, client: triton.InferenceServerClient) -> None:
+    values = np.linspace(-2, 2, 32, dtype=np.float32).reshape(2, 16)
+    tensor = triton.InferInput("x", [2, 16], "BF16")
+    tensor.set_data_from_numpy(values.astype(ml_dtypes.bfloat16), binary_data=True)
+    result = client.infer("acme/half", [tensor], headers=door.headers).as_numpy("output_0")
+    plain = program_of("mlp", torch.bfloat16).module()(torch.from_numpy(values).to(torch.bfloat16))
+    assert np.allclose(result.astype(np.float32), plain.detach().float().numpy(), atol=1e-2)
+    asked = [triton.InferRequestedOutput("output_0", binary_data=False)]
+    with pytest.raises(InferenceServerException, match="BF16, which JSON can not carry"):
+        client.infer("acme/half", [tensor], outputs=asked, headers=door.headers)
+
+
+def test_a_large_tensor_goes_through_the_router_without_being_held_there(box: Box) -> None:
+    door = Door(box.url, box.keys["acme"])
+    rows = LARGE_BYTES // 64
+    values = np.tile(np.linspace(-2, 2, 16, dtype=np.float32), (rows, 1))
+    tensor = triton.InferInput("x", [rows, 16], "FP32")
+    tensor.set_data_from_numpy(values, binary_data=True)
+    assert box.control is not None
+    assert box.agent is not None
+    processes = {"control": box.control.handle.pid, "agent": box.agent.handle.pid}
+    before = {name: peak_bytes(pid) for name, pid in processes.items()}
+    client = triton.InferenceServerClient(door.address, network_timeout=PATIENCE_S)
+    result = client.infer("acme/net", [tensor], headers=door.headers).as_numpy("output_0")
+    client.close()
+    assert result.shape == (rows, 4)
+    assert np.allclose(result, result[0], atol=1e-5)
+    grown = {name: peak_bytes(pid) - before[name] for name, pid in processes.items()}
+    assert grown["control"] < LARGE_BYTES / 2
+    assert grown["agent"] < AGENT_GROWTH_MAX * LARGE_BYTES
+
+
 # --- kserve -----------------------------------------------------------------------------------------------
 
 
@@ -226,3 +307,20 @@ async def test_kserves_client_embeds(box: Box, door: Door, binary: bool) -> None
     assert answer.id == "nine"
     (output,) = answer.outputs
     assert np.array_equal(output.as_numpy(), expected(box))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+async def test_kserves_client_runs_a_program(door: Door, binary: bool) -> None:
+    values = np.linspace(-2, 2, 32, dtype=np.float32).reshape(2, 16)
+    tensor = kserve.InferInput("x", [2, 16], "FP32")
+    tensor.set_data_from_numpy(values, binary_data=binary)
+    async with kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2", timeout=PATIENCE_S)) as client:
+        answer = await client.infer(
+            door.url,
+            kserve.InferRequest("acme/net", [tensor]),
+            model_name="acme/net",
+            headers=door.headers,
+        )
+    (output,) = answer.outputs
+    plain = program_of("mlp").module()(torch.from_numpy(values)).detach().numpy()
+    assert np.allclose(output.as_numpy(), plain, atol=1e-5)

@@ -58,7 +58,7 @@ EXPANDING = {
 
 @pytest.mark.processes
 async def test_no_json_costs_memory_beyond_its_limit() -> None:
-    """Each four times at once: they are read one after the other."""
+    """Each twice at once: they are read one after the other."""
     path = "/v2/models/acme/echo/infer"
     with own_process() as (url, key, pid):
         ok = {"inputs": [json_input("x0", "FP32", [1, 2], [1, 2])]}
@@ -66,7 +66,7 @@ async def test_no_json_costs_memory_beyond_its_limit() -> None:
         before = peak_bytes(pid)
         for name, body in EXPANDING.items():
             assert len(body) <= TENSOR_JSON_BYTES_MAX
-            answers = await asyncio.gather(*(call(url, "POST", path, key, body) for _ in range(4)))
+            answers = await asyncio.gather(*(call(url, "POST", path, key, body) for _ in range(2)))
             assert {answer.status for answer in answers} <= {200, 400}, name
         assert peak_bytes(pid) - before < JSON_GROWTH_BYTES_MAX
         assert (await infer(url, "acme/echo", key, ok)).status == 200
@@ -193,7 +193,7 @@ async def test_no_mutated_body_is_a_5xx() -> None:
         for model, ask, tail in bodies:
             right = json.dumps(ask).encode()
             assert (await infer(url, f"acme/{model}", node.acme, right, tail)).status == 200
-            for _ in range(300):
+            for _ in range(200):
                 body = bytearray(right + tail)
                 for _ in range(chance.randint(1, 4)):
                     at = chance.randrange(len(body) + 1)
