@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import fake_node
@@ -256,12 +257,21 @@ async def test_a_caller_that_leaves_cancels_in_the_engine(fleet: Fleet) -> None:
 
 @pytest_asyncio.fixture
 async def passing(fleet: Fleet) -> AsyncIterator[str]:
+    async with passing_route(fleet, MIB // 2, 0.3, []) as url:
+        yield url
+
+
+@asynccontextmanager
+async def passing_route(
+    fleet: Fleet, limit_bytes: int, stall_seconds: float, transports: list[asyncio.Transport]
+) -> AsyncIterator[str]:
     """A route whose call names its model in the path and whose body is passed through; its URL."""
-    limit_bytes = MIB // 2
 
     async def handle(control: Control, request: web.Request, caller: Caller) -> web.StreamResponse:
         spec = resolve(control, caller, request.match_info["ref"])
-        body = Once(request, limit_bytes, 0.3)
+        assert isinstance(request.transport, asyncio.Transport)
+        transports.append(request.transport)
+        body = Once(request, limit_bytes, stall_seconds)
         call = Call(spec, "POST", "/v1/embeddings", call_query(request), request_headers(request), body)
         begun = await ask_nodes(control, caller, call, Stopwatch())
         return await hand_on(control, request, begun)
@@ -303,6 +313,50 @@ async def test_a_large_body_passes_through(fleet: Fleet, passing: str, sized: bo
     data = bytes(3 * 65_536) if sized else pieces(3)
     assert (await post(fleet, passing, data)).json() == {"node": "n0", "bytes": 3 * 65_536}
     assert ("Content-Length" in fleet.gateways[0].seen[0].headers) == sized
+
+
+async def test_a_node_that_does_not_read_stops_the_sender(fleet: Fleet) -> None:
+    """What lies between the two is what sockets hold; nothing is gathered here."""
+    may_read, sent = asyncio.Event(), 0
+    transports: list[asyncio.Transport] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"chunked" in head
+        await may_read.wait()
+        while not (await reader.read(1 << 20)).endswith(b"0\r\n\r\n"):
+            pass
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await writer.drain()
+        writer.close()
+
+    async def until_it_is_stopped() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while not may_read.is_set():
+            sent += 65_536
+            assert sent < 256 * MIB, "nobody stops the sender"
+            yield bytes(65_536)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=65_536)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    await fleet.nodes[0].beat(fleet.folder, report=empty_report(url, (model_report(fleet.ref, "resident"),)))
+    seen = turns = 0
+
+    def stopped() -> bool:
+        """The router has stopped reading from the caller, and not only for a moment."""
+        nonlocal seen, turns
+        moves = not transports or transports[0].is_reading() or sent != seen
+        seen, turns = sent, 0 if moves else turns + 1
+        return turns > 2_000
+
+    async with passing_route(fleet, 1024 * MIB, 30.0, transports) as to:
+        call = asyncio.create_task(post(fleet, to, until_it_is_stopped()))
+        await until(stopped)
+        held = sent
+        may_read.set()
+        assert (await call).status == 200
+    assert held < 64 * MIB
+    server.close()
 
 
 async def test_a_body_that_was_begun_is_not_sent_to_another(fleet: Fleet, passing: str) -> None:
