@@ -32,9 +32,10 @@ from packer.wire import WIRE_VERSION, BadMessage, SharesAnswer, SharesAsk, decod
 log = logging.getLogger("bunk.shares")
 
 PATH = "/node/v1/shares"
-# How often a node looks at what it used of its shares, gives back what it has too much, and renews the
-# rest: twenty times in a term.
+# How often a node looks at what it used of its shares, and gives back what it has too much.
 LOOK_MS = 15_000
+# How often one that uses none renews what it has: five times in a term.
+RENEW_MS = TERM_MS // 5
 # Control holds an answer this long while other nodes give up what this one wants.
 ASK_WAIT_MS = 400
 # A request waits this long at the most for a greater share before it is looked at like any other.
@@ -96,7 +97,7 @@ class Shares:
         self._clock_ms = clock_ms
         self._save = save
         self._stored = stored
-        self._session = ""
+        self._session = self._maker = ""
         self._number = 0
         self._begun = True
         self._divided = False
@@ -139,10 +140,11 @@ class Shares:
         """There is a reason to talk to control now."""
         self._due.set()
 
-    def planned(self) -> None:
-        """A plan came into force: another control may have made it, or there may be more nodes now."""
-        core = self._core()
-        if not self._session or core.shares.rest.parts or core.shares.by_tenant:
+    def planned(self, maker: str) -> None:
+        """A plan came into force. ``maker`` is another when another start of control made it, which knows
+        nothing of this node, and when this node is alone now; whoever is alone may not be any more."""
+        if maker != self._maker or self._core().shares.rest.parts:
+            self._maker = maker
             self._due.set()
 
     async def run(self, post: Post, online: asyncio.Event) -> None:
@@ -167,8 +169,11 @@ class Shares:
 
     def _rest_s(self) -> float | None:
         shares = self._core().shares
-        holds = shares.by_tenant or self._uses or (shares.rest.parts and not self._lasting)
-        return LOOK_MS / 1000 if holds and not self._lasting else None
+        if self._lasting:
+            return None
+        if self._uses:
+            return LOOK_MS / 1000
+        return RENEW_MS / 1000 if shares.by_tenant or shares.rest.parts else None
 
     async def _exchange(self, post: Post) -> bool:
         """Say what is held and wanted, and take what is answered; False when control divides nothing."""
@@ -300,7 +305,7 @@ class Shares:
             use.most_in_flight = max(use.most_in_flight, tenant.in_flight)
             use.grains = max(use.grains, part_needed(tenant.in_flight, rates.concurrency, count), 1)
         use.grains = min(use.grains, count)
-        if not use.grains and not has:
+        if not use.grains:
             del self._uses[name]
         return use.grains
 

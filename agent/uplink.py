@@ -424,7 +424,7 @@ class Uplink:
             return
         await self._owner.accept_plan(plan)
         if self._shares is not None:
-            self._shares.planned()
+            self._shares.planned(f"{plan.epoch} {plan.start} {len(plan.peers) < 2}")
 
     async def _reply(self, questions: Sequence[Question]) -> None:
         """Answer what control asks. Nobody depends on it: who asked is told when no answer comes."""

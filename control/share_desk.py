@@ -55,8 +55,9 @@ class ShareDesk:
         return node in self._nudged
 
     def take_nudge(self, node: str) -> bool:
-        """Whether the answer to this node's beat should bring it here; said once."""
-        return self._nudged.pop(node, "") is None
+        """Whether the answer to this node's beat should bring it here: others want what it has, or nothing
+        is known of it since control started."""
+        return self._nudged.pop(node, "") is None or node in self.book.unbound
 
     async def ask(self, event: SharesAsked, wait_ms: int) -> AnswerShares | None:
         """The answer to one exchange, held for as long as the node wants what others are asked for."""

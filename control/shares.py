@@ -29,6 +29,10 @@ from packer.shares import MARGIN_MS, NO_LAGS, NOTHING, TERM_MS, WHOLE, Lags, Sha
 
 # Where a limit has fewer grains than nodes want it, who has one keeps it this long: a few requests.
 HOLD_MS = 500
+# Nobody else in need, a node keeps this part of what it uses no more, for this long: it has something to
+# serve with should control go away just then.
+KEPT_PART = 8
+KEPT_MS = 3_600_000
 # A nudge may be lost; a node that was not heard since is nudged again.
 NUDGE_AGAIN_MS = 1_000
 # After so long without a word from a node, what it gives up by itself is free.
@@ -136,6 +140,7 @@ class Held:
     could: list[Share] = field(default_factory=lambda: [NOTHING])
     want: Share = NOTHING
     since_ms: int = 0  # when it came to have a grain, or to want one
+    wanted_ms: int = 0  # when it wanted some last
 
     @property
     def value(self) -> Fraction:
@@ -376,6 +381,8 @@ def _report(book: ShareBook, holder: Holder, node: str, said: TenantShare, share
     if (share.parts > 0) != (held.could[0].parts > 0) or (said.want.parts and not held.want.parts):
         held.since_ms = now_ms
     held.could, held.want = [share], said.want
+    if said.want.parts:
+        held.wanted_ms = now_ms
 
 
 def _may_have(could: list[Share], share: Share) -> None:
@@ -423,7 +430,8 @@ def _answer(book: ShareBook, node: str, holder: Holder, now_ms: int) -> list[Act
         known = book.tenants[name]
         held = known.held[node]
         targets = _targets(book, known, now_ms)
-        share, target = _next(book, known, name, held, targets.get(node, 0), now_ms)
+        grains = targets.get(node, 0) or _kept(known, held, targets, now_ms)
+        share, target = _next(book, known, name, held, grains, now_ms)
         grown = share.value > held.could[0].value
         lags = _lags(known, now_ms) if grown else NO_LAGS
         _may_have(held.could, share)
@@ -451,6 +459,15 @@ def _answer(book: ShareBook, node: str, holder: Holder, now_ms: int) -> list[Act
         recalls=recalls,
     )
     return [answer, *actions]
+
+
+def _kept(known: TenantBook, held: Held, targets: dict[str, int], now_ms: int) -> int:
+    """What a node that wants nothing may keep of what it has, while nobody else is short of it."""
+    if held.want.parts or now_ms - held.wanted_ms >= KEPT_MS:
+        return 0
+    if any(known.held[node].value < Fraction(target, known.grains) for node, target in targets.items()):
+        return 0
+    return min(floor(held.could[0].value * known.grains), max(known.grains // KEPT_PART, 1))
 
 
 def _next(

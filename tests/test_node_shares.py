@@ -16,11 +16,11 @@ from typing import Any, cast
 import aiohttp
 from virtual_clock import VirtualLoop, run_virtual
 
-from agent.shares import BARREN_MS, LOOK_MS, PATIENCE_MS, Shares
+from agent.shares import BARREN_MS, LOOK_MS, PATIENCE_MS, RENEW_MS, Shares
 from control.catalog import NodeRow
 from control.routes.shares import answer_shares
 from control.share_desk import ShareDesk
-from control.shares import HolderJoined, HolderRemoved, free_part
+from control.shares import KEPT_MS, KEPT_PART, HolderJoined, HolderRemoved, free_part
 from packer import residency
 from packer.events import Event, Planned, SharesSeen
 from packer.rates import TenantRates
@@ -189,9 +189,11 @@ def test_what_is_not_used_goes_back_and_who_needs_it_gets_all() -> None:
         await a.let_in_all(70)
         assert a.part > 0.5
         await asyncio.sleep(4 * LOOK_MS / 1000)
-        assert (a.part, fleet.free()) == (0, 1)
+        assert (a.part, fleet.free()) == (1 / KEPT_PART, 1 - 1 / KEPT_PART), "should control go away"
         assert await b.let_in_all(100) == 100
-        assert b.part == 1
+        assert (a.part, b.part) == (0, 1)
+        await asyncio.sleep((KEPT_MS + 2 * RENEW_MS) / 1000)
+        assert (b.part, fleet.free()) == (0, 1), "not for ever"
 
     fleet_test(work())
 
@@ -305,7 +307,7 @@ def test_what_can_not_be_kept_on_disk_is_not_given_back() -> None:
         assert b.part > 0, "more needs no disk"
         a.disk_full = False
         await asyncio.sleep(4 * LOOK_MS / 1000)
-        assert a.part == 0
+        assert a.part == 1 / KEPT_PART
 
     fleet_test(work())
 
@@ -335,6 +337,23 @@ def test_a_control_of_an_earlier_release_leaves_the_limits_to_the_node() -> None
         await asyncio.sleep(0.1)
         assert a.part == 1
         assert len(a.asked) == 1, "and is not asked again"
+
+    fleet_test(work())
+
+
+def test_a_node_without_use_tells_a_new_control_at_once_that_it_has_nothing() -> None:
+    async def work() -> None:
+        fleet = Fleet("a", "b")
+        a, b = fleet.boxes.values()
+        await asyncio.sleep(60)
+        fleet.shares = ShareDesk(fleet.now_ms, fleet.wake)
+        fleet.shares.open("c2", fleet.nodes)
+        for box in (a, b):
+            assert fleet.shares.take_nudge(box.name), "a beat brings it, should it miss the plan"
+            box.shares.planned("2 c2")
+        await asyncio.sleep(1)
+        assert (fleet.free(), fleet.shares.take_nudge("a")) == (1, False)
+        assert await a.let_in()
 
     fleet_test(work())
 

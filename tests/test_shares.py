@@ -307,10 +307,9 @@ def test_what_was_taken_of_a_share_goes_with_it() -> None:
     for _ in range(100):
         assert not a.rates.requests.wait_ms(0)
         a.rates.requests.take(0)
-    a.talk(desk, 0, 1_000)
-    a.talk(desk, 0, 1_000)
-    b.talk(desk, 64, 1_000)
-    assert b.parts == 1
+    for box, want in ((a, 0), (b, 64), (a, 0), (a, 0), (b, 64)):
+        box.talk(desk, want, 1_000)
+    assert (a.parts, b.parts) == (0, 1)
     assert b.rates.requests.remaining(1_000) <= 10, "a second brings ten, and no burst comes with it"
     assert b.rates.requests.remaining(11_000) == 100
 
@@ -352,6 +351,21 @@ def test_a_new_control_gives_nothing_until_it_has_heard_every_node() -> None:
     a.talk(desk, 40, 30)
     b.talk(desk, 64, 40)
     assert b.parts == 24 / 64
+
+
+def test_what_was_said_to_an_earlier_control_counts_for_nothing() -> None:
+    desk, (a, b) = Desk("a", "b"), boxes("a", "b")
+    a.talk(desk, 0, 0)
+    late = a.ask(0, 0)
+    a.talk(desk, 64, 1)
+    assert a.parts == 1
+    desk = Desk("a", "b", name="c2", now_ms=10, fresh=False)
+    for _ in range(3):
+        answer = desk.step(late, 20)
+        assert answer is not None
+        assert not answer.known
+    b.talk(desk, 64, 30)
+    assert b.parts == 0
 
 
 def test_a_node_that_may_be_alone_blocks_everything_until_it_is_heard_or_removed() -> None:
