@@ -331,6 +331,21 @@ def test_a_silent_node_keeps_half_and_gets_nothing_taken_until_its_term_is_over(
     assert a.parts == 1 / 2, "and that it keeps"
 
 
+def test_a_node_halves_once_though_control_hears_of_it_and_is_not_heard() -> None:
+    desk, (a, b) = Desk("a", "b"), boxes("a", "b")
+    for _ in range(2):
+        a.talk(desk, 64, 0)
+    a.pass_to(TERM_MS)
+    assert a.parts == 1 / 2
+    assert desk.step(a.ask(32, TERM_MS), TERM_MS), "and the answer is lost"
+    later_ms = TERM_MS + FREE_AFTER_MS
+    desk.step(Ticked(), later_ms)
+    a.pass_to(later_ms)
+    for _ in range(2):
+        b.talk(desk, 64, later_ms)
+    assert (a.parts, b.parts) == (1 / 2, 1 / 2)
+
+
 def test_what_a_removed_node_had_is_free() -> None:
     desk, (a, b, _) = Desk("a", "b", "c"), boxes("a", "b", "c")
     a.talk(desk, 64, 0)
