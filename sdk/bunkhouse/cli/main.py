@@ -1,7 +1,8 @@
 """The root of the ``bunk`` command.
 
 Covers: the group and its subgroups. Does not cover: the commands, which live in ``accounts``,
-``models``, ``fleet``, ``plans``, ``doctor``, ``simulate`` and ``up`` and are added here.
+``models``, ``fleet``, ``plans``, ``top``, ``doctor``, ``simulate``, ``completion`` and ``up`` and are added
+here.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import click
 
 from bunkhouse._version import __version__
 from bunkhouse.cli.accounts import key, quota, tenant
+from bunkhouse.cli.completion import completion
 from bunkhouse.cli.doctor import doctor
 from bunkhouse.cli.fleet import add_fleet_commands, node
 from bunkhouse.cli.models import model
 from bunkhouse.cli.plans import add_plan_commands
 from bunkhouse.cli.simulate import simulate
+from bunkhouse.cli.top import add_top_command
 from bunkhouse.cli.up import up
 
 _EPILOG = """\
@@ -29,7 +32,8 @@ def bunk() -> None:
     """Pack many tenants' models onto the GPUs you already own."""
 
 
-for _command in (up, node, tenant, key, quota, model, doctor, simulate):
+for _command in (up, node, tenant, key, quota, model, doctor, simulate, completion):
     bunk.add_command(_command)
 add_fleet_commands(bunk)
 add_plan_commands(bunk)
+add_top_command(bunk)
