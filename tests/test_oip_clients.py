@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -23,13 +24,14 @@ import pytest
 import torch
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
-from export_samples import SAMPLES, program_of, write_sample
+from export_samples import SAMPLES, aten, forge, program_of, write_sample
 from gateway_process import peak_bytes
 from make_models import make_encoder
 from real_box import PATIENCE_S, Box, running_box
 from tiny_models import tiny_classifier, tiny_gpt2
 from tritonclient.utils import InferenceServerException
 
+from bunkhouse import BunkhouseError
 from packer.types import MIB
 
 pytestmark = [pytest.mark.clients, pytest.mark.processes, pytest.mark.timeout(300)]
@@ -175,6 +177,12 @@ def test_triton_reads_its_own_statistics(box: Box, door: Door, client: triton.In
     assert counted() == before + len(TEXTS)
     everything = client.get_inference_statistics(headers=door.headers)["model_stats"]
     assert {row["name"] for row in everything} == set(ACMES)
+
+
+def test_a_program_that_may_not_run_is_refused_when_it_is_pushed(box: Box, tmp_path: Path) -> None:
+    writing = forge(tmp_path, [aten("copy_.default", "y", self="p_w", src="x")])
+    with pytest.raises(BunkhouseError, match=r"program\.json: node 0 .*aten\.copy_\.default.*not supported"):
+        box.tenant("acme").push("acme/writing", writing)
 
 
 @pytest.mark.parametrize(

@@ -271,12 +271,34 @@ def _check_batch_norm(step: Step, positional: Sequence[Value]) -> None:
         raise Refusal("statistics must have one value per channel")
 
 
+def _check_recurrent(step: Step, positional: Sequence[Value]) -> None:
+    """Some kernels of recurrent layers take the sizes of weights for granted."""
+    data, state, weights, has_biases, layers, _, _, both_ways, batch_first = positional
+    gates = 4 if step.node.target == "aten.lstm.input" else 3
+    states = [state] if isinstance(state, torch.Tensor) else list(state)
+    ways, per_layer = 1 + both_ways, 4 if has_biases else 2
+    if not states or data.dim() != 3 or any(each.dim() != 3 for each in states):
+        raise Refusal("states and inputs of a recurrent layer must have 3 dimensions")
+    width, batch = states[0].shape[2], data.shape[0 if batch_first else 1]
+    if not 0 < layers * ways * per_layer == len(weights) or any(
+        each.shape != (layers * ways, batch, width) for each in states
+    ):
+        raise Refusal("a recurrent layer has other states or weights than its layers need")
+    for number, weight in enumerate(weights):
+        layer, part = number // (ways * per_layer), number % per_layer
+        taken = (data.shape[2] if layer == 0 else width * ways) if part == 0 else width
+        if weight.shape != ((gates * width, taken) if part < 2 else (gates * width,)):
+            raise Refusal(f"weight {number} of a recurrent layer has another size")
+
+
 _CHECKS: Mapping[str, Callable[[Step, Sequence[Value]], None]] = {
     "aten.split.Tensor": _check_split,
     "aten.unsafe_split.Tensor": _check_split,
     "aten.unbind.int": _check_unbind,
     "aten.chunk.default": _check_count,
     "aten.tensor_split.sections": _check_count,
+    "aten.lstm.input": _check_recurrent,
+    "aten.gru.input": _check_recurrent,
     "aten.native_group_norm.default": _check_group_norm,
     "aten._native_batch_norm_legit_no_training.default": _check_batch_norm,
 }

@@ -451,5 +451,28 @@ def test_statistics_of_another_size_are_not_read_past_their_end(tmp_path: Path) 
         model.ask([X])
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_weights_of_recurrent_layers_are_not_read_past_their_end(tmp_path: Path, repeats: int) -> None:
+    small = aten("repeat.default", "small", self="p_w", repeats={"as_ints": [16, repeats]})
+    data = aten("reshape.default", "data", self="x", shape={"as_ints": [1, 2, 4]})
+    state = aten("zeros_like.default", "state", self="data")
+    layer = node(
+        "torch.ops.aten.lstm.input",
+        ["y", "h", "c"],
+        input="data",
+        hx={"as_tensors": [{"name": "state"}, {"name": "state"}]},
+        params={"as_tensors": [{"name": "small"}, {"name": "p_w"}, {"name": "p_w"}, {"name": "p_w"}]},
+        has_biases={"as_bool": True},
+        num_layers={"as_int": 1},
+        dropout={"as_float": 0.0},
+        train={"as_bool": False},
+        bidirectional={"as_bool": False},
+        batch_first={"as_bool": False},
+    )
+    model = load_program(forge(tmp_path, [small, data, state, layer], (1, 2, 4)))
+    with pytest.raises(EngineError, match=r"weight \d of a recurrent layer has another size"):
+        model.ask([X])
+
+
 def test_limits_are_what_this_file_says() -> None:
     assert RUN_BYTES_MAX == 2 * GIB
