@@ -286,6 +286,7 @@ def test_callers_of_a_cold_model_follow_the_first() -> None:
     step(cluster, Routed(target, REF), 0)
     step(cluster, Answered(target, True), 0)
     assert order(cluster)[0] == target
+    assert choose_near(cluster, REF, 0) == [target]
     assert order(cluster, now_ms=EXPECTED_MS)[0] != target
 
 

@@ -159,6 +159,7 @@ async def test_a_stream_that_breaks_within_an_event_ends_with_one_whole_error(fl
     events = answer.body.decode().split("\n\n")
     assert (events[0], len(events), events[2]) == ('data: {"a":1}', 3, "")
     assert json.loads(events[1].removeprefix("data: "))["error"]["code"] == "node_lost"
+    assert fleet.control.server.control.cluster.nodes["n0"].avoid_until_ms > 0
     server.close()
 
 
@@ -215,7 +216,10 @@ async def test_a_reader_that_does_not_read_stops_the_node(fleet: Fleet) -> None:
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     await fleet.gateways[0].left.wait()
     assert written < 64 * MIB
-    assert fleet.control.server.control.cluster.in_flight == 0
+    control = fleet.control.server.control
+    await until(lambda: control.cluster.in_flight == 0)
+    # It says nothing about the node.
+    assert (control.routed.left, control.cluster.nodes["n0"].avoid_until_ms) == (1, 0)
     writer.close()
     del reader
 

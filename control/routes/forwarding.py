@@ -1,9 +1,9 @@
 """Carrying a tenant's call to a node and the answer back: the core of the router, whatever the protocol.
 
-Covers: choosing and trying nodes before the first byte of an answer, and passing request and answer
-through, streamed, never gathered beyond a fixed size. Does not cover: which routes there are and where a
-call names its model (``router``), what an answer means or who may use how much (``agent/gateway.py`` and
-the node's own quotas), or the order of nodes (``control.cluster``).
+Covers: choosing and trying nodes before the first byte of an answer, and bringing them the request, streamed
+or held within a fixed size. Does not cover: the answer's way back (``answers``), which routes there are and
+where a call names its model (``router``), what an answer means or who may use how much
+(``agent/gateway.py`` and the node's own quotas), or the order of nodes (``control.choosing``).
 
 The tenant's own key is handed on: the node checks it again by itself, so that it can also be called
 without this router.
@@ -12,15 +12,12 @@ without this router.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import aiohttp
-import msgspec
 from aiohttp import web
 from yarl import URL
 
@@ -29,18 +26,14 @@ from control import cluster as fleet
 from control.node_session import Connection
 from control.node_tls import NoLine
 from control.routes.access import Caller
+from control.routes.answers import NodeAnswer, NodeFailed, hold, pass_on
 from control.state import Control
-from packer.crowd import in_time
 from packer.http import (
-    CROWD,
-    PASSED_HEADERS,
     REQUEST_ID_HEADER,
     ApiError,
-    openai_error,
     too_large,
 )
-from packer.oip import ERROR_CODE_HEADER
-from packer.types import KIB, ModelSpec
+from packer.types import ModelSpec
 
 # Requests that are being answered through this router. Each costs a socket on both sides.
 IN_FLIGHT_MAX = 4_096
@@ -52,11 +45,6 @@ TRIES_MAX = 3
 STALE_MAX = 3
 RETRY_NO_NODE_MS = 2_000
 RETRY_BUSY_MS = 1_000
-# Whole answers up to this size are here before their head is passed on: a node that breaks off in one is
-# then an error with a status. It is what both sides' sockets hold anyway.
-HELD_BYTES_MAX = 64 * KIB
-# An event of a stream is passed on when it is complete, unless it is larger than this.
-EVENT_BYTES_MAX = 64 * KIB
 # Request headers handed on. A list of what may pass, not of what may not: what a node does with an
 # unknown header is not known here. No Host, no hop-by-hop header, nothing about who forwarded what.
 REQUEST_HEADERS = (
@@ -68,17 +56,6 @@ REQUEST_HEADERS = (
     REQUEST_ID_HEADER,
 )
 REQUEST_HEADER_PREFIXES = ("x-bunkhouse-", "x-stainless-", "openai-")
-ANSWER_HEADERS = frozenset(
-    {
-        *PASSED_HEADERS,
-        "content-type",
-        "cache-control",
-        "www-authenticate",
-        "allow",
-        "inference-header-content-length",
-        ERROR_CODE_HEADER,
-    }
-)
 # "Not here, not now": worth another node.
 ELSEWHERE_STATUSES = frozenset({502, 503})
 # A node that says so is not the place for the model at all; after any other refusal only a node that has
@@ -86,15 +63,10 @@ ELSEWHERE_STATUSES = frozenset({502, 503})
 ANYWHERE_CODES = frozenset({"node_draining", "restore_failed"})
 # What a node answers that has not heard of a key or a model yet.
 BEHIND_CODES = frozenset({"invalid_api_key", "model_not_found"})
-BEHIND_STATUSES = frozenset({401, 404})
 
 
 class NodeUnreachable(Exception):
     """A node gave no answer at all; another may."""
-
-
-class NodeFailed(ApiError):
-    """A node did not keep up what it had begun; no other node is asked."""
 
 
 class Once:
@@ -183,46 +155,6 @@ class Head(Protocol):
 H = TypeVar("H", bound=Head)
 
 
-@dataclass(slots=True)
-class NodeAnswer:
-    """A node's answer as far as it is here: its head, and its body if that is small."""
-
-    response: aiohttp.ClientResponse
-    held: bytes = b""
-    whole: bool = False
-
-    @property
-    def status(self) -> int:
-        return self.response.status
-
-    @property
-    def streams(self) -> bool:
-        """Whether it consists of events, which may come at any time."""
-        return self.response.headers.get("Content-Type", "").startswith("text/event-stream")
-
-    @property
-    def code(self) -> str:
-        """The code of an error that decides about another node; empty otherwise."""
-        if not self.whole or self.status not in ELSEWHERE_STATUSES | BEHIND_STATUSES:
-            return ""
-        if (said := self.response.headers.get(ERROR_CODE_HEADER)) is not None:
-            return said
-        with suppress(msgspec.MsgspecError, RecursionError, UnicodeError):
-            return msgspec.json.decode(self.held, type=_Refusal).error.code or ""
-        return ""
-
-    def close(self) -> None:
-        self.response.close()
-
-
-class _Code(msgspec.Struct):
-    code: str | None = None
-
-
-class _Refusal(msgspec.Struct):
-    error: _Code
-
-
 # --- the whole way --------------------------------------------------------------------------------
 
 
@@ -247,18 +179,21 @@ async def ask_nodes(control: Control, caller: Caller, call: Call, watch: Stopwat
 
 async def hand_on(control: Control, request: web.Request, begun: Begun) -> web.StreamResponse:
     """Hand the answer to the caller, to its end."""
-    reached = False
+
+    def head_out() -> None:
+        control.routed.added(begun.watch.own_ms)
+
+    answer = begun.answer
     try:
-        response = await _pass_on(control, request, begun.node, begun.answer, begun.watch)
-        reached = True
-        return response
-    except asyncio.CancelledError:
-        control.routed.left += 1
-        reached = True  # the caller left; that says nothing about the node
+        return await pass_on(control, request, begun.node, answer, head_out)
+    except (asyncio.CancelledError, ConnectionError):
+        control.routed.left += not answer.broke
         raise
     finally:
-        begun.answer.close()
-        control.act(fleet.step(control.cluster, fleet.Answered(begun.node, reached), control.now_ms()))
+        answer.close()
+        # That a caller leaves says nothing about the node.
+        ended = fleet.Answered(begun.node, not answer.broke)
+        control.act(fleet.step(control.cluster, ended, control.now_ms()))
 
 
 def check_room(control: Control) -> None:
@@ -447,7 +382,7 @@ async def _send(control: Control, node: str, call: Call, watch: Stopwatch) -> No
                 # The node dropped an idle connection, or was started anew: that is no answer of its.
                 if not again or not connection.reused or not call.sendable:
                     raise
-        return await _hold(control, node, response)
+        return await hold(control, node, response)
     except aiohttp.SocketTimeoutError:
         raise NodeFailed(
             504, "node_timeout", "The node that was asked has said nothing for too long.", kind="server_error"
@@ -484,110 +419,3 @@ async def _request(control: Control, node: str, call: Call, connection: Connecti
         allow_redirects=False,
         trace_request_ctx=connection,
     )
-
-
-async def _hold(control: Control, node: str, response: aiohttp.ClientResponse) -> NodeAnswer:
-    """Wait for a small answer to be whole; anything else may follow bit by bit."""
-    answer = NodeAnswer(response)
-    size = response.content_length
-    if answer.streams or size is None or size > HELD_BYTES_MAX:
-        return answer
-    try:
-        answer.held = await response.read()
-    except (aiohttp.ClientError, TimeoutError) as error:
-        # It may have done the work, so no other node does it again.
-        response.close()
-        control.log_fault(f"node {node}", error)
-        control.routed.broken += 1
-        raise _lost(502) from None
-    except BaseException:
-        response.close()
-        raise
-    answer.whole = True
-    return answer
-
-
-# --- back to the caller ---------------------------------------------------------------------------
-
-
-class _NodeBroke(Exception):
-    """A node went away in mid-answer."""
-
-
-async def _pass_on(
-    control: Control, request: web.Request, node: str, answer: NodeAnswer, watch: Stopwatch
-) -> web.StreamResponse:
-    """Hand the answer on piece by piece, each as soon as it is here."""
-    headers = _answer_headers(answer.response)
-    if answer.whole:
-        control.routed.added(watch.own_ms)
-        return web.Response(status=answer.status, headers=headers, body=answer.held)
-    response = web.StreamResponse(status=answer.status, headers=headers)
-    if answer.response.content_length is not None:
-        response.content_length = answer.response.content_length
-    await response.prepare(request)
-    control.routed.added(watch.own_ms)
-    try:
-        pieces = _pieces(answer)
-        async for piece in _whole_events(pieces) if answer.streams else pieces:
-            await _write(request, response, piece)
-    except _NodeBroke as error:
-        control.routed.broken += 1
-        if not answer.streams:
-            # It must not look complete.
-            raise ConnectionResetError(f"node {node} broke off: {error}") from None
-        event = b"data: " + json.dumps(openai_error(_lost(503))).encode() + b"\n\n"
-        await _write(request, response, event)
-    await response.write_eof()
-    return response
-
-
-async def _pieces(answer: NodeAnswer) -> AsyncIterator[bytes]:
-    """What comes from the node, as it comes. What is not taken is not read, so that the node waits."""
-    try:
-        async for piece in answer.response.content.iter_any():
-            yield piece
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise _NodeBroke(type(error).__name__) from None
-
-
-async def _whole_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Events and comments at once when they are complete. Half of one is of no use to anybody, and after
-    it no error could be said."""
-    rest = b""
-    async for piece in pieces:
-        rest += piece
-        end = max(rest.rfind(b"\n\n") + 2, rest.rfind(b"\r\n\r\n") + 4)
-        if end < 4 and len(rest) > EVENT_BYTES_MAX:
-            end = len(rest)
-        if end >= 4:
-            yield rest[:end]
-            rest = rest[end:]
-    if rest:
-        yield rest
-
-
-async def _write(request: web.Request, response: web.StreamResponse, piece: bytes) -> None:
-    """A caller that does not read would keep the node's answer, and a place here, for ever."""
-    transport = request.transport
-    if transport is None:
-        raise ConnectionResetError("the caller left")
-    if len(piece) < HELD_BYTES_MAX and not transport.get_write_buffer_size():
-        await response.write(piece)  # can not have to wait
-    else:
-        await in_time(transport, response.write(piece), request.app[CROWD].stall_seconds)
-
-
-def _lost(status: int) -> NodeFailed:
-    return NodeFailed(
-        status,
-        "node_lost",
-        "The node that was answering went away; the answer is not complete. Send the request again.",
-        kind="server_error",
-        retry_ms=RETRY_BUSY_MS,
-        should_retry=True,
-    )
-
-
-def _answer_headers(answer: aiohttp.ClientResponse) -> dict[str, str]:
-    return {name: value for name, value in answer.headers.items() if name.lower() in ANSWER_HEADERS}
