@@ -20,6 +20,7 @@ from control.openapi import document_route
 from control.operations import Operation, Result
 from control.routes import (
     about,
+    commits,
     direct,
     figures,
     joining,
@@ -68,6 +69,7 @@ _ROUTES = (
     *keys.ROUTES,
     *quotas.ROUTES,
     *uploads.ROUTES,
+    *commits.ROUTES,
     *models.ROUTES,
     *nodes.ROUTES,
     *ps.ROUTES,

@@ -37,6 +37,7 @@ async def control(tmp_path: Path) -> AsyncIterator[Running]:
         model = await started.push("acme", "m", model_files(1))
         await started.push("acme", "m", model_files(2))
         await started.push("beta", "m", model_files(1))
+        await started.push("acme", "other", model_files(3))
         for name in ("n1", "n2", "n3"):
             node = await started.join(name)
             report = empty_report(node.gateway_url, (model_report(model["ref"]),))
@@ -48,6 +49,7 @@ async def control(tmp_path: Path) -> AsyncIterator[Running]:
 LISTS = {
     "/api/v1/tenants",
     "/api/v1/tenants/{tenant}/keys",
+    "/api/v1/tenants/{tenant}/uploads",
     "/api/v1/models",
     "/api/v1/nodes",
     "/api/v1/ps",
@@ -120,7 +122,7 @@ async def test_a_page_of_large_rows_ends_early(control: Running, monkeypatch: py
     whole = await pages(control, "/api/v1/models", 1000)
     monkeypatch.setattr("control.pages.PAGE_BYTES_MAX", 10)
     cut = await pages(control, "/api/v1/models", 1000)
-    assert [len(page["items"]) for page in cut] == [1, 1, 1]
+    assert [len(page["items"]) for page in cut] == [1, 1, 1, 1]
     assert rows(cut) == rows(whole)
 
 

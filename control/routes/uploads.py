@@ -1,10 +1,10 @@
-"""Uploads: declare files, send their bytes (resumable), commit them as an immutable version.
+"""Uploads: declare files, send their bytes (resumable), look at them, give them up.
 
 The declaration names every file with its exact size and sha256, so the version is known before a byte
 arrives and declaring the same again finds the same open upload. Bytes go to numbered part files; a
 declared path is never used as a path on disk before ``packer.directory`` has accepted it. An offset
-that was acknowledged is durable. Does not cover: what a directory may contain (``packer.directory``),
-checking and keeping files (``control.model_store``).
+that was acknowledged is durable. Does not cover: making a version of them (``control.routes.commits``), what
+a directory may contain (``packer.directory``), checking and keeping files (``control.model_store``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -22,27 +22,18 @@ from aiohttp import web
 
 from control import etags
 from control.catalog import (
-    CONTROL_ORIGIN,
     UPLOADS_PER_TENANT_MAX,
-    Change,
     DropUpload,
     PutUpload,
     UploadRow,
-    arriving,
-    model_arrival,
 )
 from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
-from control.model_store import ModelStoreError, PartFiles, check_names
+from control.model_store import check_names
 from control.operations import Given, NameText, Operation, Result, Where
-from control.routes.access import Access, Caller, Route, not_found, read_json, render_error, tenant_of
+from control.pages import PAGED, Page, Position, asked_page, page_of
+from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
 from control.routes.models import (
-    MODEL_REFUSALS,
     REFUSED_CODE,
-    ModelAnswer,
-    check_room,
-    examine_off_loop,
-    model_answer,
-    new_spec,
     own_name,
 )
 from control.state import Control, wall_ms
@@ -87,6 +78,18 @@ class UploadAnswer:
     committed: bool
     created_ms: int
     files: Sequence[FileAnswer]
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRowAnswer:
+    """An upload in a list; ask for it to know how much of each file is here."""
+
+    upload_id: str
+    name: str
+    version: str
+    committed: bool
+    created_ms: int
+    declared_bytes: int
 
 
 # --- declare --------------------------------------------------------------------------------------
@@ -140,7 +143,8 @@ def _check_limits(control: Control, row: UploadRow) -> None:
             429,
             "too_many_uploads",
             f"{len(waiting)} uploads of this tenant are open, the limit is {UPLOADS_PER_TENANT_MAX}; "
-            "run an interrupted push to its end, or delete one first (DELETE /api/v1/uploads/ID).",
+            "run an interrupted push to its end, or delete one first (GET /api/v1/tenants/TENANT/uploads, "
+            "DELETE /api/v1/uploads/ID).",
             should_retry=False,
         )
     if row.ref in control.catalog.models:
@@ -201,23 +205,39 @@ def upload_of(control: Control, request: web.Request, caller: Caller) -> UploadR
     return row
 
 
+async def list_of(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    tenant = tenant_of(control, caller, request.match_info["tenant"]).tenant
+    rows = sorted(control.catalog.uploads_of(tenant), key=_position)
+    return json_response(page_of(asked_page(request, tenant, parts=2), rows, _position, _row))
+
+
+def _position(row: UploadRow) -> Position:
+    return f"{row.created_ms:020d}", row.upload_id
+
+
+def _row(row: UploadRow) -> UploadRowAnswer:
+    return UploadRowAnswer(
+        row.upload_id, row.name, row.version, row.committed, row.created_ms, row.declared_bytes
+    )
+
+
 async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
     row = upload_of(control, request, caller)
     return etags.read(request, row, await _answer(control, row))
 
 
 async def _answer(control: Control, row: UploadRow) -> UploadAnswer:
-    offsets = await asyncio.to_thread(_offsets, control, row)
+    reached = await asyncio.to_thread(offsets, control, row)
     files = [
         FileAnswer(file.path, file.size_bytes, offset)
-        for file, offset in zip(row.files, offsets, strict=True)
+        for file, offset in zip(row.files, reached, strict=True)
     ]
     return UploadAnswer(
         row.upload_id, row.tenant, row.name, row.version, row.committed, row.created_ms, files
     )
 
 
-def _offsets(control: Control, row: UploadRow) -> list[int]:
+def offsets(control: Control, row: UploadRow) -> list[int]:
     """How much of each file is here. A version that exists needs no byte again."""
     if row.committed or row.ref in control.catalog.models:
         return [file.size_bytes for file in row.files]
@@ -347,118 +367,7 @@ def _sync_and_close(descriptor: int) -> None:
         os.close(descriptor)
 
 
-# --- commit and delete ----------------------------------------------------------------------------
-
-
-async def commit(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    row = upload_of(control, request, caller)
-    async with control.ref_lock(row.ref):
-        row = upload_of(control, request, caller)  # another commit of the same may have ended just now
-        if row.ref in control.catalog.models:
-            return await _commit_known(control, caller, row)
-        if row.committed:
-            raise ApiError(
-                409, "version_deleted", f"{row.ref} was committed and then deleted; declare the upload again."
-            )
-        busy = [index for upload_id, index in control.busy_parts if upload_id == row.upload_id]
-        missing = [
-            file.path
-            for file, offset in zip(row.files, await asyncio.to_thread(_offsets, control, row), strict=True)
-            if offset != file.size_bytes
-        ]
-        if busy or missing:
-            name = missing[0] if missing else row.files[busy[0]].path
-            raise ApiError(
-                409,
-                "upload_incomplete",
-                f"{name} is not complete ({len(missing)} files are not); send the rest and commit again.",
-                field=name,
-                should_retry=False,
-            )
-        return await _commit_new(control, request, caller, row)
-
-
-async def _commit_known(control: Control, caller: Caller, row: UploadRow) -> web.Response:
-    """The version exists. A first commit of this upload makes it latest again; a repeated one does not."""
-    async with control.writing:
-        spec = control.catalog.models.get(row.ref)
-        if spec is None:
-            raise not_found("model", str(row.ref))
-        if not row.committed and row.upload_id in control.catalog.uploads:
-            spec = replace(spec, latest=True)
-            answer = json_response(model_answer(spec))
-            changes = [*model_arrival(control.catalog, spec), *_committed(control, row)]
-            await control.write([*changes, *caller.remembering(answer)])
-        else:
-            answer = json_response(model_answer(spec))
-    control.forget_upload(row.upload_id)
-    return answer
-
-
-async def _commit_new(control: Control, request: web.Request, caller: Caller, row: UploadRow) -> web.Response:
-    # Part files that are empty may not exist: nothing was ever sent for them.
-    parts = {file.path: part_path(control, row, index) for index, file in enumerate(row.files)}
-    await asyncio.to_thread(_touch, list(parts.values()))
-    declared = {file.path: file for file in row.files}
-
-    def spoiled(path: str) -> None:
-        parts[path].unlink(missing_ok=True)
-
-    try:
-        examined = await examine_off_loop(control, PartFiles(parts), declared, spoiled)
-    except ApiError as error:
-        if error.code == REFUSED_CODE:
-            await _drop(control, row, caller.remembering(render_error(request, error)))
-        raise
-    try:
-        await asyncio.to_thread(check_floor, control.upload_dir, row.declared_bytes)
-        await asyncio.to_thread(control.models.put, row.ref, parts)
-        spec = new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms())
-        async with control.writing:
-            upload_of(control, request, caller)  # it, or its tenant, may have been deleted meanwhile
-            check_room(control, spec)
-            spec = arriving(control.catalog, spec)
-            answer = json_response(model_answer(spec), 201)
-            changes = [*model_arrival(control.catalog, spec), *_committed(control, row)]
-            await control.write([*changes, *caller.remembering(answer)])
-    except BaseException as error:
-        if row.ref not in control.catalog.models:
-            await asyncio.to_thread(control.models.drop, row.ref)
-        if isinstance(error, ModelStoreError):
-            upload_of(control, request, caller)  # its parts went because it was deleted: say that
-        raise
-    control.record("model_pushed", tenant=row.tenant, model=str(row.ref), detail=f"by key {caller.key_id}")
-    control.forget_upload(row.upload_id)
-    return answer
-
-
-def _committed(control: Control, row: UploadRow) -> list[Change]:
-    """The upload is committed; earlier ones of the same version are no longer worth remembering."""
-    earlier: list[Change] = [
-        DropUpload(other.upload_id)
-        for other in control.catalog.uploads_of(row.tenant)
-        if other.committed and other.ref == row.ref and other.upload_id != row.upload_id
-    ]
-    return [*earlier, PutUpload(replace(row, committed=True))]
-
-
-def _touch(parts: Sequence[Path]) -> None:
-    for part in parts:
-        try:
-            part.touch(mode=0o600)
-        except FileNotFoundError:
-            return  # the upload was deleted; reading it says so
-
-
-async def _drop(control: Control, row: UploadRow, remembered: Sequence[Change]) -> None:
-    """Forget an upload whose content is refused: its digests are fixed, so it can never become a version.
-
-    Kept, it would hold its bytes and one of the tenant's open uploads until it is swept.
-    """
-    async with control.writing:
-        if row.upload_id in control.catalog.uploads:
-            await control.write([DropUpload(row.upload_id), *remembered])
-    control.forget_upload(row.upload_id)
+# --- delete ---------------------------------------------------------------------------------------
 
 
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -486,6 +395,18 @@ ROUTES = (
                 422: "The files are no model directory; `field` names the file.",
                 507: "There is no room for it.",
             },
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/tenants/{tenant}/uploads",
+        Access.CALLER,
+        list_of,
+        operation=Operation(
+            "listUploads",
+            "A tenant's uploads, oldest first: open ones, and committed ones for a while.",
+            [Result(200, "A page.", Page[UploadRowAnswer])],
+            takes=PAGED,
         ),
     ),
     Route(
@@ -523,21 +444,6 @@ ROUTES = (
                 409: "The body does not start where the file ends here, or another request is sending.",
                 507: "Control's disk is full.",
             },
-        ),
-    ),
-    Route(
-        "POST",
-        "/api/v1/uploads/{upload_id}/commit",
-        Access.CALLER,
-        commit,
-        operation=Operation(
-            "commitUpload",
-            "Make a complete upload a version of its model, the latest.",
-            [
-                Result(201, "A new version.", ModelAnswer),
-                Result(200, "The version was there already.", ModelAnswer),
-            ],
-            refusals=MODEL_REFUSALS,
         ),
     ),
     Route(

@@ -38,6 +38,7 @@ OPEN_NODE = {
 TENANT_ROUTES = {
     ("GET", "/api/v1/tenants/{tenant}/quota"),
     ("POST", "/api/v1/tenants/{tenant}/uploads"),
+    ("GET", "/api/v1/tenants/{tenant}/uploads"),
     ("GET", "/api/v1/uploads/{upload_id}"),
     ("PATCH", "/api/v1/uploads/{upload_id}/files/{path}"),
     ("POST", "/api/v1/uploads/{upload_id}/commit"),
