@@ -80,7 +80,8 @@ def check_certificate(data_dir: Path, now_s: float) -> Check:
     except (OSError, ValueError, BadMessage) as error:
         return Check(name, "fail", f"the identity can not be read: {error}", "join again with a new token")
     if left_s <= 0:
-        return Check(name, "fail", "it has ended", "join again with a new token of `bunk node token create`")
+        hint = "does this box reach control? After a week it takes a new token of `bunk node token create`"
+        return Check(name, "fail", "it has ended; the agent renews it when control answers", hint)
     detail = f"valid for another {round(left_s / 3600, 1):g} h"
     if left_s < CERTIFICATE_WARN_S:
         return Check(name, "warn", detail, "it should have been renewed: does this box reach control?")

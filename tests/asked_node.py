@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from running_control import Running, empty_report
+from running_uplinks import Owner, make_uplink, token_file
 from scene import Scene, model
-from test_uplink import Owner, make_uplink, token_file
 
 from agent.decisions import Decisions
 from packer import residency

@@ -113,6 +113,7 @@ class Box:
     agent: Process | None = None
     keys: dict[str, str] = field(default_factory=dict)
     agent_module: str = "agent"  # what the agent's process runs
+    tokens: list[str] = field(default_factory=list)  # that were made for joining
 
     @property
     def url(self) -> str:
@@ -135,7 +136,8 @@ class Box:
     def start_agent(self, *more: str, wait: str = r"connected to control") -> None:
         token_file = self.folder / "join.token"
         if not (self.folder / "agent" / "identity" / "identity.json").exists():
-            token_file.write_text(self.operator().create_node_token(name="box").token)
+            self.tokens.append(self.operator().create_node_token(name="box").token)
+            token_file.write_text(self.tokens[-1])
         words = ["run", "--data-dir", str(self.folder / "agent"), "--control", self.node_url]
         words += ["--join-token-file", str(token_file), "--name", "box", "--host-bytes", "64MiB"]
         # These tests count processes: none is kept ready for nobody.

@@ -19,6 +19,7 @@ import pytest
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from real_box import free_port
 from running_control import FakeNode, Running, model_files, running, until
 from running_peers import PATH, Store, dial, exchange, get
@@ -289,7 +290,7 @@ async def test_nodes_of_both_cas_work_with_everybody_until_the_former_ends(tmp_p
             # Who kept the former CA's key, or a token of it, has nothing any more.
             forged = FakeNode(control.bound.node_url, "old", "", ca_pem=authority.ca_pem)
             names = [x509.UniformResourceIdentifier(f"spiffe://{authority.cluster}/node/old")]
-            usages = [x509.ExtendedKeyUsageOID.CLIENT_AUTH]
+            usages = [ExtendedKeyUsageOID.CLIENT_AUTH]
             leaf = former.sign(forged.key.public_key(), "node old", names, usages, DAY, datetime.now(UTC))
             forged.chain_pem = leaf.public_bytes(serialization.Encoding.PEM).decode()
             assert (await forged.raw_beat(tmp_path)).status == 401

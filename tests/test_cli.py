@@ -38,6 +38,7 @@ def control() -> FakeControl:
         "state": "up",
         "heard_ago_ms": 3000,
         "gateway_url": "http://10.0.0.1:8100",
+        "route_url": "https://10.0.0.1:8101",
         "devices": [{"device": "cpu:0", "budget_bytes": 96 * 2**20, "used_bytes": 2**20, "healthy": False}],
     }
     restores = [{"from_tier": "disk", "count": 2, "restore_ms_p50": 12, "restore_ms_max": 30}]
@@ -109,7 +110,8 @@ COMMANDS: list[Sequence[str]] = [
     ("quota", "show", "acme"),
     ("quota", "set", "acme", "--device-max", "96MiB", "--rpm", "30"),
     ("node", "ls"),
-    ("node", "token", "create", "--name", "box", "--ttl", "1h"),
+    ("node", "ls", "--pool", "l40s"),
+    ("node", "token", "create", "--name", "box", "--ttl", "1h", "--pool", "l40s"),
     ("node", "rm", "box"),
     ("model", "push", "acme/x", "MODEL_DIR"),
     ("model", "push", "acme/y", "--from", "file:///models/y"),

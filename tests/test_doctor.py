@@ -31,7 +31,7 @@ from packer.wire import AccuracyReport, CalibrationReport, encode
 DAY_MS = 24 * 3600 * 1000
 NOW_MS = 1_800_000_000_000
 CALIBRATION = Calibration(NOW_MS - DAY_MS, "raw", True, True, 3, {"memcpy": 5}, ())
-BOX = Node("box", "up", "http://10.0.0.1:8100", 1, 3000, (), 0, 0, 0, 0, CALIBRATION)
+BOX = Node("box", "up", "http://10.0.0.1:8100", 1, 3000, (), 0, 0, 0, 0, CALIBRATION, route_url="https://h:1")
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,7 @@ def control() -> FakeControl:
         "state": "up",
         "heard_ago_ms": 3000,
         "gateway_url": "http://10.0.0.1:8100",
+        "route_url": "https://10.0.0.1:8101",
         "calibration": {
             "measured_ms": time.time_ns() // 1_000_000 - 2 * DAY_MS,
             "host_form": "wire",
@@ -167,6 +168,10 @@ def test_versions_clocks_and_keys_are_judged() -> None:
             "fail",
             "cuda:GPU-1 does not answer",
         ),
+        (replace(BOX, state="cloned"), "fail", "two boxes use its identity"),
+        (replace(BOX, clock_skew_ms=-600_000), "fail", "600 s behind control's"),
+        (replace(BOX, clock_skew_ms=7_000), "warn", "7 s ahead of control's"),
+        (replace(BOX, route_url=None), "warn", "can not call it over mutual TLS"),
         (
             replace(BOX, calibration=replace(CALIBRATION, accuracy=(EstimateErrors("disk", 50, 5, 40),))),
             "warn",

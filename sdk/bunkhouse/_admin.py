@@ -106,12 +106,13 @@ def set_quota(tenant: str, if_match: str | None, **change: MaybeInt) -> Call[Quo
     return Call(request, _decode.quota_use)
 
 
-def nodes() -> Listing[Node, tuple[Node, ...]]:
-    return Listing("/api/v1/nodes", _decode.page(_decode.node), tuple)
+def nodes(pool: str | None) -> Listing[Node, tuple[Node, ...]]:
+    query = {} if pool is None else {"pool": pool}
+    return Listing("/api/v1/nodes", _decode.page(_decode.node), tuple, query)
 
 
-def create_node_token(name: str | None, ttl_s: int | None) -> Call[NodeToken]:
-    given: dict[str, object] = {"name": name, "ttl_s": ttl_s}
+def create_node_token(name: str | None, ttl_s: int | None, pool: str | None) -> Call[NodeToken]:
+    given: dict[str, object] = {"name": name, "ttl_s": ttl_s, "pool": pool}
     body = {field: value for field, value in given.items() if value is not None}
     return Call(json_request("POST", "/api/v1/nodes/tokens", body), _decode.one(_decode.node_token))
 

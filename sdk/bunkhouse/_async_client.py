@@ -339,12 +339,15 @@ class AsyncClient:
 
     # The fleet.
 
-    async def nodes(self) -> tuple[Node, ...]:
-        return await self._whole(_admin.nodes())
+    async def nodes(self, pool: str | None = None) -> tuple[Node, ...]:
+        """All nodes, or one pool's."""
+        return await self._whole(_admin.nodes(pool))
 
-    async def create_node_token(self, *, name: str | None = None, ttl_s: int | None = None) -> NodeToken:
+    async def create_node_token(
+        self, *, name: str | None = None, ttl_s: int | None = None, pool: str | None = None
+    ) -> NodeToken:
         """Create a join token for one node. Hand it over in a file, never on a command line."""
-        return await self._run(_admin.create_node_token(name, ttl_s))
+        return await self._run(_admin.create_node_token(name, ttl_s, pool))
 
     async def delete_node(self, name: str) -> None:
         await self._run(_admin.delete_node(name))

@@ -334,12 +334,15 @@ class Client:
 
     # The fleet.
 
-    def nodes(self) -> tuple[Node, ...]:
-        return self._whole(_admin.nodes())
+    def nodes(self, pool: str | None = None) -> tuple[Node, ...]:
+        """All nodes, or one pool's."""
+        return self._whole(_admin.nodes(pool))
 
-    def create_node_token(self, *, name: str | None = None, ttl_s: int | None = None) -> NodeToken:
+    def create_node_token(
+        self, *, name: str | None = None, ttl_s: int | None = None, pool: str | None = None
+    ) -> NodeToken:
         """Create a join token for one node. Hand it over in a file, never on a command line."""
-        return self._run(_admin.create_node_token(name, ttl_s))
+        return self._run(_admin.create_node_token(name, ttl_s, pool))
 
     def delete_node(self, name: str) -> None:
         self._run(_admin.delete_node(name))

@@ -368,6 +368,9 @@ def node(row: Fields) -> Node:
         disk_used_bytes=row.number("disk_used_bytes", 0),
         calibration=_calibration(row.inner("calibration")) if row.raw("calibration") else None,
         regret=_regret(row.inner("regret")) if row.raw("regret") else None,
+        pool=row.maybe_text("pool") or "default",
+        route_url=row.maybe_text("route_url") or None,
+        clock_skew_ms=row.maybe_number("clock_skew_ms"),
     )
 
 

@@ -285,7 +285,8 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A box that joined. ``state``: up, draining, silent, or unheard (not since control started)."""
+    """A box that joined. ``state``: up, draining, silent, unheard (not since control started), or cloned (two
+    boxes use its identity). ``route_url``: where the router calls it over mutual TLS; None: nowhere."""
 
     node: str
     state: str
@@ -299,6 +300,9 @@ class Node:
     disk_used_bytes: int
     calibration: Calibration | None = None
     regret: Regret | None = None
+    pool: str = "default"
+    route_url: str | None = None
+    clock_skew_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

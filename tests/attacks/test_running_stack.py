@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -103,6 +106,68 @@ def test_processes_logs_and_events_hold_no_secret_and_no_prompt(box: Box) -> Non
         assert secret not in seen
         assert secret.rpartition("_")[2] not in seen
     assert PROMPT not in seen
+
+
+def test_no_secret_of_the_stack_lies_in_a_process_a_log_or_a_database(box: Box) -> None:
+    """Keys, the join token, the node's private key: in nobody's arguments, environment, output or tables."""
+    complete(box, "acme")
+    assert box.agent is not None
+    assert box.control is not None
+    private = (box.folder / "agent" / "identity" / "node.key").read_text()
+    operator = (box.folder / "control" / "operator.key").read_text().strip()
+    secrets = [operator.split("_", 2)[2], *(key.split("_", 2)[2] for key in box.keys.values())]
+    secrets += [token.split(".")[2] for token in box.tokens] + ["".join(private.splitlines()[1:-1])[-60:]]
+    assert len(secrets) == 5
+    pids = [box.control.handle.pid, box.agent.handle.pid, *children(box.agent.handle.pid), *box.worker_pids()]
+    places = [Path(f"/proc/{pid}/{name}") for pid in pids for name in ("cmdline", "environ")]
+    places += [*(box.folder / "control").glob("*.db*"), *(box.folder / "agent").glob("*.db*")]
+    assert len(places) >= 2 * len(pids) + 2
+    seen = b"".join(place.read_bytes() for place in places)
+    seen += (box.agent.whole_log() + box.control.whole_log()).encode()
+    for secret in secrets:
+        assert secret.encode() not in seen
+    assert not (box.folder / "join.token").exists()
+
+
+def connected_ports(pid: int) -> set[int]:
+    """The ports that a process has dialled: of its established connections the far end's."""
+    inodes = set()
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            inodes.add(os.readlink(f"/proc/{pid}/fd/{number}").removeprefix("socket:[").rstrip("]"))
+    lines = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    rows = [line.split() for line in lines]
+    return {int(row[2].rpartition(":")[2], 16) for row in rows if row[3] == "01" and row[9] in inodes}
+
+
+def test_node_and_control_speak_over_tls_alone(box: Box) -> None:
+    """As the kernel shows it: the agent dials control's node listener, and control's router dials the agent's
+    listener for it, never the one in plain HTTP that tenants call. Both ask for certificates."""
+    assert box.agent is not None
+    assert box.control is not None
+    url = box.operator().nodes()[0].route_url
+    assert url is not None
+    through_router = httpx2.post(
+        f"{box.url}/v1/completions",
+        headers={"Authorization": f"Bearer {box.keys['acme']}"},
+        json={"model": "acme/gen", "prompt": PROMPT, "max_tokens": 1},
+        timeout=PATIENCE_S,
+    )
+    assert through_router.status_code == 200
+    dialled_by_control, dialled_by_agent = (
+        connected_ports(process.handle.pid) for process in (box.control, box.agent)
+    )
+    route_port = int(url.rpartition(":")[2])
+    assert route_port in dialled_by_control
+    assert box.ports[2] not in dialled_by_control
+    assert box.ports[1] in dialled_by_agent
+    assert box.ports[0] not in dialled_by_agent
+    for port in (route_port, box.ports[1]):
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as raw, pytest.raises(ssl.SSLError):
+            context.wrap_socket(raw)
 
 
 def test_only_the_own_user_may_read_what_lies_on_disk(box: Box) -> None:

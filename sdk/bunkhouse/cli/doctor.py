@@ -178,13 +178,31 @@ def check_nodes(nodes: tuple[Node, ...], now_ms: int) -> Iterator[Check]:
             yield Check(name, "ok", detail)
         elif node.state == "draining":
             yield Check(name, "warn", detail, "it takes no new requests; `bunk node rm` when it is empty")
+        elif node.state == "cloned":
+            hint = "`bunk events` says which; on the copy stop bunk-agent, remove the folder 'identity' in "
+            hint += "its data directory and join it with a new token; if you copied nothing: `bunk node rm`"
+            yield Check(name, "fail", "two boxes use its identity: neither is sent anything", hint)
         else:
             yield Check(name, "warn", detail, "is bunk-agent running there, and does it reach control?")
         for device in node.devices:
             if not device.healthy:
                 hint = "nvidia-smi and dmesg on the box tell more"
                 yield Check(name, "fail", f"{device.device} does not answer", hint)
+        yield from _check_line(name, node)
         yield from _check_calibration(name, node, now_ms)
+
+
+def _check_line(name: str, node: Node) -> Iterator[Check]:
+    """The clock and the line between control and a node that is up."""
+    skew_ms = node.clock_skew_ms or 0
+    if node.state == "up" and abs(skew_ms) > SKEW_WARN_MS:
+        state = "fail" if abs(skew_ms) > SKEW_FAIL_MS else "warn"
+        which = "ahead of" if skew_ms > 0 else "behind"
+        detail = f"its clock is {abs(skew_ms) / 1000:g} s {which} control's"
+        yield Check(name, state, detail, "set both clocks by NTP (chrony): certificates end by them")
+    if node.state == "up" and node.route_url is None:
+        hint = "run its agent without --route-listen off, or control with --plain-routes in a safe network"
+        yield Check(name, "warn", "the router can not call it over mutual TLS", hint)
 
 
 def _check_calibration(name: str, node: Node, now_ms: int) -> Iterator[Check]:

@@ -39,12 +39,14 @@ def _devices(row: Node) -> str:
     )
 
 
-def _node_ls(client: Client, out: Output) -> None:
+@click.option("--pool", metavar="POOL", help="Only the boxes of this pool.")
+def _node_ls(client: Client, out: Output, pool: str | None) -> None:
     """List boxes."""
     out.rows(
-        client.nodes(),
+        client.nodes(pool),
         [
             ("NODE", lambda row: row.node),
+            ("POOL", lambda row: row.pool),
             ("STATE", lambda row: row.state),
             ("HEARD", lambda row: span(row.heard_ago_ms)),
             ("DEVICES", _devices),
@@ -74,11 +76,12 @@ def token() -> None:
 @save_option
 @click.option("--ttl", "ttl_s", type=Span(), help="How long it is valid: 900, 15m, 24h.")
 @click.option("--name", help="The only node name it may be used for.")
+@click.option("--pool", metavar="POOL", help="The pool that the box will be of. Default: default.")
 def _token_create(
-    client: Client, out: Output, name: str | None, ttl_s: int | None, save_to: Path | None
+    client: Client, out: Output, name: str | None, pool: str | None, ttl_s: int | None, save_to: Path | None
 ) -> None:
     """Create a join token for one box and print it. It is shown this once."""
-    created = client.create_node_token(name=name, ttl_s=ttl_s)
+    created = client.create_node_token(name=name, ttl_s=ttl_s, pool=pool)
     if save_to is None:
         note = f"token {created.token_id}, valid until {moment(created.expires_ms)}, shown only now:"
         out.secret(created, created.token, note)
