@@ -12,6 +12,8 @@ import sqlite3
 import ssl
 import sys
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 from aiohttp import web
 
@@ -20,7 +22,7 @@ from agent import config as configuration
 from agent.config import AgentConfig
 from agent.data_dir import hold_data_dir
 from agent.gateway import GatewayConfig, build_app
-from agent.identity import BadIdentity
+from agent.identity import TOKEN_CHARS_MAX, BadIdentity
 from agent.node import RunningNode
 from agent.scrape_key import scrape_key
 from agent.workers import WorkerDead
@@ -66,12 +68,21 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         with hold_data_dir(config.data_dir):
-            status = asyncio.run(run(config))
+            status = asyncio.run(run(_with_token_of_input(config)))
     except (OSError, sqlite3.Error, WorkerDead) as error:
         # A full or read-only disk, mostly: a person must help, a traceback would not.
         log.critical("can not run with --data-dir %s: %s", config.data_dir, error)
         status = EXIT_FAILED
     raise SystemExit(status)
+
+
+def _with_token_of_input(config: AgentConfig) -> AgentConfig:
+    """``--join-token-file -``: what standard input brings lies in a private file until it is spent."""
+    if config.join_token_file != Path("-"):
+        return config
+    path = config.data_dir / "join.token"
+    write_private(path, sys.stdin.readline(TOKEN_CHARS_MAX).encode())
+    return replace(config, join_token_file=path)
 
 
 async def run(config: AgentConfig) -> int:

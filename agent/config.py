@@ -97,7 +97,11 @@ def arguments() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="serve this box's devices")
     run.add_argument("--data-dir", type=Path, required=True, help="packs, journal and identity live here")
     run.add_argument("--control", metavar="URL", help="control's node URL (https://…)")
-    run.add_argument("--join-token-file", type=Path, help="file with a token of `bunk node token create`")
+    run.add_argument(
+        "--join-token-file",
+        type=Path,
+        help="file with a token of `bunk node token create`, - for standard input",
+    )
     run.add_argument(
         "--control-store",
         type=Path,

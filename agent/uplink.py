@@ -253,7 +253,8 @@ class Uplink:
         joined = decode(body, JoinAnswer)
         self._identity.save(joined)
         # A spent token is of no use to anybody but a thief.
-        token_file.unlink(missing_ok=True)
+        if token_file.is_file() and not token_file.is_symlink():  # and not /dev/stdin
+            token_file.unlink(missing_ok=True)
         log.info("joined cluster %s as %s", joined.cluster, joined.node)
 
     # --- a certificate that has ended -------------------------------------------------------------

@@ -11,12 +11,17 @@ import os
 import select
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx2
 import pytest
 from make_models import make_classifier, make_gpt2
 from real_box import PATIENCE_S, Box, running_box
+
+from agent.identity import Identity
+from control.authority import Authority
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
@@ -162,6 +167,38 @@ def test_an_agent_started_while_control_is_down_serves_its_last_plan(box: Box) -
     text, tier = answer(box)
     assert text == before
     assert tier in ("disk", "origin")
+
+
+def test_a_certificate_that_ended_while_control_was_away_stops_nothing(box: Box) -> None:
+    """The node serves on, and has another certificate as soon as control is back: no token, no hands."""
+    before, _ = answer(box)
+    assert box.agent is not None
+    assert box.control is not None
+    box.control.kill()
+    assert box.agent.stop() == 0
+    certify_long_ago(box)
+    box.start_agent(wait="the certificate has ended and control does not renew it yet")
+    assert answer(box)[0] == before
+    box.start_control()
+    box.agent.wait_for("the certificate had ended; control gave a new one")
+    box.agent.wait_for("connected to control")
+    through_router = httpx2.post(
+        f"{box.url}/v1/completions",
+        headers={"Authorization": f"Bearer {box.keys['acme']}"},
+        json={"model": "acme/gen0", "prompt": "the bunk", "max_tokens": 8, "temperature": 0},
+        timeout=PATIENCE_S,
+    )
+    assert through_router.json()["choices"][0]["text"] == before
+
+
+def certify_long_ago(box: Box) -> None:
+    """Let the node's certificate have ended two days ago; neither agent nor control runs."""
+    identity = Identity(box.folder / "agent" / "identity")
+    assert identity.answer is not None
+    then = datetime.now(UTC) - timedelta(days=3)
+    authority = Authority(box.folder / "control", identity.answer.cluster, lambda: then)
+    chain = authority.issue_node(authority.read_request(identity.csr_pem("box")), "box")
+    identity.save(replace(identity.answer, certificate_pem=chain))
 
 
 def test_revoking_a_key_reaches_the_node(box: Box) -> None:
