@@ -133,6 +133,7 @@ class PeerServer:
         self._handshakes: dict[str, int] = {}  # by address
         self._connected: dict[str, int] = {}  # by node
         self._sockets: dict[int, socket.socket] = {}
+        self._serving: dict[int, tuple[ssl.SSLSocket, PeerIdentity]] = {}  # by the id of the connection
         self._threads: dict[int, threading.Thread] = {}
         self.served_bytes = 0
         self.refused = 0
@@ -156,8 +157,14 @@ class PeerServer:
         self._tls = identity.peer_context(server=True)
 
     def allow(self, allowed: Allowed) -> None:
-        """A newer plan: in force with the next request on every connection."""
+        """A newer plan: in force with the next request on every connection; a node that is no more of the
+        cluster is hung up on, in the middle of an answer too."""
         self._allowed = allowed
+        with self._lock:
+            gone = [tls for tls, peer in self._serving.values() if not _is_allowed(allowed, peer)]
+        for tls in gone:
+            with suppress(OSError):
+                socket.socket.shutdown(tls, socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._stopping.set()
@@ -258,6 +265,8 @@ class PeerServer:
         if not self._count(self._connected, peer.node, NODE_CONNECTIONS_MAX, CONNECTIONS_MAX):
             refuse(connection, Refusal(429, last=True, Retry_After_Ms=RETRY_MS))
             return
+        with self._lock:
+            self._serving[id(connection)] = (connection.tls, peer)
         try:
             while not self._stopping.is_set():
                 try:
@@ -275,6 +284,8 @@ class PeerServer:
                     if refusal.last:
                         return
         finally:
+            with self._lock:
+                self._serving.pop(id(connection), None)
             self._uncount(self._connected, peer.node)
 
     # --- requests ---------------------------------------------------------------------------------
@@ -283,7 +294,7 @@ class PeerServer:
         method, path = parse_request(head)
         allowed = self._allowed
         # Asked each time: a node that was deleted a moment ago has its connection still.
-        if allowed.nodes.get(peer.node) != peer.key_sha256 or time.time() >= peer.ends_s:
+        if not _is_allowed(allowed, peer) or time.time() >= peer.ends_s:
             log.warning("refused %s, which is no node of this cluster now", peer.node)
             raise Refusal(403, last=True)
         for route in ROUTES:
@@ -382,6 +393,10 @@ class PeerServer:
         until_s = time.monotonic() + ANSWER_S
         connection.send_head("HTTP/1.1 200 OK", headers, until_s)
         connection.send(key, until_s)
+
+
+def _is_allowed(allowed: Allowed, peer: PeerIdentity) -> bool:
+    return allowed.nodes.get(peer.node) == peer.key_sha256
 
 
 def _give_base(number: int) -> Callable[[PeerServer, Connection, PeerIdentity, ModelRef, Head], None]:

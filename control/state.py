@@ -408,9 +408,14 @@ class Control:
         for poll in list(self._polls.values()):
             if not poll.done():
                 poll.set_result(False)
+        self.wake_sources()
+        self.shares.close()
+
+    def wake_sources(self) -> None:
+        """Let every node that waits for a pack be answered again: one of them may be no more."""
         for waiting in self._source_waits.values():
             waiting.set()
-        self.shares.close()
+        self._source_waits.clear()
 
     async def source(self, asked: fleet.SourceAsked, wait_ms: int) -> fleet.AnswerSource:
         """Where a node gets a pack from; waits for one that another node is about to have."""
@@ -423,6 +428,8 @@ class Control:
             left_ms = until_ms - now_ms
             if answer.granted or answer.peers or asked.ended or left_ms <= 0 or self.stopping:
                 return answer
+            if asked.node not in self.cluster.nodes:
+                return answer  # it was removed while it waited
             waiting = self._source_waits.setdefault(asked.ref, asyncio.Event())
             with suppress(TimeoutError):
                 await asyncio.wait_for(waiting.wait(), left_ms / 1000)

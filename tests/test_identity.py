@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import aiohttp
 import pytest
 from cryptography import x509
-from running_control import PATIENCE_S, Running, model_files, running, until
+from running_control import PATIENCE_S, Running, empty_report, model_files, running, until
 from running_peers import Site
 from running_uplinks import GATEWAY, Owner, beating, ended, make_uplink, token_file
 
@@ -29,7 +30,7 @@ from control import authority as authority_module
 from control.authority import LATE_RENEWAL_MAX
 from control.ca import CLOCK_SKEW, NODE_CERTIFICATE_LIFE
 from control.lives import CLONE_MEMORY_MS
-from packer.wire import BoxFacts, encode
+from packer.wire import WIRE_VERSION, BoxFacts, SourcesAsk, encode
 
 
 @contextmanager
@@ -282,6 +283,33 @@ async def test_a_removed_node_joins_afresh_in_the_same_directory(tmp_path: Path)
         assert (folder / "identity" / "node.key").read_bytes() != key
         assert again._identity.answer is not None
         assert in_control(control)
+
+
+async def test_a_removed_node_is_cut_off_in_the_middle(tmp_path: Path) -> None:
+    """While it waits for its turn at an origin, and while it reads a file of control's store."""
+    async with running(tmp_path / "control") as control:
+        await control.tenant("acme")
+        ref = (await control.push("acme", "tiny", model_files(rows=1 << 17)))["ref"]
+        nodes = [await control.join(name) for name in ("reads", "waits", "loads")]
+        for node in nodes:
+            await node.beat(tmp_path, report=empty_report(GATEWAY, peer_url="https://127.0.0.1:9"))
+        ask = encode(SourcesAsk(WIRE_VERSION, ref, 20_000))
+        assert (await nodes[0].call("POST", "/node/v1/sources", ask, folder=tmp_path)).status == 200
+        waits = asyncio.create_task(nodes[1].call("POST", "/node/v1/sources", ask, folder=tmp_path))
+        await until(lambda: bool(control.server.control._source_waits))
+        await control.call("DELETE", "/api/v1/nodes/waits")
+        assert (await waits).status == 403
+        place = ref.replace("@", "/")
+        url = f"{control.bound.node_url}/node/v1/origins/{place}/model.safetensors"
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(url, ssl=nodes[2].context(tmp_path)) as answer,
+        ):
+            assert answer.status == 200
+            await answer.content.readexactly(1)
+            await control.call("DELETE", "/api/v1/nodes/loads")
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.read()
 
 
 def test_former_identities_are_few(tmp_path: Path) -> None:

@@ -246,6 +246,7 @@ async def remove_node(
         await control.write([*changes, DropNode(node)])
         control.said.forget(node)
         control.act(fleet.step(control.cluster, fleet.NodeRemoved(node), control.now_ms()))
+        control.wake_sources()
         control.shares.step(HolderRemoved(node))
 
 
@@ -363,9 +364,7 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
     due = control.hear(heard)
     if waits and not due:
         due = await control.poll(row.node, min(message.wait_ms, POLL_MS_MAX))
-    current = control.catalog.nodes.get(row.node)
-    if current is None or current.incarnation != row.incarnation:
-        raise ApiError(403, "node_removed", f"The node {row.node!r} was removed from this cluster.")
+    current = _check_still(control, row)
     refuse_clone(control, row.node)
     plan = control.plan_for(row.node) if due else None
     if current.spool in ("", message.spool):
@@ -376,6 +375,14 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
     told, now_ms = control.tell_turn(row.node), control.wall_ms()
     answered = (message.life, message.number)
     return BeatAnswer(WIRE_VERSION, plan, acked_seq, questions, now_ms, nudged, *answered, told, ca_pem)
+
+
+def _check_still(control: Control, row: NodeRow) -> NodeRow:
+    """The node as it is now, after a wait. Raises ``ApiError`` 403 when it was removed meanwhile."""
+    current = control.catalog.nodes.get(row.node)
+    if current is None or current.incarnation != row.incarnation:
+        raise ApiError(403, "node_removed", f"The node {row.node!r} was removed from this cluster.")
+    return current
 
 
 def _check_beat(message: Beat, row: NodeRow) -> None:
@@ -436,6 +443,7 @@ async def sources(control: Control, request: web.Request, caller: Caller) -> web
     async with control.bodies.body(request, caller.owner, SOURCES_BYTES_MAX) as body:
         ask = decode_message(body, SourcesAsk)
     answer = await answer_sources(control, row, ask)
+    _check_still(control, row)
     return web.Response(body=encode(answer), content_type="application/json")
 
 
@@ -485,6 +493,8 @@ async def origin(control: Control, request: web.Request, caller: Caller) -> web.
     await answer.prepare(request)
     await answer.write(first)
     async for piece in pieces:
+        if caller.node is not None and caller.node.node not in control.catalog.nodes:
+            raise ConnectionResetError("the node was removed while it read")
         await answer.write(piece)
     await answer.write_eof()
     return answer
