@@ -98,7 +98,7 @@ async def run(config: AgentConfig) -> int:
     app = build_app(node, GatewayConfig(config.name, config.request_timeout_ms, scraper=scraper))
     if node.control_listener is not None:
         node.control_listener.guard(app)
-    runner = http.runner(app)
+    runner = http.runner(app, STOP_GRACE_S)
     try:
         await node.start()
         await runner.setup()
@@ -120,13 +120,7 @@ async def run(config: AgentConfig) -> int:
 async def _listen(config: AgentConfig, node: RunningNode, runner: web.AppRunner) -> str | None:
     """Open the tenants' listener, and the one for control's router; the former's URL, None when it fails."""
     try:
-        site = web.TCPSite(
-            runner,
-            config.listen_host,
-            config.listen_port,
-            shutdown_timeout=STOP_GRACE_S,
-            ssl_context=_tenants_tls(config),
-        )
+        site = web.TCPSite(runner, config.listen_host, config.listen_port, ssl_context=_tenants_tls(config))
         await site.start()
     except OSError as error:  # of TLS as well: a certificate that can not be read or is none
         log.error("--listen %s:%d: %s", config.listen_host, config.listen_port, error)

@@ -162,7 +162,7 @@ async def list_all(control: Control, request: web.Request, caller: Caller) -> we
     named = parse_node(pool, "pool") if pool is not None else None
     rows = [row for row in control.catalog.nodes.values() if named is None or row.pool == named]
     rows.sort(key=lambda row: row.node)
-    asked = asked_page(request, named, parts=1)
+    asked = asked_page(request, None, parts=1)
     return json_response(page_of(asked, rows, lambda row: (row.node,), lambda row: _shown(control, row)))
 
 
