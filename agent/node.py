@@ -215,7 +215,8 @@ class RunningNode:
         self._look_at_devices()
         if self.uplink is not None:
             self.shares.take_up()
-        await self._keeper.take_up()
+        if self.uplink is None or self._identity.cluster:  # who was removed has no plan any more
+            await self._keeper.take_up()
         if any(device.kind == "cuda" for device in self._devices.values()):
             self._tasks.append(asyncio.create_task(self._watch_devices()))
         self._tasks.append(asyncio.create_task(self._flush_records()))
@@ -231,7 +232,7 @@ class RunningNode:
         try:
             await self.uplink.run(gateway_url)
         except BadIdentity as error:
-            if type(error) is not BadIdentity or self._plan is None:
+            if type(error) is not BadIdentity or self._plan is None or not self._identity.cluster:
                 raise
             log.error("%s", error)
             await asyncio.Event().wait()  # static stability: go on serving with the last plan

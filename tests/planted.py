@@ -1,6 +1,6 @@
 """Planting a bug in one module of the product as it is imported, so that any test can run against it.
 
-Covers: every module that has a mutant (``mutants``, ``fleet_mutants``, ``share_mutants``), as a pytest
+Covers: every module that has a mutant (``mutants`` and the files like it), as a pytest
 plugin (``-p planted``, the bug named by ``BUNK_PLANTED``) or by ``install``. Nothing on disk changes. Does
 not cover: choosing tests or judging (``scripts/mutation.py``).
 """
@@ -18,11 +18,12 @@ from pathlib import Path
 from types import ModuleType
 
 from fleet_mutants import FLEET_MUTANTS
+from identity_mutants import IDENTITY_MUTANTS
 from mutants import LENDING_MUTANTS, MUTANTS, RATE_MUTANTS, Mutant
 from share_mutants import SHARE_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERY_MUTANT = MUTANTS + LENDING_MUTANTS + RATE_MUTANTS + FLEET_MUTANTS + SHARE_MUTANTS
+EVERY_MUTANT = MUTANTS + LENDING_MUTANTS + RATE_MUTANTS + FLEET_MUTANTS + SHARE_MUTANTS + IDENTITY_MUTANTS
 
 
 def module_of(mutant: Mutant) -> str:

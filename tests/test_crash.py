@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from make_models import make_classifier, make_gpt2
-from real_box import PATIENCE_S, Box, running_box
+from real_box import PATIENCE_S, Box, Process, running_box
 
 from agent.identity import Identity
 from control.authority import Authority
@@ -189,6 +189,23 @@ def test_a_certificate_that_ended_while_control_was_away_stops_nothing(box: Box)
         timeout=PATIENCE_S,
     )
     assert through_router.json()["choices"][0]["text"] == before
+
+
+def test_a_removed_node_stays_stopped_until_it_joins_anew(box: Box) -> None:
+    """Started again without a token it serves nobody; with one it is a new node on its old packs."""
+    before, _ = answer(box)
+    assert box.agent is not None
+    box.operator().delete_node("box")
+    box.agent.wait_for("control deleted this node.*former-1.*join again")
+    assert box.agent.handle.wait(PATIENCE_S) == 1
+    words = ["--data-dir", str(box.folder / "agent"), "--control", box.node_url, "--device", "cpu:48MiB"]
+    again = Process("agent", "run", *words, "--name", "box", "--listen", f"127.0.0.1:{box.ports[2]}")
+    again.wait_for("this node has not joined")
+    assert again.handle.wait(PATIENCE_S) == 1
+    assert "plan " not in again.whole_log()
+    box.start_agent()
+    box.wait_planned(2)
+    assert answer(box) == (before, "disk")
 
 
 def certify_long_ago(box: Box) -> None:

@@ -21,7 +21,18 @@ from virtual_clock import VirtualLoop, run_virtual
 from agent import uplink as module
 from agent.uplink import Uplink, _Answer
 from packer import wire
-from packer.wire import NO_PLAN, BadMessage, Beat, BeatAnswer, PlanNumber, Record, Report, decode, encode
+from packer.wire import (
+    NO_PLAN,
+    BadMessage,
+    Beat,
+    BeatAnswer,
+    BoxFacts,
+    PlanNumber,
+    Record,
+    Report,
+    decode,
+    encode,
+)
 
 
 @dataclass(slots=True)
@@ -46,7 +57,9 @@ class Scripted(Uplink):
     """Control's answers to pushes, one after the other; None: it breaks off."""
 
     def __init__(self, owner: Owner, acked: list[int | None]) -> None:
-        identity = SimpleNamespace(answer=SimpleNamespace(node="box"))
+        identity = SimpleNamespace(
+            answer=SimpleNamespace(node="box"), now_s=lambda: 1.0, ca_sha256="", box=BoxFacts()
+        )
         super().__init__(cast(Any, owner), cast(Any, identity), "", "box", None)
         self.acked = acked
         self.at_s: list[float] = []
