@@ -46,6 +46,7 @@ def judge_step(
     now_ms: int,
 ) -> None:
     """One step of control's core."""
+    fleet.require(not isinstance(event, fleet_core.Cloned), "a restart was taken for a copy")
     for action in actions:
         fleet.reached[type(action).__name__] += 1
         match action:
