@@ -47,6 +47,8 @@ BARREN_MS = 500
 # An answer that takes longer than this beyond the wait is lost.
 TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
+# Who has too little wants this part of everything at the least: a single grain may be used up as it comes.
+FIRST_PART = 8
 # Between two exchanges, so that a flood of requests is not one of messages.
 PAUSE_S = 0.02
 RETRY_S = 1.0
@@ -300,7 +302,7 @@ class Shares:
         has = -(-rates.share.parts * count // rates.share.of)
         if name in self._pressing or (tenant.waiting and rates.restores.wait_ms(now_ms)):
             self._pressing[name] = None
-            use.grains = max(use.grains, 2 * has, 1)
+            use.grains = max(use.grains, 2 * has, -(-count // FIRST_PART))
         if tenant.in_flight:
             use.most_in_flight = max(use.most_in_flight, tenant.in_flight)
             use.grains = max(use.grains, part_needed(tenant.in_flight, rates.concurrency, count), 1)

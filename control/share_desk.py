@@ -46,10 +46,14 @@ class ShareDesk:
                 case NudgeHolder(node):
                     self._nudged[node] = None
                     self._wake(node)
+                    self._look_again()  # its own exchange may be one that waits
                 case WakeAsks():
-                    self._freed.set()
-                    self._freed = asyncio.Event()
+                    self._look_again()
         return answer
+
+    def _look_again(self) -> None:
+        self._freed.set()
+        self._freed = asyncio.Event()
 
     def nudged(self, node: str) -> bool:
         return node in self._nudged

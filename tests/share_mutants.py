@@ -204,7 +204,7 @@ SHARE_MUTANTS = (
     Mutant(
         "a tenant above its share does not ask for more",
         NODE,
-        "            use.grains = max(use.grains, 2 * has, 1)\n",
+        "            use.grains = max(use.grains, 2 * has, -(-count // FIRST_PART))\n",
         "            use.grains = max(use.grains, has)\n",
     ),
 )

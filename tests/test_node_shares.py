@@ -164,6 +164,20 @@ def test_the_first_requests_on_a_node_wait_a_moment_and_are_not_refused() -> Non
     fleet_test(work())
 
 
+def test_an_exchange_waits_for_what_others_give_up() -> None:
+    async def work() -> None:
+        fleet = Fleet("a", "b")
+        a, b = fleet.boxes.values()
+        await a.let_in_all(80)
+        assert a.part == 1
+        before, began_ms = len(b.asked), fleet.now_ms()
+        assert await b.let_in()
+        assert len(b.asked) - before == 1, "one question, answered when there was something"
+        assert fleet.now_ms() - began_ms < 200
+
+    fleet_test(work())
+
+
 def test_both_together_let_in_the_burst_and_no_more_and_soon_nobody_waits_to_hear_it() -> None:
     async def work() -> None:
         fleet = Fleet("a", "b")
