@@ -48,10 +48,12 @@ class PeakMeter:
         self._seen: dict[ModelRef, _Seen] = {}
         self._able = on_cuda or _can_clear()
         self._before: tuple[int, int] | None = None
+        self._of: ModelRef | None = None
 
     def begin(self, ref: ModelRef, input_bytes: int) -> None:
-        """Before a request; decides whether it is measured."""
-        self._before = None
+        """Before a pass, or the passes of a text; decides whether they are measured. Ends what was measured
+        of another model, whose figure would have this one's memory in it."""
+        self._before, self._of = None, ref
         seen = self._seen.pop(ref, None) or _Seen()
         self._seen[ref] = seen
         if len(self._seen) > MODELS_MAX:
@@ -75,9 +77,10 @@ class PeakMeter:
         else:
             _CLEAR.write_text(_CLEAR_PEAK)
 
-    def end(self) -> int:
-        """After the request: the bytes that it took beside the weights; 0 when it was not measured."""
-        if self._before is None:
+    def end(self, ref: ModelRef) -> int:
+        """Afterwards: the bytes that were taken beside the weights; 0 when they were not measured."""
+        before, self._before = self._before, None
+        if before is None or ref != self._of:
             return 0
         if self._on_cuda:
             import torch
@@ -87,7 +90,7 @@ class PeakMeter:
             peak_bytes = _status_bytes("VmHWM")
             self._trim()
             peak_bytes -= _status_bytes("VmRSS")
-        return max(peak_bytes, 1) if self._moves_seen() == self._before else 0
+        return max(peak_bytes, 1) if self._moves_seen() == before else 0
 
 
 def _can_clear() -> bool:

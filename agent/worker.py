@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from agent.compute import Compute, Request
+from agent.compute import Compute
 from agent.frames import (
     BODIES_BYTES_MAX,
     LENGTHS_BYTES,
@@ -56,6 +56,7 @@ from agent.frames import (
     send_message,
     to_worker_decoder,
 )
+from agent.lanes import Request
 from agent.moves import Move, Moves
 from agent.peak import PeakMeter
 from agent.shelf import Shelf

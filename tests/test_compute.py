@@ -10,23 +10,21 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import pytest
 import torch
+from compute_bench import A, B, Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.compute import Compute, Request
 from agent.engines.vectors import EmbedFields, VectorAnswer
 from agent.facade import EngineError, EngineFrame, EngineRequest
-from agent.frames import Broke, End, Fault, FromWorker, Piece, Run, encode_value
-from agent.peak import PeakMeter
-from agent.shelf import Held, Shelf
+from agent.frames import Broke, End, Fault
+from agent.lanes import Request
 from packer.types import ModelRef
 
-A, B = (ModelRef("acme", name, "0" * 16) for name in "ab")
 TOKENS_MAX = 64
 REFUSED, BROKEN = 900, 901  # tokens that a model refuses to read, or breaks at
 
@@ -45,7 +43,7 @@ class Model:
     is_gated: bool = False
     tokens_max: int = TOKENS_MAX
 
-    def begin(self, request: EngineRequest) -> VectorAnswer | None:
+    def begin(self, request: EngineRequest, emit: object) -> VectorAnswer | None:
         if request.op == "whole":
             return None
         inputs = cast(list[list[int]], msgspec.convert(request.fields, EmbedFields).inputs)
@@ -71,65 +69,25 @@ class Model:
         emit(EngineFrame({}, request.body))
 
 
-@dataclass
-class Resident:
-    """What ``Shelf.using`` gives, for as long as it is used."""
-
-    model: Model
-    users: int = 0
-    resident_image: object = object()
-
-
-class Bench:
-    """A ``Compute`` without its thread: a test puts requests in and gives it turns."""
+class VectorBench(Bench):
+    """With two models."""
 
     def __init__(self) -> None:
-        self.held = {A: Resident(Model()), B: Resident(Model())}
-        shelf = Shelf()
-        shelf._held = cast(dict[ModelRef, Held], self.held)
-        peak = PeakMeter(False, lambda: (1, 0), lambda: None)  # an order is under way: nothing is measured
-        self.clock_ms = 0.0
-        self.sent: list[tuple[FromWorker, bytes]] = []
-        self.open: dict[int, Request] = {}
-        self.compute = Compute(
-            shelf,
-            peak,
-            lambda *frame: self.sent.append(frame),
-            self._ended,
-            lambda: None,
-            lambda: self.clock_ms,
-        )
-
-    def _ended(self, number: int) -> None:
-        del self.open[number]
+        self.models = {A: Model(), B: Model()}
+        super().__init__(self.models)
 
     def ask(
         self, number: int, *inputs: Sequence[int], ref: ModelRef = A, op: str = "embed", **settings: int
     ) -> Request:
-        fields = encode_value({"inputs": [list(tokens) for tokens in inputs]})
-        request = Request(Run(number, str(ref), op, fields, **settings), b"", self.clock_ms)
-        self.open[number] = request
-        self.compute.put(request)
-        return request
-
-    def run(self) -> None:
-        """Until nothing is left to do, whatever is waited for."""
-        while (wait_s := self.compute.turn()) is not None:
-            self.clock_ms += wait_s * 1000 + 0.001
+        return self.put(number, ref, op, {"inputs": [list(tokens) for tokens in inputs]}, **settings)
 
     def body(self, number: int) -> bytes | None:
-        found = [body for frame, body in self.sent if isinstance(frame, Piece) and frame.id == number]
+        found = [body for _, body in self.pieces(number)]
         assert len(found) <= 1
         return found[0] if found else None
 
-    def end(self, number: int) -> Any:
-        (found,) = [
-            frame for frame, _ in self.sent if isinstance(frame, End | Fault | Broke) and frame.id == number
-        ]
-        return found
-
     def passes(self, ref: ModelRef = A) -> list[list[tuple[int, ...]]]:
-        return self.held[ref].model.passes
+        return self.models[ref].passes
 
 
 def answer(*inputs: Sequence[int]) -> bytes:
@@ -148,7 +106,7 @@ def test_answers_are_the_same_however_requests_are_joined(
     requests: list[tuple[list[list[int]], ModelRef, int, int]], seed: int
 ) -> None:
     """Requests come between turns, some leave, some are at fault; each has its own answer or none."""
-    bench, chance = Bench(), random.Random(seed)
+    bench, chance = VectorBench(), random.Random(seed)
     left: set[int] = set()
     faulty: dict[int, int] = {}
     for number, (inputs, ref, batch_max, delay_ms) in enumerate(requests):
@@ -179,7 +137,7 @@ def test_answers_are_the_same_however_requests_are_joined(
 
 @given(st.lists(_INPUTS, min_size=1, max_size=6), st.integers(1, 8))
 def test_no_pass_is_larger_than_its_model_s_settings(requests: list[list[list[int]]], batch_max: int) -> None:
-    bench = Bench()
+    bench = VectorBench()
     for number, inputs in enumerate(requests):
         bench.ask(number, *inputs, batch_max=batch_max)
     bench.run()
@@ -189,7 +147,7 @@ def test_no_pass_is_larger_than_its_model_s_settings(requests: list[list[list[in
 
 
 def test_requests_that_wait_share_a_pass_and_one_that_is_alone_does_not_wait() -> None:
-    bench = Bench()
+    bench = VectorBench()
     for number in range(6):
         bench.ask(number, [number, 1], batch_max=4)
     bench.run()
@@ -197,7 +155,7 @@ def test_requests_that_wait_share_a_pass_and_one_that_is_alone_does_not_wait() -
 
 
 def test_each_is_alone_unless_its_model_says_otherwise() -> None:
-    bench = Bench()
+    bench = VectorBench()
     bench.ask(1, [1], [2])
     bench.ask(2, [3])
     bench.run()
@@ -205,7 +163,7 @@ def test_each_is_alone_unless_its_model_says_otherwise() -> None:
 
 
 def test_a_setting_counts_from_the_next_pass_on() -> None:
-    bench = Bench()
+    bench = VectorBench()
     bench.ask(1, *[[1]] * 6, batch_max=2)
     bench.compute.turn()
     bench.ask(2, [2], batch_max=1)
@@ -214,10 +172,10 @@ def test_a_setting_counts_from_the_next_pass_on() -> None:
 
 
 def test_models_take_turns_however_much_there_is_to_do_for_one() -> None:
-    bench = Bench()
+    bench = VectorBench()
     order: list[str] = []
-    bench.held[A].model.passing = lambda: order.append("a")
-    bench.held[B].model.passing = lambda: order.append("b")
+    bench.models[A].passing = lambda: order.append("a")
+    bench.models[B].passing = lambda: order.append("b")
     bench.ask(1, *[[1]] * 100, batch_max=2)
     bench.ask(2, [1], [2], [3], ref=B)
     bench.run()
@@ -226,8 +184,8 @@ def test_models_take_turns_however_much_there_is_to_do_for_one() -> None:
 
 
 def test_a_model_whose_weights_still_come_holds_up_no_other() -> None:
-    bench = Bench()
-    bench.held[A].model.is_gated = True
+    bench = VectorBench()
+    bench.models[A].is_gated = True
     bench.ask(1, [1])
     bench.ask(2, [2], ref=B)
     bench.compute.turn()
@@ -237,10 +195,10 @@ def test_a_model_whose_weights_still_come_holds_up_no_other() -> None:
 
 
 def test_who_leaves_in_the_middle_of_its_inputs_takes_nobody_along() -> None:
-    bench = Bench()
+    bench = VectorBench()
     leaving = bench.ask(1, *[[1]] * 20, batch_max=4)
     bench.ask(2, [7, 7], batch_max=4)
-    bench.held[A].model.passing = leaving.cancelled.set
+    bench.models[A].passing = leaving.cancelled.set
     bench.run()
     assert len(bench.passes()) < 5
     assert (bench.body(1), bench.body(2)) == (None, answer([7, 7]))
@@ -248,7 +206,7 @@ def test_who_leaves_in_the_middle_of_its_inputs_takes_nobody_along() -> None:
 
 
 def test_who_waits_for_company_is_let_go_at_once() -> None:
-    bench = Bench()
+    bench = VectorBench()
     leaving = bench.ask(1, [1], batch_max=8, batch_delay_ms=50)
     assert bench.compute.turn() == pytest.approx(0.05)
     assert bench.held[A].users == 1
@@ -259,7 +217,7 @@ def test_who_waits_for_company_is_let_go_at_once() -> None:
 
 
 def test_a_delay_gathers_and_ends() -> None:
-    bench = Bench()
+    bench = VectorBench()
     bench.ask(1, [1], batch_max=8, batch_delay_ms=5)
     assert bench.compute.turn() == pytest.approx(0.005)
     bench.clock_ms = 4.0
@@ -271,7 +229,7 @@ def test_a_delay_gathers_and_ends() -> None:
 
 
 def test_one_model_s_delay_is_no_other_s() -> None:
-    bench = Bench()
+    bench = VectorBench()
     bench.ask(1, [1], batch_max=8, batch_delay_ms=5)
     bench.ask(2, [2], ref=B)
     assert bench.compute.turn() == 0.0
@@ -279,7 +237,7 @@ def test_one_model_s_delay_is_no_other_s() -> None:
 
 
 def test_what_one_breaks_the_others_do_not_pay_for() -> None:
-    bench = Bench()
+    bench = VectorBench()
     for number, inputs in enumerate(([[1]], [[BROKEN]], [[2], [3]])):
         bench.ask(number, *inputs, batch_max=8)
     bench.run()
@@ -288,7 +246,7 @@ def test_what_one_breaks_the_others_do_not_pay_for() -> None:
 
 
 def test_a_request_at_fault_joins_nothing() -> None:
-    bench = Bench()
+    bench = VectorBench()
     bench.ask(1, [1], [REFUSED], batch_max=8)
     bench.ask(2, [2], batch_max=8)
     bench.run()
@@ -297,14 +255,14 @@ def test_a_request_at_fault_joins_nothing() -> None:
 
 
 def test_a_model_that_is_not_here_is_said_to_be_gone() -> None:
-    bench = Bench()
+    bench = VectorBench()
     bench.ask(1, [1], ref=ModelRef("acme", "absent", "0" * 16))
     bench.run()
     assert bench.end(1).gone
 
 
 def test_what_is_computed_whole_has_its_turn_too() -> None:
-    bench = Bench()
+    bench = VectorBench()
     bench.ask(1, [1], op="whole")
     bench.ask(2, [2])
     bench.run()
@@ -313,13 +271,13 @@ def test_what_is_computed_whole_has_its_turn_too() -> None:
 
 
 def test_a_pass_is_paid_for_by_those_whose_tokens_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, clock_s = Bench(), [0.0]
-    monkeypatch.setattr("agent.compute.time.perf_counter", lambda: clock_s[0])
+    bench, clock_s = VectorBench(), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock_s[0])
 
     def passing() -> None:
         clock_s[0] += 1.0
 
-    bench.held[A].model.passing = passing
+    bench.models[A].passing = passing
     bench.ask(1, [1, 1, 1], batch_max=8)
     bench.ask(2, [2, 2, 2, 2], [2, 2, 2], batch_max=8)
     bench.run()

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_gpt2, tiny_llama
 
-from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens, write
+from agent.engines.decoding import Decoder, Text, write
+from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens
 from agent.engines.sampling import LOGPROB_MIN, Sampling, likely
 from agent.engines.text import TextStream
 from agent.engines.transformers import _build_module
@@ -59,8 +60,7 @@ class Plain:
         context = self.module.config.max_position_embeddings
         writer = Writer(self.tokenizer, how, context, self.module.config.vocab_size, self.module.device)
         answer = Answer(writer, asked, tokens, frames.append)
-        with torch.inference_mode():
-            write(self.module, answer, cancelled)
+        write(Text(answer, Decoder(self.module, context)), cancelled)
         return answer, frames
 
     def generate(self, count: int = 24, seed: int | None = None, **options: Any) -> list[int]:

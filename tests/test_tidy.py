@@ -48,6 +48,9 @@ TENSOR_FILES = {
     "agent/peak.py",
     "agent/worker.py",
     "agent/compute.py",
+    "agent/lanes.py",
+    "agent/text_turns.py",
+    "agent/vector_turns.py",
 }
 TENSOR_FOLDERS = ("agent/engines/",)
 
@@ -97,6 +100,7 @@ PURE_FILES = (
     "packer/tensor_model.py",
     "packer/placement.py",
     "agent/batching.py",
+    "agent/cache_room.py",
     "control/cluster.py",
     "control/choosing.py",
     "control/shares.py",

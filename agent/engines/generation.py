@@ -1,9 +1,9 @@
-"""Text generation with one model: requests, the choices that they become, and the loop that writes them.
+"""Text generation with one model: requests, and the choices that they become.
 
 Covers: the fields of a ``generate`` request and their limits, one choice from logits to frames (its tokens,
-its draws, its stops, its log probabilities), and a loop that writes the choices of one request one after
-another. Does not cover: weights and tokenizers (``transformers``), chat templates (``chat``), which token is
-next (``sampling``) or text pieces (``text``).
+its draws, its stops, its log probabilities), and the logits that follow one text. Does not cover: whose next
+token it is (``decoding``), weights and tokenizers (``transformers``), chat templates (``chat``), which token
+is next (``sampling``) or text pieces (``text``).
 
 A choice knows nothing of other choices, nor how its logits came to be: whoever computes them, for one choice
 or for many at a time, calls ``take`` with its row until ``reason`` is set, and then ``close``.
@@ -11,7 +11,6 @@ or for many at a time, calls ``take`` with its row until ``reason`` is set, and 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import re
@@ -228,7 +227,7 @@ class Choice:
         self._sampler = sampler
         self._stream = stream
         self._end_tokens = end_tokens
-        self._tokens_max = tokens_max
+        self.tokens_max = tokens_max
         self._top = top
         self._likely: list[Likely] = []  # of the tokens that are text, from the first on
         self._likely_given = 0
@@ -245,7 +244,7 @@ class Choice:
         self._stream.push(token)
         if self._stream.stopped:
             self.reason = "stop"
-        elif len(self.tokens) >= self._tokens_max:
+        elif len(self.tokens) >= self.tokens_max:
             self.reason = "length"
 
     def close(self) -> None:
@@ -362,18 +361,3 @@ def last_logits(module: PreTrainedModel, tokens: Sequence[int], cache: DynamicCa
 def _keeps_logits(forward: Callable[..., object]) -> bool:
     """Whether it can compute the logits of the last position only, which for a long prompt is most of it."""
     return "logits_to_keep" in inspect.signature(forward).parameters
-
-
-def write(module: PreTrainedModel, answer: Answer, cancelled: Callable[[], bool]) -> None:
-    """Write all choices, one after another. The prompt is read once; what it left in the cache is copied
-    for all but the last choice, so that two caches are the most there are."""
-    read = DynamicCache(config=module.config)
-    first = last_logits(module, answer.prompt, read)
-    for choice in answer.choices:
-        if cancelled():
-            return
-        cache = read if choice is answer.choices[-1] else copy.deepcopy(read)
-        choice.take(first)
-        while choice.reason is None and not cancelled():
-            choice.take(last_logits(module, choice.tokens[-1:], cache))
-        answer.end(choice)

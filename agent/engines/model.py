@@ -13,6 +13,7 @@ from typing import Protocol
 
 from agent.arena import Image
 from agent.early import Gate
+from agent.engines.decoding import Text
 from agent.engines.vectors import VectorAnswer
 from agent.facade import EngineFrame, EngineRequest
 from packer.layout import ImageLayout
@@ -46,9 +47,11 @@ class Model(Protocol):
     def serve_behind(self, gate: Gate, layout: ImageLayout) -> Sequence[int] | None:
         """See ``agent.early.Gated``."""
 
-    def begin(self, request: EngineRequest) -> VectorAnswer | None:
-        """Read a request whose inputs may share passes with others'; None: it is one for ``run``. Raises
-        ``EngineError``."""
+    def begin(
+        self, request: EngineRequest, emit: Callable[[EngineFrame], None]
+    ) -> VectorAnswer | Text | None:
+        """Read a request of which parts may share passes with others'; None: it is one for ``run``. ``emit``
+        takes the frames of a text. Raises ``EngineError``."""
 
     def compute(self, parts: Sequence[tuple[VectorAnswer, int]]) -> None:
         """One forward pass over inputs of any answers that ``begin`` gave."""
@@ -70,7 +73,7 @@ class WholeRequests:
 
     tokens_max = 0
 
-    def begin(self, request: EngineRequest) -> VectorAnswer | None:
+    def begin(self, request: EngineRequest, emit: object) -> None:
         return None
 
     def compute(self, parts: Sequence[tuple[VectorAnswer, int]]) -> None:

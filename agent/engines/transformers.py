@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from agent.arena import DTYPES, Image
 from agent.early import Gate, chunks_of
-from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens, write
+from agent.engines.decoding import Decoder, Text, write
+from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens
 from agent.engines.model import BrokenModel
 from agent.engines.pooling import BadPooling, Pooling, read_pooling
 from agent.engines.sampling import Sampling, read_sampling
@@ -37,7 +38,7 @@ from agent.engines.side_files import BadSideFile, written
 from agent.engines.vectors import EmbedFields, VectorAnswer, Vectors, check_tokens
 from agent.facade import EngineError, EngineFrame, EngineRequest
 from packer.directory import ARCHITECTURES
-from packer.layout import ImageLayout, PlacedTensor
+from packer.layout import WORKSPACE_TOKENS_MAX, ImageLayout, PlacedTensor
 from packer.types import Task
 
 # For models that declare no greatest length (ALiBi): what the workspace estimate assumes.
@@ -330,6 +331,9 @@ class Model:
         self._hooks: list[RemovableHandle] = []
         self._gate: Gate | None = None  # of a restore that may still bring layers
         self._vocabulary = int(getattr(module.config, "vocab_size", 0)) or len(tokenizer)
+        # Caches of all texts together need no more memory than that of one longest text, for which the
+        # ledger holds.
+        self._decoder = Decoder(module, min(self._context, WORKSPACE_TOKENS_MAX), self._stop_waiting_if_open)
         self._vectors = Vectors(task, module, tokenizer, pooling, self._context, self._vocabulary)
 
     def _context_tokens(self) -> int:
@@ -390,15 +394,17 @@ class Model:
         gate = self._gate
         return gate is not None and gate.may_wait
 
-    def begin(self, request: EngineRequest) -> VectorAnswer | None:
-        """Read a request whose inputs may share passes with others'; None: it is one for ``run``. Raises
-        ``EngineError``."""
+    def begin(self, request: EngineRequest, emit: Callable[[EngineFrame], None]) -> VectorAnswer | Text:
+        """Read a request, of which parts may share passes with others'. ``emit`` takes the frames of a text.
+        Raises ``EngineError``."""
         task = _OPS.get(request.op)
         if task is not self.task:
             raise EngineError(
                 "invalid_request", f"this is a model for {self.task}: call {_ROUTES[self.task]}", "model"
             )
-        return None if task is Task.GENERATION else self._vectors.begin(_convert(request, EmbedFields))
+        if task is Task.GENERATION:
+            return self._begin_text(_convert(request, GenerateFields), emit)
+        return self._vectors.begin(_convert(request, EmbedFields))
 
     def compute(self, parts: Sequence[tuple[VectorAnswer, int]]) -> None:
         """One forward pass over inputs of any answers that ``begin`` gave."""
@@ -420,26 +426,22 @@ class Model:
         emit: Callable[[EngineFrame], None],
         cancelled: Callable[[], bool],
     ) -> None:
-        """Answer a whole request through ``emit``, each input alone. Raises ``EngineError``."""
-        answer = self.begin(request)
-        if answer is None:
-            self._stop_waiting_if_open()
-            with torch.inference_mode():
-                self._generate(_convert(request, GenerateFields), emit, cancelled)
+        """Answer a whole request through ``emit``, each part of it alone. Raises ``EngineError``."""
+        answer = self.begin(request, emit)
+        if isinstance(answer, VectorAnswer):
+            while answer.missing:
+                if cancelled():
+                    return
+                self.compute([(answer, next(iter(answer.missing)))])
+            emit(self._vectors.frame(answer))
             return
-        while answer.missing:
-            if cancelled():
-                return
-            self.compute([(answer, next(iter(answer.missing)))])
-        emit(self.frame(answer))
+        write(answer, cancelled)
 
     def _stop_waiting_if_open(self) -> None:
         if self._gate is not None and self._gate.is_open:
             self._stop_waiting()  # here, because no other thread runs the module now
 
-    def _generate(
-        self, fields: GenerateFields, emit: Callable[[EngineFrame], None], cancelled: Callable[[], bool]
-    ) -> None:
+    def _begin_text(self, fields: GenerateFields, emit: Callable[[EngineFrame], None]) -> Text:
         tokens = prompt_tokens(fields, self._tokenizer)
         if not tokens and fields.tokens is None:
             start = self._tokenizer.bos_token_id
@@ -447,7 +449,7 @@ class Model:
         field = "messages" if fields.messages is not None else "prompt"
         check_tokens(tokens, self._vocabulary, field)
         writer = Writer(self._tokenizer, self._sampling, self._context, self._vocabulary, self._module.device)
-        write(self._module, Answer(writer, fields, tokens, emit), cancelled)
+        return Text(Answer(writer, fields, tokens, emit), self._decoder)
 
 
 @dataclass(frozen=True, slots=True)

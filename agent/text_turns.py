@@ -1,0 +1,130 @@
+"""A turn of a model for texts: one prompt is read, or texts in the making each get their next token.
+
+Covers: which texts run, passes, texts that end, and what fails. Does not cover: how much room there is for
+what was read (``cache_room``), the passes themselves (``engines/decoding.py``), or tokens and frames
+(``engines/generation.py``).
+
+Where a model's settings join nothing, texts still take turns, a token each: a long one holds up no short one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from agent.cache_room import TEXTS_MAX, Row, plan
+from agent.engines.decoding import Decoder, Text, Writing
+from agent.lanes import Begun, Desk, Lane, shares
+
+
+class TextTurns:
+    """For the one thread that computes."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def wants_more(self, lane: Lane) -> bool:
+        """Whether to read another request before the next pass: of all that are read something is written."""
+        return all(writing.choice.tokens for writing in _owners(lane))
+
+    def turn(self, lane: Lane) -> None:
+        """A pass."""
+        started_s = time.perf_counter()
+        owners = _owners(lane)
+        decoder = next(iter(owners)).text.decoder
+        running, starting = _places(lane, decoder, list(owners))
+        if starting is not None and not (running and lane.read_a_prompt):
+            if not running:
+                self._desk.watch(lane.ref, starting.length)
+            chosen = [starting]
+        else:
+            chosen = _next(lane, decoder, running)
+        lane.read_a_prompt = not chosen[0].read
+        lane.passes += 1
+        for writing in chosen:
+            writing.passed = lane.passes
+        with torch.inference_mode():
+            self._compute(lane, decoder, owners, chosen, started_s)
+
+    def _compute(
+        self,
+        lane: Lane,
+        decoder: Decoder,
+        owners: dict[Writing, Begun],
+        chosen: Sequence[Writing],
+        started_s: float,
+    ) -> None:
+        failed: Exception | None = None
+        logits: list[torch.Tensor | None] = []
+        try:
+            logits = decoder.step(chosen) if chosen[0].read else [decoder.read(chosen[0])]
+        except Exception as error:
+            failed = error
+        requests = [owners[writing].request for writing in chosen]
+        shares(requests, [1] * len(chosen), time.perf_counter() - started_s)
+        if failed is None:
+            for writing, row in zip(chosen, logits, strict=True):
+                if owners[writing] in lane.begun:  # else another choice of the same request failed
+                    self._take(lane, owners[writing], writing, row)
+        elif len(chosen) == 1:
+            self._end(lane, owners[chosen[0]], chosen[0].text, failed)
+        else:
+            # One of them may be the reason. Each is read again, and goes on by itself.
+            for writing in chosen:
+                decoder.forget(writing)
+                writing.alone = True
+
+    def _take(self, lane: Lane, begun: Begun, writing: Writing, logits: torch.Tensor | None) -> None:
+        text = writing.text
+        try:
+            if logits is not None:
+                writing.choice.take(logits)
+            if writing.choice.reason is not None:
+                text.decoder.forget(writing)
+                text.end(writing)
+        except Exception as error:
+            self._end(lane, begun, text, error)
+            return
+        if not text.open:
+            self._end(lane, begun, text)
+
+    def _end(self, lane: Lane, begun: Begun, text: Text, error: Exception | None = None) -> None:
+        self._desk.end_begun(lane, begun, error)
+        held_bytes = text.decoder.cache_bytes(list(_owners(lane)))
+        self._desk.measure(begun.request.run, lane.ref, held_bytes)
+
+
+def _owners(lane: Lane) -> dict[Writing, Begun]:
+    """All texts that are not at their end, oldest first, and whose they are."""
+    return {
+        writing: begun
+        for begun in lane.begun
+        if isinstance(begun.answer, Text)
+        for writing in begun.answer.open
+    }
+
+
+def _places(
+    lane: Lane, decoder: Decoder, writings: Sequence[Writing]
+) -> tuple[list[Writing], Writing | None]:
+    """The texts that run and one that may start; those that must stop for want of room have stopped."""
+    joined = lane.batching.inputs_max > 1
+    rows_max = min(lane.batching.inputs_max, TEXTS_MAX) if joined else TEXTS_MAX
+    texts = dict.fromkeys(writing.text for writing in writings)
+    room = decoder.tokens_max - sum(text.shared_tokens for text in texts)
+    rows = [Row(writing.read, writing.length, writing.left) for writing in writings]
+    places = plan(rows, room, rows_max, joined)
+    for place in places.stopping:
+        decoder.forget(writings[place])
+    starting = None if places.starting is None else writings[places.starting]
+    return [writings[place] for place in places.running], starting
+
+
+def _next(lane: Lane, decoder: Decoder, running: Sequence[Writing]) -> list[Writing]:
+    """The text whose turn it is, and those that can share its pass."""
+    first = min(running, key=lambda writing: writing.passed)
+    if lane.batching.inputs_max == 1 or not decoder.joins(first):
+        return [first]
+    return [writing for writing in running if decoder.joins(writing)]

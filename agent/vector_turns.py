@@ -1,0 +1,85 @@
+"""A turn of a model for vectors: one pass over inputs of the requests that wait.
+
+Covers: reading requests as far as passes look ahead, passes, and what fails in them. Does not cover: which
+inputs fit together (``batching``) or the pass itself (``engines/vectors.py``).
+
+What one request does wrong ends that one alone: a pass over several that fails is done again for each input
+by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from agent.batching import Item, choose, due_ms, window
+from agent.engines.vectors import VectorAnswer
+from agent.frames import BadFrame
+from agent.lanes import Begun, Desk, Lane, shares
+
+_Part = tuple[Begun, VectorAnswer, int]  # an input of a request, by its place
+
+
+class VectorTurns:
+    """For the one thread that computes."""
+
+    def __init__(self, desk: Desk, now_ms: Callable[[], float]) -> None:
+        self._desk = desk
+        self._now_ms = now_ms
+
+    def wants_more(self, lane: Lane) -> bool:
+        """Whether to read another request before the next pass."""
+        return sum(len(answer.missing) for _, answer in _answers(lane)) < window(lane.batching)
+
+    def turn(self, lane: Lane) -> float | None:
+        """A pass; a time in milliseconds: there was none, and nothing is due before."""
+        started_s = time.perf_counter()
+        parts = [(begun, answer, at) for begun, answer in _answers(lane) for at in answer.missing]
+        parts = parts[: window(lane.batching)]
+        items = [Item(len(answer.inputs[at]), begun.request.arrived_ms) for begun, answer, at in parts]
+        tokens_max = parts[0][0].held.model.tokens_max
+        chosen = choose(items, lane.batching, tokens_max, self._now_ms())
+        if not chosen:
+            return due_ms(items[0], lane.batching)
+        self._compute(lane, [parts[place] for place in chosen], started_s)
+        return None
+
+    def _compute(self, lane: Lane, parts: Sequence[_Part], started_s: float) -> None:
+        tokens = [len(answer.inputs[at]) for _, answer, at in parts]
+        self._desk.watch(lane.ref, max(tokens) * len(tokens))
+        failed: dict[Begun, Exception] = {}
+        try:
+            parts[0][0].held.model.compute([(answer, at) for _, answer, at in parts])
+        except Exception as error:
+            if len(parts) == 1:
+                failed[parts[0][0]] = error
+            else:
+                failed = _compute_alone(parts)
+        requests = [begun.request for begun, _, _ in parts]
+        shares(requests, tokens, time.perf_counter() - started_s)
+        for begun, answer in {begun: answer for begun, answer, _ in parts}.items():
+            wrong = failed.get(begun)
+            if wrong is None and not answer.missing:
+                try:
+                    self._desk.emit(begun.request, begun.held.model.frame(answer))
+                except BadFrame as too_large:
+                    wrong = too_large
+            if wrong is not None or not answer.missing:
+                self._desk.end_begun(lane, begun, wrong)
+        self._desk.measure(requests[0].run, lane.ref)
+
+
+def _answers(lane: Lane) -> list[tuple[Begun, VectorAnswer]]:
+    return [(begun, begun.answer) for begun in lane.begun if isinstance(begun.answer, VectorAnswer)]
+
+
+def _compute_alone(parts: Sequence[_Part]) -> dict[Begun, Exception]:
+    """After a pass that failed: one of its inputs may be the reason, and no other request is at fault."""
+    failed: dict[Begun, Exception] = {}
+    for begun, answer, at in parts:
+        if begun not in failed and at in answer.missing:
+            try:
+                begun.held.model.compute([(answer, at)])
+            except Exception as error:
+                failed[begun] = error
+    return failed
