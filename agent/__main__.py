@@ -27,6 +27,7 @@ from agent.node import RunningNode
 from agent.scrape_key import scrape_key
 from agent.workers import WorkerDead
 from packer import http
+from packer.doors import want_descriptors
 from packer.durable import write_private
 from packer.types import BadValue
 
@@ -35,8 +36,6 @@ log = logging.getLogger("bunk.agent")
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_BROKEN = 70  # EX_SOFTWARE: the ledger broke; the supervisor restarts us and the journal rebuilds it
-# One descriptor per connection, worker, segment and pack being read.
-DESCRIPTORS_WANTED = 65_536
 # Answers that are being written when the agent is told to stop get this long to end.
 STOP_GRACE_S = 5.0
 # Beside ``run``: what a person does with a box.
@@ -60,10 +59,7 @@ def main() -> None:
     )
     # aiohttp prints raw request bytes when a request does not parse; a key could be among them.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_WANTED)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    want_descriptors()
     # Core dumps would hold prompts and keys.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:

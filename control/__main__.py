@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import sys
 
 from control import rotate_command, simulate_command
@@ -12,6 +13,7 @@ from control.config import parse_config
 from control.server import serve
 from control.state import AlreadyRunning
 from control.store import StoreUnavailable
+from packer.doors import want_descriptors
 
 
 def main() -> None:
@@ -27,6 +29,9 @@ def main() -> None:
     # What is not HTTP is answered with a 400; its log line would repeat the bytes, a key perhaps among
     # them. Faults of handlers are logged by packer.http instead, without the caller's words.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+    want_descriptors()
+    # A core dump would hold keys and prompts.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         asyncio.run(serve(config))
     except AlreadyRunning as error:

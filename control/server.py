@@ -38,6 +38,7 @@ from control.routes import (
 )
 from control.routes.access import Access, Caller, Route, add_routes, render_error
 from control.state import STOP_S, Control
+from packer.doors import STRANGERS_MAX, Doors
 from packer.durable import write_private
 from packer.http import ApiError, json_response, protect, runner
 
@@ -94,7 +95,8 @@ def build_node_app(control: Control) -> web.Application:
     """What nodes call; served with TLS only (``control.shown``)."""
     app = web.Application()
     add_routes(app, control, (*joining.NODE_ROUTES, *nodes.NODE_ROUTES, *shares.NODE_ROUTES))
-    protect(app, render_error)
+    # Nodes are known by their certificates; many may share an address, and come back all at once.
+    protect(app, render_error, doors=Doors(address_strangers=STRANGERS_MAX))
     app.on_shutdown.append(lambda _: control.end_polls())
     return app
 

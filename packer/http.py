@@ -29,6 +29,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from packer.crowd import SMALL_BYTES_MAX, Crowd, Crowded, in_time
+from packer.doors import KEEPALIVE_SECONDS, DoorRunner, Doors
 from packer.events import RefusalReason
 from packer.types import KIB, MIB, KeySpec, ModelSpec
 
@@ -71,6 +72,8 @@ PASSED_HEADERS = (
 JSON_BYTES_MAX = 1 * MIB
 # One request or header line; also the longest path.
 HEADER_LINE_BYTES_MAX = 8 * KIB
+# Headers of one request; a client with all of OpenAI's and a proxy's has some 40.
+HEADERS_MAX = 128
 # What an error repeats of the caller's own words.
 ECHO_CHARS_MAX = 120
 # openai-python gives up at once when told to wait longer than 120 s.
@@ -284,6 +287,7 @@ def openai_response(request: web.Request, error: ApiError) -> web.Response:
 
 
 CROWD: web.AppKey[Crowd] = web.AppKey("crowd", Crowd)
+DOORS: web.AppKey[Doors] = web.AppKey("doors", Doors)
 
 
 def enter(request: web.Request, owner: str) -> None:
@@ -365,27 +369,34 @@ def refuse_encoding(request: web.Request) -> None:
 Render = Callable[[web.Request, ApiError], web.Response]
 
 
-def protect(app: web.Application, render: Render, crowd: Crowd | None = None) -> None:
+def protect(
+    app: web.Application, render: Render, crowd: Crowd | None = None, doors: Doors | None = None
+) -> None:
     """Install the guard on ``app``, outermost: every answer gets a request id, every error a body.
 
     Whoever checks keys tells by ``enter`` whose request it is.
     """
     app[CROWD] = crowd or Crowd()
+    app[DOORS] = doors or Doors()
     app.middlewares.insert(0, request_guard(render))
     app.on_response_prepare.append(_mark)
 
 
 def runner(app: web.Application, shutdown_seconds: float = 60.0) -> web.AppRunner:
-    """The one way to serve an app: bodies never inflated, a handler cancelled when its caller leaves.
+    """The one way to serve an app: bodies never inflated, a handler cancelled when its caller leaves,
+    connections that wait bounded.
 
     ``shutdown_seconds``: how long requests that are being answered may take to end at an orderly stop.
     """
-    return web.AppRunner(
+    return DoorRunner(
         app,
+        app[DOORS],
         access_log=None,
         shutdown_timeout=shutdown_seconds,
         auto_decompress=False,
         handler_cancellation=True,
+        keepalive_timeout=KEEPALIVE_SECONDS,
+        max_headers=HEADERS_MAX,
         max_line_size=HEADER_LINE_BYTES_MAX,
         max_field_size=HEADER_LINE_BYTES_MAX,
     )
@@ -401,6 +412,7 @@ def request_guard(render: Render) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = new_request_id()
+        request.app[DOORS].asked(request.protocol)
         try:
             response = await answer(request, handler)
             if isinstance(response, web.Response) and not response.prepared:
@@ -412,6 +424,7 @@ def request_guard(render: Render) -> Middleware:
         finally:
             if OWNER in request:
                 request.app[CROWD].leave(request[OWNER])
+            request.app[DOORS].answered(request.protocol, request.get(OWNER))
 
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
