@@ -27,6 +27,7 @@ from agent.identity import BadIdentity, Identity, check_pin, read_token, unverif
 from agent.origin import PIECE_BYTES, OriginUnavailable
 from agent.shares import Shares
 from agent.sources import ControlAway
+from packer.peer_lists import KnownPeers
 from packer.questions import QUESTIONS_MAX, Question, Replies, Reply
 from packer.types import ModelRef, ModelSpec
 from packer.wire import (
@@ -118,6 +119,7 @@ class Uplink:
         self.life = secrets.token_hex(8)
         self._beats = 0
         self._told = ""  # by control's newest answer
+        self._peers = KnownPeers()
         self._refused = False  # control does not accept the certificate
         self._clock = _ControlClock()
         self._complaint = ""  # of control about this node, said once
@@ -370,6 +372,7 @@ class Uplink:
             round(self._identity.now_s() * 1000),
             self._identity.ca_sha256,
             self._identity.box,
+            self._peers.known,
         )
         timeout_s = wait_ms / 1000 + ANSWER_TIMEOUT_S
         answer = await self._post("/node/v1/beat", beat, timeout_s, CONNECT_TIMEOUT_S)
@@ -423,9 +426,13 @@ class Uplink:
             log.error("ignored plan %d.%d, which was made too long ago", plan.epoch, plan.seq)
             self._clock = _ControlClock()  # should it be control's clock that was set back, the next is taken
             return
-        await self._owner.accept_plan(plan)
+        whole = self._peers.complete(plan)
+        if whole is None:
+            log.error("ignored plan %d.%d: its list of peers does not follow", plan.epoch, plan.seq)
+            return
+        await self._owner.accept_plan(whole)
         if self._shares is not None:
-            self._shares.planned(f"{plan.epoch} {plan.start} {len(plan.peers) < 2}")
+            self._shares.planned(f"{plan.epoch} {plan.start} {len(whole.peers) < 2}")
 
     async def _reply(self, questions: Sequence[Question]) -> None:
         """Answer what control asks. Nobody depends on it: who asked is told when no answer comes."""

@@ -26,7 +26,7 @@ KEYS_MAX = 50_000
 VERSIONS_PER_TENANT_MAX = 2_000
 VERSIONS_MAX = 20_000
 UPLOADS_PER_TENANT_MAX = 16  # open at once; an abandoned one is swept after config's upload life
-NODES_MAX = 1_000
+NODES_MAX = 10_000  # twice what one control process was seen to keep up with (scripts/bench_control.py)
 # Where nodes are whose tokens name no pool.
 POOL_DEFAULT = "default"
 TOKENS_MAX = 1_000  # join tokens alive at once

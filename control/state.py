@@ -47,6 +47,7 @@ from control.idempotency import LIFE_MS, Turns
 from control.model_store import ModelStore
 from control.node_session import open_session
 from control.node_tls import NodeLines
+from control.plan_making import PlanFacts, PlanMaker
 from control.questions import Questions
 from control.router_counters import RouterCounters
 from control.said import Said
@@ -59,15 +60,13 @@ from packer.body_budget import BodyBudget
 from packer.durable import write_private
 from packer.http import make_key
 from packer.types import ModelRef
-from packer.wire import WIRE_VERSION, Beat, Plan, PlanNumber, Record
+from packer.wire import Beat, Plan, PlanNumber, Record
 
 log = logging.getLogger("bunk.control")
 
 T = TypeVar("T")
 
 TICK_S = 1.0
-# A plan is on its way for seconds; one that comes later than this is no wish of control's any more.
-PLAN_LIFE_MS = 3_600_000
 SWEEP_EVERY_S = 600.0
 # Requests that are being answered may take this long to end at an orderly stop.
 STOP_S = 10.0
@@ -129,6 +128,7 @@ class Control:
         self._kept: set[asyncio.Task[object]] = set()
         self._background: list[asyncio.Task[None]] = []
         self.questions = Questions(self._end_poll, self.now_ms)
+        self._plans = PlanMaker(lambda: self.catalog)
         self.shares = ShareDesk(self.now_ms, self._end_poll)
         self.said = Said()
         self.routed = RouterCounters()
@@ -305,21 +305,11 @@ class Control:
         """Held while a version's files are written or removed."""
         return RefLock(self._ref_locks, ref)
 
-    def plan_for(self, node: str) -> Plan:
+    def plan_for(self, node: str, have_peers: str = "") -> Plan:
         """The newest plan. Every node is told of everything; placement is not control's yet."""
-        parts, peers = self.catalog.plan_parts(), self.catalog.plan_peers()
-        return Plan(
-            WIRE_VERSION,
-            self.meta.cluster,
-            node,
-            self.meta.epoch,
-            self.meta.seq,
-            *parts,
-            peers=peers,
-            start=self.start_name,
-            ticket_keys=self.ticket_keys,
-            expires_ms=self.wall_ms() + PLAN_LIFE_MS,
-        )
+        meta = self.meta
+        facts = PlanFacts(meta.cluster, meta.epoch, meta.seq, self.start_name, self.ticket_keys)
+        return self._plans.make(facts, node, have_peers, self.wall_ms())
 
     # --- nodes ---
 

@@ -115,10 +115,15 @@ class Plan:
     keys: tuple[KeySpec, ...]
     models: tuple[ModelSpec, ...]
     draining: bool = False
-    peers: tuple[PeerSpec, ...] = ()  # all nodes of the cluster: whom this node may give packs to
+    # All nodes of the cluster: whom this node may give packs to. With ``peers_base`` only what is new since
+    # the list known by it, without ``peers_gone``; see ``packer.peer_lists``.
+    peers: tuple[PeerSpec, ...] = ()
     start: str = ""  # of the control that made it; see ``PlanNumber``
     ticket_keys: tuple[str, ...] = ()  # public keys of who signs tickets; see ``packer.tickets``
     expires_ms: int = 0  # control's wall clock: taken up before, or not at all; 0: made by an earlier release
+    peers_base: str = ""
+    peers_gone: tuple[str, ...] = ()
+    peers_sha256: str = ""  # what the whole list is known by; empty: made by an earlier release
 
     @property
     def number(self) -> PlanNumber:
@@ -286,6 +291,7 @@ class Beat:
     sent_ms: int = 0  # the node's wall clock; 0: a node of an earlier release
     ca_sha256: str = ""  # of the text of the CA certificates that the node trusts
     box: BoxFacts = field(default_factory=BoxFacts)
+    have_peers: str = ""  # what the list of peers is known by that the sender has; empty: none
 
     @property
     def have(self) -> PlanNumber:

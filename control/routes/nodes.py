@@ -366,7 +366,7 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
         due = await control.poll(row.node, min(message.wait_ms, POLL_MS_MAX))
     current = _check_still(control, row)
     refuse_clone(control, row.node)
-    plan = control.plan_for(row.node) if due else None
+    plan = control.plan_for(row.node, message.have_peers) if due else None
     if current.spool in ("", message.spool):
         acked_seq = max(acked_seq, current.acked_seq)
     nudged = control.shares.take_nudge(row.node)
