@@ -57,23 +57,19 @@ log = logging.getLogger("bunk.uplink")
 POLL_WAIT_MS = 20_000
 # Reports go out this long after a change, so that a burst of changes is one beat.
 REPORT_PAUSE_S = 0.2
-# Pauses between tries while control is away: they double up to the greatest, with jitter so that a
-# fleet does not come back in one wave.
+# Pauses between tries while control is away double, with jitter: a fleet must not come back in one wave.
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 10.0
-# A certificate that control has just given and does not accept is not asked for again and again.
+# Before a certificate that control has just given and does not accept is asked for again.
 REFUSED_PAUSE_S = 1.0
 # An answer that takes longer than this beyond the poll's own wait is a dead connection.
 ANSWER_TIMEOUT_S = 15.0
 # A control that takes no connection by then is not there.
 CONNECT_TIMEOUT_S = 5.0
-# A certificate that ends within this time may have ended by control's clock already: then it is renewed as
-# one that has ended. As control's ``CLOCK_SKEW``.
+# One that ends so soon may have ended by control's clock; it is renewed as one that has (``CLOCK_SKEW``).
 EXPIRY_MARGIN_S = 1_800.0
-# Beyond this the clocks are said to be off; certificates allow for half an hour.
-SKEW_SAID_S = 60.0
-# Errors of control are some hundred bytes.
-ERROR_BYTES_MAX = 16 * 1024
+SKEW_SAID_S = 60.0  # beyond it the clocks are said to be off; certificates allow for half an hour
+ERROR_BYTES_MAX = 16 * 1024  # errors of control are some hundred bytes
 # A model waits for this answer, and can be loaded without it.
 SOURCES_TIMEOUT_S = 3.0
 SOURCES_CONNECT_TIMEOUT_S = 2.0
@@ -422,13 +418,14 @@ class Uplink:
         if plan.cluster != mine.cluster or plan.node != mine.node:
             log.error("ignored a plan for node %s of cluster %s", plan.node, plan.cluster)
             return
+        number = f"{plan.epoch}.{plan.seq}"
         if plan.expires_ms and self._clock.is_past(plan.expires_ms):
-            log.error("ignored plan %d.%d, which was made too long ago", plan.epoch, plan.seq)
+            log.error("ignored plan %s, which was made too long ago", number)
             self._clock = _ControlClock()  # should it be control's clock that was set back, the next is taken
             return
         whole = self._peers.complete(plan)
         if whole is None:
-            log.error("ignored plan %d.%d: its list of peers does not follow", plan.epoch, plan.seq)
+            log.error("ignored plan %s: its list of peers does not follow", number)
             return
         await self._owner.accept_plan(whole)
         if self._shares is not None:
