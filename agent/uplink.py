@@ -70,8 +70,7 @@ CONNECT_TIMEOUT_S = 5.0
 EXPIRY_MARGIN_S = 1_800.0
 SKEW_SAID_S = 60.0  # beyond it the clocks are said to be off; certificates allow for half an hour
 ERROR_BYTES_MAX = 16 * 1024  # errors of control are some hundred bytes
-# A model waits for this answer, and can be loaded without it.
-SOURCES_TIMEOUT_S = 3.0
+SOURCES_TIMEOUT_S = 3.0  # a model waits for this answer, and can be loaded without it
 SOURCES_CONNECT_TIMEOUT_S = 2.0
 
 

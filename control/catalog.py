@@ -29,7 +29,7 @@ UPLOADS_PER_TENANT_MAX = 16  # open at once; an abandoned one is swept after con
 NODES_MAX = 10_000  # twice what one control process was seen to keep up with (scripts/bench_control.py)
 # Where nodes are whose tokens name no pool.
 POOL_DEFAULT = "default"
-TOKENS_MAX = 1_000  # join tokens alive at once
+TOKENS_MAX = 10_000  # join tokens alive at once: a whole fleet may join within the hour of its tokens
 # Answers kept for repetitions; beyond it the oldest of the same owner go. A tenant declares and commits
 # uploads, operators set up a cluster's tenants in one go. Sealed, most have 1 KB, none more than 64 KiB.
 REPLAYS_PER_TENANT_MAX = 256
