@@ -362,6 +362,12 @@ def refuse_encoding(request: web.Request) -> None:
                 f"Content-Encoding {value[:ECHO_CHARS_MAX]!r} is not accepted; send the body uncompressed.",
                 headers={"Accept-Encoding": "identity"},
             )
+    for value in request.headers.getall("Transfer-Encoding", []):
+        if value.strip().lower() != "chunked":
+            # aiohttp takes "gzip, chunked" and ignores the first word; whoever stands before us may not.
+            raise ApiError(
+                400, "unsupported_transfer_encoding", "Only Transfer-Encoding: chunked is accepted."
+            )
 
 
 # --- the guard --------------------------------------------------------------------------------------
@@ -415,6 +421,8 @@ def request_guard(render: Render) -> Middleware:
         request.app[DOORS].asked(request.protocol)
         try:
             response = await answer(request, handler)
+            if "Upgrade" in request.headers and not response.prepared:
+                response.force_close()  # aiohttp reads no further request after one that asks for it
             if isinstance(response, web.Response) and not response.prepared:
                 try:
                     await _send(request, response)
