@@ -97,7 +97,7 @@ def answer(*inputs: Sequence[int]) -> bytes:
 _INPUTS = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=90), min_size=1, max_size=7)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(st.tuples(_INPUTS, st.sampled_from([A, B]), st.integers(1, 8), st.integers(0, 3)), max_size=12),
     st.integers(0, 2**32),
@@ -135,6 +135,7 @@ def test_answers_are_the_same_however_requests_are_joined(
             assert body == answer(*inputs)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(_INPUTS, min_size=1, max_size=6), st.integers(1, 8))
 def test_no_pass_is_larger_than_its_model_s_settings(requests: list[list[list[int]]], batch_max: int) -> None:
     bench = VectorBench()

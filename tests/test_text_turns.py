@@ -126,7 +126,7 @@ _ASKED = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(_ASKED, min_size=1, max_size=6), st.sampled_from([1, 2, 8]), st.integers(0, 2**32))
 def test_nothing_of_a_text_depends_on_its_company(
     made: PreTrainedModel, requests: list[dict[str, Any]], batch_max: int, seed: int
