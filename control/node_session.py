@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import aiohttp
 
+from control.places import NodeResolver
+
 # A node that takes no connection by then is not there; one lost packet is sent again after a second.
 CONNECT_SECONDS = 3.0
 # A node says something at least every few seconds (SSE comments) or answers within a restore's time.
 SILENT_SECONDS = 600.0
-# Idle connections are dropped before the node drops them (aiohttp's server: 75 s), so that few requests
+# Idle connections are dropped before the node drops them, so that few requests
 # meet one that is just being closed.
 IDLE_SECONDS = 15.0
 
@@ -30,7 +32,7 @@ class Connection:
 def open_session() -> aiohttp.ClientSession:
     """Requests name themselves to it with ``trace_request_ctx=Connection()``."""
     # Connections are bounded by the router's own limit of requests.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS, resolver=NodeResolver())
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_reused)
     return aiohttp.ClientSession(

@@ -4,7 +4,8 @@ One run measures, in shuffled rounds, the same request to the same model: the wo
 socket, a bare aiohttp handler that parses and answers as many bytes and does nothing, the node, and the
 router. The model is a tiny one on purpose: what is looked for is the way, not the work.
 
-Covers: added latency (p50, p99), requests per second and core, tokens per second of a stream. Does not cover:
+Covers: added latency (p50, p99), requests per second and core, tokens per second of a stream, latency while
+another tenant holds a thousand connections. Does not cover:
 batching (``bench_batching``), first requests (``bench_cold``) or control's own work (``bench_control``).
 """
 
@@ -30,6 +31,7 @@ import bench_harness
 import make_models
 from bench_suite import Judgement, Section, SuiteReport, Table, add_markdown, deliver, report_of
 from gateway_peers import AskedWorker, BareHandler, asked_worker, bare_handler
+from held_crowd import Held, HeldCrowd, stream_body
 from stack import Stack, StackOptions, start_stack
 from tour_calls import wait_for_models
 
@@ -50,6 +52,11 @@ STREAMS, STREAMS_QUICK = 5, 3
 GOAL_NODE_MS = 1.0
 GOAL_ROUTER_MS = 2.0
 GOAL_RATE = 0.5
+# What another tenant's thousand connections may make of p99.
+GOAL_CROWD = 2.0
+HELD = 1_000
+CROWD_TENANT = "crowd"
+CROWDED, CROWDED_QUICK = 2_000, 500
 MODELS_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 60.0
 Log = Callable[[str], None]
@@ -273,6 +280,45 @@ def streams(site: Site, rounds: int, log: Log) -> Section:
     return Section("streams", (table,), runs=found)
 
 
+# --- a crowd ----------------------------------------------------------------------------------------
+
+
+def crowds(site: Site, requests: int, log: Log) -> Section:
+    """One request at a time, on a calm listener and while another tenant holds ``HELD`` connections."""
+    site.stack.bunk("tenant", "create", CROWD_TENANT)
+    made = site.stack.bunk("key", "create", CROWD_TENANT)
+    assert isinstance(made, dict)
+    # The other tenant has no model: what it holds is connections, not the device.
+    body = stream_body(f"{CROWD_TENANT}/none", 1)
+    rows, goals, runs = [], [], {}
+    for case, url in ((NODE, site.stack.agent_url), (ROUTER, site.stack.url)):
+        for _ in range(requests // 4):
+            site.once_ms(case)  # warms up
+        calm = [site.once_ms(case) for _ in range(requests)]
+        crowd = HeldCrowd(url, str(made["key"]), "/v1/completions", body)
+        try:
+            crowd.hold(HELD)
+            busy = [site.once_ms(case) for _ in range(requests)]
+        finally:
+            crowd.close()
+        log(f"a crowd at {case}")
+        runs[f"{case}, calm"], runs[f"{case}, crowded"] = calm, busy
+        p99 = percentile(calm, 0.99), percentile(busy, 0.99)
+        p50 = statistics.median(calm), statistics.median(busy)
+        rows.append((case, *(f"{value:.2f} ms" for value in (*p50, *p99)), f"{p99[1] / p99[0]:.2f}"))
+        goals.append(Judgement(f"p99 beside a crowd at {case}, to calm", p99[1] / p99[0], GOAL_CROWD, False))
+    table = Table(
+        f"Another tenant holds {HELD:,} connections",
+        ("asked", "p50 calm", "p50 crowded", "p99 calm", "p99 crowded", "p99, crowded to calm"),
+        tuple(rows),
+        (
+            f"{requests} requests each, one at a time; held: {', '.join(kind.value for kind in Held)};",
+            "the server hangs up on what is above its limits while it goes on",
+        ),
+    )
+    return Section("crowd", (table,), tuple(goals), runs=runs)
+
+
 # --- the run ----------------------------------------------------------------------------------------
 
 
@@ -302,6 +348,7 @@ def run(root: Path, quick: bool, rounds: int, log: Log) -> SuiteReport:
             latency(site, rounds, BLOCK_QUICK if quick else BLOCK, log),
             rates(site, 3 if quick else min(rounds, 5), LOAD_QUICK if quick else LOAD, log),
             streams(site, STREAMS_QUICK if quick else STREAMS, log),
+            crowds(site, CROWDED_QUICK if quick else CROWDED, log),
         )
     facts: Mapping[str, str | int | float] = {
         "model": "BERT of 0.2 MB, one short input; GPT of two layers for streams; a cpu device",

@@ -308,11 +308,11 @@ async def served(
 
 
 async def _main() -> None:
-    """Serve in a process of its own, for tests that measure memory: prints URL and key, ends with stdin."""
+    """Serve in a process of its own, for tests that measure memory: prints URL and keys, ends with stdin."""
     node = FakeNode(keeps_orders=False)
     node.add(echo_spec("acme", "echo", "FP32"))
     async with served(node) as url:
-        print(url, node.acme, flush=True)
+        print(url, node.acme, node.globex, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 

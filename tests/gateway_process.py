@@ -22,6 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 @contextmanager
 def own_process() -> Iterator[tuple[str, str, int]]:
     """The gateway in a process of its own: URL, a key, process id."""
+    with process_of_two() as (url, acme, _, pid):
+        yield url, acme, pid
+
+
+@contextmanager
+def process_of_two() -> Iterator[tuple[str, str, str, int]]:
+    """The same with keys of both tenants, acme and globex."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "fake_node.py")],
@@ -33,8 +40,8 @@ def own_process() -> Iterator[tuple[str, str, int]]:
     try:
         assert process.stdin is not None
         assert process.stdout is not None
-        url, key = process.stdout.readline().split()
-        yield url, key, process.pid
+        url, acme, globex = process.stdout.readline().split()
+        yield url, acme, globex, process.pid
         process.stdin.close()
         assert process.wait(SOON_SECONDS) == 0
     finally:

@@ -382,6 +382,11 @@ async def _send(control: Control, node: str, call: Call, watch: Stopwatch) -> No
                 # The node dropped an idle connection, or was started anew: that is no answer of its.
                 if not again or not connection.reused or not call.sendable:
                     raise
+        if 300 <= response.status < 400:
+            response.close()  # no node sends its callers elsewhere, and nobody is sent there by one
+            raise NodeFailed(
+                502, "node_failed", "The node gave no answer but a redirect.", kind="server_error"
+            )
         return await hold(control, node, response)
     except aiohttp.SocketTimeoutError:
         raise NodeFailed(

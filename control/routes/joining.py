@@ -24,11 +24,10 @@ from control.authority import (
     parse_node,
 )
 from control.catalog import NODES_MAX, Change, NodeRow, PutNode, PutToken
+from control.places import check_gateway_url, dialled_url, own_address
 from control.routes.access import Access, Caller, Route
 from control.routes.nodes import (
-    check_gateway_url,
     decode_message,
-    dialled_gateway_url,
     refuse_clone,
     row_of,
 )
@@ -52,7 +51,7 @@ async def join(control: Control, request: web.Request, caller: Caller) -> web.Re
         ask = decode_message(body, JoinAsk)
     node = parse_node(ask.name)
     check_gateway_url(ask.gateway_url)
-    gateway_url = dialled_gateway_url(ask.gateway_url, request.remote)
+    gateway_url = dialled_url(ask.gateway_url, request.remote, own_address(request))
     csr = _request_in(control, ask.csr_pem)
     key_sha256 = key_sha256_of(csr)
     async with control.writing:

@@ -7,12 +7,10 @@ certificates (``control.routes.joining``), or who is sent a plan (``control.clus
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
@@ -41,6 +39,7 @@ from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.lives import CLONE_MEMORY_MS
 from control.operations import Given, NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
+from control.places import check_gateway_url, check_url, dialled_url, own_address
 from control.routes.access import Access, Caller, Route, not_found, read_json
 from control.shares import HolderRemoved
 from control.state import Control, TooManyRecords, wall_ms
@@ -70,7 +69,6 @@ T = TypeVar("T")
 
 # A report of 20,000 models and 1,000 records is about 12 MB.
 BEAT_BYTES_MAX = 16 * MIB
-GATEWAY_URL_CHARS_MAX = 256
 # Names that a node repeats or makes up: of a start of control, of its spool. Ours have 16.
 NAME_CHARS_MAX = 64
 # As many as a box can have.
@@ -250,49 +248,6 @@ async def remove_node(
         control.shares.step(HolderRemoved(node))
 
 
-# --- where nodes are ------------------------------------------------------------------------------
-
-
-def check_gateway_url(url: str) -> None:
-    """Where this router will send tenants' requests. Raises ``BadValue``."""
-    _check_url(url, "gateway_url", ("http", "https"))
-
-
-def _check_url(url: str, field: str, schemes: tuple[str, ...]) -> None:
-    kind = "http(s)" if "http" in schemes else "https"
-    wrong = BadValue(
-        field, f"must be {kind}://host:port of at most {GATEWAY_URL_CHARS_MAX} characters, without a path"
-    )
-    if len(url) > GATEWAY_URL_CHARS_MAX or not url.isascii() or not url.isprintable() or " " in url:
-        raise wrong
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise wrong from None
-    if parts.scheme not in schemes or not parts.hostname or port == 0:
-        raise wrong
-    if parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
-        raise wrong
-
-
-def dialled_gateway_url(url: str, peer: str | None) -> str:
-    """``url``, with the address that the node dials from in place of "all addresses of this machine".
-
-    An agent that listens on 0.0.0.0 can not know under which address others reach it; the address that
-    its own connection comes from is the likeliest. ``--advertise-url`` says another one.
-    """
-    parts = urlsplit(url)
-    try:
-        if peer is None or not ipaddress.ip_address(parts.hostname or "").is_unspecified:
-            return url
-        host = ipaddress.ip_address(peer.partition("%")[0])
-    except ValueError:
-        return url  # a name, or a connection that has no address
-    port = f":{parts.port}" if parts.port is not None else ""
-    return f"{parts.scheme}://{f'[{host}]' if host.version == 6 else host}{port}"
-
-
 def row_of(control: Control, caller: Caller) -> NodeRow:
     """The node that calls. Raises ``ApiError`` 409 for one of two boxes that share an identity."""
     row = _caller_row(caller)
@@ -328,12 +283,14 @@ async def beat(control: Control, request: web.Request, caller: Caller) -> web.Re
     row = _caller_row(caller)
     async with control.bodies.body(request, caller.owner, BEAT_BYTES_MAX) as body:
         message = decode_message(body, Beat)
-    answer = await answer_beat(control, row, message, request.remote)
+    answer = await answer_beat(control, row, message, request.remote, own_address(request))
     return web.Response(body=encode(answer), content_type="application/json")
 
 
-async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str | None) -> BeatAnswer:
-    """What a beat that came from the address ``peer`` means; ``row`` is the node as it was then."""
+async def answer_beat(
+    control: Control, row: NodeRow, message: Beat, peer: str | None, own: str | None = None
+) -> BeatAnswer:
+    """What a beat that came from the address ``peer`` to ``own`` means; ``row``: the node as it was then."""
     _check_beat(message, row)
     if control.is_behind(message.have) and not await control.leap_epoch(message.have):
         raise ApiError(
@@ -354,9 +311,9 @@ async def answer_beat(control: Control, row: NodeRow, message: Beat, peer: str |
     waits = message.wait_ms > 0 and informed and not control.stopping
     waits = waits and not control.questions.pending(row.node)
     waits = waits and not control.shares.nudged(row.node)
-    url = dialled_gateway_url(message.report.gateway_url, peer)
-    peer_url = dialled_gateway_url(message.report.peer_url, peer)
-    route_url = dialled_gateway_url(message.report.route_url, peer)
+    url = dialled_url(message.report.gateway_url, peer, own)
+    peer_url = dialled_url(message.report.peer_url, peer, own)
+    route_url = dialled_url(message.report.route_url, peer, own)
     report = replace(message.report, gateway_url=url, peer_url=peer_url, route_url=route_url)
     heard = fleet.NodeBeat(
         row.node, report, message.have_epoch, message.have_seq, waits, message.life, message.number
@@ -407,9 +364,9 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
         raise BadValue("box", f"at most {BOX_DEVICES_MAX} devices")
     check_gateway_url(report.gateway_url)
     if report.peer_url:
-        _check_url(report.peer_url, "peer_url", ("https",))
+        check_url(report.peer_url, "peer_url", ("https",))
     if report.route_url:
-        _check_url(report.route_url, "route_url", ("https",))
+        check_url(report.route_url, "route_url", ("https",))
     if len(report.regret) > REGRET_CHARS_MAX:
         raise BadValue("regret", f"at most {REGRET_CHARS_MAX} characters")
     if len(report.calibration) > CALIBRATION_CHARS_MAX:
