@@ -66,7 +66,9 @@ def literal(host: str) -> _Address | None:
 
 def serves_nobody(address: _Address) -> bool:
     """Link-local addresses (clouds answer with a machine's credentials there), groups, and reserved ones."""
-    return address.is_link_local or address.is_multicast or (address.is_reserved and not address.is_loopback)
+    if address.is_loopback or address.is_unspecified:
+        return False  # the node's own machine: ``dialled_url``
+    return address.is_link_local or address.is_multicast or address.is_reserved
 
 
 def dialled_url(url: str, peer: str | None, own: str | None = None) -> str:
