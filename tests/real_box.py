@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -96,6 +97,14 @@ class Process:
             self._reader.join(PATIENCE_S)
 
 
+def wait_gone(pidfds: list[int]) -> None:
+    """Until the processes behind these descriptors have ended; a pidfd becomes readable then."""
+    for pidfd in pidfds:
+        ready, _, _ = select.select([pidfd], [], [], PATIENCE_S)
+        assert ready, "a process was left behind"
+        os.close(pidfd)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -114,6 +123,8 @@ class Box:
     keys: dict[str, str] = field(default_factory=dict)
     agent_module: str = "agent"  # what the agent's process runs
     tokens: list[str] = field(default_factory=list)  # that were made for joining
+    control_module: str = "control"
+    control_at: str = ""  # where the agent dials control; empty: directly
 
     @property
     def url(self) -> str:
@@ -130,7 +141,7 @@ class Box:
     def start_control(self) -> None:
         listen = ["--listen", f"127.0.0.1:{self.ports[0]}", "--node-listen", f"127.0.0.1:{self.ports[1]}"]
         folder = str(self.folder / "control")
-        self.control = Process("control", "serve", "--data-dir", folder, *listen)
+        self.control = Process(self.control_module, "serve", "--data-dir", folder, *listen)
         self.control.wait_for("serving http")
 
     def start_agent(self, *more: str, wait: str = r"connected to control") -> None:
@@ -138,7 +149,8 @@ class Box:
         if not (self.folder / "agent" / "identity" / "identity.json").exists():
             self.tokens.append(self.operator().create_node_token(name="box").token)
             token_file.write_text(self.tokens[-1])
-        words = ["run", "--data-dir", str(self.folder / "agent"), "--control", self.node_url]
+        at = self.control_at or self.node_url
+        words = ["run", "--data-dir", str(self.folder / "agent"), "--control", at]
         words += ["--join-token-file", str(token_file), "--name", "box", "--host-bytes", "64MiB"]
         # These tests count processes: none is kept ready for nobody.
         words += ["--standbys", "0", "--disk-bytes", "1GiB", "--listen", f"127.0.0.1:{self.ports[2]}", *more]

@@ -8,7 +8,6 @@ control is away, and who is left behind. Does not cover: control's own crash tes
 from __future__ import annotations
 
 import os
-import select
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from make_models import make_classifier, make_gpt2
-from real_box import PATIENCE_S, Box, Process, running_box
+from real_box import PATIENCE_S, Box, Process, running_box, wait_gone
 
 from agent.identity import Identity
 from control.authority import Authority
@@ -69,14 +68,6 @@ def wait_packed(box: Box) -> None:
     while not any(item.kind == "packed" for item in box.operator().events(limit=1000).items):
         assert box.agent is not None
         assert box.agent.handle.poll() is None, "the agent ended before its pack"
-
-
-def wait_gone(pidfds: list[int]) -> None:
-    """Until the processes behind these descriptors have ended; a pidfd becomes readable then."""
-    for pidfd in pidfds:
-        ready, _, _ = select.select([pidfd], [], [], PATIENCE_S)
-        assert ready, "a process was left behind"
-        os.close(pidfd)
 
 
 def test_a_killed_agent_finds_its_packs_rejoins_and_serves(box: Box) -> None:
