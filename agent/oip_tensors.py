@@ -351,11 +351,13 @@ def _flattened(field: str, raw: bytes, shape: tuple[int, ...]) -> bytes:
     structure = raw.translate(None, _NOT_STRUCTURE)
     depth = len(structure) - len(structure.lstrip(b"["))
     if depth > 1:
-        if _nested_length(shape) != len(structure) or structure != _nested(shape):
+        # Sizes behind a 0 have nothing to hold, however large they are.
+        filled = shape[: shape.index(0) + 1] if 0 in shape else shape
+        if _nested_length(filled) != len(structure) or structure != _nested(filled):
             raise bad_field(
                 field, f"is not nested like the shape {list(shape)}; nest it so, or send a flat list."
             )
-        return b"[" + raw.translate(None, b"[]") + b"]"
+        return b"[" + raw.translate(None, b"[]," if 0 in shape else b"[]") + b"]"
     if structure.count(b"[") != 1:
         raise bad_field(field, "mixes numbers and lists.")
     return raw

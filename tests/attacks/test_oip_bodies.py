@@ -108,6 +108,7 @@ HOSTILE = {
     "shape that overflows to the right size": hostile(shape=[2**32, 2**32, 2]),
     "shape that is huge and empty": hostile(shape=[2**31 - 1, 0], data=[]),
     "shape of nested nothing": hostile(shape=[2**31 - 1, 2], data=[[]]),
+    "shape that is huge behind a zero": hostile(shape=[1, 0, 2**31 - 1], data=[[]]),
     "shape of zeros": hostile(shape=[0] * 8, data=[]),
     "negative shape": hostile(shape=[-1, -2]),
     "floating shape": hostile(shape=[1.0e300, 2]),
