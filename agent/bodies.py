@@ -23,13 +23,14 @@ class Bodies:
         self._held_bytes = 0
         self._turn = asyncio.Lock()  # hands itself on in the order of asking
         self._freed = asyncio.Event()
+        self._ended = False
 
     async def take(self, number: int, nbytes: int) -> None:
         """Wait until the body of a request may be sent. A request without one never waits."""
         if not nbytes:
             return
         async with self._turn:
-            while self._held and self._held_bytes + nbytes > self._bytes_max:
+            while not self._ended and self._held and self._held_bytes + nbytes > self._bytes_max:
                 self._freed.clear()
                 await self._freed.wait()
             self._held[number] = nbytes
@@ -41,7 +42,8 @@ class Bodies:
         self._freed.set()
 
     def give_all(self) -> None:
-        """The worker is gone; whoever waits finds out."""
+        """The worker is gone; whoever waits, now or later, finds out."""
+        self._ended = True
         self._held.clear()
         self._held_bytes = 0
         self._freed.set()

@@ -122,6 +122,17 @@ async def test_who_stops_waiting_leaves_the_turn_to_the_next() -> None:
     await third
 
 
+async def test_nobody_waits_for_a_worker_that_is_gone() -> None:
+    bodies = Bodies(100)
+    await bodies.take(1, 50)
+    waiting = [asyncio.ensure_future(bodies.take(number, 90)) for number in (2, 3)]
+    await asyncio.sleep(0)
+    bodies.give_all()
+    async with asyncio.timeout(10):  # what a dead worker is sent it never gives back
+        await asyncio.gather(*waiting)
+        await bodies.take(4, 90)
+
+
 def test_a_worker_holds_no_more_than_its_limit_of_bodies(tmp_path: Path) -> None:
     identity = Spawn(1, "acme", "cpu:0", "cpu", "", 1)
     with socket.socket() as orders, socket.socket() as data:
