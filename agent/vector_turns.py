@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 from agent.batching import Item, choose, due_ms, window
 from agent.engines.vectors import VectorAnswer
-from agent.frames import BadFrame
 from agent.lanes import Begun, Desk, Lane, shares
 
 _Part = tuple[Begun, VectorAnswer, int]  # an input of a request, by its place
@@ -62,8 +61,8 @@ class VectorTurns:
             if wrong is None and not answer.missing:
                 try:
                     self._desk.emit(begun.request, begun.held.model.frame(answer))
-                except BadFrame as too_large:
-                    wrong = too_large
+                except Exception as error:  # too large to send, or no memory to write it
+                    wrong = error
             if wrong is not None or not answer.missing:
                 self._desk.end_begun(lane, begun, wrong)
         self._desk.measure(requests[0].run, lane.ref)

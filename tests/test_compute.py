@@ -246,6 +246,24 @@ def test_what_one_breaks_the_others_do_not_pay_for() -> None:
     assert (bench.body(0), bench.body(1), bench.body(2)) == (answer([1]), None, answer([2], [3]))
 
 
+def test_an_answer_that_can_not_be_written_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = VectorBench()
+    write = Model.frame
+
+    def frame(model: Model, answer: VectorAnswer) -> EngineFrame:
+        if len(answer.inputs) > 1:
+            raise MemoryError
+        return write(model, answer)
+
+    monkeypatch.setattr(Model, "frame", frame)
+    bench.ask(1, [1], [2], batch_max=8)
+    bench.ask(2, [3], batch_max=8)
+    bench.run()
+    assert isinstance(bench.end(1), Broke)
+    assert bench.body(2) == answer([3])
+    assert not bench.open
+
+
 def test_a_request_at_fault_joins_nothing() -> None:
     bench = VectorBench()
     bench.ask(1, [1], [REFUSED], batch_max=8)
