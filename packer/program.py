@@ -537,12 +537,20 @@ def _facts(name: str, meta: TensorMeta) -> TensorFacts:
     hint = 1
     for size in meta.sizes:
         if size.as_int is not UNSET:
-            shape.append(size.as_int)
-            hint *= max(size.as_int, 0)
+            shape.append(_size(name, size.as_int))
+            hint *= size.as_int
         elif size.as_expr is not UNSET:
             shape.append(size.as_expr.expr_str)
             known = size.as_expr.hint
-            hint *= max(known.as_int, 1) if known is not None and known.as_int is not UNSET else 1
+            if known is not None and known.as_int is not UNSET:
+                hint *= max(_size(name, known.as_int), 1)
         else:
             raise BadProgram(f"tensor {name[:80]!r}: a size is empty")
     return TensorFacts(datatype, tuple(shape), hint, meta.requires_grad)
+
+
+def _size(name: str, value: int) -> int:
+    """JSON has integers of thousands of digits, and products of a thousand of them take minutes."""
+    if not 0 <= value < 2**63:
+        raise BadProgram(f"tensor {name[:80]!r}: a size is not a number from 0 to {2**63 - 1}")
+    return value

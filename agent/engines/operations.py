@@ -264,6 +264,36 @@ def _check_group_norm(step: Step, positional: Sequence[Value]) -> None:
         raise Refusal("sizes that are not those of the tensor")
 
 
+def _check_weight_norm(step: Step, positional: Sequence[Value]) -> None:
+    """The kernel reads and writes one norm per row, however many there are."""
+    tensor, norms, *rest = positional
+    dim = rest[0] if rest else 0
+    if not 0 <= dim < tensor.dim():
+        raise Refusal(f"has no dimension {dim}")
+    if norms.shape != tuple(size if at == dim else 1 for at, size in enumerate(tensor.shape)):
+        raise Refusal("norms must have one value per row")
+
+
+def _check_truncated(step: Step, positional: Sequence[Value]) -> None:
+    """The least integer by -1 is a trap of the processor, which ends the process."""
+    number, by = positional[:2]
+    if step.keywords.get("rounding_mode") != "trunc" or number.device.type != "cpu":
+        return
+    dtype = torch.result_type(number, by)
+    if dtype in (torch.int32, torch.int64) and _holds(number, torch.iinfo(dtype).min) and _holds(by, -1):
+        raise Refusal("the least integer and -1 are among what is to be divided")
+
+
+def _holds(value: Value, wanted: int) -> bool:
+    """Whether an integer may be among some; takes no memory for it."""
+    if not isinstance(value, torch.Tensor):
+        return bool(value == wanted)
+    if not value.numel() or not value.dtype.is_signed:
+        return False
+    least, most = torch.aminmax(value)
+    return bool(least <= wanted <= most)
+
+
 def _check_batch_norm(step: Step, positional: Sequence[Value]) -> None:
     tensor, *statistics = positional[:5]
     channels = tensor.shape[1] if tensor.dim() > 1 else -1
@@ -301,6 +331,16 @@ _CHECKS: Mapping[str, Callable[[Step, Sequence[Value]], None]] = {
     "aten.gru.input": _check_recurrent,
     "aten.native_group_norm.default": _check_group_norm,
     "aten._native_batch_norm_legit_no_training.default": _check_batch_norm,
+    "aten._weight_norm.default": _check_weight_norm,
+    **dict.fromkeys(
+        (
+            "aten.div.Tensor_mode",
+            "aten.div.Scalar_mode",
+            "aten.divide.Tensor_mode",
+            "aten.divide.Scalar_mode",
+        ),
+        _check_truncated,
+    ),
 }
 
 

@@ -273,6 +273,17 @@ def test_a_program_of_very_many_objects_is_refused_before_they_are_made() -> Non
         parse(b'{"a":[' + b"{}," * 500_000 + b"{}]}")
 
 
+@pytest.mark.parametrize("size", ["1" + "0" * 4000, "-1"])
+@pytest.mark.parametrize("form", ['{"as_int":%s}', '{"as_expr":{"expr_str":"s0","hint":{"as_int":%s}}}'])
+def test_sizes_of_thousands_of_digits_are_refused(tmp_path: Path, size: str, form: str) -> None:
+    directory = forge(tmp_path, [copy()])
+    program = json.loads((directory / "program.json").read_bytes())
+    program["graph_module"]["graph"]["tensor_values"]["y"]["sizes"] = ["here"]
+    text = json.dumps(program).replace('"here"', form % size)
+    with pytest.raises(BadProgram, match=r"'y': a size is not a number from 0 to"):
+        parse(text.encode())
+
+
 @pytest.mark.parametrize(
     "name",
     ["model.pt2", "weights.pt", "data.pkl", "model.pth", "weights.bin", "constants.npz", "model.py", "a.so"],
@@ -472,6 +483,44 @@ def test_weights_of_recurrent_layers_are_not_read_past_their_end(tmp_path: Path,
     model = load_program(forge(tmp_path, [small, data, state, layer], (1, 2, 4)))
     with pytest.raises(EngineError, match=r"weight \d of a recurrent layer has another size"):
         model.ask([X])
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1, 2, 2**40])
+def test_norms_of_weights_are_not_read_past_their_end(tmp_path: Path, dim: int) -> None:
+    norm = aten("_weight_norm.default", "y", v="wide", g="p_w", dim={"as_int": dim})
+    wide = aten("repeat.default", "wide", self="x", repeats={"as_ints": [100_000, 1]})
+    model = load_program(forge(tmp_path, [wide, norm]))
+    with pytest.raises(EngineError, match=r"one value per row|has no dimension"):
+        model.ask([X])
+
+
+def test_a_norm_per_row_is_taken(tmp_path: Path) -> None:
+    g = aten("reshape.default", "g", self="p_w", shape={"as_ints": [1, 4]})
+    model = load_program(
+        forge(tmp_path, [g, aten("_weight_norm.default", "y", v="x", g="g", dim={"as_int": 1})])
+    )
+    with torch.inference_mode():
+        wanted = torch._weight_norm(X, torch.arange(4.0).reshape(1, 4), 1)
+    assert torch.equal(model.ask([X])["y"], wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["div.Tensor_mode", "divide.Tensor_mode", "div.Scalar_mode", "divide.Scalar_mode"]
+)
+def test_a_division_that_a_processor_can_not_do_is_refused(tmp_path: Path, name: str) -> None:
+    """It ends a process at once."""
+    long = {"as_scalar_type": 5}
+    least = aten("full_like.default", "least", self="x", fill_value={"as_int": -(2**63)}, dtype=long)
+    by = aten("to.dtype", "by", self="x", dtype=long)
+    other: object = {"as_int": -1} if "Scalar" in name else "by"
+    divide = aten(name, "y", self="least", other=other, rounding_mode={"as_string": "trunc"})
+    model = load_program(forge(tmp_path, [least, by, divide], (None, 4), 5))
+    with pytest.raises(EngineError, match=r"the least integer and -1"):
+        model.ask([-X])
+    if "Tensor" in name:
+        assert torch.equal(
+            model.ask([X])["y"], torch.full((2, 4), -(2**63)).div(X.long(), rounding_mode="trunc")
+        )
 
 
 def test_limits_are_what_this_file_says() -> None:
