@@ -142,3 +142,31 @@ def test_a_text_that_ends_leaves_nothing_behind() -> None:
     beside_others(decoder, texts, random.Random(4), joined=True)
     assert decoder.cache_bytes([]) == 0
     assert all(each.shared is None for each in texts)
+
+
+@torch.inference_mode()
+def test_texts_that_could_not_be_taken_apart_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module("LlamaForCausalLM")
+    given = prompts(6, 9, 4)
+    wanted = [alone(made, prompt) for prompt in given]
+    decoder = decoder_of(made)
+    texts = [text(decoder, prompt) for prompt in given]
+    rows = [each.open[0] for each in texts]
+    for writing in rows:
+        take(decoder, [writing])
+    take(decoder, rows)
+    parts: list[int] = []
+    take_row = Decoder._take_row
+
+    def failing(*arguments: Any) -> None:
+        parts.append(1)
+        if len(parts) == 4:  # in the second layer
+            raise MemoryError
+        take_row(*arguments)
+
+    monkeypatch.setattr(Decoder, "_take_row", staticmethod(failing))
+    with pytest.raises(MemoryError):
+        decoder.step(rows[:1])
+    assert all(writing.cache is None and not writing.read for writing in rows)
+    beside_others(decoder, texts, random.Random(4), joined=False)
+    assert [tokens(each) for each in texts] == wanted

@@ -115,6 +115,14 @@ def test_the_company_of_an_input_can_not_be_read_off_its_row() -> None:
     assert torch.equal(beside_one, beside_other)
 
 
+def test_a_row_does_not_keep_those_of_its_company() -> None:
+    vectors = encoder("Bert")
+    mine, theirs = (VectorAnswer(inputs(7)) for _ in range(2))
+    together(vectors, mine, theirs)
+    (row,) = mine.rows
+    assert row.untyped_storage().nbytes() == row.nbytes
+
+
 def test_requests_for_fewer_dimensions_share_passes_with_others() -> None:
     vectors = encoder("Bert")
     (tokens,) = inputs(8)

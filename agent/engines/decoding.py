@@ -204,18 +204,27 @@ class Decoder:
     def _put_apart(self) -> None:
         together, rows = self._together, _some(self._rows)
         self._together, self._rows = [], None
-        for number in range(len(rows.layers)):
-            for row, writing in enumerate(together):
-                if writing is None:
-                    continue
-                if writing.cache is None:
-                    writing.cache = DynamicCache()
-                keys, values = (
-                    tensor[row : row + 1, :, tensor.shape[-2] - writing.read :].clone()
-                    for tensor in _layer(rows, number)
-                )
-                writing.cache.update(keys, values, number)
-            rows.layers[number].reset()
+        try:
+            for number in range(len(rows.layers)):
+                for row, writing in enumerate(together):
+                    if writing is not None:
+                        self._take_row(writing, _layer(rows, number), row, number)
+                rows.layers[number].reset()
+        except Exception:
+            # Nobody goes on with some of its layers: all are read again.
+            for writing in together:
+                if writing is not None:
+                    self.forget(writing)
+            raise
+
+    @staticmethod
+    def _take_row(writing: Writing, layer: tuple[torch.Tensor, torch.Tensor], row: int, number: int) -> None:
+        if writing.cache is None:
+            writing.cache = DynamicCache()
+        keys, values = (
+            tensor[row : row + 1, :, tensor.shape[-2] - writing.read :].clone() for tensor in layer
+        )
+        writing.cache.update(keys, values, number)
 
 
 def _some(cache: DynamicCache | None) -> DynamicCache:

@@ -100,7 +100,8 @@ class Vectors:
                 self.compute([part])
             else:
                 answer, place = part
-                answer.put(place, row.cpu())
+                # A copy: a view would keep the rows of all the others in memory until its own request ends.
+                answer.put(place, row.cpu().clone())
 
     def _padded(self, inputs: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, inputs))
