@@ -18,6 +18,8 @@ from packer.types import MIB
 
 # Answers that arrived and that callers have not taken yet, per worker; beyond this the worker waits.
 BUFFERED_BYTES_MAX = 64 * MIB
+# What a frame takes here beside its bytes, so that very many small ones are counted too.
+FRAME_OVERHEAD_BYTES = 512
 
 
 class Answer:
@@ -69,7 +71,7 @@ class Answers:
         """Everything that has arrived for a caller."""
         taken = list(answer.frames)
         answer.frames.clear()
-        self._buffered_bytes -= sum(len(body) for _, body in taken)
+        self._buffered_bytes -= sum(_held_bytes(frame, body) for frame, body in taken)
         if self._buffered_bytes < BUFFERED_BYTES_MAX:
             self._room.set()
         return taken
@@ -94,7 +96,7 @@ class Answers:
         answer.ended, answer.busy_ms = ended, busy_ms
         answer.frames.append((frame, body))
         answer.arrived.set()
-        self._buffered_bytes += len(body)
+        self._buffered_bytes += _held_bytes(frame, body)
         if self._buffered_bytes >= BUFFERED_BYTES_MAX:
             self._room.clear()
 
@@ -111,3 +113,8 @@ class Answers:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _held_bytes(frame: FromWorker, body: bytes) -> int:
+    """Texts lie in headers, tensors in bodies."""
+    return FRAME_OVERHEAD_BYTES + len(body) + (len(frame.header) if isinstance(frame, Piece) else 0)
