@@ -163,6 +163,7 @@ async def _handled(
         request[BODY] = body
         claim = claim_of(request, caller.tenant or "", body)
         async with control.turns.turn(claim.slot):
+            check_still(control, caller)
             row = await control.read(lambda store: store.replay(claim.slot))
             if row is not None and wall_ms() - row.made_ms < LIFE_MS:
                 return claim.again(row)
@@ -270,7 +271,16 @@ async def read_json(control: Control, request: web.Request, caller: Caller, kind
     if (held := request.get(BODY)) is not None:
         return decode_json(held, kind)
     async with control.bodies.body(request, caller.owner) as body:
+        check_still(control, caller)
         return decode_json(body, kind)
+
+
+def check_still(control: Control, caller: Caller) -> None:
+    """Refuse whoever's key was revoked, or ended, while the request waited or its body came in, which takes
+    as long as the caller likes. Raises ``ApiError`` 401."""
+    key = control.catalog.key_specs.get(caller.key_id)
+    if key is None or (key.expires_ms is not None and wall_ms() >= key.expires_ms):
+        raise invalid_key()
 
 
 # --- answers --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ gateway (``test_gateway_auth``).
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
 from collections.abc import AsyncIterator
@@ -21,7 +22,9 @@ from aiohttp import web
 from running_control import FakeNode, Running, model_files, running, until
 
 from control.authority import Authority
+from control.catalog import KeyRow, PutKey
 from control.server import build_node_app, build_public_app
+from packer.http import make_key
 from packer.wire import WIRE_VERSION, JoinAsk, encode
 
 # The written list of what anybody may call. Adding to it is a decision, not a detail.
@@ -181,6 +184,36 @@ async def test_a_doubled_authorization_header_is_no_credential(site: Site) -> No
     headers = [("Authorization", f"Bearer {site.acme}"), ("Authorization", "Bearer x")]
     async with site.control.session.get(f"{site.control.url}/v1/models", headers=headers) as answer:
         assert answer.status == 401
+
+
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "slow"}], ids=["plain", "kept"])
+async def test_a_key_that_is_revoked_while_its_body_comes_in_does_nothing(
+    site: Site, headers: dict[str, str]
+) -> None:
+    """Whoever holds requests open in time would make new keys with the old one."""
+    control = site.control
+    made = make_key()
+    row = KeyRow(made.key_id, made.secret_sha256, None, "another operator", 0, None)
+    async with control.server.control.writing:
+        await control.server.control.write([PutKey(row)])
+    known = set(control.server.control.catalog.keys)
+    begun, rest = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"label": '
+        begun.set()
+        await rest.wait()
+        yield b'"mine"}'
+
+    path = "/api/v1/tenants/acme/keys"
+    task = asyncio.create_task(control.call("POST", path, key=made.text, data=body(), headers=headers))
+    await begun.wait()
+    await until(lambda: control.server.control.bodies.held_bytes > 0)
+    await control.call("DELETE", f"/api/v1/keys/{made.key_id}")
+    rest.set()
+    answer = await task
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    assert set(control.server.control.catalog.keys) == known - {made.key_id}
 
 
 async def test_figures_are_for_this_machine_and_name_nobody(site: Site) -> None:
