@@ -157,7 +157,7 @@ class SendPlan:
 
 @dataclass(frozen=True, slots=True)
 class EndPoll:
-    """Answer the node's long poll without a plan: it was removed."""
+    """Answer the node's long poll without a plan: it was removed, or there are two of it."""
 
     node: str
 
@@ -304,8 +304,12 @@ def _beat(cluster: Cluster, event: NodeBeat, now_ms: int) -> list[Action]:
 
 
 def _cloned(cluster: Cluster, node: str, two: bool) -> list[Action]:
-    cluster.nodes[node].cloned = two
-    return [EndPoll(node), *_end_turns(cluster, node)] if two else []
+    view = cluster.nodes[node]
+    view.cloned = two
+    if not two:
+        return []
+    view.waits = False  # whoever is thought to wait is never silent, and both boxes may go without a word
+    return [EndPoll(node), *_end_turns(cluster, node)]
 
 
 def _is_late(view: NodeView, event: NodeBeat) -> bool:

@@ -21,6 +21,7 @@ from control.cluster import (
     Answered,
     AnswerSource,
     Changed,
+    Cloned,
     Cluster,
     EndPoll,
     Event,
@@ -171,6 +172,17 @@ def test_a_node_that_holds_its_poll_open_is_not_silent() -> None:
     assert step(cluster, Ticked(), 10 * SILENT_AFTER_MS) == [
         NoteSilent(node, 10 * SILENT_AFTER_MS) for node in "bc"
     ]
+
+
+def test_two_boxes_that_both_fell_silent_are_not_there() -> None:
+    """The poll that ended when the copy was found out is none that is open."""
+    cluster = cluster_of(beat("a", waits=True))
+    assert step(cluster, Cloned("a", True), 0) == [EndPoll("a")]
+    check(cluster)
+    later = SILENT_AFTER_MS + 1
+    assert NoteSilent("a", later) in step(cluster, Ticked(), later)
+    assert step(cluster, Cloned("a", False), later) == []
+    assert "a" not in order(cluster)
 
 
 def test_a_node_that_is_only_remembered_has_time_to_report() -> None:
