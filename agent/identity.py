@@ -165,16 +165,9 @@ class Identity:
     def forget(self) -> Path | None:
         """Control removed this node: what it was is put aside, and the next join starts afresh with a new
         key. Returns where it lies now."""
-        former = [f"former-{number}" for number in range(1, FORMER_MAX + 1)]
-        free = next((name for name in former if not (self._directory / name).exists()), None)
-        if free is None:
-            shutil.rmtree(self._directory / former[0], ignore_errors=True)
-            for older, newer in pairwise(former):
-                (self._directory / newer).rename(self._directory / older)
-            free = former[-1]
-        aside = self._directory / free
         self.answer = None
         try:
+            aside = self._place_for_former()
             aside.mkdir(mode=0o700)
             for path in (self._answer_path, self._key_path, self._directory / "node.crt"):
                 if path.exists():
@@ -184,6 +177,17 @@ class Identity:
             self._answer_path.unlink(missing_ok=True)
             return None
         return aside
+
+    def _place_for_former(self) -> Path:
+        """A name that is free; the oldest of too many goes. Raises ``OSError``."""
+        former = [self._directory / f"former-{number}" for number in range(1, FORMER_MAX + 1)]
+        free = next((place for place in former if not place.exists()), None)
+        if free is not None:
+            return free
+        shutil.rmtree(former[0])
+        for older, newer in pairwise(former):
+            newer.rename(older)
+        return former[-1]
 
     def expires_s(self) -> float:
         """Unix time at which the certificate ends; 0 without one."""

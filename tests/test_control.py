@@ -29,7 +29,7 @@ from running_control import (
     until,
 )
 
-from control.state import AlreadyRunning, Control
+from control.state import AlreadyRunning, Control, wall_ms
 from control.store import StoreUnavailable
 from packer.directory import manifest_digest
 from packer.types import MIB, OriginFile
@@ -266,6 +266,14 @@ async def test_a_full_table_of_tokens_says_when_the_first_ends(
     assert (full.status, full.error["code"]) == (429, "too_many_tokens")
     assert 0 < int(full.headers["Retry-After"]) <= 60
     assert full.headers["x-should-retry"] == "false"
+    # One that has ended takes no place, and is not what anybody waits for.
+    monkeypatch.setattr("control.routes.nodes.TOKENS_MAX", 2)
+    await control.call("POST", "/api/v1/nodes/tokens", {"ttl_s": 30})
+    monkeypatch.setattr("control.routes.nodes.TOKENS_MAX", 1)
+    monkeypatch.setattr("control.routes.nodes.wall_ms", lambda: wall_ms() + 40_000)
+    full = await control.call("POST", "/api/v1/nodes/tokens", {})
+    assert full.status == 429
+    assert 1 < int(full.headers["Retry-After"]) <= 20
 
 
 async def test_a_tenant_can_not_fill_controls_disk(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ from control import authority as authority_module
 from control.authority import LATE_RENEWAL_MAX
 from control.ca import CLOCK_SKEW, NODE_CERTIFICATE_LIFE
 from control.lives import CLONE_MEMORY_MS
-from packer.wire import WIRE_VERSION, BoxFacts, SourcesAsk, encode
+from control.routes.nodes import answer_beat
+from packer.http import ApiError
+from packer.wire import WIRE_VERSION, Beat, BoxFacts, SourcesAsk, encode
 
 
 @contextmanager
@@ -324,6 +326,33 @@ def test_former_identities_are_few(tmp_path: Path) -> None:
     assert kept == keys[-3:]
     assert not (tmp_path / "former-4").exists()
     assert not (tmp_path / "node.key").exists()
+
+
+def test_a_former_identity_that_can_not_be_moved_is_not_taken_up_again(tmp_path: Path) -> None:
+    """The node goes on as one that has none, and does not end with an error of the disk."""
+    site = Site(tmp_path / "site")
+    identity = site.join("box", listens=False).identity
+    assert identity.answer is not None
+    for number in (1, 2, 3):
+        (identity._directory / f"former-{number}").mkdir()
+    with mock.patch.object(Path, "rename", side_effect=OSError("read-only")):
+        assert identity.forget() is None
+    assert identity.answer is None
+    assert Identity(identity._directory).answer is None
+
+
+async def test_a_word_of_a_node_that_was_removed_on_its_way_is_not_taken(tmp_path: Path) -> None:
+    """A beat's body may take long: nothing of it is known of the node that has the name by then."""
+    async with running(tmp_path / "control") as control:
+        state = control.server.control
+        node = await control.join("box")
+        await node.beat(tmp_path)
+        row = state.catalog.nodes["box"]
+        await control.call("DELETE", "/api/v1/nodes/box")
+        beat = Beat(WIRE_VERSION, "box", 0, 0, 0, empty_report(GATEWAY), sent_ms=1)
+        with pytest.raises(ApiError, match="was removed"):
+            await answer_beat(state, row, beat, None)
+        assert state.said.clock_skew_ms("box") is None
 
 
 # --- a machine image that was copied --------------------------------------------------------------

@@ -140,12 +140,13 @@ async def make_join_token(control: Control, request: web.Request, caller: Caller
     row = TokenRow(token.token_id, hash_secret(token.secret), node, now_ms, ends_ms, pool=pool)
     async with control.writing:
         ended = [old for old in control.catalog.tokens.values() if old.expires_ms <= now_ms]
-        if len(control.catalog.tokens) - len(ended) >= TOKENS_MAX:
+        live = [old.expires_ms for old in control.catalog.tokens.values() if old.expires_ms > now_ms]
+        if len(live) >= TOKENS_MAX:
             raise ApiError(
                 429,
                 "too_many_tokens",
                 f"There are {TOKENS_MAX} live join tokens, the limit; wait for some to end.",
-                retry_ms=min(old.expires_ms for old in control.catalog.tokens.values()) - now_ms,
+                retry_ms=min(live) - now_ms,
                 should_retry=False,
             )
         changes: list[Change] = [DropToken(old.token_id) for old in ended]
@@ -292,6 +293,7 @@ async def answer_beat(
 ) -> BeatAnswer:
     """What a beat that came from the address ``peer`` to ``own`` means; ``row``: the node as it was then."""
     _check_beat(message, row)
+    _check_still(control, row)  # its body may have been on its way for long
     if control.is_behind(message.have) and not await control.leap_epoch(message.have):
         raise ApiError(
             409,
