@@ -134,7 +134,8 @@ class Shares:
         """The node has joined (again): what it held in an earlier life is others' by now."""
         self._session, self._divided, self._lasting = "", False, False
         self._post(SharesSeen(NOTHING))
-        await self._save(_text(Stored(NOTHING)))
+        if await self._save(nothing := _text(Stored(NOTHING))):
+            self._stored = nothing
 
     # --- exchanges --------------------------------------------------------------------------------
 

@@ -343,6 +343,27 @@ def test_a_node_that_joins_again_has_nothing() -> None:
     fleet_test(work())
 
 
+def test_a_node_that_joins_again_and_is_alone_keeps_the_whole_on_disk() -> None:
+    """What is answered after it is what it had before: it is on disk again all the same."""
+
+    async def work() -> None:
+        fleet = Fleet("a")
+        a = fleet.boxes["a"]
+        await a.let_in_all(1)
+        had = a.disk
+        assert had is not None
+        fleet.shares.step(HolderRemoved("a"))
+        fleet.shares.step(HolderJoined("a", fresh=True))
+        await a.shares.forget()
+        assert a.part == 0
+        assert a.disk != had
+        await a.let_in_all(1)
+        assert a.part == 1
+        assert a.disk == had
+
+    fleet_test(work())
+
+
 def test_a_control_of_an_earlier_release_leaves_the_limits_to_the_node() -> None:
     async def work() -> None:
         fleet = Fleet("a")
