@@ -18,7 +18,7 @@ import pytest_asyncio
 from aiohttp import web
 from fake_node import FakeNode
 from routed_fleet import Fleet, Gateway, Respond, routed_fleet
-from running_control import Answer, empty_report, model_report, until
+from running_control import PATIENCE_S, Answer, empty_report, model_report, until
 
 from agent.facade import EngineFrame, EngineRequest
 from control.routes import forwarding
@@ -175,13 +175,14 @@ async def test_trailers_end_at_the_router(fleet: Fleet) -> None:
 # --- streams and slow ends ------------------------------------------------------------------------
 
 
-async def test_comments_pass_at_once_and_events_when_they_are_whole(fleet: Fleet) -> None:
+@pytest.mark.parametrize("comment", [b": restoring\n\n", b":\n\n", b"\n\n", b":\r\n\r\n"])
+async def test_comments_pass_at_once_and_events_when_they_are_whole(fleet: Fleet, comment: bytes) -> None:
     more = asyncio.Event()
 
     async def respond(request: web.Request, body: bytes) -> web.StreamResponse:
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)
-        await answer.write(b": restoring\n\ndata: [")
+        await answer.write(comment + b"data: [")
         await more.wait()
         await answer.write(b"1]\n\n")
         return answer
@@ -189,7 +190,7 @@ async def test_comments_pass_at_once_and_events_when_they_are_whole(fleet: Fleet
     fleet.gateways[0].respond = respond
     url = f"{fleet.control.url}/v1/chat/completions"
     async with fleet.control.session.post(url, json={"model": "acme/m"}, headers=fleet.headers) as answer:
-        assert await answer.content.readany() == b": restoring\n\n"
+        assert await asyncio.wait_for(answer.content.readany(), PATIENCE_S) == comment
         more.set()
         assert await answer.content.readuntil(b"\n\n") == b"data: [1]\n\n"
 

@@ -26,6 +26,7 @@ from packer.types import KIB
 HELD_BYTES_MAX = 64 * KIB
 # An event of a stream is passed on when it is complete, unless it is larger than this.
 EVENT_BYTES_MAX = 64 * KIB
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 ANSWER_HEADERS = frozenset(
     {
         *PASSED_HEADERS,
@@ -155,10 +156,10 @@ async def _whole_events(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     rest = b""
     async for piece in pieces:
         rest += piece
-        end = max(rest.rfind(b"\n\n") + 2, rest.rfind(b"\r\n\r\n") + 4)
-        if end < 4 and len(rest) > EVENT_BYTES_MAX:
+        end = max(at + len(mark) if (at := rest.rfind(mark)) >= 0 else 0 for mark in EVENT_ENDS)
+        if not end and len(rest) > EVENT_BYTES_MAX:
             end = len(rest)
-        if end >= 4:
+        if end:
             yield rest[:end]
             rest = rest[end:]
     if rest:
