@@ -113,23 +113,26 @@ def _left_over(cluster: Cluster, views: Sequence[NodeView], image_bytes: int, no
     """Of every node with room for the model, what its best device would have left. What was sent there a
     moment ago and is in no report yet counts as there, where it fits best."""
     bins = {
-        (view.node, device.device): Bin(device.device, device.budget_bytes - device.used_bytes, (), view.node)
+        view.node: {
+            device.device: Bin(device.device, device.budget_bytes - device.used_bytes, (), view.node)
+            for device in view.report.devices
+            if device.healthy
+        }
         for view in views
         if view.report is not None
-        for device in view.report.devices
-        if device.healthy
     }
     for ref, expected in cluster.expected.items():
         view = cluster.nodes.get(expected.node)
         known = view.by_ref.get(str(ref)) if view is not None else None
         if expected.until_ms <= now_ms or not expected.nbytes or (known is not None and known.device_bytes):
             continue
-        there = [each for each in bins.values() if each.site == expected.node]
-        placing = place(there, Wanted(str(ref), expected.nbytes))
+        there = bins.get(expected.node, {})
+        placing = place(list(there.values()), Wanted(str(ref), expected.nbytes))
         if placing is not None:
-            at = (expected.node, placing.bins[0])
-            bins[at] = replace(bins[at], reserved_bytes=bins[at].reserved_bytes + expected.nbytes)
-    return left_over(list(bins.values()), Wanted(str(image_bytes), image_bytes))
+            at = placing.bins[0]
+            there[at] = replace(there[at], reserved_bytes=there[at].reserved_bytes + expected.nbytes)
+    every = [each for of_node in bins.values() for each in of_node.values()]
+    return left_over(every, Wanted(str(image_bytes), image_bytes))
 
 
 def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, text: str, now_ms: int) -> int:
