@@ -1,15 +1,18 @@
 """The one HTTP session from the router to the nodes' gateways, and its connections.
 
-Covers: how connections to nodes are made and kept, and telling a connection that was used before from a
-new one. Does not cover: what is sent over them (``control.routes.forwarding``).
+Covers: how connections to nodes are made and kept, giving up one whose other end is gone without a word, and
+telling a connection that was used before from a new one. Does not cover: what is sent over them
+(``control.routes.forwarding``).
 """
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import aiohttp
+from aiohttp import AddrInfoType
 
 from control.places import NodeResolver
 
@@ -20,6 +23,11 @@ SILENT_SECONDS = 600.0
 # Idle connections are dropped before the node drops them, so that few requests
 # meet one that is just being closed.
 IDLE_SECONDS = 15.0
+# A box that lost its power or its network says nothing, while a node may take minutes to answer. But its
+# kernel confirms probes and data at once: without that for so long, nobody is there. Long enough for a node
+# that does not read a large body for a while, which counts the same.
+PROBE_SECONDS = 15
+GONE_SECONDS = 60
 
 
 @dataclass(slots=True)
@@ -32,7 +40,9 @@ class Connection:
 def open_session() -> aiohttp.ClientSession:
     """Requests name themselves to it with ``trace_request_ctx=Connection()``."""
     # Connections are bounded by the router's own limit of requests.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS, resolver=NodeResolver())
+    connector = aiohttp.TCPConnector(
+        limit=0, keepalive_timeout=IDLE_SECONDS, resolver=NodeResolver(), socket_factory=_probing
+    )
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_reused)
     return aiohttp.ClientSession(
@@ -43,6 +53,17 @@ def open_session() -> aiohttp.ClientSession:
         trace_configs=[trace],
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS),
     )
+
+
+def _probing(address: AddrInfoType) -> socket.socket:
+    """A socket that notices when the other end is gone."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_SECONDS)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GONE_SECONDS * 1000)
+    return made
 
 
 async def _reused(
