@@ -79,6 +79,8 @@ def _check(ask: SharesAsk) -> None:
         raise BadValue("shares", "names a tenant twice")
     if len(ask.session) > NAME_CHARS_MAX:
         raise BadValue("session", f"at most {NAME_CHARS_MAX} characters")
+    if any(len(said.tenant) > NAME_CHARS_MAX for said in ask.shares):
+        raise BadValue("tenant", f"at most {NAME_CHARS_MAX} characters")
     numbers = [ask.number, ask.wait_ms, *(lag for said in ask.shares for lag in said.lags.each())]
     if any(not 0 <= number <= NUMBER_MAX for number in numbers):
         raise BadValue("shares", f"numbers must be from 0 to {NUMBER_MAX}")

@@ -118,6 +118,7 @@ async def test_an_old_word_that_is_sent_again_changes_nothing(tmp_path: Path) ->
         (SharesAsk(1, "", 1, NOTHING, wait_ms=-5), "numbers"),
         (SharesAsk(1, "s" * 65, 1, NOTHING), "session"),
         (SharesAsk(1, "", 1, NOTHING, (wants(), wants())), "twice"),
+        (SharesAsk(1, "", 1, WHOLE, (TenantShare("t" * 65, WHOLE),)), "tenant"),
         (SharesAsk(1, "", 1, NOTHING, tuple(wants(tenant=f"t{i}") for i in range(20_001))), "at most"),
         (SharesAsk(7, "", 1, NOTHING), "version"),
     ],
