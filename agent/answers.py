@@ -34,15 +34,16 @@ class Answer:
 
 
 class Answers:
-    """Those of one worker. ``on_late`` is told of device time that answers took whose callers had left."""
+    """Those of one worker. ``on_late`` is told of device time that answers took whose callers had left,
+    ``on_room`` when frames may be heard again after ``heard`` said that there is no room."""
 
-    def __init__(self, on_late: Callable[[int], None]) -> None:
-        self._on_late = on_late
+    def __init__(self, on_late: Callable[[int], None], on_room: Callable[[], None] = lambda: None) -> None:
+        self._on_late, self._on_room = on_late, on_room
+        self._time = asyncio.get_running_loop().time
         self._open: dict[int, Answer] = {}
         self._due, self._bodies = Due(), Bodies()
         self._buffered_bytes = 0
-        self._room = asyncio.Event()
-        self._room.set()
+        self._full = False
         self._ended = False
 
     def open(self, number: int) -> Answer:
@@ -72,16 +73,18 @@ class Answers:
         taken = list(answer.frames)
         answer.frames.clear()
         self._buffered_bytes -= sum(_held_bytes(frame, body) for frame, body in taken)
-        if self._buffered_bytes < BUFFERED_BYTES_MAX:
-            self._room.set()
+        if self._full and self._buffered_bytes < BUFFERED_BYTES_MAX:
+            self._full = False
+            self._on_room()
         return taken
 
-    async def room(self) -> None:
-        """Returns when the next frame may be read."""
-        await self._room.wait()
+    @property
+    def has_room(self) -> bool:
+        """May another frame be heard?"""
+        return not self._full
 
-    def heard(self, frame: FromWorker, body: bytes) -> None:
-        """A frame came."""
+    def heard(self, frame: FromWorker, body: bytes) -> bool:
+        """A frame came. Returns whether there is room for another."""
         assert not isinstance(frame, Measured)
         ended = not isinstance(frame, Piece)
         stated_s = 0.0 if isinstance(frame, Piece) else frame.busy_us / 1e6
@@ -92,13 +95,13 @@ class Answers:
         if answer is None:  # its caller has left
             if busy_ms:
                 self._on_late(busy_ms)
-            return
+            return not self._full
         answer.ended, answer.busy_ms = ended, busy_ms
         answer.frames.append((frame, body))
         answer.arrived.set()
         self._buffered_bytes += _held_bytes(frame, body)
-        if self._buffered_bytes >= BUFFERED_BYTES_MAX:
-            self._room.clear()
+        self._full = self._buffered_bytes >= BUFFERED_BYTES_MAX
+        return not self._full
 
     def stuck_s(self) -> float:
         """See ``Due.stuck_s``."""
@@ -112,7 +115,7 @@ class Answers:
             answer.arrived.set()
 
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return self._time()
 
 
 def _held_bytes(frame: FromWorker, body: bytes) -> int:

@@ -33,6 +33,8 @@ FDS_PER_ORDER_MAX = 300
 FRAME_HEADER_BYTES_MAX = 8 * MIB
 # 2,048 inputs of 8,192 dimensions in float32.
 FRAME_BODY_BYTES_MAX = 64 * MIB
+# A body up to this size is joined with its header, so that it is one write; a larger one is not copied.
+JOINED_BYTES_MAX = 64 * KIB
 # Bodies of requests that one worker holds, arriving or waiting; whoever comes beyond that waits before it.
 BODIES_BYTES_MAX = FRAME_BODY_BYTES_MAX
 # Longest error text that travels; the rest is cut.

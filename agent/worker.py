@@ -29,6 +29,7 @@ import torch
 from agent.compute import Compute
 from agent.frames import (
     BODIES_BYTES_MAX,
+    JOINED_BYTES_MAX,
     LENGTHS_BYTES,
     BadFrame,
     Bind,
@@ -198,9 +199,10 @@ class Worker:
 
     def _send(self, frame: FromWorker, body: bytes = b"") -> None:
         header, body = encode_frame(frame, body)
+        joined = len(body) <= JOINED_BYTES_MAX  # as one write it wakes the agent once
         with self._data_lock:
-            self._data.sendall(header)
-            if body:
+            self._data.sendall(header + body if joined else header)
+            if not joined:
                 self._data.sendall(body)
 
     # --- orders -----------------------------------------------------------------------------------

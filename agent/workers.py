@@ -25,8 +25,8 @@ import msgspec
 from agent.answers import Answers
 from agent.devices import DeviceConfig
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
+from agent.frame_stream import FrameStream
 from agent.frames import (
-    LENGTHS_BYTES,
     STATED_MAX,
     BadFrame,
     BaseOffer,
@@ -39,6 +39,7 @@ from agent.frames import (
     EvictModel,
     Failed,
     Fault,
+    FromWorker,
     LoadOrigin,
     Measured,
     Message,
@@ -53,11 +54,7 @@ from agent.frames import (
     ToWorker,
     WritePack,
     close_fds,
-    decode,
-    decode_lengths,
-    encode_frame,
     encode_value,
-    from_worker_decoder,
     replies_decoder,
     wire_spec,
 )
@@ -194,9 +191,8 @@ class WorkerHandle:
         self._ids = itertools.count(1)
         self._serving: dict[int, Callable[[int], None]] = {}
         self._replies: dict[int, asyncio.Future[Done]] = {}
-        self._answers = Answers(lambda device_ms: self.on_late(device_ms))
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
+        self._answers = Answers(lambda device_ms: self.on_late(device_ms), self._go_on)
+        self._stream: FrameStream | None = None
         self._pulse: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -206,8 +202,9 @@ class WorkerHandle:
         self.pid, self._pidfd = pid, pidfd
         loop.add_reader(pidfd, self._on_death)
         loop.add_reader(self._orders, self._on_reply)
-        reader, self._writer = await asyncio.open_unix_connection(sock=self._data)
-        self._reading = asyncio.create_task(self._read_frames(reader))
+        _, self._stream = await loop.create_unix_connection(
+            lambda: FrameStream(self._heard, self._ended), sock=self._data
+        )
         self._pulse = asyncio.create_task(self._feel_pulse())
 
     # --- orders -----------------------------------------------------------------------------------
@@ -443,6 +440,8 @@ class WorkerHandle:
                 self._answers.not_sent(answer)
                 raise EngineError("invalid_request", str(error)) from None
             while True:
+                # Before looking: what arrives while the caller is busy with a frame is not to be slept over.
+                answer.arrived.clear()
                 for frame, body in self._answers.taken(answer):
                     match frame:
                         case Piece():
@@ -456,39 +455,36 @@ class WorkerHandle:
                             raise WorkerFailure(frame.message, gone=frame.gone)
                 if self.died.is_set():
                     raise WorkerDead(f"worker {self.pid} is gone")
-                answer.arrived.clear()
                 await answer.arrived.wait()
         finally:
             took(answer.busy_ms)
-            if self._answers.close(answer) and self._writer is not None:
-                self._writer.writelines(encode_frame(Cancel(answer.number)))
+            if self._answers.close(answer) and self._stream is not None:
+                with suppress(ConnectionResetError):  # it cares for nothing any more
+                    self._stream.write(Cancel(answer.number))
 
     async def _write(self, frame: ToWorker, body: bytes = b"") -> None:
-        if self._writer is None or self.died.is_set():
+        if self._stream is None or self.died.is_set():
             raise WorkerDead(f"worker {self.pid} is gone")
         try:
-            # Not ``writelines``: it joins, and a body may be 64 MiB.
-            for part in encode_frame(frame, body):
-                self._writer.write(part)
-            await self._writer.drain()
+            self._stream.write(frame, body)
+            await self._stream.drained()
         except OSError as error:
             raise WorkerDead(f"worker {self.pid}: {error}") from None
 
-    async def _read_frames(self, reader: asyncio.StreamReader) -> None:
-        try:
-            while True:
-                await self._answers.room()
-                lengths = decode_lengths(await reader.readexactly(LENGTHS_BYTES))
-                frame = decode(from_worker_decoder, await reader.readexactly(lengths[0]))
-                body = await reader.readexactly(lengths[1])
-                if isinstance(frame, Measured):
-                    self._measured(frame)
-                    continue
-                self._answers.heard(frame, body)
-        except (asyncio.IncompleteReadError, OSError):
-            pass  # its death follows
-        except BadFrame as error:
-            log.error("worker %d of %s: %s", self.pid, self.tenant, error)
+    def _heard(self, frame: FromWorker, body: bytes) -> None:
+        if isinstance(frame, Measured):
+            self._measured(frame)
+        elif not self._answers.heard(frame, body) and self._stream is not None:
+            self._stream.hold()
+
+    def _go_on(self) -> None:
+        if self._stream is not None:
+            self._stream.go_on()
+
+    def _ended(self, mistake: BadFrame | None) -> None:
+        """Its data socket is over; unless that was wished for, its death follows."""
+        if mistake is not None:
+            log.error("worker %d of %s: %s", self.pid, self.tenant, mistake)
         if not self._closing:
             self.kill()
 
@@ -519,9 +515,6 @@ class WorkerHandle:
                 await asyncio.wait_for(self.died.wait(), CLOSE_TIMEOUT_S)
             self.kill()
             await self.died.wait()
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
 
     def _on_death(self) -> None:
         loop = asyncio.get_running_loop()
@@ -532,8 +525,8 @@ class WorkerHandle:
         self._orders.close()
         if self._pulse is not None:
             self._pulse.cancel()
-        if self._writer is not None:
-            self._writer.close()
+        if self._stream is not None:
+            self._stream.close()
         self.died.set()
         for reply in self._replies.values():
             if not reply.done():

@@ -6,8 +6,6 @@ stuck workers (``test_due``), or requests' bodies (``test_bodies``).
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from agent.answers import BUFFERED_BYTES_MAX, FRAME_OVERHEAD_BYTES, Answers
@@ -15,31 +13,27 @@ from agent.frames import End, Piece, encode_value
 from packer.types import KIB, MIB
 
 
-async def has_room(answers: Answers) -> bool:
-    waiting = asyncio.ensure_future(answers.room())
-    await asyncio.sleep(0)
-    waiting.cancel()
-    return waiting.done()
-
-
 @pytest.mark.parametrize(
     ("header_bytes", "body_bytes"), [(0, MIB), (MIB, 0), (0, 0), (2 * KIB, 0), (300 * KIB, 700 * KIB)]
 )
 async def test_a_worker_waits_while_its_answers_are_not_taken(header_bytes: int, body_bytes: int) -> None:
-    answers = Answers(lambda device_ms: None)
+    told: list[str] = []
+    answers = Answers(lambda device_ms: None, lambda: told.append("room"))
     slow, quick = answers.open(1), answers.open(2)
     piece, body = Piece(1, encode_value({"delta": "x" * header_bytes})), bytes(body_bytes)
     frames = BUFFERED_BYTES_MAX // (len(piece.header) + body_bytes + FRAME_OVERHEAD_BYTES)
     for _ in range(frames - 2):
         answers.heard(piece, body)
-    assert await has_room(answers)
+    assert answers.has_room
     for _ in range(3):
         answers.heard(piece, body)
-    assert not await has_room(answers)
+    assert not answers.has_room
+    assert not told
     answers.taken(quick)
-    assert not await has_room(answers)
+    assert not answers.has_room
     assert len(answers.taken(slow)) == frames + 1
-    assert await has_room(answers)
+    assert answers.has_room
+    assert told == ["room"]
 
 
 async def test_who_leaves_gives_the_room_of_its_answer_back() -> None:
@@ -48,6 +42,6 @@ async def test_who_leaves_gives_the_room_of_its_answer_back() -> None:
     for _ in range(BUFFERED_BYTES_MAX // MIB):
         answers.heard(Piece(1, encode_value({})), bytes(MIB))
     answers.heard(End(1), b"")
-    assert not await has_room(answers)
+    assert not answers.has_room
     assert not answers.close(answer)
-    assert await has_room(answers)
+    assert answers.has_room
