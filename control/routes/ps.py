@@ -92,7 +92,9 @@ async def ps(control: Control, request: web.Request, caller: Caller) -> web.Resp
     for view in sorted(control.cluster.nodes.values(), key=lambda view: view.node):
         if view.report is None:
             continue
-        found = (_item(view.node, report) for report in view.report.models)
+        # Looked at by their first letters: a tenant must not have control parse what all others have.
+        own = f"{tenant}/" if tenant is not None else ""
+        found = (_item(view.node, report) for report in view.report.models if report.ref.startswith(own))
         items += [item for item in found if item is not None and tenant in (None, item.tenant)]
         if tenant is None:
             # How full a device is tells a tenant about others.
