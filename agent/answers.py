@@ -78,7 +78,6 @@ class Answers:
             self._on_room()
         return taken
 
-    @property
     def has_room(self) -> bool:
         """May another frame be heard?"""
         return not self._full
