@@ -57,6 +57,8 @@ def wrong_credentials(node: FakeNode) -> dict[str, list[tuple[str, str]]]:
     right = parse_key(node.acme)
     assert right is not None
     stranger = make_key()
+    revoked = node.add_key("acme")
+    del node.keys[revoked.split("_")[1]]
     mixed = f"bk_{right.key_id}_{stranger.secret}"
     return {
         "none": [],
@@ -72,6 +74,7 @@ def wrong_credentials(node: FakeNode) -> dict[str, list[tuple[str, str]]]:
         "upper case": [("Authorization", f"Bearer {node.acme.upper()}")],
         "trailing word": [("Authorization", f"Bearer {node.acme} x")],
         "expired": [("Authorization", f"Bearer {node.expired}")],
+        "revoked": [("Authorization", f"Bearer {revoked}")],
         "doubled": [("Authorization", f"Bearer {node.acme}"), ("Authorization", f"Bearer {node.acme}")],
         "latin": [("Authorization", "Bearer bk_\u00e9")],
         "in another header": [("X-Api-Key", node.acme)],

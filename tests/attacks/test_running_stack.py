@@ -1,7 +1,7 @@
 """A hostile tenant and a thief of the disk against a running box: control, agent, nursery and workers.
 
 Covers: a tokenizer that borrows a file of the node, packs changed and exchanged on disk, what packs show
-without their keys, who may read the files, secrets and prompts in processes, logs and events. Does not
+without their keys, who may read the files, secrets and prompts in processes, logs, events and files. Does not
 cover: every route and every path variant (``test_control_auth``, ``test_gateway_auth``,
 ``test_gateway_paths``), and crashes (``test_crash``).
 """
@@ -15,6 +15,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -168,6 +169,125 @@ def test_node_and_control_speak_over_tls_alone(box: Box) -> None:
         context.maximum_version = ssl.TLSVersion.TLSv1_2
         with socket.create_connection(("127.0.0.1", port), PATIENCE_S) as raw, pytest.raises(ssl.SSLError):
             context.wrap_socket(raw)
+
+
+def raw(url: str, data: bytes) -> None:
+    """Bytes that are no HTTP, and whatever is answered."""
+    place = urlsplit(url)
+    assert place.hostname is not None
+    with socket.create_connection((place.hostname, place.port), PATIENCE_S) as line:
+        line.sendall(data)
+        line.shutdown(socket.SHUT_WR)
+        while line.recv(65536):
+            pass
+
+
+def provoke(box: Box, canary: str) -> None:
+    """Every kind of refused and broken request that repeats its caller's words, on router and node."""
+    key = box.keys["acme"]
+    good = {"Authorization": f"Bearer {key}"}
+    bodies: list[dict[str, object]] = [
+        {"model": f"acme/{canary}", "prompt": canary},
+        {"model": canary, "prompt": canary},
+        {"model": "acme/gen", "prompt": {"text": canary}},
+        {"model": "acme/gen", "prompt": canary, "max_tokens": canary},
+        {"model": "acme/gen", "prompt": canary, canary: 1},
+        {"model": "acme/gen", "prompt": canary * 10_000},
+        {"model": "acme/gen", "messages": [{"role": canary, "content": canary}]},
+        {"model": "acme/judge", "input": [canary, {"x": canary}]},
+    ]
+    with httpx2.Client(timeout=PATIENCE_S, headers=good) as client:
+        for url in (box.url, box.gateway_url):
+            for body in bodies:
+                for route in ("completions", "chat/completions", "embeddings", "classify"):
+                    client.post(f"{url}/v1/{route}", json=body)
+            client.post(f"{url}/v1/completions", content=f'{{"model": "acme/gen", "{canary}'.encode())
+            client.post(f"{url}/v1/completions?q={canary}", json={"model": "acme/gen", "prompt": "a"})
+            client.post(
+                f"{url}/v2/models/acme/gen/infer", json={"inputs": [{"name": canary, "data": [canary]}]}
+            )
+            for path in (
+                f"/v1/models/acme/{canary}",
+                f"/{canary}",
+                f"/v2/models/{canary}",
+                f"/api/v1/{canary}",
+            ):
+                client.get(url + path)
+            for name in (
+                "x-request-id",
+                "Content-Encoding",
+                "Inference-Header-Content-Length",
+                "Idempotency-Key",
+            ):
+                body = {"model": "acme/gen", "prompt": canary}
+                client.post(f"{url}/v1/completions", json=body, headers={name: canary})
+            for credential in (f"Bearer {key}{canary}", f"Bearer {canary}", canary):
+                client.get(f"{url}/v1/models", headers={"Authorization": credential})
+            raw(url, f"POST /v1/{canary} HTTP/9\r\nAuthorization: Bearer {key}\r\n\r\n{canary}".encode())
+            raw(url, f"GET / HTTP/1.1\r\nAuthorization: Bearer {key}\r\nX\x00: {canary}\r\n\r\n".encode())
+            # A caller that leaves in the middle of its answer.
+            asked = {"model": "acme/gen", "prompt": canary, "stream": True, "max_tokens": 8}
+            with client.stream("POST", f"{url}/v1/completions", json=asked) as answer:
+                assert answer.status_code == 200
+                next(answer.iter_raw())
+        raw(box.node_url, f"POST /node/v1/join HTTP/1.1\r\n\r\n{canary}".encode())
+
+
+def written(box: Box) -> dict[str, bytes]:
+    """All that the processes have said and that lies below their data directories, by where it is."""
+    assert box.agent is not None
+    assert box.control is not None
+    found = {"agent's log": box.agent.whole_log().encode(), "control's log": box.control.whole_log().encode()}
+    pids = [box.control.handle.pid, box.agent.handle.pid, *children(box.agent.handle.pid), *box.worker_pids()]
+    for pid in pids:
+        for name in ("cmdline", "environ", "comm"):
+            found[f"{name} of {pid}"] = Path(f"/proc/{pid}/{name}").read_bytes()
+    found["metrics"] = box.metrics().encode()
+    found["control's metrics"] = httpx2.get(f"{box.url}/metrics", timeout=PATIENCE_S).content
+    found["events"] = str(box.operator().events(limit=1000)).encode()
+    for root in ("control", "agent"):
+        for path in (box.folder / root).rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                with suppress(FileNotFoundError):  # a pack is renamed, a write-ahead log ends
+                    found[str(path.relative_to(box.folder))] = path.read_bytes()
+    return found
+
+
+def test_what_callers_say_and_hold_is_written_nowhere(box: Box) -> None:
+    """In refusals, broken requests and streams that end early too; and no key, ticket, join token or
+    idempotency key but where it must be."""
+    canary = "CANARY-of-refused-and-broken-requests"
+    assert complete(box, "acme")
+    provoke(box, canary)
+    operator = {"Authorization": f"Bearer {(box.folder / 'control' / 'operator.key').read_text().strip()}"}
+    idempotency = "CANARY-idempotency-key-0001"
+    with httpx2.Client(base_url=box.url, timeout=PATIENCE_S) as client:
+        made = client.post(
+            "/api/v1/tenants/acme/keys", json={}, headers=operator | {"Idempotency-Key": idempotency}
+        )
+        token = client.post("/api/v1/nodes/tokens", json={}, headers=operator).json()["token"]
+        own = {"Authorization": f"Bearer {box.keys['acme']}"}
+        way = client.get("/api/v1/route", params={"model": "acme/gen"}, headers=own).json()
+    ticket = way["items"][0]["ticket"]
+    answer = httpx2.get(
+        f"{box.gateway_url}/v1/models", headers={"Authorization": f"Bearer {ticket}"}, timeout=PATIENCE_S
+    )
+    assert answer.status_code == 200
+    secrets = {
+        "prompt": PROMPT,
+        "words": canary,
+        "idempotency key": idempotency,
+        "new key": made.json()["key"].rpartition("_")[2],
+        "join token": token.rpartition(".")[2],
+        "used join token": box.tokens[0].rpartition(".")[2],
+        "ticket": ticket[-40:],
+        **{f"key of {tenant}": key.rpartition("_")[2] for tenant, key in box.keys.items()},
+    }
+    places = written(box)
+    assert any(name.startswith("control/") for name in places)
+    assert any(name.endswith(".pack") for name in places)
+    for what, secret in secrets.items():
+        assert [place for place, data in places.items() if secret.encode() in data] == [], what
 
 
 def test_only_the_own_user_may_read_what_lies_on_disk(box: Box) -> None:
