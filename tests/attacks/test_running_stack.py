@@ -192,7 +192,7 @@ def provoke(box: Box, canary: str) -> None:
         {"model": "acme/gen", "prompt": {"text": canary}},
         {"model": "acme/gen", "prompt": canary, "max_tokens": canary},
         {"model": "acme/gen", "prompt": canary, canary: 1},
-        {"model": "acme/gen", "prompt": canary * 10_000},
+        {"model": "acme/gen", "prompt": canary * 100},
         {"model": "acme/gen", "messages": [{"role": canary, "content": canary}]},
         {"model": "acme/judge", "input": [canary, {"x": canary}]},
     ]
