@@ -21,7 +21,7 @@ from tiny_models import tiny_gpt2, tiny_llama
 
 from agent.engines.decoding import Decoder, Text, write
 from agent.engines.generation import Answer, GenerateFields, Writer, prompt_tokens
-from agent.engines.sampling import LOGPROB_MIN, Sampling, likely
+from agent.engines.sampling import LOGPROB_MIN, Sampler, Sampling, likely
 from agent.engines.text import TextStream
 from agent.engines.transformers import _build_module
 from agent.engines.vocabulary import Vocabulary
@@ -375,3 +375,9 @@ def test_an_architecture_without_fused_attention_is_built(name: str) -> None:
     assert type(module).__name__ == name
     assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
     assert task in (Task.EMBEDDING, Task.GENERATION)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-20, 1e-6])
+def test_a_temperature_near_zero_draws_the_likeliest(temperature: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature), [0], 4, 1, torch.device("cpu"))
+    assert [sampler.pick(torch.tensor([1.0, 30.0, 29.0, -5.0])) for _ in range(5)] == [1] * 5

@@ -17,6 +17,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 TEMPERATURE_MAX = 100.0
+# Below it a quotient overflows; the likeliest token is all that is drawn long before.
+TEMPERATURE_MIN = 1e-5
 TOP_K_MAX = 1_000_000
 # Beyond them a penalty is a ban, and a product overflows.
 REPETITION_MIN, REPETITION_MAX = 1e-3, 1e3
@@ -114,7 +116,7 @@ class Sampler:
     def pick(self, logits: torch.Tensor) -> int:
         """The next token after ``logits`` ([vocabulary], float32), which stay as they are."""
         scores = self._penalized(logits)
-        if self._how.temperature <= 0:
+        if self._how.temperature < TEMPERATURE_MIN:
             token = int(torch.argmax(scores))
         else:
             row = scores.unsqueeze(0)
