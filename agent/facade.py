@@ -18,6 +18,9 @@ from packer.events import RefusalReason
 from packer.rates import RateView
 from packer.types import KeySpec, ModelSpec, Tier
 
+# What an engine may find wrong with a request. Routers decide by codes, so no other comes from a worker.
+ENGINE_CODES = frozenset({"invalid_request", "context_length_exceeded"})
+
 # A value that JSON can carry. Sequence and Mapping, not list and dict, so that a ``list[str]`` is one.
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
@@ -66,8 +69,7 @@ class EngineFrame:
 class EngineError(Exception):
     """An engine can not do what this request asks; the request is at fault, not the node.
 
-    ``code`` is ``invalid_request``, ``context_length_exceeded`` or another word of that kind; ``field``
-    is the request's field that must change, when there is one.
+    ``code`` is one of ``ENGINE_CODES``; ``field`` is the request's field that must change, when there is one.
     """
 
     def __init__(self, code: str, message: str, field: str | None = None) -> None:

@@ -58,7 +58,7 @@ from agent.frames import (
     to_worker_decoder,
 )
 from agent.lanes import Request
-from agent.moves import Move, Moves
+from agent.moves import Move, Moves, where
 from agent.peak import PeakMeter
 from agent.shelf import Shelf
 from packer.tiers import RESTORE_BYTES_MAX
@@ -229,10 +229,17 @@ class Worker:
 
     def _serve_compute(self) -> None:
         """The one thread that runs models; its results depend on nothing that another thread does."""
-        torch.set_num_threads(self._identity.compute_threads)
-        torch.seed()
-        _warm_up("cuda" if self._identity.kind == "cuda" else "cpu")
-        self._compute.serve()
+        status = 1
+        try:
+            torch.set_num_threads(self._identity.compute_threads)
+            torch.seed()
+            _warm_up("cuda" if self._identity.kind == "cuda" else "cpu")
+            self._compute.serve()
+            status = 0
+        except Exception as error:
+            log.error("computing ended: %s", where(error))
+        finally:
+            os._exit(status)  # else the process would answer every ping and no request
 
     def _forget(self, number: int) -> None:
         del self._waiting[number]

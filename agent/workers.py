@@ -24,7 +24,7 @@ import msgspec
 
 from agent.answers import Answers
 from agent.devices import DeviceConfig
-from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
+from agent.facade import ENGINE_CODES, JSON, EngineError, EngineFrame, EngineRequest
 from agent.frame_stream import FrameStream
 from agent.frames import (
     STATED_MAX,
@@ -450,7 +450,8 @@ class WorkerHandle:
                         case End():
                             return
                         case Fault():
-                            raise EngineError(frame.code, frame.message, frame.field)
+                            code = frame.code if frame.code in ENGINE_CODES else "invalid_request"
+                            raise EngineError(code, frame.message, frame.field)
                         case Broke():
                             raise WorkerFailure(frame.message, gone=frame.gone)
                 if self.died.is_set():

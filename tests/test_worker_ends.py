@@ -20,17 +20,20 @@ from pathlib import Path
 import pytest
 from running_workers import DEVICE, PATIENCE_S, until_gone
 
+from agent.facade import EngineError, EngineRequest
 from agent.frames import (
     FRAME_BODY_BYTES_MAX,
     STATED_MAX,
     BadFrame,
     Done,
     EvictModel,
+    Fault,
     LoadOrigin,
     Measured,
     Receiver,
     RestorePack,
     Serving,
+    Spawn,
     WireSpec,
     close_fds,
     decode_lengths,
@@ -41,6 +44,7 @@ from agent.frames import (
     send_message,
 )
 from agent.spawning import Nursery
+from agent.worker import Worker
 from agent.workers import PULSES_MISSED_MAX, Segment, WorkerDead, WorkerHandle
 from packer.types import KIB, HostForm, ModelRef, ModelSpec, OriginFile, Task
 
@@ -212,6 +216,39 @@ async def test_a_restore_took_no_longer_and_moved_no_more_than_it_can_have() -> 
         done = await asyncio.wait_for(order, PATIENCE_S)
     assert done.restore_ms <= PATIENCE_S * 1000 + 1
     assert (done.restored_bytes, served) == (4096, [4096])
+
+
+@pytest.mark.parametrize(
+    ("said", "believed"),
+    [("context_length_exceeded", "context_length_exceeded"), ("draining", "invalid_request")],
+)
+async def test_a_worker_s_code_can_not_speak_for_the_node(said: str, believed: str) -> None:
+    async with impostor() as (handle, _, data):
+        frames = handle.run(ModelRef("acme", "x", "0" * 16), EngineRequest("embed"))
+        asked = asyncio.ensure_future(anext(aiter(frames)))
+        data.sendall(encode_frame(Fault(1, said, "no"))[0])
+        with pytest.raises(EngineError) as error:
+            await asyncio.wait_for(asked, PATIENCE_S)
+        assert error.value.code == believed
+
+
+def test_a_worker_that_can_not_compute_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other threads would answer pings, and nobody else."""
+
+    def broken() -> None:
+        raise AssertionError("a mistake in deciding")
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    with socket.socket() as orders, socket.socket() as data:
+        worker = Worker(Spawn(1, "acme", "cpu:0", "cpu", "", 1), orders, data, tmp_path)
+        monkeypatch.setattr(worker._compute, "serve", broken)
+        monkeypatch.setattr("agent.worker.torch.set_num_threads", lambda threads: None)
+        monkeypatch.setattr("agent.worker.os._exit", leave)
+        with pytest.raises(SystemExit) as end:
+            worker._serve_compute()
+    assert end.value.code == 1
 
 
 async def test_replies_nobody_waits_for_are_ignored() -> None:
