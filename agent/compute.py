@@ -152,11 +152,11 @@ class WholeTurns:
         begun = lane.begun[0]
         request, started_s = begun.request, time.perf_counter()
         self._desk.watch(lane.ref, len(request.run.fields) + len(request.body))
-        wrong: Exception | None = None
+        wrong: BaseException | None = None
         try:
             emit = partial(self._desk.emit, request)
             begun.held.model.run(begun.ask, emit, request.cancelled.is_set)
-        except Exception as error:
+        except BaseException as error:
             wrong = error
         request.busy_s += time.perf_counter() - started_s
         self._desk.end_begun(lane, begun, wrong)

@@ -91,7 +91,7 @@ class Desk:
                 held, _ = hold.enter_context(self._shelf.using(lane.ref))
                 ask = EngineRequest(request.run.op, msgspec.json.decode(request.run.fields), request.body)
                 answer = held.model.begin(ask, lambda frame: self.emit(request, frame))
-            except Exception as error:
+            except BaseException as error:
                 self.end(request, fault(request.run.id, error))
                 return
             lane.begun.append(Begun(request, ask, held, answer, hold.pop_all()))
@@ -100,7 +100,7 @@ class Desk:
         if not request.cancelled.is_set():
             self._send(Piece(request.run.id, encode_value(frame.header)), frame.body)
 
-    def end_begun(self, lane: Lane, begun: Begun, error: Exception | None = None) -> None:
+    def end_begun(self, lane: Lane, begun: Begun, error: BaseException | None = None) -> None:
         """With what went wrong, or because all is said or nobody listens any more."""
         lane.begun.remove(begun)
         if isinstance(begun.answer, Text):
@@ -126,8 +126,12 @@ class Desk:
             self._send(Measured(run.id, run.ref, workspace_bytes + held_bytes), b"")
 
 
-def fault(number: int, error: Exception) -> FromWorker:
-    """How a request ends of which something went wrong."""
+def fault(number: int, error: BaseException) -> FromWorker:
+    """How a request ends of which something went wrong.
+
+    Every kind of exception: a panic in the tokenizers' Rust code is none of ``Exception``'s, and in the
+    thread that computes nothing asks the interpreter to end.
+    """
     match error:
         case EngineError():
             return Fault(number, error.code, cut(error.message), error.field)

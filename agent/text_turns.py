@@ -56,11 +56,11 @@ class TextTurns:
         chosen: Sequence[Writing],
         started_s: float,
     ) -> None:
-        failed: Exception | None = None
+        failed: BaseException | None = None
         logits: list[torch.Tensor | None] = []
         try:
             logits = decoder.step(chosen) if chosen[0].read else [decoder.read(chosen[0])]
-        except Exception as error:
+        except BaseException as error:
             failed = error
         requests = [owners[writing].request for writing in chosen]
         shares(requests, [1] * len(chosen), time.perf_counter() - started_s)
@@ -84,13 +84,13 @@ class TextTurns:
             if writing.choice.reason is not None:
                 text.decoder.forget(writing)
                 text.end(writing)
-        except Exception as error:
+        except BaseException as error:
             self._end(lane, begun, text, error)
             return
         if not text.open:
             self._end(lane, begun, text)
 
-    def _end(self, lane: Lane, begun: Begun, text: Text, error: Exception | None = None) -> None:
+    def _end(self, lane: Lane, begun: Begun, text: Text, error: BaseException | None = None) -> None:
         self._desk.end_begun(lane, begun, error)
         held_bytes = text.decoder.cache_bytes(list(_owners(lane)))
         self._desk.measure(begun.request.run, lane.ref, held_bytes)

@@ -46,10 +46,10 @@ class VectorTurns:
     def _compute(self, lane: Lane, parts: Sequence[_Part], started_s: float) -> None:
         tokens = [len(answer.inputs[at]) for _, answer, at in parts]
         self._desk.watch(lane.ref, max(tokens) * len(tokens))
-        failed: dict[Begun, Exception] = {}
+        failed: dict[Begun, BaseException] = {}
         try:
             parts[0][0].held.model.compute([(answer, at) for _, answer, at in parts])
-        except Exception as error:
+        except BaseException as error:
             if len(parts) == 1:
                 failed[parts[0][0]] = error
             else:
@@ -61,7 +61,7 @@ class VectorTurns:
             if wrong is None and not answer.missing:
                 try:
                     self._desk.emit(begun.request, begun.held.model.frame(answer))
-                except Exception as error:  # too large to send, or no memory to write it
+                except BaseException as error:  # too large to send, or no memory to write it
                     wrong = error
             if wrong is not None or not answer.missing:
                 self._desk.end_begun(lane, begun, wrong)
@@ -72,13 +72,13 @@ def _answers(lane: Lane) -> list[tuple[Begun, VectorAnswer]]:
     return [(begun, begun.answer) for begun in lane.begun if isinstance(begun.answer, VectorAnswer)]
 
 
-def _compute_alone(parts: Sequence[_Part]) -> dict[Begun, Exception]:
+def _compute_alone(parts: Sequence[_Part]) -> dict[Begun, BaseException]:
     """After a pass that failed: one of its inputs may be the reason, and no other request is at fault."""
-    failed: dict[Begun, Exception] = {}
+    failed: dict[Begun, BaseException] = {}
     for begun, answer, at in parts:
         if begun not in failed and at in answer.missing:
             try:
                 begun.held.model.compute([(answer, at)])
-            except Exception as error:
+            except BaseException as error:
                 failed[begun] = error
     return failed

@@ -38,7 +38,7 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warmed() -> Iterator[None]:
+def warmed(compiled_kernels: None) -> Iterator[None]:
     facts = kernels.warm()
     assert facts.ready, facts.text
     yield

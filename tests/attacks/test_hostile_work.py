@@ -1,8 +1,8 @@
 """Threat: a model or request that never ends or takes all memory, in a real worker.
 
-Covers: a tokenizer's expression that backtracks for ever after its caller has left, and a normaliser that
-makes a terabyte of four letters: only that tenant's process ends. Does not cover: chat templates
-(``test_model_programs``) or when a worker counts as stuck (``test_due``).
+Covers: a tokenizer that looks for a word for ever after its caller has left, one whose expression gives up,
+and a normaliser that makes a terabyte of four letters: only that tenant's process ends, if any. Does not
+cover: chat templates (``test_model_programs``) or when a worker counts as stuck (``test_due``).
 """
 
 from __future__ import annotations
@@ -61,16 +61,30 @@ async def generate(worker: WorkerHandle, spec: ModelSpec, prompt: str) -> int:
 
 
 async def test_a_worker_that_computes_for_nobody_is_ended(nursery: Nursery, tmp_path: Path) -> None:
-    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
-    evil, spec = await loaded(nursery, "evil", tokenizer_with(tmp_path / "evil", pre_tokenizer=split))
+    words = {"type": "WordPiece", "unk_token": "u", "continuing_subword_prefix": "##"}
+    words |= {"max_input_chars_per_word": 1_000_000, "vocab": {"u": 0, "x": 1, "##x": 2}}
+    parts = {"model": words, "pre_tokenizer": None, "normalizer": None, "added_tokens": []}
+    evil, spec = await loaded(nursery, "evil", tokenizer_with(tmp_path / "evil", **parts))
     good, plain = await loaded(nursery, "acme", tiny_gpt2(tmp_path / "good"))
-    asked = asyncio.create_task(generate(evil, spec, "x" * 60))
+    # Each letter is looked for behind every longer piece: the cube of their number.
+    asked = asyncio.create_task(generate(evil, spec, "x" * 20_000))
     await asyncio.wait({asked}, timeout=0.5)
     assert not asked.done()
     asked.cancel()
     await asyncio.wait_for(evil.died.wait(), PATIENCE_S)
     assert await generate(good, plain, "hello") >= 1
     await good.close()
+
+
+async def test_a_tokenizer_that_panics_fails_its_request_alone(nursery: Nursery, tmp_path: Path) -> None:
+    """An expression that backtracks too long is given up with a panic, which no ``except Exception`` sees."""
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    worker, spec = await loaded(nursery, "evil", tokenizer_with(tmp_path / "evil", pre_tokenizer=split))
+    for _ in range(2):
+        with pytest.raises(WorkerFailure):
+            await asyncio.wait_for(generate(worker, spec, "x" * 60), PATIENCE_S)
+    assert await generate(worker, spec, "hello") >= 1
+    await worker.close()
 
 
 async def test_a_worker_has_no_more_memory_than_its_heap(nursery: Nursery, tmp_path: Path) -> None:
