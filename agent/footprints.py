@@ -100,6 +100,10 @@ class Footprints:
         if held_bytes is None:
             return
         needed_bytes = max(self._needed_bytes(spec, kind) for kind in self._kinds)
+        # One request that took more than any device has beside the weights must not keep the model away from
+        # all of them for ever: it gets the largest device to itself.
+        room_bytes = max(device.budget_bytes for device in self._devices.values()) - spec.image_bytes
+        needed_bytes = min(needed_bytes, max(room_bytes, spec.workspace_bytes))
         if needed_bytes != held_bytes:
             self._post(FootprintSeen(spec.ref, needed_bytes))
 

@@ -8,6 +8,7 @@ check of what a worker claims, and the journal. Does not cover: measuring in a w
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,17 @@ def test_a_claim_beyond_what_the_process_ever_had_is_not_believed() -> None:
     assert core.told == []
     footprints.seen(SMALL, "cpu:0", os.getpid(), 20 * MIB)
     assert core.told == [FootprintSeen(SMALL.ref, 27 * MIB)]
+
+
+@pytest.mark.parametrize(("budget_mib", "held_mib"), [(60, 20), (45, 10), (1024, 52)])
+def test_one_greedy_request_does_not_keep_a_model_away_for_ever(budget_mib: int, held_mib: int) -> None:
+    """At most what the largest device has beside the weights is held, but never less than the estimate: a
+    model that never fitted is still refused with its arithmetic."""
+    core = Core()
+    small, large = replace(CPU, budget_bytes=MIB), replace(CPU, name="cpu:1", budget_bytes=budget_mib * MIB)
+    footprints = Footprints({"cpu:0": small, "cpu:1": large}, core.post, core.held.get)
+    footprints.seen(SMALL, "cpu:1", os.getpid(), 40 * MIB)
+    assert core.held[SMALL.ref] == held_mib * MIB
 
 
 def test_a_process_that_is_gone_had_nothing() -> None:
