@@ -174,7 +174,9 @@ SHARE_MUTANTS = (
     Mutant(
         "a node that joins again keeps what it had",
         NODE,
-        "        self._post(SharesSeen(NOTHING))\n        await self._save(_text(Stored(NOTHING)))\n",
+        "        self._post(SharesSeen(NOTHING))\n"
+        "        if await self._save(nothing := _text(Stored(NOTHING))):\n"
+        "            self._stored = nothing\n",
         "",
     ),
     Mutant(
