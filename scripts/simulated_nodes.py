@@ -116,9 +116,10 @@ class SimulatedNode:
             self.on_plan(self)
         return answer
 
-    async def run(self) -> None:
-        """Beat until cancelled."""
-        await self.beat(0)
+    async def run(self, places: asyncio.Semaphore) -> None:
+        """Beat until cancelled. As many connect at one time as there are places."""
+        async with places:
+            await self.beat(0)
         while True:
             await self.beat(POLL_MS)
 
@@ -179,9 +180,10 @@ class Fleet:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
+        places = asyncio.Semaphore(JOINS_AT_ONCE)
         for node in self.nodes:
             node.on_plan = lambda _: self._news.set()
-            task = asyncio.create_task(node.run())
+            task = asyncio.create_task(node.run(places))
             task.add_done_callback(self._ended)
             self._tasks.append(task)
 
