@@ -371,9 +371,10 @@ class PeerServer:
             count = os.preadv(descriptor, [piece[: end - start]], start)
             if not count:
                 raise ConnectionAbortedError("the pack ends early")
+            # Counted before they leave: whoever has read them finds them counted.
+            self.served_bytes += count
             connection.send(piece[:count], until_s)
             start += count
-            self.served_bytes += count
 
     def give_key(self, connection: Connection, peer: PeerIdentity, ref: ModelRef, head: Head) -> None:
         descriptor, tag, size = self._open(ref, head)
