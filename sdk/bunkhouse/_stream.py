@@ -97,17 +97,12 @@ class _Deltas:
             )
 
 
-class TextStream:
-    """Iterates over text deltas. Leaving it early (``close`` or ``with``) cancels on the server.
+class _Told:
+    """What the stream has said about itself so far; after the last delta all of it is known."""
 
-    After the last delta, ``finish_reason`` and the token counts are known.
-    """
-
-    def __init__(self, sender: Sender, head: Answer, response: httpx2.Response) -> None:
-        self._sender = sender
+    def __init__(self, head: Answer, response: httpx2.Response) -> None:
         self._response = response
         self._state = _Deltas(head)
-        self._texts = self._iterate()
         self._closed = False
         self.served = self._state.served
 
@@ -122,6 +117,18 @@ class TextStream:
     @property
     def completion_tokens(self) -> int | None:
         return self._state.completion_tokens
+
+
+class TextStream(_Told):
+    """Iterates over text deltas. Leaving it early (``close`` or ``with``) cancels on the server.
+
+    After the last delta, ``finish_reason`` and the token counts are known.
+    """
+
+    def __init__(self, sender: Sender, head: Answer, response: httpx2.Response) -> None:
+        super().__init__(head, response)
+        self._sender = sender
+        self._texts = self._iterate()
 
     def _iterate(self) -> Iterator[str]:
         import httpx2
@@ -162,28 +169,13 @@ class TextStream:
         self.close()
 
 
-class AsyncTextStream:
+class AsyncTextStream(_Told):
     """The same on asyncio: ``async for``, ``async with``, ``await stream.text()``."""
 
     def __init__(self, sender: AsyncSender, head: Answer, response: httpx2.Response) -> None:
+        super().__init__(head, response)
         self._sender = sender
-        self._response = response
-        self._state = _Deltas(head)
         self._texts = self._iterate()
-        self._closed = False
-        self.served = self._state.served
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self._state.finish_reason
-
-    @property
-    def prompt_tokens(self) -> int | None:
-        return self._state.prompt_tokens
-
-    @property
-    def completion_tokens(self) -> int | None:
-        return self._state.completion_tokens
 
     async def _iterate(self) -> AsyncIterator[str]:
         import httpx2
