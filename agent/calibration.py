@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from agent.child import ChildFailed, ask_child, module_command
-from packer.estimate import RATES_BYTES_MAX, BadRates, Rates, load_rates
+from packer.estimate import RATES_BYTES_MAX, BadRates, Rates, load_rates, reads_past_cache
 from packer.types import MIB
 
 log = logging.getLogger("bunk.calibration")
@@ -189,6 +189,10 @@ class Calibrator:
         self._tries = 0
         self._next_s = 0.0
         self._measuring: asyncio.Future[Rates] | None = None
+
+    def reads_past_cache(self) -> bool:
+        """Whether packs that are in the page cache are read faster past it here."""
+        return reads_past_cache(self.rates, self._gpu)
 
     def take_stored(self, text: str | None) -> None:
         """What the journal had; ``adopt`` is not told. Rates of another box or old ones stand in until

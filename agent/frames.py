@@ -117,6 +117,7 @@ class RestorePack(msgspec.Struct, frozen=True, tag=True):
     Descriptors: it; with ``direct`` the same file opened with ``O_DIRECT``; the same of each of the ``bases``
     that extents of it lie in; with ``host_form`` an empty memory file, to be filled with a host segment of
     that form. ``early``: requests may come, and be told of with ``Serving``, before all is there.
+    ``past_cache``: read directly what is in the page cache too.
     """
 
     id: int
@@ -129,6 +130,7 @@ class RestorePack(msgspec.Struct, frozen=True, tag=True):
     early: bool = False
     # Weight files of the origin whose digests the restored bytes must have: the pack is another node's work.
     proof: tuple[OriginFile, ...] = ()
+    past_cache: bool = False
 
 
 class WritePack(msgspec.Struct, frozen=True, tag=True):

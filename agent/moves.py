@@ -230,7 +230,15 @@ class Moves:
 
         def fill(image: Image) -> None:
             nonlocal facts
-            facts = restore(reader, image, first_chunk=first, host=host, cancelled=cancelled, watch=watched)
+            facts = restore(
+                reader,
+                image,
+                first_chunk=first,
+                host=host,
+                cancelled=cancelled,
+                watch=watched,
+                past_cache=order.past_cache,
+            )
             if order.proof:
                 _prove(reader, image, order.proof)
 

@@ -118,7 +118,7 @@ class RunningNode:
         )
         self._calibrator.take_stored(self._journal.journal.calibration())
         self.host_form = self._choose_host_form(None)
-        self._packs = PackDirectory(config.data_dir / "packs")
+        self._packs = PackDirectory(config.data_dir / "packs", self._calibrator.reads_past_cache)
         self._segments = HostSegments()
         self._find_identity(config)
         self._nursery = Nursery(config.threads, config.standbys)

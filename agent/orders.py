@@ -335,7 +335,8 @@ class Orders:
             direct = self._packs.open_direct(order.ref)
             if direct is not None:
                 files.callback(os.close, direct)
-            copy = PackCopy(pack, key, direct, tuple(self._packs.open_bases(order.ref, files)))
+            bases = tuple(self._packs.open_bases(order.ref, files))
+            copy = PackCopy(pack, key, direct, bases, self._packs.reads_past_cache())
             async with self._filling(order) as host:
                 done = await self._restore_pack(worker, spec, copy, order, host)
                 await self._note_proven(order)

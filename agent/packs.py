@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -30,8 +30,10 @@ class PackDirectory:
     which extents of this one lie: so that file stays for as long as somebody needs it, whatever becomes of
     the pack that it was written for."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, reads_past_cache: Callable[[], bool] = lambda: False) -> None:
         self._root = root
+        # Whether a restore should read past the page cache what is in it, too.
+        self.reads_past_cache = reads_past_cache
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Some file systems have no links; there every pack holds all of its chunks itself.
         self.has_links = _has_links(root)

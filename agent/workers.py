@@ -118,12 +118,14 @@ class LoadDone:
 @dataclass(frozen=True, slots=True)
 class PackCopy:
     """A pack to restore from: the file, its version's data key, and the file once more for direct reads
-    where its file system has them; the same of each file that extents of it lie in."""
+    where its file system has them; the same of each file that extents of it lie in. ``past_cache``: read
+    directly what is in the page cache too."""
 
     fd: int
     data_key: bytes
     direct_fd: int | None = None
     bases: tuple[FileFds, ...] = ()
+    past_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,10 +268,10 @@ class WorkerHandle:
         """
         number = next(self._ids)
         descriptors, key, direct = [copy.fd], None, False
-        bases = 0
+        bases, past_cache = 0, False
         if isinstance(copy, PackCopy):
             files = (FileFds(copy.fd, copy.direct_fd), *copy.bases)
-            key, bases = copy.data_key, len(copy.bases)
+            key, bases, past_cache = copy.data_key, len(copy.bases), copy.past_cache
             # They lie on one file system, which has direct reads or not.
             direct = all(file.direct_fd is not None for file in files)
             descriptors = [
@@ -279,7 +281,9 @@ class WorkerHandle:
         descriptors += [host.fd] if host is not None else []
         early = serving is not None
         proof = tuple(file for file in spec.files if file.path.endswith(".safetensors")) if prove else ()
-        order = RestorePack(number, wire_spec(spec), key, first_chunk, direct, form, bases, early, proof)
+        order = RestorePack(
+            number, wire_spec(spec), key, first_chunk, direct, form, bases, early, proof, past_cache
+        )
         if serving is not None:
             self._serving[number] = lambda nbytes: serving(min(nbytes, spec.image_bytes))
         try:

@@ -29,6 +29,8 @@ FIXED_MS = 20
 RESTORE_THREADS = 2
 # A host form that is at most a tenth slower than the fastest is worth its smaller size.
 FORM_RATE_SHARE_MIN = 0.9
+# Reading a cached pack past the cache must save a tenth to be worth a disk that others may want as well.
+PAST_CACHE_SHARE_MAX = 0.9
 # Restores kept per model and tier: what is likeliest of five survives two odd ones.
 SAMPLES_MAX = 5
 # Restores kept per tier of the node, over all models: enough for a figure that one tenant's odd model
@@ -347,6 +349,18 @@ def choose_host_form(
         if form_ms * FORM_RATE_SHARE_MIN <= fastest_ms:
             return form
     return HostForm.RAW
+
+
+def reads_past_cache(rates: Rates | None, on_cuda: bool = False, mix: Mix = TYPICAL) -> bool:
+    """Whether packs that are in the page cache are read past it as well: where the disk keeps up with the
+    cores, reading directly spares them the copy. Not before somebody has measured that."""
+    if rates is None or not rates.measured_ms:
+        return False
+    past_ms, through_ms = (
+        restore_stages(rates, disk_shape(mix, cached=cached, on_cuda=on_cuda)).moving_ms
+        for cached in (False, True)
+    )
+    return past_ms <= through_ms * PAST_CACHE_SHARE_MAX
 
 
 # --- learning from real restores ------------------------------------------------------------------

@@ -130,6 +130,7 @@ def restore(
     host: HostWriter | None = None,
     cancelled: threading.Event | None = None,
     watch: Watch | None = None,
+    past_cache: bool = False,
 ) -> RestoreFacts:
     """Restore the chunks from ``first_chunk`` on, or ``only`` some, into the image, which has the others.
 
@@ -138,7 +139,8 @@ def restore(
     ``host`` is filled and finished: what it still misses of the others is read and opened like the rest,
     and placed nowhere. A whole restore places its chunks in a raw segment, where the image lies from then on.
     A host segment that can not be written (no memory left) costs only itself.
-    ``cancelled`` is looked at before each chunk; ``watch`` is told of each. Raises ``TierError``.
+    ``cancelled`` is looked at before each chunk; ``watch`` is told of each. ``past_cache``: extents are read
+    from the disk wherever they are. Raises ``TierError``.
     """
     count = len(reader.index.chunks)
     wanted = range(first_chunk, count) if only is None else sorted(set(only))
@@ -148,7 +150,7 @@ def restore(
         start = image_start(reader.index)
         if start is not None and image.map_from(reader.fd, start):
             return RestoreFacts(0, 0, len(wanted), False, mapped=True)
-    run = _Restore(reader, image, host, cancelled or threading.Event(), watch)
+    run = _Restore(reader, image, host, cancelled or threading.Event(), watch, past_cache)
     if host is not None and len(wanted) == count and host.image_start is not None:
         run.in_place = image.lay_in(host.fd, host.image_start)
     if watch is not None:
@@ -202,6 +204,7 @@ class _Restore:
     host: HostWriter | None
     cancelled: threading.Event
     watch: Watch | None = None
+    past_cache: bool = False
     in_place: bool = False  # the image lies in the host segment
     read_bytes: int = 0
     direct_bytes: int = 0
@@ -246,7 +249,7 @@ class _Restore:
             raise RuntimeError(f"{self._placed} of {wanted} extents were placed and no error was seen")
 
     def _sort(self, jobs: Sequence[_Job]) -> tuple[list[_Job], list[_Job]]:
-        """The extents that are in the page cache, and those that are not."""
+        """The extents to read through the page cache, which has them, and those to read past it."""
         for base in (None, *range(len(self.reader.index.bases))):
             file = self.reader.fds(base)
             self._extents[base] = ExtentReader(file.fd, file.direct_fd)
@@ -255,8 +258,10 @@ class _Restore:
         cold: list[_Job] = []
         for job in jobs:
             chunk = chunks[job.owner]
-            cached = self._extents[chunk.base].is_cached(chunk.offset, chunk.extent_bytes)
-            (warm if cached else cold).append(job)
+            through = not self.past_cache and self._extents[chunk.base].is_cached(
+                chunk.offset, chunk.extent_bytes
+            )
+            (warm if through else cold).append(job)
         # In the order of the files, which may be another one than that of execution.
         cold.sort(key=lambda job: _place(chunks[job.owner]))
         self._bring_forward(cold)

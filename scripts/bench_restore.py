@@ -38,7 +38,7 @@ from bench_suite import Section
 from fresh_child import FreshChildren, LoadFailed
 from restore_setup import Setup
 
-from packer.estimate import Rates, choose_host_form, load_rates
+from packer.estimate import Rates, choose_host_form, load_rates, reads_past_cache
 from packer.types import GIB, MIB, HostForm, ModelRef, ModelSpec, Task
 
 ROUNDS, ROUNDS_QUICK = 5, 3
@@ -264,6 +264,9 @@ def _facts(setup: Setup) -> dict[str, str | int | float]:
         "pack": f"{setup.pack.stat().st_size / raw:.4f} of the raw size, AES-256-GCM",
         "host segment": ", ".join(sizes) + " of the raw size",
         "host form chosen by calibration": setup.form.value,
+        "packs in the page cache, by calibration": (
+            "read past it" if reads_past_cache(setup.rates) else "read through it"
+        ),
         "compiled kernels": "used" if setup.rates.kernels else "not used",
         "free memory before each run": "touched and freed" if setup.touch else "as it is",
         "commit": commit or "unknown",

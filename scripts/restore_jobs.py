@@ -171,7 +171,8 @@ def restore(settings: Settings, clock: Stopwatch) -> Facts:
             reader = stack.enter_context(_source(settings))
             layout = reader.index.layout
             image = there if there is not None else allocate_image(kind, layout)
-            facts = tiers.restore(reader, image, first_chunk=first_chunk)
+            past_cache = settings.get("past_cache", False)
+            facts = tiers.restore(reader, image, first_chunk=first_chunk, past_cache=past_cache)
             image.settle()
             tensors = [(placed, image.tensor(placed)) for placed in layout.tensors]
             if settings.get("touch"):

@@ -24,7 +24,7 @@ from bench_suite import Judgement, Table
 from fresh_child import FreshChildren, Outcome
 from restore_peers import PLAIN, Peer
 
-from packer.estimate import Rates
+from packer.estimate import Rates, reads_past_cache
 from packer.types import MIB, HostForm, ModelSpec
 
 PACK = "sealed pack"
@@ -92,7 +92,9 @@ class Setup:
         return outcome
 
     def restore_pack(self, name: str = PACK, watch: bool = False, **settings: Any) -> Outcome:
-        return self.ours_once(name, "restore", watch, path=str(self.pack), key=self.key, **settings)
+        """``force``: through the page cache or past it, whatever a node with these rates would choose."""
+        choice = {"past_cache": reads_past_cache(self.rates) and not settings.get("force")}
+        return self.ours_once(name, "restore", watch, path=str(self.pack), key=self.key, **choice, **settings)
 
     def restore_segment(
         self, form: HostForm, name: str = "", watch: bool = False, **settings: Any

@@ -35,6 +35,7 @@ from packer.estimate import (
     named_rates,
     note_restore,
     predict_restore_ms,
+    reads_past_cache,
     recalibrate,
     restore_stages,
 )
@@ -242,6 +243,22 @@ def test_the_chosen_form_is_the_smallest_with_which_models_come_nearly_as_fast_a
     assert taken[chosen] * estimate.FORM_RATE_SHARE_MIN <= fastest_ms
     smaller = list(HostForm)[: list(HostForm).index(chosen)]
     assert all(taken[form] * estimate.FORM_RATE_SHARE_MIN > fastest_ms for form in smaller)
+
+
+def test_cached_packs_are_read_past_the_cache_only_where_a_measured_disk_keeps_up_with_the_cores() -> None:
+    fast = replace(RATES, disk_direct=3 * G, disk_cached=3 * G)
+    mix = Mix(bf16_bytes=2 * G)
+    shapes = (disk_shape(mix, cached=False), disk_shape(mix, cached=True))
+    past, through = (restore_stages(fast, shape) for shape in shapes)
+    # The disk would be done first: what is left are the cores, and they need not copy.
+    assert past.limit == "cores"
+    assert past.cores_ms < through.cores_ms * estimate.PAST_CACHE_SHARE_MAX
+    assert reads_past_cache(fast)
+    assert not reads_past_cache(replace(fast, disk_direct=G // 2))
+    # Nearly the same is not worth a disk that others may want.
+    assert not reads_past_cache(replace(fast, disk_cached=30 * G))
+    assert not reads_past_cache(replace(fast, measured_ms=0))
+    assert not reads_past_cache(None)
 
 
 # --- stored and received --------------------------------------------------------------------------

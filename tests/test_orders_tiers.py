@@ -201,6 +201,24 @@ async def test_a_model_lives_through_every_tier(hands: Hands, minilm: Known, for
     assert not list(hands.packs.path(minilm.ref).parent.iterdir())
 
 
+async def test_a_cached_pack_is_read_past_the_cache_where_the_box_is_faster_so(
+    hands: Hands, minilm: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(hands, minilm)
+    await hands.load(minilm)
+    direct = hands.packs.open_direct(minilm.ref)
+    if direct is None:
+        pytest.skip("this file system has no direct reads")
+    os.close(direct)
+    for past in (False, True):
+        monkeypatch.setattr(hands.packs, "reads_past_cache", lambda past=past: past)
+        await hands.evict(minilm)
+        # Just written, all of it is in the page cache.
+        restored = await hands.restore(minilm, Tier.DISK)
+        assert isinstance(restored, Restored)
+        assert restored.cached is not past
+
+
 async def test_an_image_in_a_segment_is_free_when_nobody_is_charged_for_it(
     hands: Hands, minilm: Known
 ) -> None:

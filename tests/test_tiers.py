@@ -73,9 +73,11 @@ def raise_error(error: BaseException) -> None:
 # --- what is restored -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residency", [None, all_cold, every_second])
+@pytest.mark.parametrize(
+    ("residency", "past_cache"), [(None, False), (None, True), (all_cold, False), (every_second, False)]
+)
 def test_every_codec_comes_back_by_either_way_of_reading(
-    residency: Residency | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    residency: Residency | None, past_cache: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if residency is not None:
         monkeypatch.setattr(ExtentReader, "is_cached", residency)
@@ -86,12 +88,12 @@ def test_every_codec_comes_back_by_either_way_of_reading(
     try:
         reader = PackReader(fd, KEY, REF, direct_fd)
         image = image_for(reader)
-        facts = restore(reader, image)
+        facts = restore(reader, image, past_cache=past_cache)
         assert image.bytes == image_of(*model)
         assert facts.read_bytes == sum(chunk.extent_bytes for chunk in reader.index.chunks)
         assert facts.chunks == len(reader.index.chunks) == len(image.placed)
         assert not facts.host_filled
-        if residency is all_cold and direct_fd is not None:
+        if (past_cache or residency is all_cold) and direct_fd is not None:
             assert facts.direct_bytes == facts.read_bytes
         else:
             assert facts.direct_bytes < facts.read_bytes
