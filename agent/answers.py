@@ -107,9 +107,15 @@ class Answers:
         return self._due.stuck_s(self._now())
 
     def end(self) -> None:
-        """The worker is gone: every caller is woken and finds out."""
+        """The worker is gone: every caller is woken, finds out, and pays until now."""
         self._ended = True
         self._bodies.give_all()
+        for number, busy_ms in self._due.died(self._now()).items():
+            answer = self._open.get(number)
+            if answer is not None:
+                answer.busy_ms = busy_ms
+            elif busy_ms:
+                self._on_late(busy_ms)
         for answer in self._open.values():
             answer.arrived.set()
 

@@ -17,7 +17,7 @@ from functools import partial
 
 from agent.engines.decoding import Text
 from agent.frames import BadFrame, End, FromWorker, parse_wire_ref
-from agent.lanes import Desk, Lane, Request, fault
+from agent.lanes import AgentGone, Desk, Lane, Request, charged, fault
 from agent.peak import PeakMeter
 from agent.shelf import Shelf
 from agent.text_turns import TextTurns
@@ -71,7 +71,7 @@ class Compute:
                     if wait_s is None:
                         self._trim()
                         used = False
-        except OSError:
+        except AgentGone:
             return  # the main thread sees it too
 
     def _take(self, request: Request) -> None:
@@ -122,10 +122,7 @@ class Compute:
     def _pass(self, lane: Lane) -> float | None:
         """Compute something for a model; a time in milliseconds: nothing is due before."""
         while lane.waiting and self._turns(lane).wants_more(lane):
-            request = lane.waiting.popleft()
-            started_s = time.perf_counter()
-            self._desk.begin(lane, request)
-            request.busy_s += time.perf_counter() - started_s
+            self._desk.begin(lane, lane.waiting.popleft())
         return self._turns(lane).turn(lane) if lane.begun else None  # else all that came was at fault
 
     def _turns(self, lane: Lane) -> VectorTurns | TextTurns | WholeTurns:
@@ -150,14 +147,14 @@ class WholeTurns:
 
     def turn(self, lane: Lane) -> None:
         begun = lane.begun[0]
-        request, started_s = begun.request, time.perf_counter()
+        request = begun.request
         self._desk.watch(lane.ref, len(request.run.fields) + len(request.body))
         wrong: BaseException | None = None
         try:
-            emit = partial(self._desk.emit, request)
-            begun.held.model.run(begun.ask, emit, request.cancelled.is_set)
+            with charged(request):
+                emit = partial(self._desk.emit, request)
+                begun.held.model.run(begun.ask, emit, request.cancelled.is_set)
         except BaseException as error:
             wrong = error
-        request.busy_s += time.perf_counter() - started_s
         self._desk.end_begun(lane, begun, wrong)
         self._desk.measure(request.run, lane.ref)

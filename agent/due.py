@@ -8,6 +8,9 @@ whose time it was. It states each answer's share, and is not believed more than 
 the time that passed on this side while it owed anything. A worker that states too little of one answer has
 another of the same tenant pay for it, since a worker is one tenant's.
 
+A worker that dies owes the time until then for every answer that is open: else a model that ends its process
+at the end of each request would compute for nothing.
+
 A tokenizer's expression that backtracks for ever, or a matrix that takes an hour, keeps that one thread busy
 while the process answers every ping.
 """
@@ -62,6 +65,26 @@ class Due:
         self._uncharged_at += charged_ms / 1000
         if not self._asked_at:
             self._rest_s = now - self._uncharged_at
+        return charged_ms
+
+    def died(self, now: float) -> dict[int, int]:
+        """The worker is gone. Returns how many milliseconds each answer that it owed is charged, by number.
+
+        Nobody knows whose time it was: it is all theirs, in equal parts, and none's from before it was asked.
+        Beyond the longest silence that is allowed nobody pays for what this side was too busy to end.
+        """
+        until = min(now, self._heard_at + SILENT_SECONDS_MAX)
+        uncharged_ms = max(int((until - self._uncharged_at) * 1000), 0)
+        charged_ms: dict[int, int] = {}
+        # The youngest first: the oldest was asked before all that is uncharged, and takes the rest.
+        asked = sorted(self._asked_at.items(), key=lambda item: item[1])
+        while asked:
+            number, asked_at = asked.pop()
+            own_ms = max(int((until - asked_at) * 1000), 0)
+            charged_ms[number] = min(uncharged_ms // (len(asked) + 1), own_ms) if asked else uncharged_ms
+            uncharged_ms -= charged_ms[number]
+        self._asked_at.clear()
+        self._left_at.clear()
         return charged_ms
 
     def stuck_s(self, now: float) -> float:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from agent import devices
 from agent.devices import DeviceConfig
+from agent.frames import STATED_MAX
 from packer.events import Event, FootprintSeen
 from packer.footprint import Footprint, workspace_bytes
 from packer.types import KIB, ModelRef, ModelSpec
@@ -54,8 +55,11 @@ class Footprints:
         self._unsaved: dict[tuple[ModelRef, str], None] = {}
 
     def take_stored(self, rows: Iterable[FootprintRow]) -> None:
+        """What the journal has; a row that holds what nobody can have measured is left out."""
         for row in rows:
-            self._known[row.ref, row.kind] = row
+            figures = (row.footprint.peak_bytes, row.footprint.samples)
+            if all(type(figure) is int and 0 < figure <= STATED_MAX for figure in figures):
+                self._known[row.ref, row.kind] = row
 
     def seen(self, spec: ModelSpec, device: str, pid: int, peak_bytes: int) -> None:
         """A worker says that a request of this model took so much beside the weights."""

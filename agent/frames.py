@@ -339,7 +339,7 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
 
     id: int
     ref: str
-    workspace_bytes: int
+    workspace_bytes: Stated
 
 
 ToWorker = Run | Cancel

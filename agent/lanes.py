@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import msgspec
@@ -30,6 +31,11 @@ from packer.types import ALONE, Batching, ModelRef
 log = logging.getLogger("bunk.worker")
 
 
+class AgentGone(Exception):
+    """Nobody takes frames any more. Any other error of the system is none of this kind: it ends computing,
+    and says so."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One that waits for the thread, or of which something is computed already."""
@@ -38,7 +44,8 @@ class Request:
     body: bytes
     arrived_ms: float
     cancelled: threading.Event = field(default_factory=threading.Event)
-    busy_s: float = 0.0  # its share of the passes that it was part of
+    # What was computed for it, and its share of the passes that it was part of, also of those that failed.
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,16 +88,17 @@ class Desk:
     ) -> None:
         self._shelf = shelf
         self._peak = peak
-        self._send = send
+        self._take_frame = send
         self._ended = ended
 
     def begin(self, lane: Lane, request: Request) -> None:
         """Read a request: it is begun afterwards, or over."""
         with ExitStack() as hold:
             try:
-                held, _ = hold.enter_context(self._shelf.using(lane.ref))
-                ask = EngineRequest(request.run.op, msgspec.json.decode(request.run.fields), request.body)
-                answer = held.model.begin(ask, lambda frame: self.emit(request, frame))
+                with charged(request):
+                    held, _ = hold.enter_context(self._shelf.using(lane.ref))
+                    ask = EngineRequest(request.run.op, msgspec.json.decode(request.run.fields), request.body)
+                    answer = held.model.begin(ask, lambda frame: self.emit(request, frame))
             except BaseException as error:
                 self.end(request, fault(request.run.id, error))
                 return
@@ -113,6 +121,12 @@ class Desk:
     def end(self, request: Request, end: FromWorker) -> None:
         self._ended(request.run.id)
         self._send(msgspec.structs.replace(end, busy_us=round(request.busy_s * 1e6)), b"")
+
+    def _send(self, frame: FromWorker, body: bytes) -> None:
+        try:
+            self._take_frame(frame, body)
+        except OSError as error:
+            raise AgentGone(str(error)) from None
 
     def watch(self, ref: ModelRef, tokens: int) -> None:
         """Before passes: measure what they take, if that is worth it."""
@@ -146,6 +160,16 @@ def fault(number: int, error: BaseException) -> FromWorker:
         case _:
             log.error("engine failed: %s", where(error))
             return Broke(number, cut(f"{type(error).__name__}: {error}"))
+
+
+@contextmanager
+def charged(request: Request) -> Iterator[None]:
+    """Charge what is done within to one request, however it ends."""
+    started_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        request.busy_s += time.perf_counter() - started_s
 
 
 def shares(requests: Sequence[Request], weights: Sequence[int], spent_s: float) -> None:

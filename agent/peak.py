@@ -12,11 +12,14 @@ is not used.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from packer.types import KIB, ModelRef
+
+log = logging.getLogger("bunk.worker")
 
 # Measuring costs a few milliseconds (giving back the heap), so most requests go unmeasured: the first ones of
 # a model, those with a larger input than any before, and now and then another.
@@ -49,6 +52,7 @@ class PeakMeter:
         self._able = on_cuda or _can_clear()
         self._before: tuple[int, int] | None = None
         self._of: ModelRef | None = None
+        self._told = False  # once is enough: it may fail at each request
 
     def begin(self, ref: ModelRef, input_bytes: int) -> None:
         """Before a pass, or the passes of a text; decides whether they are measured. Ends what was measured
@@ -69,13 +73,13 @@ class PeakMeter:
             seen.requests -= 1  # the next one instead
             return
         seen.input_bytes = max(seen.input_bytes, input_bytes)
-        self._before = moves
         if self._on_cuda:
             import torch
 
             torch.cuda.reset_peak_memory_stats()
-        else:
-            _CLEAR.write_text(_CLEAR_PEAK)
+        elif not self._read(lambda: _CLEAR.write_text(_CLEAR_PEAK)):
+            return
+        self._before = moves
 
     def end(self, ref: ModelRef) -> int:
         """Afterwards: the bytes that were taken beside the weights; 0 when they were not measured."""
@@ -87,19 +91,33 @@ class PeakMeter:
 
             peak_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         else:
-            peak_bytes = _status_bytes("VmHWM")
+            peak_bytes = self._read(lambda: _status_bytes("VmHWM"))
             self._trim()
-            peak_bytes -= _status_bytes("VmRSS")
+            resident_bytes = self._read(lambda: _status_bytes("VmRSS"))
+            if not peak_bytes or not resident_bytes:
+                return 0
+            peak_bytes -= resident_bytes
         return max(peak_bytes, 1) if self._moves_seen() == before else 0
+
+    def _read(self, figure: Callable[[], int]) -> int:
+        """0: the kernel does not say, for want of a descriptor perhaps. The request goes unmeasured then; it
+        has nothing to do with what computing is for."""
+        try:
+            return figure()
+        except (OSError, ValueError) as error:
+            if not self._told:
+                log.warning("what requests take beside the weights can not be measured: %s", error)
+            self._told = True
+            return 0
 
 
 def _can_clear() -> bool:
     """Not every kernel lets a process set its high-water mark back."""
     try:
         _CLEAR.write_text(_CLEAR_PEAK)
+        return _status_bytes("VmHWM") > 0
     except OSError:
         return False
-    return _status_bytes("VmHWM") > 0
 
 
 def _status_bytes(name: str) -> int:

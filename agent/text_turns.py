@@ -16,7 +16,7 @@ import torch
 
 from agent.cache_room import TEXTS_MAX, Row, plan
 from agent.engines.decoding import Decoder, Text, Writing
-from agent.lanes import Begun, Desk, Lane, shares
+from agent.lanes import Begun, Desk, Lane, charged, shares
 
 
 class TextTurns:
@@ -34,7 +34,7 @@ class TextTurns:
         started_s = time.perf_counter()
         owners = _owners(lane)
         decoder = next(iter(owners)).text.decoder
-        running, starting = _places(lane, decoder, list(owners))
+        running, starting, keeps = _places(lane, decoder, list(owners))
         if starting is not None and not (running and lane.read_a_prompt):
             if not running:
                 self._desk.watch(lane.ref, starting.length)
@@ -46,7 +46,7 @@ class TextTurns:
         for writing in chosen:
             writing.passed = lane.passes
         with torch.inference_mode():
-            self._compute(lane, decoder, owners, chosen, started_s)
+            self._compute(lane, decoder, owners, chosen, keeps, started_s)
 
     def _compute(
         self,
@@ -54,12 +54,13 @@ class TextTurns:
         decoder: Decoder,
         owners: dict[Writing, Begun],
         chosen: Sequence[Writing],
+        keeps: bool,
         started_s: float,
     ) -> None:
         failed: BaseException | None = None
         logits: list[torch.Tensor | None] = []
         try:
-            logits = decoder.step(chosen) if chosen[0].read else [decoder.read(chosen[0])]
+            logits = decoder.step(chosen) if chosen[0].read else [decoder.read(chosen[0], keeps)]
         except BaseException as error:
             failed = error
         requests = [owners[writing].request for writing in chosen]
@@ -79,11 +80,12 @@ class TextTurns:
     def _take(self, lane: Lane, begun: Begun, writing: Writing, logits: torch.Tensor | None) -> None:
         text = writing.text
         try:
-            if logits is not None:
-                writing.choice.take(logits)
-            if writing.choice.reason is not None:
-                text.decoder.forget(writing)
-                text.end(writing)
+            with charged(begun.request):
+                if logits is not None:
+                    writing.choice.take(logits)
+                if writing.choice.reason is not None:
+                    text.decoder.forget(writing)
+                    text.end(writing)
         except BaseException as error:
             self._end(lane, begun, text, error)
             return
@@ -108,18 +110,21 @@ def _owners(lane: Lane) -> dict[Writing, Begun]:
 
 def _places(
     lane: Lane, decoder: Decoder, writings: Sequence[Writing]
-) -> tuple[list[Writing], Writing | None]:
-    """The texts that run and one that may start; those that must stop for want of room have stopped."""
+) -> tuple[list[Writing], Writing | None, bool]:
+    """The texts that run, one that may start, and whether its prompt may be kept for other choices;
+    those that must stop for want of room have stopped."""
     joined = lane.batching.inputs_max > 1
     rows_max = min(lane.batching.inputs_max, TEXTS_MAX) if joined else TEXTS_MAX
-    texts = dict.fromkeys(writing.text for writing in writings)
-    room = decoder.tokens_max - sum(text.shared_tokens for text in texts)
+    keeping = [text for text in dict.fromkeys(writing.text for writing in writings) if text.shared_tokens]
     rows = [Row(writing.read, writing.length, writing.left) for writing in writings]
-    places = plan(rows, room, rows_max, joined)
+    kept = [text.shared_tokens for text in keeping]
+    places = plan(rows, decoder.tokens_max, rows_max, joined, kept)
+    for text in keeping[places.kept :]:
+        text.shared = None
     for place in places.stopping:
         decoder.forget(writings[place])
     starting = None if places.starting is None else writings[places.starting]
-    return [writings[place] for place in places.running], starting
+    return [writings[place] for place in places.running], starting, places.keeps
 
 
 def _next(lane: Lane, decoder: Decoder, running: Sequence[Writing]) -> list[Writing]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from agent.batching import Item, choose, due_ms, window
 from agent.engines.vectors import VectorAnswer
-from agent.lanes import Begun, Desk, Lane, shares
+from agent.lanes import Begun, Desk, Lane, charged, shares
 
 _Part = tuple[Begun, VectorAnswer, int]  # an input of a request, by its place
 
@@ -33,8 +34,8 @@ class VectorTurns:
     def turn(self, lane: Lane) -> float | None:
         """A pass; a time in milliseconds: there was none, and nothing is due before."""
         started_s = time.perf_counter()
-        parts = [(begun, answer, at) for begun, answer in _answers(lane) for at in answer.missing]
-        parts = parts[: window(lane.batching)]
+        waiting = ((begun, answer, at) for begun, answer in _answers(lane) for at in answer.missing)
+        parts = list(islice(waiting, window(lane.batching)))
         items = [Item(len(answer.inputs[at]), begun.request.arrived_ms) for begun, answer, at in parts]
         tokens_max = parts[0][0].held.model.tokens_max
         chosen = choose(items, lane.batching, tokens_max, self._now_ms())
@@ -46,21 +47,22 @@ class VectorTurns:
     def _compute(self, lane: Lane, parts: Sequence[_Part], started_s: float) -> None:
         tokens = [len(answer.inputs[at]) for _, answer, at in parts]
         self._desk.watch(lane.ref, max(tokens) * len(tokens))
-        failed: dict[Begun, BaseException] = {}
+        wrong_together: BaseException | None = None
         try:
             parts[0][0].held.model.compute([(answer, at) for _, answer, at in parts])
         except BaseException as error:
-            if len(parts) == 1:
-                failed[parts[0][0]] = error
-            else:
-                failed = _compute_alone(parts)
+            wrong_together = error
         requests = [begun.request for begun, _, _ in parts]
         shares(requests, tokens, time.perf_counter() - started_s)
+        failed: dict[Begun, BaseException] = {}
+        if wrong_together is not None:
+            failed = {parts[0][0]: wrong_together} if len(parts) == 1 else _compute_alone(parts)
         for begun, answer in {begun: answer for begun, answer, _ in parts}.items():
             wrong = failed.get(begun)
             if wrong is None and not answer.missing:
                 try:
-                    self._desk.emit(begun.request, begun.held.model.frame(answer))
+                    with charged(begun.request):
+                        self._desk.emit(begun.request, begun.held.model.frame(answer))
                 except BaseException as error:  # too large to send, or no memory to write it
                     wrong = error
             if wrong is not None or not answer.missing:
@@ -73,12 +75,16 @@ def _answers(lane: Lane) -> list[tuple[Begun, VectorAnswer]]:
 
 
 def _compute_alone(parts: Sequence[_Part]) -> dict[Begun, BaseException]:
-    """After a pass that failed: one of its inputs may be the reason, and no other request is at fault."""
+    """After a pass that failed: one of its inputs may be the reason, and no other request is at fault.
+
+    All have paid their shares of that pass; now each pays its own.
+    """
     failed: dict[Begun, BaseException] = {}
     for begun, answer, at in parts:
         if begun not in failed and at in answer.missing:
             try:
-                begun.held.model.compute([(answer, at)])
+                with charged(begun.request):
+                    begun.held.model.compute([(answer, at)])
             except BaseException as error:
                 failed[begun] = error
     return failed

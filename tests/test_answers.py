@@ -1,7 +1,8 @@
 """Frames of answers that nobody has taken yet: how many bytes of them an agent holds of one worker.
 
-Covers: texts in headers, tensors in bodies, and very many small frames. Does not cover: what answers cost and
-stuck workers (``test_due``), or requests' bodies (``test_bodies``).
+Covers: texts in headers, tensors in bodies, very many small frames, and who is told what answers cost whose
+worker died. Does not cover: what answers cost and stuck workers (``test_due``), or requests' bodies
+(``test_bodies``).
 """
 
 from __future__ import annotations
@@ -45,3 +46,20 @@ async def test_who_leaves_gives_the_room_of_its_answer_back() -> None:
     assert not answers.has_room()
     assert not answers.close(answer)
     assert answers.has_room()
+
+
+async def test_a_worker_that_dies_is_paid_for_by_those_who_wait_and_those_who_left() -> None:
+    late: list[int] = []
+    answers, now_s = Answers(late.append), [100.0]
+    answers._time = lambda: now_s[0]
+    waiting, leaving, done = (answers.open(number) for number in range(3))
+    for answer in (done, waiting, leaving):
+        await answers.may_send(answer, 0)
+    assert answers.close(leaving)
+    now_s[0] = 102.0
+    answers.heard(End(done.number, busy_us=1_000_000), b"")
+    now_s[0] = 105.0
+    answers.end()
+    assert (done.busy_ms, waiting.busy_ms, late) == (1000, 2000, [2000])
+    assert waiting.arrived.is_set()
+    assert not answers.close(waiting)

@@ -8,7 +8,8 @@ cover: real models (``test_vectors``, ``test_worker``), or which inputs fit toge
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -301,3 +302,76 @@ def test_a_pass_is_paid_for_by_those_whose_tokens_it_read(monkeypatch: pytest.Mo
     bench.ask(2, [2, 2, 2, 2], [2, 2, 2], batch_max=8)
     bench.run()
     assert (bench.end(1).busy_us, bench.end(2).busy_us) == (300_000, 700_000)
+
+
+def test_what_fails_is_paid_for_by_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that breaks by all that were part of it, each try alone by its own, reading by its reader."""
+    bench, clock_s = VectorBench(), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock_s[0])
+    begin, frame = Model.begin, Model.frame
+
+    def slow_begin(model: Model, request: EngineRequest, emit: object) -> VectorAnswer | None:
+        clock_s[0] += 10.0
+        return begin(model, request, emit)
+
+    def slow_frame(model: Model, answer: VectorAnswer) -> EngineFrame:
+        clock_s[0] += 100.0
+        if len(answer.inputs) > 1:
+            raise MemoryError
+        return frame(model, answer)
+
+    def passing() -> None:
+        clock_s[0] += 1.0
+
+    monkeypatch.setattr(Model, "begin", slow_begin)
+    monkeypatch.setattr(Model, "frame", slow_frame)
+    bench.models[A].passing = passing
+    for number, inputs in enumerate(([[1]], [[BROKEN]], [[2], [3]], [[REFUSED]])):
+        bench.ask(number, *inputs, batch_max=8)
+    bench.run()
+    # Four inputs of a token each, then each again by itself.
+    busy_us = [bench.end(number).busy_us for number in range(4)]
+    assert busy_us == [111_250_000, 11_250_000, 112_500_000, 10_000_000]
+    assert sum(busy_us) == clock_s[0] * 1e6
+
+
+def test_an_agent_that_is_gone_ends_computing_and_no_other_error_of_the_system_does_so_unsaid() -> None:
+    bench = VectorBench()
+    bench.ask(1, [1])
+
+    def gone(frame: object, body: bytes) -> None:
+        raise BrokenPipeError
+
+    bench.compute._desk._take_frame = gone
+    bench.compute.serve()
+    bench = VectorBench()
+    bench.ask(1, [1])
+
+    def full(ref: ModelRef, tokens: int) -> None:
+        raise OSError("too many open files")
+
+    bench.compute._desk.watch = full  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="open files"):
+        bench.compute.serve()
+
+
+def test_inputs_that_wait_are_not_all_looked_at_for_each_pass() -> None:
+    """Else 2,048 inputs, each alone, cost two million looks."""
+    looks: list[int] = []
+
+    class Missing(OrderedDict[int, None]):
+        def __iter__(self) -> Iterator[int]:
+            for place in super().__iter__():
+                looks.append(place)
+                yield place
+
+    bench = VectorBench()
+    bench.ask(1, *[[1]] * 500)
+    bench.compute.turn()
+    (begun,) = bench.compute._lanes[A].begun
+    assert isinstance(begun.answer, VectorAnswer)
+    begun.answer.missing = Missing(begun.answer.missing)
+    looks.clear()
+    bench.run()
+    assert len(bench.passes()) == 500
+    assert len(looks) < 2 * 500

@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 def take(decoder: Decoder, writings: Sequence[Writing]) -> None:
     """A pass, and what follows from it."""
-    logits = decoder.step(writings) if writings[0].read else [decoder.read(writings[0])]
+    logits = decoder.step(writings) if writings[0].read else [decoder.read(writings[0], keeps=True)]
     for writing, row in zip(writings, logits, strict=True):
         if row is not None:
             writing.choice.take(row)
@@ -80,7 +80,7 @@ def test_most_architectures_share_passes_and_sliding_windows_do_not() -> None:
         decoder = decoder_of(made)
         one = text(decoder, prompts(12)[0])
         with torch.inference_mode():
-            decoder.read(one.open[0])
+            decoder.read(one.open[0], keeps=True)
         shares[ARCHITECTURES[name][0]] = decoder.joins(one.open[0])
     assert {kind for kind, joins in shares.items() if not joins} == {"mistral", "gemma2", "gemma3_text"}
 

@@ -107,15 +107,40 @@ def test_of_many_small_answers_no_fraction_is_lost() -> None:
     assert charged_ms in (399, 400)
 
 
+def test_a_worker_that_dies_owes_all_that_passed_to_those_who_waited() -> None:
+    due = Due()
+    due.asked(1, 0.0)
+    due.asked(2, 6.0)
+    due.asked(3, 9.0)
+    due.left(2, 7.0)
+    assert due.died(9.0) == {3: 0, 2: 3000, 1: 6000}
+    assert due.died(10.0) == {}
+    assert due.heard(1, True, 20.0, 5.0) == 0
+
+
+def test_a_worker_that_ends_itself_after_each_answer_computes_nothing_for_free() -> None:
+    due = Due()
+    due.asked(1, 0.0)
+    due.asked(2, 0.0)
+    assert due.heard(1, True, 4.0, stated_s=1.0) == 1000
+    assert due.died(5.0) == {2: 4000}
+
+
+def test_nobody_pays_for_longer_than_a_worker_may_be_silent() -> None:
+    due = Due()
+    due.asked(1, 100.0)
+    assert due.died(100.0 + 10 * SILENT_SECONDS_MAX) == {1: int(SILENT_SECONDS_MAX * 1000)}
+
+
 _STEPS = st.lists(
     st.tuples(st.integers(0, 3), st.floats(0, 2, allow_nan=False), st.floats(0, 5, allow_nan=False)),
     max_size=60,
 )
 
 
-@given(_STEPS)
+@given(_STEPS, st.booleans())
 def test_charges_add_up_to_the_time_in_which_anything_was_owed(
-    steps: list[tuple[int, float, float]],
+    steps: list[tuple[int, float, float]], dies: bool
 ) -> None:
     due, owed, now = Due(), list[int](), 0.0
     busy_s, charged_ms = 0.0, 0
@@ -130,6 +155,12 @@ def test_charges_add_up_to_the_time_in_which_anything_was_owed(
             charge_ms = due.heard(ended, True, now, stated_s)
             assert charge_ms >= 0
             charged_ms += charge_ms
+    if dies:
+        charges = due.died(now)
+        assert sorted(charges) == sorted(owed)
+        assert min(charges.values(), default=0) >= 0
+        charged_ms += sum(charges.values())
+        owed.clear()
     while owed:
         charged_ms += due.heard(owed.pop(), True, now)
     assert abs(charged_ms - busy_s * 1000) < 1.01

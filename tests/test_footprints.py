@@ -1,21 +1,25 @@
 """Footprints: what was measured replaces the first estimate, in the ledger at once, in the books for good.
 
 Covers: the core's answer to ``FootprintSeen``, the rule that makes one figure of many peaks, the agent's
-check of what a worker claims, and the journal. Does not cover: measuring in a worker
-(``test_worker.py``).
+check of what a worker claims, the journal, and a kernel that fails to say. Does not cover: real measuring in
+a worker (``test_worker.py``).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scene import Scene, model, of, the
 
+from agent import peak
 from agent.devices import DeviceConfig
 from agent.footprints import FootprintRow, Footprints, had_bytes
+from agent.frames import BadFrame, decode, from_worker_decoder
 from agent.journal import open_journal
 from packer.events import DeviceSeen, Event, Evict, FootprintSeen, Refuse, Restore
 from packer.footprint import SAMPLES_MIN, Footprint, workspace_bytes
@@ -190,6 +194,73 @@ def test_what_was_learned_is_there_after_a_crash_and_goes_with_its_version(tmp_p
     footprints.take_stored(second.footprints())
     footprints.planned([SMALL])
     assert [event.workspace_bytes for event in core.told] == [39 * MIB + MIB // 2]
+
+
+@pytest.mark.parametrize("figure", [-1, 0, 2**60, 10**30, "9", 1.5, None, True])
+def test_a_journal_that_holds_what_nobody_can_have_measured_is_not_believed(figure: Any) -> None:
+    core = Core()
+    footprints = Footprints({"cpu:0": CPU}, core.post, core.held.get)
+    footprints.take_stored([FootprintRow(SMALL.ref, SMALL.engine, "cpu", Footprint(figure, 9))])
+    footprints.take_stored([FootprintRow(SMALL.ref, SMALL.engine, "cpu", Footprint(30 * MIB, figure))])
+    footprints.planned([SMALL])
+    assert core.told == []
+
+
+@pytest.mark.parametrize("claim", ["-1", "1125899906842625", "1e30", '"5"', "1.5", "1" + "0" * 40, "null"])
+def test_no_frame_carries_a_workspace_that_no_machine_has(claim: str) -> None:
+    frame = '{"type":"Measured","id":1,"ref":"a/small@0000000000000000","workspace_bytes":%s}'
+    assert decode(from_worker_decoder, (frame % 5).encode())
+    with pytest.raises(BadFrame, match="workspace_bytes"):
+        decode(from_worker_decoder, (frame % claim).encode())
+
+
+# --- measuring in a worker ------------------------------------------------------------------------
+
+
+class Kernel:
+    """``/proc``, as it may be when a worker has no descriptor left."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing = False
+        monkeypatch.setattr(peak, "_CLEAR", self)
+        monkeypatch.setattr(peak, "_STATUS", self)
+
+    def write_text(self, text: str) -> int:
+        if self.failing:
+            raise OSError(errno.EMFILE, "too many open files")
+        return len(text)
+
+    def read_text(self) -> str:
+        self.write_text("")
+        return "VmHWM:\t    40960 kB\nVmRSS:\t    30720 kB\n"
+
+
+@pytest.mark.parametrize("fails_in", ["begin", "end"])
+def test_a_request_that_can_not_be_measured_is_computed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails_in: str
+) -> None:
+    kernel = Kernel(monkeypatch)
+    meter = peak.PeakMeter(False, lambda: (0, 0), lambda: None)
+    for _ in range(2):
+        kernel.failing = fails_in == "begin"
+        meter.begin(SMALL.ref, 10)
+        kernel.failing = fails_in == "end"
+        assert meter.end(SMALL.ref) == 0
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "what requests take beside the weights can not be measured"
+    ]
+    kernel.failing = False
+    meter.begin(SMALL.ref, 10)
+    assert meter.end(SMALL.ref) == 10 * MIB
+
+
+def test_a_kernel_that_says_nothing_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    kernel.failing = True
+    meter = peak.PeakMeter(False, lambda: (0, 0), lambda: None)
+    kernel.failing = False
+    meter.begin(SMALL.ref, 10)
+    assert meter.end(SMALL.ref) == 0
 
 
 def test_another_engine_or_kind_of_device_measures_anew() -> None:

@@ -27,6 +27,7 @@ from agent.lanes import Request
 from packer.types import ModelRef
 
 ROOM = 96
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values of two layers and two heads of eight floats
 Said = tuple[int, str, str]  # a choice, its text, and why it ended
 BROKEN = WORDS - 1  # a token that a pass breaks at
 
@@ -41,9 +42,9 @@ class Noted(Decoder):
         self.running: set[Writing] = set()
         self.most_held = 0
 
-    def read(self, writing: Writing) -> torch.Tensor | None:
+    def read(self, writing: Writing, keeps: bool) -> torch.Tensor | None:
         self._note([writing])
-        return super().read(writing)
+        return super().read(writing, keeps)
 
     def step(self, writings: Sequence[Writing]) -> list[torch.Tensor | None]:
         self._note(writings)
@@ -197,6 +198,28 @@ def test_what_is_read_stays_within_the_room(made: PreTrainedModel) -> None:
     assert bench.models[A].decoder.most_held <= ROOM
     for number, prompt in enumerate(given):
         assert bench.said(number) == alone(made, prompt, max_tokens=80)[0]
+
+
+@pytest.mark.parametrize("batch_max", [1, 4])
+@pytest.mark.parametrize("length", [40, 60, 86])
+def test_choices_of_a_long_prompt_stay_within_the_room(
+    made: PreTrainedModel, length: int, batch_max: int
+) -> None:
+    """What was read of a prompt is kept for the choices to come only where it may be there twice."""
+    bench = TextBench(made)
+    decoder = bench.models[A].decoder
+    long, short = prompts(length, 12)
+    bench.ask(1, long, batch_max=batch_max, max_tokens=10, n=3, temperature=1.0, seed=5)
+    bench.ask(2, short, batch_max=batch_max, max_tokens=30, n=2)
+    most_bytes = 0
+    while bench.compute.turn() is not None:
+        lane = bench.compute._lanes.get(A)
+        answers = [begun.answer for begun in lane.begun] if lane is not None else []
+        open_texts = [writing for answer in answers if isinstance(answer, Text) for writing in answer.open]
+        most_bytes = max(most_bytes, decoder.cache_bytes(open_texts))
+    assert most_bytes <= ROOM * TOKEN_BYTES
+    assert bench.said(1) == alone(made, long, max_tokens=10, n=3, temperature=1.0, seed=5)[0]
+    assert bench.said(2) == alone(made, short, max_tokens=30, n=2)[0]
 
 
 def test_a_prompt_does_not_wait_for_all_texts_nor_texts_for_all_prompts(made: PreTrainedModel) -> None:

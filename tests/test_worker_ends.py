@@ -232,6 +232,21 @@ async def test_a_worker_s_code_can_not_speak_for_the_node(said: str, believed: s
         assert error.value.code == believed
 
 
+async def test_a_worker_that_dies_computed_nothing_for_free() -> None:
+    """Else a model that ends its process at the end of each request would."""
+    now_s, took = [100.0], list[int]()
+    async with impostor() as (handle, _, data):
+        handle._answers._time = lambda: now_s[0]
+        frames = handle.run(ModelRef("acme", "x", "0" * 16), EngineRequest("embed"), took.append)
+        asked = asyncio.ensure_future(anext(aiter(frames)))
+        await asyncio.to_thread(data.recv, 1)
+        now_s[0] = 107.0
+        handle.kill()
+        with pytest.raises(WorkerDead):
+            await asyncio.wait_for(asked, PATIENCE_S)
+    assert took == [7000]
+
+
 def test_a_worker_that_can_not_compute_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its other threads would answer pings, and nobody else."""
 

@@ -90,8 +90,9 @@ class Decoder:
         self._takes_positions = "position_ids" in inspect.signature(module.forward).parameters
 
     @torch.inference_mode()
-    def read(self, writing: Writing) -> torch.Tensor | None:
-        """Read the prompt of a text that has no cache."""
+    def read(self, writing: Writing, keeps: bool) -> torch.Tensor | None:
+        """Read the prompt of a text that has no cache. ``keeps``: there is room to have it twice, so that
+        the request's other choices need not read it again."""
         self._before_pass()
         text, prompt = writing.text, writing.text.answer.prompt
         if text.shared is not None:
@@ -101,8 +102,9 @@ class Decoder:
             logits = last_logits(self._module, prompt, cache)
         others = [other for other in text.open if other is not writing]
         to_come = any(not other.read and not other.choice.tokens for other in others)
-        text.shared = (cache, logits) if to_come else None
-        writing.cache = copy.deepcopy(cache) if to_come else cache
+        kept = to_come and (keeps or text.shared is not None)
+        text.shared = (cache, logits) if kept else None
+        writing.cache = copy.deepcopy(cache) if kept else cache
         writing.read = len(prompt)
         return None if writing.choice.tokens else logits
 
@@ -245,7 +247,8 @@ def write(text: Text, cancelled: Callable[[], bool]) -> None:
     decoder = text.decoder
     while text.open and not cancelled():
         writing = text.open[0]
-        logits = decoder.step([writing])[0] if writing.read else decoder.read(writing)
+        has_room = len(text.answer.prompt) + writing.length + writing.left <= decoder.tokens_max
+        logits = decoder.step([writing])[0] if writing.read else decoder.read(writing, has_room)
         if logits is not None:
             with torch.inference_mode():
                 writing.choice.take(logits)

@@ -10,6 +10,7 @@ order, so that last bits differ.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ class VectorAnswer:
         self.inputs = inputs
         self.dimensions = dimensions
         self._rows: list[torch.Tensor | None] = [None] * len(inputs)
-        self.missing = dict.fromkeys(range(len(inputs)))  # in order; a pass takes any of them
+        # In order; a pass takes any of them. A plain dict would be read over all that are gone to its first.
+        self.missing = OrderedDict.fromkeys(range(len(inputs)))
 
     def put(self, place: int, row: torch.Tensor) -> None:
         self._rows[place] = row
