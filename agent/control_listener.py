@@ -18,7 +18,7 @@ from aiohttp.typedefs import Handler
 
 from agent.config import AgentConfig
 from agent.identity import Identity
-from packer.certificates import CheckedObject
+from packer.certificates import CheckedObject, WrongSpeaker
 
 log = logging.getLogger("bunk.control_listener")
 
@@ -47,16 +47,20 @@ class ControlListener:
         self.url = ""  # where control's router reaches this node; empty: nowhere
 
     def guard(self, app: web.Application) -> None:
-        """Answer on no connection longer than the certificate lives that it was opened with."""
+        """Answer on no connection longer than the certificate lives that it was opened with, nor longer than
+        its CA is trusted."""
         app.middlewares.append(self._still_control)
 
     @web.middleware
     async def _still_control(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         tls = request.get_extra_info("ssl_object")
-        if isinstance(tls, CheckedObject) and self._identity.now_s() >= tls.ends_s:
-            answer = web.Response(status=403, text="the certificate has expired; connect anew")
-            answer.force_close()
-            return answer
+        if isinstance(tls, CheckedObject):
+            try:
+                self._identity.check_still(tls)
+            except WrongSpeaker as error:
+                answer = web.Response(status=403, text=f"{error}; connect anew")
+                answer.force_close()
+                return answer
         return await handler(request)
 
     async def start(self, runner: web.AppRunner) -> None:

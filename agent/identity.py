@@ -30,6 +30,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from packer.certificates import (
     CONTROL,
     CheckedContext,
+    CheckedObject,
     WrongSpeaker,
     checked_context,
     is_issued_by,
@@ -262,6 +263,16 @@ class Identity:
         if speaker.name != CONTROL:
             raise WrongSpeaker("only control may call here")
         return speaker.ends_s
+
+    def check_still(self, tls: CheckedObject) -> None:
+        """Ask again on an open connection of control's, whose CA may be trusted no more. Raises
+        ``WrongSpeaker``. Signatures are verified anew only when this node's papers changed since: each
+        request asks."""
+        if tls.checked_under is not self.answer:
+            tls.ends_s = self._check_control(tls.getpeercert(binary_form=True))
+            tls.checked_under = self.answer
+        if self.now_s() >= tls.ends_s:
+            raise WrongSpeaker("the certificate has expired")
 
     def _certified(self, context: ssl.SSLContext) -> ssl.SSLContext:
         assert self.answer is not None

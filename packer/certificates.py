@@ -138,9 +138,11 @@ class CheckedContext(ssl.SSLContext):
 
 
 class CheckedObject(ssl.SSLObject):
-    """One connection of a ``CheckedContext``; whoever answers on it looks at ``ends_s`` again."""
+    """One connection of a ``CheckedContext``; whoever answers on it looks at ``ends_s`` again, and at whether
+    what it was ``checked_under`` still holds."""
 
     ends_s: float = 0.0
+    checked_under: object = None  # as whoever checks again noted it; None: at the handshake alone
 
     def do_handshake(self) -> None:
         super().do_handshake()

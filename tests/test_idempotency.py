@@ -251,6 +251,25 @@ async def test_a_refusal_that_had_an_effect_is_told_again(site: Site) -> None:
     assert (await site.control.call("POST", path, headers={"Idempotency-Key": "c2"})).status == 404
 
 
+async def test_a_commit_that_gave_a_file_up_says_so_again(site: Site) -> None:
+    """A file that is not what was declared is removed; the repetition does not only say that it is missing.
+    What is sent after that is committed under a name of its own."""
+    files = model_files()
+    made = await site.control.call("POST", "/api/v1/tenants/acme/uploads", declare("m", files))
+    upload_id = made.json()["upload_id"]
+    for path, data in files.items():
+        await site.control.send_file(upload_id, path, 0, data.replace(b"{}", b"[]"))
+    path, headers = f"/api/v1/uploads/{upload_id}/commit", {"Idempotency-Key": "c1"}
+    refused = await site.control.call("POST", path, headers=headers)
+    assert (refused.status, refused.error["code"]) == (422, "wrong_sha256")
+    again = await site.control.call("POST", path, headers=headers)
+    assert (again.status, again.body) == (422, refused.body)
+    anew = await site.control.call("POST", path, headers={"Idempotency-Key": "c2"})
+    assert (anew.status, anew.error["field"]) == (409, "tokenizer.json")
+    assert (await site.control.send_file(upload_id, "tokenizer.json", 0, b"{}")).status == 204
+    assert (await site.control.call("POST", path, headers={"Idempotency-Key": "c2"})).status == 201
+
+
 async def test_what_is_kept_ends_after_a_day(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     first = await make_key(site.control)
     now_ms = first.json()["created_ms"]

@@ -17,10 +17,11 @@ from aiohttp import web
 from control.catalog import CONTROL_ORIGIN, Change, DropUpload, PutUpload, UploadRow, arriving, model_arrival
 from control.model_store import ModelStoreError, PartFiles
 from control.operations import Operation, Result
-from control.routes.access import Access, Caller, Route, not_found, render_error
+from control.routes.access import Access, Caller, Route, check_still, not_found, render_error
 from control.routes.models import (
     MODEL_REFUSALS,
     REFUSED_CODE,
+    WRONG_CODE,
     ModelAnswer,
     check_room,
     examine_off_loop,
@@ -83,14 +84,17 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
     await asyncio.to_thread(_touch, list(parts.values()))
     declared = {file.path: file for file in row.files}
 
-    def spoiled(path: str) -> None:
-        parts[path].unlink(missing_ok=True)
-
     try:
-        examined = await examine_off_loop(control, PartFiles(parts), declared, spoiled)
+        examined = await examine_off_loop(control, PartFiles(parts), declared)
     except ApiError as error:
         if error.code == REFUSED_CODE:
             await _drop(control, row, caller.remembering(render_error(request, error)))
+        if error.code == WRONG_CODE and error.field is not None:
+            # The refusal is kept before its effect: between them a crash leaves a file that is refused again.
+            if kept := caller.remembering(render_error(request, error)):
+                async with control.writing:
+                    await control.write(kept)
+            await asyncio.to_thread(parts[error.field].unlink, missing_ok=True)
         raise
     try:
         await asyncio.to_thread(check_floor, control.upload_dir, row.declared_bytes)
@@ -98,6 +102,7 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
         spec = new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms())
         async with control.writing:
             upload_of(control, request, caller)  # it, or its tenant, may have been deleted meanwhile
+            check_still(control, caller)  # hashing takes minutes
             check_room(control, spec)
             spec = arriving(control.catalog, spec)
             answer = json_response(model_answer(spec), 201)

@@ -8,7 +8,7 @@ models are called (``control.routes.router``).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -36,6 +36,7 @@ from control.routes.access import (
     Access,
     Caller,
     Route,
+    check_still,
     not_found,
     own_tenant_filter,
     read_json,
@@ -61,6 +62,8 @@ from packer.types import (
 
 # A directory whose content is not acceptable: sending the same again can not help.
 REFUSED_CODE = "model_refused"
+# A file whose bytes are not what was declared.
+WRONG_CODE = "wrong_sha256"
 
 
 class OriginAsk(msgspec.Struct, forbid_unknown_fields=True):
@@ -124,12 +127,9 @@ async def examine_off_loop(
     control: Control,
     directory: Directory,
     declared: Mapping[str, OriginFile] | None = None,
-    spoiled: Callable[[str], None] | None = None,
 ) -> Examined:
-    """``examine`` on a thread, a few at a time; what it refuses becomes a 422 that names the file.
-
-    ``spoiled`` is called with a file that is not what was declared, so that it can be sent again.
-    """
+    """``examine`` on a thread, a few at a time; what it refuses becomes a 422 that names the file: by
+    ``WRONG_CODE`` one that is not what was declared, and can be sent again."""
     async with control.examinations:
         try:
             return await asyncio.to_thread(examine, directory, declared)
@@ -137,10 +137,8 @@ async def examine_off_loop(
             path = error.path if isinstance(error, BadDirectory) else error.file
             raise ApiError(422, REFUSED_CODE, str(error), field=path) from None
         except WrongDigest as error:
-            if spoiled is not None:
-                await asyncio.to_thread(spoiled, error.path)
             raise ApiError(
-                422, "wrong_sha256", f"{error}; send this file again from byte 0.", field=error.path
+                422, WRONG_CODE, f"{error}; send this file again from byte 0.", field=error.path
             ) from None
         except (OSError, ModelStoreError) as error:
             control.log_fault("examine", error)
@@ -201,6 +199,7 @@ async def register(control: Control, request: web.Request, caller: Caller) -> we
     spec = new_spec(ModelRef(tenant, name, manifest_digest(examined.files)), url, examined, wall_ms())
     async with control.writing:
         tenant_of(control, caller, tenant)  # it may have been deleted meanwhile
+        check_still(control, caller)  # hashing takes minutes
         known = control.catalog.models.get(spec.ref)
         if known is None:
             check_room(control, spec)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +31,7 @@ from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.model_store import check_names
 from control.operations import Given, NameText, Operation, Result, Where
 from control.pages import PAGED, Page, Position, asked_page, page_of
-from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
+from control.routes.access import Access, Caller, Route, check_still, not_found, read_json, tenant_of
 from control.routes.models import (
     REFUSED_CODE,
     own_name,
@@ -275,14 +275,14 @@ async def send(control: Control, request: web.Request, caller: Caller) -> web.Re
         )
     control.busy_parts.add(busy)
     try:
-        offset = await _receive(control, request, row, index)
+        offset = await _receive(control, request, caller, row, index)
     finally:
         control.busy_parts.discard(busy)
         control.touched_ms[row.upload_id] = wall_ms()
     return web.Response(status=204, headers={OFFSET_HEADER: str(offset)})
 
 
-async def _receive(control: Control, request: web.Request, row: UploadRow, index: int) -> int:
+async def _receive(control: Control, request: web.Request, caller: Caller, row: UploadRow, index: int) -> int:
     part, file = part_path(control, row, index), row.files[index]
     have = await asyncio.to_thread(_size, part)
     stated = request.headers.get(OFFSET_HEADER, "")
@@ -309,14 +309,23 @@ async def _receive(control: Control, request: web.Request, row: UploadRow, index
         descriptor = await asyncio.to_thread(os.open, part, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except FileNotFoundError:
         raise not_found("upload", row.upload_id) from None  # deleted a moment ago
+
+    def check() -> None:
+        check_still(control, caller)
+        upload_of(control, request, caller)
+
     try:
-        return await _copy(request, descriptor, have, file)
+        return await _copy(request, check, descriptor, have, file)
     finally:
         # What arrived stays, also when the client left in the middle: it goes on from there.
         await asyncio.to_thread(_sync_and_close, descriptor)
 
 
-async def _copy(request: web.Request, descriptor: int, have: int, file: OriginFile) -> int:
+async def _copy(
+    request: web.Request, check: Callable[[], None], descriptor: int, have: int, file: OriginFile
+) -> int:
+    """``check`` refuses who may send no more: a body takes as long as its sender likes. What came before
+    that is kept, nothing after it."""
     gathered: list[bytes] = []
     held = 0
     try:
@@ -328,6 +337,7 @@ async def _copy(request: web.Request, descriptor: int, have: int, file: OriginFi
                 raise ApiError(
                     408, "body_timeout", f"No byte of {file.path} came for {IDLE_SECONDS:g} s; go on later."
                 ) from None
+            check()
             if not piece:
                 break
             if have + held + len(piece) > file.size_bytes:

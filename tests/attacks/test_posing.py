@@ -11,7 +11,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from unittest import mock
@@ -21,10 +21,11 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from running_control import PATIENCE_S, FakeNode, Running, empty_report, model_files, running, until
-from running_uplinks import Agent, joined_agent, resident
+from running_uplinks import Agent, ended, joined_agent, resident
 
 from control import authority as authority_module
 from control.authority import Authority
+from control.ca import make_ca
 
 
 @dataclass(slots=True)
@@ -146,6 +147,33 @@ async def test_a_connection_does_not_outlive_controls_certificate(scene: Scene) 
             async with session.get(url, ssl=context) as answer:
                 assert answer.status == 403
     assert scene.seen == [""]
+
+
+async def test_a_connection_does_not_outlive_the_ca_it_was_opened_under(scene: Scene, tmp_path: Path) -> None:
+    """When another CA has taken over, what was opened with a certificate of the former is answered no more,
+    however long that certificate lives; while both are trusted it is."""
+    context = context_of(scene, scene.authority.make_control_certificate())
+    url = f"{scene.agent.listener.url}/metrics"
+    identity = scene.agent.identity
+    await ended(scene.agent.task)  # it would meet papers of the test's making
+    papers = identity.answer
+    assert papers is not None
+    following = make_ca("another CA", datetime.now(UTC)).pem
+    trusted = [papers.ca_pem + following, following, papers.ca_pem]
+    statuses = []
+    connector = aiohttp.TCPConnector(limit=1)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        async with session.get(url, ssl=context) as answer:
+            assert answer.status == 200
+        for ca_pem in trusted:
+            identity.answer = replace(papers, ca_pem=ca_pem)
+            async with session.get(url, ssl=context) as answer:
+                statuses.append(answer.status)
+        identity.answer = None  # removed, and not joined again
+        async with session.get(url, ssl=context) as answer:
+            statuses.append(answer.status)
+        identity.answer = papers
+    assert statuses == [200, 403, 200, 403]
 
 
 # --- servers that are not the node ----------------------------------------------------------------

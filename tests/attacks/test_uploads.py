@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from running_control import Answer, Running, declare, model_files, running, safetensors
+from running_control import Answer, Running, declare, model_files, running, safetensors, until
 
 from control.catalog import UPLOADS_PER_TENANT_MAX
-from control.routes import uploads
+from control.routes import commits, uploads
 from packer.http import JSON_BYTES_MAX
 
 
@@ -468,5 +468,73 @@ async def test_the_floor_of_free_space_holds_for_bytes_that_arrive(
         full.setattr(uploads, "DISK_FREE_BYTES_MIN", 2**62)
         answer = await control.call("POST", commit)
         assert (answer.status, answer.error["code"]) == (507, "disk_full")
+    await nothing_became_visible(control)
+    assert (await control.call("POST", commit)).status == 201
+
+
+@pytest.mark.parametrize("ends", ["key", "tenant", "upload"])
+async def test_a_long_upload_is_cut_when_its_key_is_revoked_or_it_is_deleted(
+    control: Running, ends: str
+) -> None:
+    """Whoever sends slowly would go on for as long as it likes; nothing that comes later is kept."""
+    key = await control.key("acme")
+    files = model_files()
+    upload_id = (await declared(control, files)).json()["upload_id"]
+    data = files["model.safetensors"]
+    begun, rest = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield data[:100]
+        begun.set()
+        await rest.wait()
+        yield data[100:]
+
+    path = f"/api/v1/uploads/{upload_id}/files/model.safetensors"
+    sending = control.call("PATCH", path, key=key, data=body(), headers={"Upload-Offset": "0"})
+    task = asyncio.create_task(sending)
+    await begun.wait()
+    await until(lambda: bool(control.server.control.busy_parts))
+    ended = {"key": f"keys/{key.split('_')[1]}", "tenant": "tenants/acme", "upload": f"uploads/{upload_id}"}
+    assert (await control.call("DELETE", f"/api/v1/{ended[ends]}")).status == 204
+    rest.set()
+    answer = await task
+    assert (answer.status, answer.error["code"]) == {
+        "key": (401, "invalid_api_key"),
+        "tenant": (401, "invalid_api_key"),
+        "upload": (404, "upload_not_found"),
+    }[ends]
+    assert not control.server.control.busy_parts
+    if ends == "key":
+        shown = (await control.call("GET", f"/api/v1/uploads/{upload_id}")).json()
+        assert {file["path"]: file["offset_bytes"] for file in shown["files"]}["model.safetensors"] <= 100
+
+
+async def test_a_commit_of_a_key_that_is_revoked_meanwhile_makes_no_version(
+    control: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of a large model are hashed for minutes."""
+    key = await control.key("acme")
+    files = model_files()
+    upload_id = (await declared(control, files)).json()["upload_id"]
+    for path, data in files.items():
+        assert (await control.send_file(upload_id, path, 0, data)).status == 204
+    examined = asyncio.Event()
+    go_on = asyncio.Event()
+    really = commits.examine_off_loop
+
+    async def slowly(*given: Any) -> Any:
+        found = await really(*given)
+        examined.set()
+        await go_on.wait()
+        return found
+
+    monkeypatch.setattr(commits, "examine_off_loop", slowly)
+    commit = f"/api/v1/uploads/{upload_id}/commit"
+    task = asyncio.create_task(control.call("POST", commit, key=key))
+    await examined.wait()
+    await control.call("DELETE", f"/api/v1/keys/{key.split('_')[1]}")
+    go_on.set()
+    answer = await task
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
     await nothing_became_visible(control)
     assert (await control.call("POST", commit)).status == 201
