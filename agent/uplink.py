@@ -13,16 +13,15 @@ import random
 import secrets
 import ssl
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn, Protocol
 from urllib.parse import quote
 
 import aiohttp
-import msgspec
 
+from agent.control_answers import Answer, read_answer, refusal_of, text_of
 from agent.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
 from agent.origin import PIECE_BYTES, OriginUnavailable
 from agent.shares import Shares
@@ -31,7 +30,6 @@ from packer.peer_lists import KnownPeers
 from packer.questions import QUESTIONS_MAX, Question, Replies, Reply
 from packer.types import ModelRef, ModelSpec
 from packer.wire import (
-    MESSAGE_BYTES_MAX,
     SPOOL_RECORDS_MAX,
     WIRE_VERSION,
     BadMessage,
@@ -69,7 +67,7 @@ CONNECT_TIMEOUT_S = 5.0
 # One that ends so soon may have ended by control's clock; it is renewed as one that has (``CLOCK_SKEW``).
 EXPIRY_MARGIN_S = 1_800.0
 SKEW_SAID_S = 60.0  # beyond it the clocks are said to be off; certificates allow for half an hour
-ERROR_BYTES_MAX = 16 * 1024  # errors of control are some hundred bytes
+CAS_BYTES_MAX = 64 * 1024  # two CAs while they overlap, 700 bytes each
 SOURCES_TIMEOUT_S = 3.0  # a model waits for this answer, and can be loaded without it
 SOURCES_CONNECT_TIMEOUT_S = 2.0
 
@@ -189,7 +187,7 @@ class Uplink:
             finally:
                 self._session = None
 
-    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> _Answer:
+    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> Answer:
         """Send one message over the session that is open; raises ``aiohttp.ClientError`` or
         ``TimeoutError``, and ``RuntimeError`` when the session is just being made anew."""
         if self._session is None:
@@ -198,7 +196,7 @@ class Uplink:
         async with self._session.post(
             f"{self._url}{path}", data=encode(message), headers=_JSON, timeout=timeout
         ) as answer:
-            return _Answer(answer.status, await answer.read())
+            return await read_answer(answer)
 
     # --- join -------------------------------------------------------------------------------------
 
@@ -226,8 +224,8 @@ class Uplink:
         timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             async with session.get(f"{self._url}/node/v1/ca", ssl=unverified_context()) as answer:
-                ca_pem = await answer.content.read(64 * 1024)
-            pinned_pem = check_pin(token, ca_pem)
+                shown = await read_answer(answer, CAS_BYTES_MAX)
+            pinned_pem = check_pin(token, shown.body)
             ask = JoinAsk(
                 WIRE_VERSION,
                 token.token_id,
@@ -240,14 +238,12 @@ class Uplink:
             async with session.post(
                 f"{self._url}/node/v1/join", data=encode(ask), ssl=context, headers=_JSON
             ) as answer:
-                body = await answer.content.read(MESSAGE_BYTES_MAX)
-                if answer.status >= 500:
-                    raise aiohttp.ClientError(f"control answered {answer.status}")
-                if answer.status >= 300:
-                    raise BadIdentity(
-                        f"control refused to let this node join ({answer.status}): {_text(body)}"
-                    )
-        joined = decode(body, JoinAnswer)
+                got = await read_answer(answer)
+        if got.status >= 500:
+            raise aiohttp.ClientError(f"control answered {got.status}")
+        if got.status >= 300:
+            raise BadIdentity(f"control refused to let this node join ({got.status}): {text_of(got.body)}")
+        joined = decode(got.body, JoinAnswer)
         self._identity.save(joined)
         # A spent token is of no use to anybody but a thief.
         if token_file.is_file() and not token_file.is_symlink():  # and not /dev/stdin
@@ -266,7 +262,7 @@ class Uplink:
                     self._identity.save(decode(answer.body, JoinAnswer))
                     log.info("the certificate had ended; control gave a new one")
                     return None
-                code, text = _error(answer.body)
+                code, text = refusal_of(answer.body)
                 if code == "node_removed":
                     raise _Forgotten(text)
                 if code == "renewal_refused":
@@ -288,7 +284,7 @@ class Uplink:
                 said = True
             pause_s = await _pause(pause_s)
 
-    async def _ask_late(self) -> _Answer:
+    async def _ask_late(self) -> Answer:
         """Without the certificate: TLS would refuse it. Control checks what the message shows instead."""
         mine = self._identity.answer
         assert mine is not None
@@ -303,7 +299,7 @@ class Uplink:
                 headers=_JSON,
             ) as answer,
         ):
-            return _Answer(answer.status, await answer.content.read(MESSAGE_BYTES_MAX))
+            return await read_answer(answer)
 
     # --- beats ------------------------------------------------------------------------------------
 
@@ -313,9 +309,6 @@ class Uplink:
         while True:
             try:
                 await self._beat(POLL_WAIT_MS if self.connected else 0)
-                pause_s = RETRY_FIRST_S
-                if self._identity.renew_due():
-                    await self._renew()
             except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
                 if self.connected:
                     log.warning("control is away, serving on with the last plan: %s", error)
@@ -323,6 +316,10 @@ class Uplink:
                 if self._identity.expired(EXPIRY_MARGIN_S):
                     raise _Renewed from None  # leads to the check for expiry in run()
                 pause_s = await _pause(pause_s)
+            else:
+                pause_s = RETRY_FIRST_S
+                if self._identity.renew_due():
+                    await self._renew()
 
     async def _push(self) -> None:
         """Short beats when something changed: reports and records."""
@@ -399,9 +396,9 @@ class Uplink:
             return _Left.STUCK
         return _Left.MORE if len(records) == SPOOL_RECORDS_MAX else _Left.NOTHING
 
-    def _complain(self, answer: _Answer) -> NoReturn:
+    def _complain(self, answer: Answer) -> NoReturn:
         """Control does not take a beat: what that means for this node."""
-        code, text = _error(answer.body)
+        code, text = refusal_of(answer.body)
         if answer.status in (403, 404):
             raise _Forgotten(text)
         if answer.status == 401:
@@ -437,14 +434,20 @@ class Uplink:
             "/node/v1/replies", Replies(WIRE_VERSION, replies), ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
         )
         if answer.status not in (200, 204):
-            log.debug("control took no replies: %s: %s", answer.status, _text(answer.body))
+            log.debug("control took no replies: %s: %s", answer.status, text_of(answer.body))
 
     async def _renew(self) -> None:
-        ask = RenewAsk(WIRE_VERSION, self._identity.csr_pem(self._name))
-        answer = await self._post("/node/v1/renew", ask, ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S)
-        if answer.status != 200:
-            raise aiohttp.ClientError(f"renew: control answered {answer.status}: {_text(answer.body)}")
-        self._identity.save(decode(answer.body, JoinAnswer))
+        """Asked again with the next beat when it fails; control is there, it just answered one."""
+        try:
+            ask = RenewAsk(WIRE_VERSION, self._identity.csr_pem(self._name))
+            answer = await self._post("/node/v1/renew", ask, ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S)
+            if answer.status != 200:
+                raise aiohttp.ClientError(f"control answered {answer.status}: {text_of(answer.body)}")
+            self._identity.save(decode(answer.body, JoinAnswer))
+        except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
+            left_s = self._identity.expires_s() - self._identity.now_s()
+            log.warning("the certificate, which ends in %d s, is not renewed yet: %s", left_s, error)
+            return
         raise _Renewed
 
     # --- sources of packs -------------------------------------------------------------------------
@@ -550,27 +553,6 @@ class _Forgotten(Exception):
     """Control does not know this node."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What control said to one message."""
-
-    status: int
-    body: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class _ErrorAnswer:
-    """How control says no."""
-
-    error: _Said
-
-
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -583,18 +565,3 @@ async def _pause(pause_s: float) -> float:
 def jitter() -> float:
     """The share of a pause that is waited; tests make it the same every time."""
     return random.uniform(0.5, 1.5)
-
-
-def _error(body: bytes) -> tuple[str, str]:
-    """The code and the message of an answer that refuses; the code is empty when it has none."""
-    try:
-        said = msgspec.json.decode(body[:ERROR_BYTES_MAX], type=_ErrorAnswer).error
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError):
-        return "", _text(body)
-    return said.code[:64], said.message[:500]
-
-
-def _text(body: bytes) -> str:
-    with suppress(UnicodeDecodeError):
-        return body[:500].decode()
-    return f"{len(body)} bytes"

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from simulated_control import Disk, DiskFaults
 
+from agent.control_answers import Answer
 from agent.journal import Journal, JournalFailed
 from agent.peer_fetch import FetchedPack
 from agent.sources import Sources
-from agent.uplink import ANSWER_TIMEOUT_S, Uplink, _Answer
+from agent.uplink import ANSWER_TIMEOUT_S, Uplink
 from packer.types import ModelRef
 from packer.wire import WIRE_VERSION, BoxFacts, JoinAnswer, JoinAsk, PeerSpec, decode
 
@@ -78,8 +79,8 @@ class SimulatedUplink(Uplink):
     async def _connected(self) -> AsyncIterator[None]:
         yield
 
-    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> _Answer:
-        return _Answer(*await self._member.network.to_control(self._member.name, path, message, timeout_s))
+    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> Answer:
+        return Answer(*await self._member.network.to_control(self._member.name, path, message, timeout_s))
 
     async def _join(self, token_file: Path) -> None:
         papers = self._member.papers

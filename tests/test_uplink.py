@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from running_control import PATIENCE_S, model_files, running
-from running_uplinks import Owner, make_uplink, token_file
+from running_control import PATIENCE_S, model_files, running, until
+from running_uplinks import Owner, beating, make_uplink, token_file
 
+from agent import uplink as uplink_module
+from agent.control_answers import Answer
 from agent.identity import BadIdentity, Identity, may_serve
 from agent.sources import ControlAway
 from agent.uplink import NodeDeleted
@@ -173,6 +175,41 @@ async def test_a_certificate_that_is_for_clients_only_is_renewed_at_once(
         assert may_serve(again._identity._leaf())
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_renewal_that_fails_is_told_as_such_and_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Control is there: it answered the beat. It was said to be away."""
+    monkeypatch.setattr(uplink_module, "POLL_WAIT_MS", 20)
+    async with running(tmp_path / "control") as control:
+        owner = Owner()
+        uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
+        post, asked = uplink._post, asyncio.Event()
+
+        async def refused(path: str, *rest: Any) -> Answer:
+            if path != "/node/v1/renew":
+                return await post(path, *rest)
+            asked.set()
+            return Answer(503, b'{"error": {"code": "store_unavailable", "message": "a full disk"}}')
+
+        async with beating(uplink):
+            await owner.until_versions(0)
+            with monkeypatch.context() as due:
+                due.setattr(uplink, "_post", refused)
+                due.setattr(uplink._identity, "renew_due", lambda: True)
+                async with asyncio.timeout(PATIENCE_S):
+                    await asked.wait()
+                await until(lambda: "not renewed yet" in caplog.text)
+                assert uplink.connected
+            renewed = asyncio.Event()
+            uplink._identity.watch(renewed.set)
+            with monkeypatch.context() as due:
+                due.setattr(uplink._identity, "renew_due", lambda: not renewed.is_set())
+                async with asyncio.timeout(PATIENCE_S):
+                    await renewed.wait()
+        assert "a full disk" in caplog.text
+        assert "control is away" not in caplog.text
 
 
 async def test_control_says_where_packs_are_or_is_away(tmp_path: Path) -> None:

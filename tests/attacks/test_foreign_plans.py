@@ -18,12 +18,13 @@ from running_control import PATIENCE_S
 from running_peers import Site
 from running_uplinks import Owner, beating
 
+from agent.control_answers import Answer
 from agent.counters import Counters
 from agent.identity import Identity
 from agent.journal import open_journal
 from agent.journal_thread import JournalThread
 from agent.keeper import Keeper
-from agent.uplink import Uplink, _Answer
+from agent.uplink import Uplink
 from packer.wire import WIRE_VERSION, Beat, BeatAnswer, Plan, encode
 
 HOUR_MS = 3_600_000
@@ -58,12 +59,12 @@ class ScriptedUplink(Uplink):
     async def _connected(self) -> AsyncIterator[None]:
         yield
 
-    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> _Answer:
+    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> Answer:
         if not isinstance(message, Beat) or not self.script:
             self.asked.set()
             await asyncio.Event().wait()
         assert isinstance(message, Beat)
-        return _Answer(200, encode(self.script.pop(0)(message)))
+        return Answer(200, encode(self.script.pop(0)(message)))
 
 
 async def taken(folder: Path, *script: Make) -> Plan | None:

@@ -23,7 +23,7 @@ import pytest_asyncio
 from running_control import Answer, Running, declare, model_files, running, safetensors, until
 
 from control.catalog import UPLOADS_PER_TENANT_MAX
-from control.routes import commits, uploads
+from control.routes import commits, models, uploads
 from packer.http import JSON_BYTES_MAX
 
 
@@ -520,7 +520,7 @@ async def test_a_commit_of_a_key_that_is_revoked_meanwhile_makes_no_version(
         assert (await control.send_file(upload_id, path, 0, data)).status == 204
     examined = asyncio.Event()
     go_on = asyncio.Event()
-    really = commits.examine_off_loop
+    really = models.examine_off_loop
 
     async def slowly(*given: Any) -> Any:
         found = await really(*given)
