@@ -182,6 +182,7 @@ class Authority:
         self._directory = directory
         self._speakers: dict[bytes, Speaker] = {}  # by certificate: what was read and verified of it
         self._take_up(load_cas(directory, f"Bunkhouse cluster {cluster}", now()))
+        self.found = self._cas.found  # wrong with the CAs' files at the start, for people; empty: nothing
 
     def _take_up(self, cas: Cas) -> None:
         self._cas = cas

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -40,6 +41,10 @@ NODE_CERTIFICATE_LIFE = timedelta(hours=24)
 CLOCK_SKEW = timedelta(minutes=30)
 PRESENT, NEXT = "ca", "next-ca"
 ROTATION = "rotation.json"
+
+
+class BrokenCa(OSError):
+    """The CA that nodes trust is there and can not be read: only a backup helps. The text says which file."""
 
 
 class NoRotation(Exception):
@@ -159,14 +164,29 @@ def keep_ca(directory: Path, stem: str, ca: Ca) -> None:
 
 
 def load_ca(directory: Path, stem: str) -> Ca | None:
-    """None when there is none, or when its making was cut short."""
+    """None when there is none, or when its making was cut short. Raises ``BrokenCa``: what was complete once
+    is never made anew in silence, since every node would have to join again."""
     key_path, certificate_path = _paths(directory, stem)
-    if not key_path.exists() or not certificate_path.exists():
+    if not key_path.exists():
         return None
-    key = serialization.load_pem_private_key(key_path.read_bytes(), None)
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"{key_path} is not an EC key; restore it from a backup")
-    return Ca(key, x509.load_pem_x509_certificate(certificate_path.read_bytes()))
+    ca = _read_pair(key_path, certificate_path)
+    if ca is None:
+        raise BrokenCa(
+            f"{key_path} and {certificate_path} are not a key and its certificate; restore both from a backup"
+        )
+    return ca
+
+
+def _read_pair(key_path: Path, certificate_path: Path) -> Ca | None:
+    """None when a file is not there, or not whole, or when they do not belong together."""
+    try:
+        key = serialization.load_pem_private_key(key_path.read_bytes(), None)
+        certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+    except (FileNotFoundError, ValueError, TypeError, UnsupportedAlgorithm):
+        return None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        return None
+    return Ca(key, certificate)
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -189,11 +209,12 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class Cas:
-    """The present CA, and during a rotation the next."""
+    """The present CA, and during a rotation the next. ``found``: what was wrong with their files."""
 
     present: Ca
     next: Ca | None = None
     rotation: Rotation | None = None
+    found: str = ""
 
     @property
     def issuer(self) -> Ca:
@@ -203,17 +224,66 @@ class Cas:
 
 
 def load_cas(directory: Path, common_name: str, now: datetime) -> Cas:
-    """What there is, after moves that a crash cut short; a first CA is made when there is none."""
-    rotation = _load_rotation(directory)
+    """What there is, after moves that a crash cut short; a first CA is made when there is none.
+
+    The next CA's files and the stage may be missing or broken (a crash, a disk, half a backup): the present
+    one goes on then, ``found`` says so, and what was there is kept aside. Raises ``BrokenCa`` when that is
+    broken itself.
+    """
+    rotation, found = _read_rotation(directory)
     if rotation is not None and rotation.ended:
-        _move_next(directory)
-        rotation = None
+        if _may_move(directory):
+            _move_next(directory)
+            return Cas(_present(directory, common_name, now), found=found)
+        return _give_up(directory, _present(directory, common_name, now))
+    present = _present(directory, common_name, now)
+    if rotation is None:
+        return Cas(present, found=found)
+    following = _read_pair(*_paths(directory, NEXT))
+    return Cas(present, following, rotation, found) if following is not None else _give_up(directory, present)
+
+
+def _present(directory: Path, common_name: str, now: datetime) -> Ca:
     present = load_ca(directory, PRESENT)
     if present is None:
         present = make_ca(common_name, now)
         keep_ca(directory, PRESENT, present)
-    following = load_ca(directory, NEXT) if rotation is not None else None
-    return Cas(present, following, rotation) if following is not None else Cas(present)
+    return present
+
+
+def _read_rotation(directory: Path) -> tuple[Rotation | None, str]:
+    """The stage, and what is wrong with its file. One that can not be read is taken for the first, in which
+    both CAs are trusted and the present one signs: that holds whatever it was."""
+    path = directory / ROTATION
+    try:
+        return _load_rotation(directory), ""
+    except msgspec.DecodeError:
+        announced = Rotation(path.stat().st_mtime)
+        key_path, certificate_path = _paths(directory, NEXT)
+        if not key_path.exists() and _read_pair(_paths(directory, PRESENT)[0], certificate_path) is not None:
+            announced = replace(announced, ended=True)  # the key was moved already
+        _keep_rotation(directory, announced)
+        return announced, f"{path} could not be read: the rotation of the CA begins anew"
+
+
+def _may_move(directory: Path) -> bool:
+    """Whether the present CA is the next one after the moves that are left."""
+    pairs = zip(_paths(directory, NEXT), _paths(directory, PRESENT), strict=True)
+    return _read_pair(*(new if new.exists() else old for new, old in pairs)) is not None
+
+
+def _give_up(directory: Path, present: Ca) -> Cas:
+    """There is no next CA to rotate to: what is left of it is kept, and another rotation may begin."""
+    for path in (*_paths(directory, NEXT), directory / ROTATION):
+        if path.exists():
+            os.replace(path, path.with_name(f"{path.name}.broken"))
+    sync_folder(directory)
+    return Cas(
+        present,
+        found=f"the next CA's files in {directory} are missing or broken, so its rotation is given up and "
+        "the present CA goes on; what was there is kept as *.broken. Tokens that pin the next CA are void, "
+        "and nodes that have a certificate of it must join again. Begin again with: bunk-control rotate-ca",
+    )
 
 
 def begin_rotation(directory: Path, now: datetime) -> Cas:
@@ -221,7 +291,7 @@ def begin_rotation(directory: Path, now: datetime) -> Cas:
     present = load_ca(directory, PRESENT)
     if present is None:
         raise NoRotation(f"{directory} has no CA yet: control makes one when it starts for the first time")
-    if _load_rotation(directory) is not None:
+    if (directory / ROTATION).exists():
         raise NoRotation(
             "a rotation is under way already; it ends by itself a day after all nodes know of it"
         )

@@ -160,6 +160,9 @@ class Control:
         self.catalog = await self._on(self._writer, self._store.load)
         self._read_store = await self._on(self._reader, lambda: Store(path))
         self.authority = Authority(folder, self.meta.cluster)
+        if self.authority.found:
+            log.error("%s", self.authority.found)
+            self.record("ca_broken", detail=self.authority.found)
         self.lines = NodeLines(
             self.authority, lambda: self.catalog, self.cluster, plain=self.config.plain_routes
         )

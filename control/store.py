@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import msgspec
@@ -38,6 +38,8 @@ BUSY_TIMEOUT_MS = 5_000
 EVENTS_PAGE_MAX = 1_000
 
 migrations = Migrations("control")
+
+Row = rows.TenantRow | rows.KeyRow | rows.UploadRow | rows.NodeRow | rows.TokenRow | rows.ReplayRow
 
 
 @migrations()
@@ -234,7 +236,7 @@ class Store:
         put = self._put
         match change:
             case rows.PutTenant(row):
-                put("tenants", tenant=row.tenant, created_ms=row.created_ms)
+                put("tenants", row)
             case rows.DropTenant(tenant):
                 self._db.execute("delete from replays where owner = ?", (tenant,))
                 for table in ("quotas", "records", "tenants"):
@@ -242,15 +244,7 @@ class Store:
             case rows.PutQuota(tenant, quota):
                 put("quotas", tenant=tenant, quota=msgspec.json.encode(quota).decode())
             case rows.PutKey(row):
-                put(
-                    "keys",
-                    key_id=row.key_id,
-                    secret_sha256=row.secret_sha256,
-                    tenant=row.tenant,
-                    label=row.label,
-                    created_ms=row.created_ms,
-                    expires_ms=row.expires_ms,
-                )
+                put("keys", row)
             case rows.DropKey(key_id):
                 self._db.execute("delete from keys where key_id = ?", (key_id,))
             case rows.PutModel(spec):
@@ -258,16 +252,7 @@ class Store:
             case rows.DropModel(ref):
                 self._drop_model(ref)
             case rows.PutUpload(row):
-                put(
-                    "uploads",
-                    upload_id=row.upload_id,
-                    tenant=row.tenant,
-                    name=row.name,
-                    version=row.version,
-                    created_ms=row.created_ms,
-                    committed=int(row.committed),
-                    files=msgspec.json.encode(row.files).decode(),
-                )
+                put("uploads", row, files=msgspec.json.encode(row.files).decode())
             case rows.DropUpload(upload_id):
                 self._db.execute("delete from uploads where upload_id = ?", (upload_id,))
             case _:
@@ -276,31 +261,11 @@ class Store:
     def _write_fleet(self, change: Change) -> None:
         match change:
             case rows.PutNode(row):
-                self._put(
-                    "nodes",
-                    node=row.node,
-                    incarnation=row.incarnation,
-                    key_sha256=row.key_sha256,
-                    gateway_url=row.gateway_url,
-                    joined_ms=row.joined_ms,
-                    acked_seq=row.acked_seq,
-                    spool=row.spool,
-                    pool=row.pool,
-                )
+                self._put("nodes", row)
             case rows.DropNode(node):
                 self._db.execute("delete from nodes where node = ?", (node,))
             case rows.PutToken(row):
-                self._put(
-                    "tokens",
-                    token_id=row.token_id,
-                    secret_sha256=row.secret_sha256,
-                    node=row.node,
-                    created_ms=row.created_ms,
-                    expires_ms=row.expires_ms,
-                    used_key_sha256=row.used_key_sha256,
-                    used_node=row.used_node,
-                    pool=row.pool,
-                )
+                self._put("tokens", row)
             case rows.DropToken(token_id):
                 self._db.execute("delete from tokens where token_id = ?", (token_id,))
             case rows.PutReplay(row):
@@ -311,14 +276,7 @@ class Store:
                 raise AssertionError(f"no table for {change!r}")
 
     def _put_replay(self, row: rows.ReplayRow) -> None:
-        self._put(
-            "replays",
-            slot=row.slot,
-            owner=row.owner,
-            fingerprint=row.fingerprint,
-            made_ms=row.made_ms,
-            sealed=row.sealed,
-        )
+        self._put("replays", row)
         most = rows.REPLAYS_PER_TENANT_MAX if row.owner else rows.REPLAYS_OF_OPERATORS_MAX
         self._db.execute(
             "delete from replays where slot in (select slot from replays where owner = ? "
@@ -334,7 +292,10 @@ class Store:
             ).fetchone()
         return rows.ReplayRow(*found) if found else None
 
-    def _put(self, table: str, **values: str | int | bytes | None) -> None:
+    def _put(self, table: str, row: Row | None = None, **values: str | int | bytes | None) -> None:
+        """``row``: its fields are the table's columns; ``values`` come instead of its own."""
+        if row is not None:
+            values = {name: getattr(row, name) for name in (field.name for field in fields(row))} | values
         # The first column is the key. An upsert, not a replace: a replace deletes first, which would
         # trip over the rows of other tables that refer to this one.
         names = list(values)

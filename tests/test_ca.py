@@ -33,6 +33,7 @@ from control.ca import (
     CLOCK_SKEW,
     NODE_CERTIFICATE_LIFE,
     PRESENT,
+    BrokenCa,
     Cas,
     NoRotation,
     Rotation,
@@ -42,6 +43,7 @@ from control.ca import (
     load_cas,
     make_ca,
     next_stage,
+    private_pem,
 )
 from control.config import Address
 from packer.certificates import is_issued_by
@@ -115,6 +117,88 @@ def test_a_beginning_that_a_crash_cut_short_is_none(tmp_path: Path) -> None:
     assert load_cas(tmp_path, "x", NOW).present.pem == before.present.pem
     assert load_cas(tmp_path, "x", NOW).next is None
     assert begin_rotation(tmp_path, NOW).next is not None
+
+
+DAMAGE = {"gone": None, "half-written": b"-----BEGIN CERTIFICATE-----\nMIIB", "another's": b""}
+
+
+def damage(path: Path, how: str) -> None:
+    content = DAMAGE[how]
+    if content is None:
+        path.unlink()
+    elif content:
+        path.write_bytes(content)
+    else:  # a whole file that does not belong here
+        stranger = make_ca("x", NOW)
+        path.write_bytes(private_pem(stranger.key) if path.suffix == ".key" else stranger.pem.encode())
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["next-ca.key", "next-ca.pem"])
+@pytest.mark.parametrize(
+    "stage", [Rotation(0.0), Rotation(0.0, 0.0), Rotation(0.0, 0.0, ended=True)], ids=["1", "2", "3"]
+)
+def test_a_next_ca_that_is_broken_costs_the_rotation_and_never_the_present_ca(
+    tmp_path: Path, stage: Rotation, name: str, how: str
+) -> None:
+    """Control starts, says what it found, keeps what was there, and can rotate again."""
+    cas = begun(tmp_path)
+    with mock.patch("control.ca._move_next"):
+        enter_stage(tmp_path, cas, stage)
+    damage(tmp_path / name, how)
+    found = load_cas(tmp_path, "x", NOW)
+    assert (found.present.pem, found.next, found.rotation) == (cas.present.pem, None, None)
+    assert "rotation is given up" in found.found
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"ca.key", "ca.pem", "rotation.json.broken"} <= left
+    assert not {"next-ca.key", "next-ca.pem", "rotation.json"} & left
+    assert load_cas(tmp_path, "x", NOW).found == ""
+    assert begin_rotation(tmp_path, NOW).present.pem == cas.present.pem
+
+
+@pytest.mark.parametrize("issuing", [None, 5.0])
+def test_a_stage_that_can_not_be_read_is_taken_for_the_first(tmp_path: Path, issuing: float | None) -> None:
+    """Both CAs are trusted then, so no node is cut off whatever the stage was."""
+    cas = begun(tmp_path)
+    enter_stage(tmp_path, cas, Rotation(0.0, issuing))
+    (tmp_path / "rotation.json").write_bytes(b'{"announced')
+    found = load_cas(tmp_path, "x", NOW)
+    assert cas.next is not None
+    assert found.next is not None
+    assert (found.present.pem, found.next.pem) == (cas.present.pem, cas.next.pem)
+    assert found.issuer is found.present
+    assert "begins anew" in found.found
+    again = load_cas(tmp_path, "x", NOW)
+    assert (again.rotation, again.found) == (found.rotation, "")
+
+
+def test_a_stage_that_can_not_be_read_between_two_moves_ends_them(tmp_path: Path) -> None:
+    cas = begun(tmp_path)
+    assert cas.next is not None
+    os.replace(tmp_path / "next-ca.key", tmp_path / "ca.key")
+    (tmp_path / "rotation.json").write_bytes(b"")
+    assert load_cas(tmp_path, "x", NOW).present.pem == cas.next.pem
+
+
+@pytest.mark.parametrize(("name", "how"), [("ca.pem", how) for how in DAMAGE] + [("ca.key", "half-written")])
+def test_a_present_ca_that_is_broken_is_never_replaced(tmp_path: Path, name: str, how: str) -> None:
+    """A new one would cut off every node; an operator restores the files."""
+    load_cas(tmp_path, "x", NOW)
+    damage(tmp_path / name, how)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(BrokenCa, match="restore both from a backup"):
+        load_cas(tmp_path, "x", NOW)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+async def test_control_starts_without_its_next_ca_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "control"
+    async with running(folder):
+        pass
+    begin_rotation(folder, datetime.now(UTC))
+    (folder / "next-ca.key").unlink()
+    async with running(folder) as control:
+        assert "rotate-ca" in (await control.recorded("ca_broken"))["detail"]
 
 
 def test_one_rotation_at_a_time(tmp_path: Path) -> None:
