@@ -52,6 +52,7 @@ from packer.events import (
     Restored,
     RestoreFailed,
     ServingBegun,
+    ServingEnded,
     TookLate,
     WorkerDied,
 )
@@ -362,9 +363,11 @@ class Orders:
             except WorkerFailure as failure:
                 if not failure.chunks:
                     raise
+                # Whoever was let in is sent away, and mending may take long.
+                self.post(ServingEnded(order.ref, order.device, order.order))
                 if not await self.repairs.mend(worker, spec, copy.data_key, failure, from_peers):
                     raise
-            serving = None  # who was let in before was sent away again; now all must be there
+            serving = None  # now all must be there
         return await worker.restore(spec, copy, first_chunk, host, prove=order.ref in self._unproven)
 
     async def _note_proven(self, order: Restore) -> None:
@@ -476,16 +479,8 @@ class Orders:
             obtained.end(packed=False)
             self._post_pack_failed(order, _public(error))
         else:
-            self.post(
-                Packed(
-                    order.ref,
-                    order.device,
-                    done.disk_bytes,
-                    host_bytes,
-                    order.pack_order,
-                    done.host.stored_bytes,
-                )
-            )
+            ref, read_bytes = order.ref, done.host.stored_bytes
+            self.post(Packed(ref, order.device, done.disk_bytes, host_bytes, order.pack_order, read_bytes))
             obtained.end(packed=True)
             await self._making.end(making)
 
@@ -543,6 +538,7 @@ class Orders:
     async def _keep_to(self, order: Restore, worker: WorkerHandle, kept_chunks: int) -> bool:
         """After a failed restore: have the worker hold what the order said is there, and nothing else. A part
         that a whole load was to replace may be there still. False: the worker is gone with everything."""
+        self.post(ServingEnded(order.ref, order.device, order.order))
         try:
             async with self._in_time(worker, EVICT_TIMEOUT_S):
                 await worker.evict(order.ref, kept_chunks)

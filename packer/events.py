@@ -232,6 +232,17 @@ class ServingBegun:
 
 
 @dataclass(frozen=True, slots=True)
+class ServingEnded:
+    """The model of a running ``Restore`` takes requests no more until it is all there: bytes that it was to
+    compute on turned out bad. ``Restored`` or ``RestoreFailed`` still follows; who was let in ends with the
+    worker's error. Of a model that takes none it says nothing."""
+
+    ref: ModelRef
+    device: str
+    order: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RestoreFailed:
     """``corrupt``: the copy in ``from_tier`` is bad and must be dropped. ``broken``: the model itself
     can not be built whatever tier it comes from. Neither: a passing fault, another try may help.
@@ -359,6 +370,7 @@ Event = (
     | NodeRemembered
     | Restored
     | ServingBegun
+    | ServingEnded
     | RestoreFailed
     | Evicted
     | Packed

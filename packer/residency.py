@@ -41,6 +41,7 @@ from packer.events import (
     Restored,
     RestoreFailed,
     ServingBegun,
+    ServingEnded,
     SharesSeen,
     SpentFound,
     Ticked,
@@ -156,6 +157,8 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             _restored(node, event, now_ms, out)
         case ServingBegun():
             _serving_begun(node, event, now_ms, out)
+        case ServingEnded():
+            _serving_ended(node, event)
         case RestoreFailed():
             _restore_failed(node, event, now_ms, out)
         case Evicted():
@@ -350,6 +353,21 @@ def _serving_begun(node: Node, event: ServingBegun, now_ms: int, out: list[Actio
         queueing.grant_waiters(node, model, model.source, now_ms, out)
 
 
+def _serving_ended(node: Node, event: ServingEnded) -> None:
+    model = node.models.get(event.ref)
+    if model is not None and _answers(model, State.RESTORING, event.device, event.order):
+        _send_away(node, model)
+
+
+def _send_away(node: Node, model: Model) -> None:
+    """Who was let in before all was there ends with the worker's error; such a lease pins nothing any
+    more, and the next stay is another."""
+    if model.serving:
+        model.serving, model.leases = False, 0
+        model.residency += 1
+        node.touched[model.ref] = None
+
+
 def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Action]) -> None:
     model = node.models.get(event.ref)
     if model is None or not _answers(model, State.RESTORING, event.device, event.order):
@@ -376,10 +394,7 @@ def _give_up_restore(node: Node, model: Model, kept_chunks: int) -> None:
     left of the file, but pins nothing any more."""
     _end_restore(node, model, host_filled=False, taken_ms=node.now_ms - model.started_ms)
     model.packing = False
-    if model.serving:
-        # Who was let in ends with the worker's error; such a lease pins nothing any more.
-        model.serving, model.leases = False, 0
-        model.residency += 1
+    _send_away(node, model)
     release_device(node, model, kept_chunks)
 
 

@@ -218,9 +218,9 @@ MUTANTS = (
     Mutant(
         "a load that failed frees the room of its pack while the file is written",
         "residency",
-        "    model.packing = False\n    if model.serving:",
+        "    model.packing = False\n    _send_away(",
         "    if model.packing:\n        release_copy(node, model, Tier.DISK)\n"
-        "    model.packing = False\n    if model.serving:",
+        "    model.packing = False\n    _send_away(",
     ),
     Mutant(
         "a pack that is complete before its load is forgotten",
@@ -374,6 +374,18 @@ MUTANTS = (
         "residency",
         "model.serving, model.leases = False, 0",
         "model.serving = False",
+    ),
+    Mutant(
+        "a model whose early answers ended is granted on",
+        "residency",
+        "event.device, event.order):\n        _send_away(node, model)",
+        "event.device, event.order):\n        model.leases = 0",
+    ),
+    Mutant(
+        "who was sent away counts for the next stay",
+        "residency",
+        "        model.serving, model.leases = False, 0\n        model.residency += 1\n",
+        "        model.serving, model.leases = False, 0\n",
     ),
     Mutant(
         "a queue holds one more than its bound",

@@ -28,6 +28,7 @@ from packer.events import (
     Restored,
     RestoreFailed,
     ServingBegun,
+    ServingEnded,
     WorkerDied,
 )
 from packer.ledger import pack_reservation_bytes
@@ -73,6 +74,7 @@ class Stay:
     leases: int = 0
     packing: bool = False
     serving: bool = False  # restoring, and answering with the layers that are there
+    ended: int = 0  # how often it stopped answering before it was all there
 
 
 class Hands:
@@ -206,6 +208,18 @@ class Hands:
             return self._late(event)
         stay.serving = True
         self.reached["served while it came"] += 1
+        if self.rng.random() < 0.3:
+            self.later(lambda: self._end_serving(stay), 3)
+        return event
+
+    def _end_serving(self, stay: Stay) -> Event | None:
+        """A chunk was bad; it is mended, and the rest comes after all, or not."""
+        event = ServingEnded(stay.ref, stay.device, stay.order)
+        if self.stays.get(stay.ref) is not stay or stay.state != "restoring":
+            return self._late(event)
+        self.reached["sent away again"] += bool(stay.leases)
+        stay.serving, stay.leases = False, 0
+        stay.ended += 1
         return event
 
     def _end_restore(self, stay: Stay) -> Event | None:

@@ -22,7 +22,7 @@ from types import ModuleType
 import judges
 from rate_judge import RateJudge
 from simulated_files import File
-from simulated_hands import GRID_MS, Faults, Hands, Violated
+from simulated_hands import GRID_MS, Faults, Hands, Stay, Violated
 
 from packer import residency
 from packer.events import (
@@ -67,6 +67,9 @@ class Call:
     answer: Grant | Refuse | None = None
     left: bool = False
     over: bool = False
+    # What it was granted, and how often that had ended before.
+    stay: Stay | None = None
+    ended: int = 0
 
 
 class World(Hands):
@@ -267,9 +270,8 @@ class World(Hands):
 
     def _end_call(self, call: Call) -> None:
         call.over = True
-        stay = self.stays.get(call.ref)
-        if stay is not None and isinstance(call.answer, Grant) and call.answer.device == stay.device:
-            stay.leases = max(stay.leases - 1, 0)
+        if call.stay is not None and call.stay.ended == call.ended:
+            call.stay.leases -= 1
 
     def _finish(self, request: str) -> Event | None:
         call = self.calls[request]
@@ -429,6 +431,7 @@ class World(Hands):
             0 <= action.restore_ms <= self.now_ms - call.asked_ms, "waited longer than since it asked"
         )
         stay.leases += 1
+        call.stay, call.ended = stay, stay.ended
         if action.tier is not Tier.DEVICE:
             self.reached[f"restored from {action.tier}"] += 1
             if stay.leases > 1:

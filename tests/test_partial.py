@@ -27,6 +27,7 @@ from packer.events import (
     Restore,
     RestoreFailed,
     ServingBegun,
+    ServingEnded,
     Ticked,
     TierBudgetSeen,
     WorkerDied,
@@ -471,4 +472,24 @@ def test_a_restore_that_fails_after_all_pins_nothing_and_the_next_one_serves() -
     scene.settle(failed + scene.later(60_000).ask(A))
     assert scene.state(A) == "resident"
     scene.finish(2)
+    assert scene.node.models[A.ref].leases == 1
+
+
+def test_nobody_is_let_in_while_a_chunk_of_what_served_already_is_mended() -> None:
+    scene = Scene(A)
+    scene.warm(A)
+    scene.settle(scene.feed(DeviceSeen("cpu:0", 0)))
+    scene.feed(DeviceSeen("cpu:0", 100 * MIB))
+    order = the(scene.ask(A), Restore)
+    assert scene.feed(ServingEnded(A.ref, order.device, order.order)) == [], "nobody had been let in"
+    scene.feed(ServingBegun(A.ref, order.device, order.order))
+    assert of(scene.ask(A), Grant)
+    assert not scene.feed(ServingEnded(A.ref, order.device, order.order + 1)), "of an order long over"
+    assert of(scene.ask(A), Grant)
+    scene.feed(ServingEnded(A.ref, order.device, order.order))
+    assert not of(scene.ask(A), Grant)
+    assert scene.state(A) == "restoring"
+    assert len(of(scene.restored(order), Grant)) == 1
+    # Those who were let in end late, and the stay that followed is not theirs.
+    scene.settle(scene.finish(2) + scene.finish(3))
     assert scene.node.models[A.ref].leases == 1

@@ -32,7 +32,16 @@ from agent.regret import RegretMeter, ReplayFailed, question, read_question, rep
 from agent.use_log import UseLog
 from bunkhouse.cli.main import bunk as bunk_command
 from packer import regret, residency
-from packer.events import Action, Event, Grant, Restore, Ticked
+from packer.events import (
+    Action,
+    Event,
+    Grant,
+    Restore,
+    RestoreFailed,
+    ServingBegun,
+    ServingEnded,
+    Ticked,
+)
 from packer.types import MIB, HostForm, ModelRef, Tier
 from packer.wire import RegretReport, Report, encode
 
@@ -76,6 +85,56 @@ def test_every_grant_is_a_use_and_a_restore_has_its_cost_once() -> None:
     assert list(made.uses.columns.cold_ms) == [70, 0, 0]
     assert list(made.uses.columns.at_ms) == [100, 100, 110]
     assert made.uses.columns.refs == [A.ref]
+
+
+def early(made: Logged) -> Restore:
+    """A restore whose waiter was let in after 40 ms, and one more at once."""
+    order = next(iter(of(made.ask(A), Restore)))
+    begun = ServingBegun(A.ref, order.device, order.order)
+    assert len(of(made.later(40).feed(begun), Grant)) == 1
+    assert len(of(made.ask(A), Grant)) == 1
+    return order
+
+
+def test_whoever_is_let_in_early_pays_the_whole_restore_once() -> None:
+    made = Logged(A)
+    made.uses = UseLog()
+    made.later(30).restored(early(made), restore_ms=70)
+    made.ask(A)
+    assert list(made.uses.columns.cold_ms) == [70, 0, 0]
+
+
+def test_nobody_pays_for_a_restore_that_sent_them_away() -> None:
+    made = Logged(A)
+    made.uses = UseLog()
+    order = early(made)
+    made.feed(ServingEnded(A.ref, order.device, order.order))
+    made.ask(A)
+    made.later(500).restored(order, restore_ms=600)
+    assert list(made.uses.columns.cold_ms) == [0, 0, 600]
+    # The same when it fails for good, and the next one has its own price.
+    made = Logged(A)
+    made.uses = UseLog()
+    order = early(made)
+    failed = RestoreFailed(A.ref, order.device, order.from_tier, "a fault", order=order.order)
+    made.settle(made.feed(failed) + made.later(60_000).ask(A))
+    assert list(made.uses.columns.cold_ms[:2]) == [0, 0]
+    assert made.uses.columns.cold_ms[2] > 0
+
+
+def test_the_price_of_a_use_that_is_forgotten_meanwhile_goes_to_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(use_log, "USES_MAX", 10)
+    monkeypatch.setattr(use_log, "USES_DROPPED", 5)
+    made = Logged(A, B)
+    made.uses = UseLog()
+    made.warm(B)
+    order = early(made)
+    for _ in range(20):
+        made.ask(B)
+    made.restored(order, restore_ms=70)
+    assert not any(made.uses.columns.cold_ms)
 
 
 def test_the_log_is_bounded_and_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:

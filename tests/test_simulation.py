@@ -68,6 +68,7 @@ RARE = (
     "served while it came",
     "leased before it was all there",
     "failed while it was served from",
+    "sent away again",
     "measured less where it is held",
     "joined a restore",
     "late answer",
