@@ -89,6 +89,8 @@ class Hands:
         self.now_ms = 0
         self.calm = False
         self.rng = random.Random(seed)
+        # For what was added later, so that histories without it stay what they were.
+        self.apart = random.Random(seed)
         self.reached: Counter[str] = Counter()
         self.heap: list[tuple[int, int, Callable[[], Event | None]]] = []
         self.sequence = 0
@@ -208,8 +210,8 @@ class Hands:
             return self._late(event)
         stay.serving = True
         self.reached["served while it came"] += 1
-        if self.rng.random() < 0.3:
-            self.later(lambda: self._end_serving(stay), 3)
+        if self.apart.random() < 0.3:
+            self.at(self.now_ms + GRID_MS * self.apart.randrange(4), lambda: self._end_serving(stay))
         return event
 
     def _end_serving(self, stay: Stay) -> Event | None:

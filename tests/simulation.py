@@ -16,7 +16,6 @@ import hashlib
 import heapq
 from dataclasses import dataclass
 from functools import partial
-from random import Random
 from types import ModuleType
 
 import judges
@@ -85,8 +84,6 @@ class World(Hands):
         self.core = core
         self.full = full
         self.policy = policy
-        # Rates are drawn apart, so that a history without them is the same with or without their figures.
-        self.apart = Random(seed)
         self.rates = RateJudge()
         self.steps = 0
         self.trace: list[str] = []
