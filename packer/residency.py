@@ -137,6 +137,15 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
     node.why.clear()
     if node.shares.are_due(now_ms):
         facts.halve_shares(node, now_ms)
+    _take_in(node, event, now_ms, out)
+    queueing.expire(node, now_ms, out)
+    _settle(node, now_ms, out)
+    queueing.schedule_wake(node, now_ms, out)
+    return out
+
+
+def _take_in(node: Node, event: Event, now_ms: int, out: list[Action]) -> None:
+    """What the event says of requests and orders; other facts go on from here."""
     match event:
         case Requested():
             _requested(node, event, now_ms, out)
@@ -144,15 +153,6 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             _finished(node, event.request, event.device_ms, event.tokens, now_ms)
         case Cancelled():
             _cancelled(node, event.request, now_ms)
-        case TookLate():
-            if (tenant := node.tenants.get(event.tenant)) is not None:
-                turns.note_late_use(tenant, event.device_ms, now_ms)
-        case SpentFound():
-            _spent_found(node, event, now_ms)
-        case UsesRemembered():
-            remember.take_up_uses(node, event, now_ms)
-        case NodeRemembered():
-            remember.take_up_node(node, event, now_ms)
         case Restored():
             _restored(node, event, now_ms, out)
         case ServingBegun():
@@ -171,6 +171,21 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
             _dropped(node, event)
         case WorkerDied():
             _worker_died(node, event, now_ms, out)
+        case _:
+            _take_fact(node, event, now_ms, out)
+
+
+def _take_fact(node: Node, event: Event, now_ms: int, out: list[Action]) -> None:
+    match event:
+        case TookLate():
+            if (tenant := node.tenants.get(event.tenant)) is not None:
+                turns.note_late_use(tenant, event.device_ms, now_ms)
+        case SpentFound():
+            _spent_found(node, event, now_ms)
+        case UsesRemembered():
+            remember.take_up_uses(node, event, now_ms)
+        case NodeRemembered():
+            remember.take_up_node(node, event, now_ms)
         case PackFound():
             facts.pack_found(node, event)
         case PackBegun():
@@ -198,10 +213,6 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
         case Ticked():
             # The wake-up asked for is spent; whatever is still due is asked for again below.
             node.wake_ms = None
-    queueing.expire(node, now_ms, out)
-    _settle(node, now_ms, out)
-    queueing.schedule_wake(node, now_ms, out)
-    return out
 
 
 def _settle(node: Node, now_ms: int, out: list[Action]) -> None:

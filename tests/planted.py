@@ -19,7 +19,8 @@ from types import ModuleType
 
 from fleet_mutants import FLEET_MUTANTS
 from identity_mutants import IDENTITY_MUTANTS
-from mutants import LENDING_MUTANTS, MUTANTS, RATE_MUTANTS, Mutant
+from mutants import MUTANTS, Mutant
+from quota_mutants import LENDING_MUTANTS, RATE_MUTANTS
 from share_mutants import SHARE_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lenders import Lenders, restore_ms
-from mutants import LENDING_MUTANTS, Mutant, load
+from mutants import Mutant, load
+from quota_mutants import LENDING_MUTANTS
 from scene import Scene, device_quota, model, of, the
 
 from packer import residency

@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 from hash_seeds import digests_under_two_hash_seeds
-from mutants import MUTANTS, RATE_MUTANTS, Mutant, load
+from mutants import MUTANTS, Mutant, load
+from quota_mutants import RATE_MUTANTS
 from simulated_hands import Violated
 from simulation import World
 
