@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from packer.events import (
     Action,
@@ -58,6 +61,15 @@ class ModelCount:
             RestoreReport(tier.value, count.count, round(statistics.median(count.samples_ms)), count.max_ms)
             for tier, count in sorted(self.restores.items())
         )
+
+
+class Taken(Protocol):
+    """What one request took."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def device_ms(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -147,6 +159,19 @@ class Counters:
         elif kind == "chunk_repaired":
             self.chunks_repaired += count
         self._record(wall_ms, kind, ref, detail)
+
+    @contextmanager
+    def counting(self, ref: ModelRef, taken: Taken) -> Iterator[None]:
+        """A request that was let in: what it takes counts, and only one that went well to its end is an
+        answer."""
+        try:
+            yield
+        finally:
+            count = self.tenant(ref.tenant)
+            count.tokens += taken.tokens
+            count.device_ms += taken.device_ms
+        count.answers += 1
+        self.model(ref).answers += 1
 
     def done(self, request: str) -> None:
         """The request left the loop, whatever became of it."""

@@ -2,7 +2,8 @@
 
 Covers: the last plan, the packs on disk and in the making with their wrapped data keys, the tenants'
 wrapped keys and their rotation, what this machine measured of itself, and the spool of records on their
-way to control. Does not cover: the pack files themselves (``agent/packs.py``), the node's certificate
+way to control. Does not cover: its tables (``agent/journal_tables.py``), what tenants used
+(``agent/usage_spool.py``), the pack files themselves (``agent/packs.py``), the node's certificate
 (``agent/uplink.py``), or the command that rotates keys (``agent/rotate.py``).
 
 SQLite in WAL mode with synchronous=FULL: what a call has returned from is on disk. Every method
@@ -28,10 +29,12 @@ from typing import Any
 
 from agent.counters import PendingRecord
 from agent.footprints import FootprintRow
+from agent.journal_tables import migrations
 from agent.remembering import REMEMBERED_MAX, Changed, RememberedNode, RememberedRow
 from agent.spending import SpentRow
+from agent.usage_spool import UsageSpool
 from packer import remember, seal
-from packer.database import Database, Migrations
+from packer.database import Database
 from packer.durable import sync_folder, write_private
 from packer.events import NodeRemembered, UsesRemembered
 from packer.footprint import Footprint
@@ -54,71 +57,6 @@ REMEMBERED_CHARS_MAX = 24 * 1024
 NODE_KEY = "seal.key"
 NEXT_NODE_KEY = "seal.key.next"
 JOURNAL = "journal.db"
-
-migrations = Migrations("journal")
-
-
-@migrations()
-def m001_first_tables(db: Database) -> None:
-    db.table("meta").create({"key": str, "value": str}, pk="key")
-    db.table("packs").create(
-        {
-            "ref": str,
-            "tenant": str,
-            "disk_bytes": int,
-            "host_bytes": int,
-            "wrapped_key": bytes,
-            "created_ms": int,
-        },
-        pk="ref",
-    )
-    db.table("tenant_keys").create({"tenant": str, "wrapped_key": bytes}, pk="tenant")
-    db.execute(
-        "create table spool (seq integer primary key autoincrement, at_ms integer not null, "
-        "kind text not null, tenant text not null, model text not null, detail text not null)"
-    )
-
-
-@migrations()
-def m002_partial_packs_and_measurements(db: Database) -> None:
-    for form in ("stored", "wire", "raw"):
-        db.table("packs").add_column(f"host_{form}_bytes", int)
-    db.table("partial_packs").create(
-        {"ref": str, "tenant": str, "wrapped_key": bytes, "created_ms": int}, pk="ref"
-    )
-
-
-@migrations()
-def m003_footprints(db: Database) -> None:
-    columns = {"ref": str, "kind": str, "engine": str, "peak_bytes": int, "samples": int}
-    db.table("footprints").create(columns, pk=("ref", "kind"))
-
-
-@migrations()
-def m004_spent(db: Database) -> None:
-    columns = {"tenant": str, "tokens": int, "device_ms": int, "at_ms": int}
-    db.table("spent").create(columns, pk="tenant")
-
-
-@migrations()
-def m005_deduplicated_bytes(db: Database) -> None:
-    db.table("packs").add_column("deduplicated_bytes", int)
-
-
-@migrations()
-def m006_debts(db: Database) -> None:
-    db.table("debts").create({"tenant": str, "debt_ms": int}, pk="tenant")
-
-
-@migrations()
-def m007_remembered(db: Database) -> None:
-    columns = {"ref": str, "tenant": str, "uses": str, "restores": str, "at_ms": int, "used_ms": int}
-    db.table("remembered").create(columns, pk="ref")
-
-
-@migrations()
-def m008_unproven_packs(db: Database) -> None:
-    db.table("packs").add_column("unproven", int)
 
 
 class JournalFailed(OSError):
@@ -229,6 +167,7 @@ class Journal:
         self._connection.execute(f"pragma busy_timeout={BUSY_TIMEOUT_MS}")
         self._db = Database(self._connection)
         migrations.apply(self._db)
+        self.usage = UsageSpool(self._db)
         if self._meta("node_key_id") != node_key_id(node_key):
             self._set_meta("node_key_id", node_key_id(node_key))
         # Tells this spool's numbers from those of another journal, such as the one before it was lost.
@@ -505,6 +444,7 @@ class Journal:
                 self._db.table("partial_packs").delete_where("tenant = ?", [tenant])
                 self._db.table("tenant_keys").delete_where("tenant = ?", [tenant])
                 self._db.table("remembered").delete_where("tenant = ?", [tenant])
+                self.usage.forget_tenants([tenant])
                 self._set_meta("scrub", "due")
         self.scrub()
         return gone

@@ -71,10 +71,24 @@ class MeteredLease:
 
     def __init__(self, held: HeldLease) -> None:
         self._held = held
+        # Of the calls that have ended, and of the one that runs.
+        self._ended = self._running = (0, 0)
 
     @property
     def tokens(self) -> int:
         return self._held.tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._ended[0] + self._running[0]
+
+    @property
+    def completion_tokens(self) -> int:
+        return self._ended[1] + self._running[1]
+
+    @property
+    def device_ms(self) -> int:
+        return self._held.device_ms
 
     @property
     def tier(self) -> Tier:
@@ -94,25 +108,31 @@ class MeteredLease:
 
     async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
         frames = self._held.run(request)
-        counted: int | None = None
+        counted: tuple[int, int] | None = None
         failed = False
         try:
             async for frame in frames:
-                count = count_of(frame)
-                counted = count if count is not None else counted
+                counts = counts_of(frame)
+                if counts is not None:
+                    counted = self._running = counts
                 yield frame
         except Exception:
             failed = True  # refused or broken by the engine; a caller that leaves is no Exception
             raise
         finally:
             if counted is None and not failed:
-                counted = read_tokens(request)
-            self._held.tokens += counted or 0
+                counted = (read_tokens(request), 0)
+            read, written = counted or (0, 0)
+            self._ended, self._running = (self._ended[0] + read, self._ended[1] + written), (0, 0)
+            self._held.tokens += read + written
             await frames.aclose()  # type: ignore[attr-defined]  # an async generator
 
 
-def count_of(frame: EngineFrame) -> int | None:
+def counts_of(frame: EngineFrame) -> tuple[int, int] | None:
     """The tokens that a frame says were read and written; None when it says nothing of the kind."""
     known = [frame.header.get(name) for name in _COUNTS]
-    counts = [each for each in known if isinstance(each, int) and not isinstance(each, bool)]
-    return sum(bounded(each, REQUEST_TOKENS_MAX) for each in counts) if counts else None
+    counts = [each if isinstance(each, int) and not isinstance(each, bool) else None for each in known]
+    if counts == [None, None]:
+        return None
+    read, written = (bounded(each or 0, REQUEST_TOKENS_MAX) for each in counts)
+    return read, written

@@ -42,6 +42,7 @@ from agent.sharing import Sharing
 from agent.spawning import Nursery
 from agent.spending import Spending
 from agent.uplink import Uplink
+from agent.usage_meter import UsageMeter
 from agent.use_log import UseLog
 from packer import residency
 from packer.decisions import shortened
@@ -152,6 +153,9 @@ class RunningNode:
         self._know_again()
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
         self.credentials = Credentials(wall_ms)
+        self.usage = UsageMeter(
+            self._journal, self.credentials.control_ms, self._keeper.journal_may_fail, self._tell
+        )
         self._specs: dict[ModelRef, ModelSpec] = {}
         self._latest: dict[ModelName, ModelSpec] = {}
         self._packs_found: list[PackRow] = []
@@ -166,7 +170,7 @@ class RunningNode:
         stored = self._journal.journal.shares()
         self.shares = Shares(lambda: self.loop.core, self._post, monotonic_ms, self._save_shares, stored)
         self._identity.box = box_facts([each.device for each in config.devices if each.kind == "cuda"])
-        self.uplink = (
+        self.uplink: Uplink | None = (
             Uplink(self, self._identity, config.control_url, config.name, config.join_token_file, self.shares)
             if config.control_url
             else None
@@ -219,9 +223,8 @@ class RunningNode:
             await self._keeper.take_up()
         if any(device.kind == "cuda" for device in self._devices.values()):
             self._tasks.append(asyncio.create_task(self._watch_devices()))
-        self._tasks.append(asyncio.create_task(self._flush_records()))
-        self._tasks.append(asyncio.create_task(self._calibrator.run()))
-        self._tasks.append(asyncio.create_task(self.meter.run()))
+        runs = (self._flush_records(), self._calibrator.run(), self.meter.run(), self.usage.run())
+        self._tasks += [asyncio.create_task(each) for each in runs]
 
     async def run_uplink(self, gateway_url: str) -> None:
         """Beat until cancelled; raises ``BadIdentity`` when the node can not go on without a person."""
@@ -246,6 +249,7 @@ class RunningNode:
         await self.orders.close()
         await self._nursery.close()
         await self._flush_once()
+        await self.usage.flush(at_once=True)
         await self._keep_spent(at_once=True)
         await self._keep_debts(at_once=True)
         await self._keep_remembered(at_once=True)
@@ -457,16 +461,9 @@ class RunningNode:
             await self.shares.until_let_in(spec.ref.tenant, timeout_ms)
             with self._calibrator.disturbed():
                 async with self.loop.lease(spec, request_id, timeout_ms, tokens) as held:
-                    metered = MeteredLease(held)
-                    try:
+                    metered, ref = MeteredLease(held), spec.ref
+                    with self.usage.counting(ref, metered), self.counters.counting(ref, metered):
                         yield metered
-                    finally:
-                        count = self.counters.tenant(spec.ref.tenant)
-                        count.tokens += metered.tokens
-                        count.device_ms += held.device_ms
-                    # Only an answer that went well to its end is an answer.
-                    count.answers += 1
-                    self.counters.model(spec.ref).answers += 1
         finally:
             self.counters.done(request_id)
 
@@ -560,6 +557,11 @@ class RunningNode:
         self.decisions.observe(self.loop.core, event, actions)
         self.accuracy.observe(self.loop.core, event, actions)
         self.uses.observe(now_ms, event, actions)
+        self.usage.observe(event)
+        self._tell()
+
+    def _tell(self) -> None:
+        """There is something new for control."""
         if self.uplink is not None:
             self.uplink.changed()
 
@@ -586,8 +588,8 @@ class RunningNode:
                         self._flush_failed.add(each.__name__)
 
     async def _spool(self) -> None:
-        if await self._keeper.flush() and self.uplink is not None:
-            self.uplink.changed()
+        if await self._keeper.flush():
+            self._tell()
 
     async def _fetch(self, spec: ModelSpec, path: str, start: int, nbytes: int) -> AsyncIterator[bytes]:
         if self.uplink is None:

@@ -22,6 +22,7 @@ from urllib.parse import quote
 import aiohttp
 
 from agent.control_answers import Answer, read_answer, refusal_of, text_of
+from agent.control_clock import ControlClock
 from agent.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
 from agent.origin import PIECE_BYTES, OriginUnavailable
 from agent.shares import Shares
@@ -29,6 +30,7 @@ from agent.sources import ControlAway
 from packer.peer_lists import KnownPeers
 from packer.questions import QUESTIONS_MAX, Question, Replies, Reply
 from packer.types import ModelRef, ModelSpec
+from packer.usage import NO_USAGE, USAGE_ROWS_PER_BEAT_MAX, UsageBatch
 from packer.wire import (
     SPOOL_RECORDS_MAX,
     WIRE_VERSION,
@@ -66,10 +68,16 @@ ANSWER_TIMEOUT_S = 15.0
 CONNECT_TIMEOUT_S = 5.0
 # One that ends so soon may have ended by control's clock; it is renewed as one that has (``CLOCK_SKEW``).
 EXPIRY_MARGIN_S = 1_800.0
-SKEW_SAID_S = 60.0  # beyond it the clocks are said to be off; certificates allow for half an hour
 CAS_BYTES_MAX = 64 * 1024  # two CAs while they overlap, 700 bytes each
 SOURCES_TIMEOUT_S = 3.0  # a model waits for this answer, and can be loaded without it
 SOURCES_CONNECT_TIMEOUT_S = 2.0
+
+
+class UsageSource(Protocol):
+    """What tenants used, in batches."""
+
+    async def batch(self) -> UsageBatch: ...  # what is due now: the same one until it is acknowledged
+    async def acknowledge(self, seq: int) -> None: ...
 
 
 class UplinkOwner(Protocol):
@@ -82,6 +90,8 @@ class UplinkOwner(Protocol):
     async def accept_plan(self, plan: Plan) -> None: ...  # ignores one that is not newer
     async def spooled(self, limit: int) -> tuple[Record, ...]: ...
     async def acknowledge(self, acked_seq: int) -> None: ...
+    @property
+    def usage(self) -> UsageSource: ...
     async def reply(self, question: Question) -> Reply: ...
     def heard_clock(self, control_ms: int) -> None: ...  # control's wall clock, just now
 
@@ -114,7 +124,7 @@ class Uplink:
         self._told = ""  # by control's newest answer
         self._peers = KnownPeers()
         self._refused = False  # control does not accept the certificate
-        self._clock = _ControlClock()
+        self._clock = ControlClock()
         self._complaint = ""  # of control about this node, said once
 
     def changed(self) -> None:
@@ -346,6 +356,7 @@ class Uplink:
         """One beat; what is left to be told."""
         assert self._identity.answer is not None
         records = () if wait_ms else await self._owner.spooled(SPOOL_RECORDS_MAX)
+        usage = NO_USAGE if wait_ms else await self._owner.usage.batch()
         have = self._owner.have_plan()
         self._beats += 1
         beat = Beat(
@@ -365,6 +376,8 @@ class Uplink:
             self._identity.ca_sha256,
             self._identity.box,
             self._peers.known,
+            usage.rows,
+            usage.seq,
         )
         timeout_s = wait_ms / 1000 + ANSWER_TIMEOUT_S
         answer = await self._post("/node/v1/beat", beat, timeout_s, CONNECT_TIMEOUT_S)
@@ -384,6 +397,8 @@ class Uplink:
         self._clock.heard(got.now_ms, self._identity.now_s())
         if records:
             await self._owner.acknowledge(got.acked_seq)
+        if usage.rows and got.usage_acked:
+            await self._owner.usage.acknowledge(got.usage_acked)
         if got.plan is not None:
             await self._consider(got.plan)
         if got.shares and self._shares is not None:
@@ -392,9 +407,10 @@ class Uplink:
             await self._reply(got.questions[:QUESTIONS_MAX])
         if got.ca_pem and self._identity.adopt_cas(got.ca_pem):
             raise _Renewed
-        if records and got.acked_seq < records[-1].seq:
+        if (records and got.acked_seq < records[-1].seq) or got.usage_acked < usage.seq:
             return _Left.STUCK
-        return _Left.MORE if len(records) == SPOOL_RECORDS_MAX else _Left.NOTHING
+        full = len(records) == SPOOL_RECORDS_MAX or len(usage.rows) == USAGE_ROWS_PER_BEAT_MAX
+        return _Left.MORE if full else _Left.NOTHING
 
     def _complain(self, answer: Answer) -> NoReturn:
         """Control does not take a beat: what that means for this node."""
@@ -417,7 +433,7 @@ class Uplink:
         number = f"{plan.epoch}.{plan.seq}"
         if plan.expires_ms and self._clock.is_past(plan.expires_ms):
             log.error("ignored plan %s, which was made too long ago", number)
-            self._clock = _ControlClock()  # should it be control's clock that was set back, the next is taken
+            self._clock = ControlClock()  # should it be control's clock that was set back, the next is taken
             return
         whole = self._peers.complete(plan)
         if whole is None:
@@ -496,37 +512,6 @@ class Uplink:
             raise OriginUnavailable(
                 f"{ref}: {path}: control does not send it now", f"{path}: {error}"
             ) from None
-
-
-class _ControlClock:
-    """The time at control, as its answers told it: what came late or comes again can not set it back.
-
-    Plans expire by it, so that a node whose own clock is wrong takes plans all the same.
-    """
-
-    def __init__(self) -> None:
-        self._ahead_ms: int | None = None  # of this process's steady clock
-
-    def heard(self, now_ms: int, own_s: float) -> None:
-        if not now_ms:
-            return
-        ahead_ms = now_ms - _steady_ms()
-        if self._ahead_ms is None:
-            skew_s = now_ms / 1000 - own_s
-            if abs(skew_s) > SKEW_SAID_S:
-                log.warning(
-                    "this box's clock is %d s %s control's; set both by NTP: certificates end by them",
-                    abs(skew_s),
-                    "behind" if skew_s > 0 else "ahead of",
-                )
-        self._ahead_ms = ahead_ms if self._ahead_ms is None else max(self._ahead_ms, ahead_ms)
-
-    def is_past(self, at_ms: int) -> bool:
-        return self._ahead_ms is not None and _steady_ms() + self._ahead_ms >= at_ms
-
-
-def _steady_ms() -> int:
-    return round(asyncio.get_running_loop().time() * 1000)
 
 
 class _Left(Enum):

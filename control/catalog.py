@@ -202,6 +202,13 @@ class DropReplays:
     before_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class AgeUsage:
+    """What was used long ago is kept by the day, or no more; see ``control.usage_tables``."""
+
+    now_ms: int
+
+
 Change = (
     PutTenant
     | DropTenant
@@ -218,6 +225,7 @@ Change = (
     | DropToken
     | PutReplay
     | DropReplays
+    | AgeUsage
 )
 
 
@@ -297,7 +305,7 @@ class Catalog:
                 self.tokens[row.token_id] = row
             case DropToken(token_id):
                 self.tokens.pop(token_id, None)
-            case PutReplay() | DropReplays():
+            case PutReplay() | DropReplays() | AgeUsage():
                 pass  # asked of the database alone
 
     def _drop_key(self, key_id: str) -> None:

@@ -35,6 +35,7 @@ from control.routes import (
     shares,
     tenants,
     uploads,
+    usage,
 )
 from control.routes.access import Access, Caller, Route, add_routes, render_error
 from control.state import STOP_S, Control
@@ -74,6 +75,7 @@ _ROUTES = (
     *models.ROUTES,
     *nodes.ROUTES,
     *ps.ROUTES,
+    *usage.ROUTES,
     *plans.ROUTES,
     *direct.ROUTES,
     *figures.ROUTES,

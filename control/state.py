@@ -31,6 +31,7 @@ from aiohttp import web
 from control import cluster as fleet
 from control.authority import Authority
 from control.catalog import (
+    AgeUsage,
     Catalog,
     Change,
     DropReplays,
@@ -49,6 +50,7 @@ from control.node_session import open_session
 from control.node_tls import NodeLines
 from control.plan_making import PlanFacts, PlanMaker
 from control.questions import Questions
+from control.ref_lock import RefLock
 from control.router_counters import RouterCounters
 from control.said import Said
 from control.share_desk import ShareDesk
@@ -60,6 +62,7 @@ from packer.body_budget import BodyBudget
 from packer.durable import write_private
 from packer.http import make_key
 from packer.types import ModelRef
+from packer.usage import UsageBatch, day_of
 from packer.wire import Beat, Plan, PlanNumber, Record
 
 log = logging.getLogger("bunk.control")
@@ -90,12 +93,20 @@ class TooManyRecords(Exception):
     """More records wait to be stored than control holds in memory."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The highest numbers of a node's that control has: of records, and of batches of usage."""
+
+    acked_seq: int = 0
+    usage_acked: int = 0
+
+
 @dataclass(slots=True)
 class PendingRecords:
     """Records of one beat that wait for the next transaction."""
 
     spooled: SpooledRecords
-    stored: asyncio.Future[int]
+    stored: asyncio.Future[Stored]
 
 
 class Control:
@@ -118,6 +129,7 @@ class Control:
         self._reader = ThreadPoolExecutor(1, "control-reader")
         self._pending: list[PendingRecords] = []
         self._own_records: list[Record] = []
+        self._usage_aged = 0  # the day on which old usage was looked at
         # By place: the fault that was said last, when, and how often it came since.
         self._faults: dict[str, tuple[str, float, int]] = {}
         self._records_due = asyncio.Event()
@@ -445,13 +457,17 @@ class Control:
             self._own_records.append(Record(0, wall_ms(), kind, tenant, model, detail))
             self._records_due.set()
 
-    async def store_spooled(self, row: NodeRow, records: tuple[Record, ...], spool: str = "") -> int:
-        """Store a node's records with whatever else is waiting; the highest sequence stored."""
-        if sum(len(item.spooled.records) for item in self._pending) + len(records) > RECORDS_PENDING_MAX:
+    async def store_spooled(self, row: NodeRow, beat: Beat) -> Stored:
+        """Store what a beat brought with whatever else is waiting."""
+        waiting = sum(len(item.spooled.records) + len(item.spooled.usage.rows) for item in self._pending)
+        if waiting + len(beat.records) + len(beat.usage) > RECORDS_PENDING_MAX:
             raise TooManyRecords
-        stored: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        after_seq = row.acked_seq if row.spool in ("", spool) else 0
-        spooled = SpooledRecords(row.node, row.incarnation, after_seq, records, spool)
+        stored: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
+        after_seq = row.acked_seq if row.spool in ("", beat.spool) else 0
+        usage = UsageBatch(beat.usage_seq, beat.usage)
+        spooled = SpooledRecords(
+            row.node, row.incarnation, after_seq, beat.records, beat.spool, usage, self.wall_ms()
+        )
         self._pending.append(PendingRecords(spooled, stored))
         self._records_due.set()
         return await stored
@@ -482,14 +498,14 @@ class Control:
                     item.stored.exception()  # its beat may have left
             raise
         for item in batch:
-            spooled, high = item.spooled, acked[item.spooled.counted_by]
+            spooled, high = item.spooled, acked.records[item.spooled.counted_by]
             row = self.catalog.nodes.get(spooled.node)
             if row is not None and row.incarnation == spooled.incarnation:
                 before = row.acked_seq if row.spool in ("", spooled.spool) else 0
                 row = replace(row, acked_seq=max(before, high), spool=spooled.spool)
                 self.catalog.nodes[spooled.node] = row
             if not item.stored.done():
-                item.stored.set_result(high)
+                item.stored.set_result(Stored(high, acked.usage[spooled.counted_by]))
 
     # --- time ---
 
@@ -528,7 +544,10 @@ class Control:
             ended = [row for row in self.catalog.tokens.values() if row.expires_ms <= now_ms]
             changes: list[Change] = [DropUpload(row.upload_id) for row in old]
             changes += [DropToken(row.token_id) for row in ended]
+            if (today := day_of(now_ms)) != self._usage_aged:
+                changes.append(AgeUsage(now_ms))
             await self.write([*changes, DropReplays(now_ms - LIFE_MS)])
+            self._usage_aged = today
         for row in old:
             self.forget_upload(row.upload_id)
 
@@ -541,34 +560,6 @@ class Control:
         asyncio.get_running_loop().run_in_executor(
             None, lambda: shutil.rmtree(self.upload_dir / upload_id, ignore_errors=True)
         )
-
-
-class RefLock:
-    """A lock per version that exists only while somebody holds or wants it."""
-
-    def __init__(self, locks: dict[ModelRef, tuple[asyncio.Lock, int]], ref: ModelRef) -> None:
-        self._locks = locks
-        self._ref = ref
-
-    async def __aenter__(self) -> None:
-        lock, users = self._locks.get(self._ref, (asyncio.Lock(), 0))
-        self._locks[self._ref] = (lock, users + 1)
-        try:
-            await lock.acquire()
-        except BaseException:
-            self._leave()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._locks[self._ref][0].release()
-        self._leave()
-
-    def _leave(self) -> None:
-        lock, users = self._locks[self._ref]
-        if users == 1:
-            del self._locks[self._ref]
-        else:
-            self._locks[self._ref] = (lock, users - 1)
 
 
 def wall_ms() -> int:

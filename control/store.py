@@ -20,9 +20,11 @@ from pathlib import Path
 import msgspec
 
 from control import catalog as rows
+from control import usage_tables
 from control.catalog import Catalog, Change
 from packer.database import Database, Migrations
 from packer.types import ModelRef, ModelSpec, OriginFile, TenantQuota
+from packer.usage import NO_USAGE, UsageBatch, UsageRow
 from packer.wire import Record
 
 # Kept for ``bunk events``; the oldest go first. About 40 MB of disk.
@@ -96,6 +98,12 @@ def m004_pools(db: Database) -> None:
         db.execute(f"alter table {table} add column pool text not null default 'default'")
 
 
+@migrations()
+def m005_usage(db: Database) -> None:
+    """What tenants used, and which of nodes' batches of it are counted."""
+    usage_tables.create_tables(db)
+
+
 class StoreUnavailable(Exception):
     """The database could not be read or written (disk full, I/O error, held by another process)."""
 
@@ -124,19 +132,30 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class SpooledRecords:
-    """Records of one beat; those at or below ``after_seq`` are known and skipped."""
+    """Records of one beat; those at or below ``after_seq`` are known and skipped. And what tenants used,
+    under a number of its own: known and skipped when it was counted before."""
 
     node: str
     incarnation: str
     after_seq: int
     records: tuple[Record, ...]
     spool: str = ""
+    usage: UsageBatch = NO_USAGE
+    now_ms: int = 0  # control's wall clock when they came
 
     @property
     def counted_by(self) -> str:
         """What tells these sequences from others: the node's own spool, which a node that was removed and
         joins again goes on with. Under the node's name, so that no node can speak for another's."""
         return f"{self.node}/{self.spool}" if self.spool else self.incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class Acked:
+    """The highest numbers that are stored now, by what counts them: of records, and of batches of usage."""
+
+    records: dict[str, int]
+    usage: dict[str, int]
 
 
 @contextmanager
@@ -239,7 +258,7 @@ class Store:
                 put("tenants", row)
             case rows.DropTenant(tenant):
                 self._db.execute("delete from replays where owner = ?", (tenant,))
-                for table in ("quotas", "records", "tenants"):
+                for table in ("quotas", "records", "usage", "tenants"):
                     self._db.execute(f"delete from {table} where tenant = ?", (tenant,))
             case rows.PutQuota(tenant, quota):
                 put("quotas", tenant=tenant, quota=msgspec.json.encode(quota).decode())
@@ -272,6 +291,8 @@ class Store:
                 self._put_replay(row)
             case rows.DropReplays(before_ms):
                 self._db.execute("delete from replays where made_ms < ?", (before_ms,))
+            case rows.AgeUsage(now_ms):
+                usage_tables.grow_old(self._db, now_ms)
             case _:
                 raise AssertionError(f"no table for {change!r}")
 
@@ -335,13 +356,14 @@ class Store:
 
     # --- records ---
 
-    def write_records(self, batch: Sequence[SpooledRecords], own: Sequence[Record] = ()) -> dict[str, int]:
-        """Store the records of many beats, and control's own, in one transaction.
+    def write_records(self, batch: Sequence[SpooledRecords], own: Sequence[Record] = ()) -> Acked:
+        """Store what many beats brought, and control's own records, in one transaction.
 
-        Returns the highest sequence stored, by what counts them. Delivered twice, a record is stored once:
-        its sequence is not above the one acknowledged, or is there already.
+        Delivered twice, a record is stored once: its sequence is not above the one acknowledged, or is there
+        already. The same holds for a batch of usage.
         """
         acked: dict[str, int] = {}
+        used: dict[str, int] = {}
         with _mapped(), self._db.atomic():
             for spooled in batch:
                 high = acked.get(spooled.counted_by, spooled.after_seq)
@@ -355,10 +377,24 @@ class Store:
                     "where incarnation = ?",
                     (spooled.spool, high, high, spooled.spool, spooled.incarnation),
                 )
+                used[spooled.counted_by] = max(used.get(spooled.counted_by, 0), self._add_usage(spooled))
             for record in own:
                 self._insert_record("control", "", record)
             self._prune()
-        return acked
+        return Acked(acked, used)
+
+    def _add_usage(self, spooled: SpooledRecords) -> int:
+        batch = spooled.usage
+        if not batch.rows:
+            return 0
+        counted_by = spooled.counted_by
+        return usage_tables.add_batch(
+            self._db, spooled.node, counted_by, batch.seq, batch.rows, spooled.now_ms
+        )
+
+    def usage(self, ask: usage_tables.UsageAsk) -> list[UsageRow]:
+        with _mapped():
+            return usage_tables.read(self._db, ask)
 
     def _insert_record(self, node: str, counted_by: str, record: Record) -> None:
         self._until_prune -= 1

@@ -20,6 +20,7 @@ from packer.questions import Question
 from packer.rates import RateView
 from packer.shares import Share, TenantShare
 from packer.types import KeySpec, ModelSpec, TenantSpec
+from packer.usage import UsageRow
 
 # Raised by one when a message changes so that an older peer would misread it.
 WIRE_VERSION = 1
@@ -292,6 +293,8 @@ class Beat:
     ca_sha256: str = ""  # of the text of the CA certificates that the node trusts
     box: BoxFacts = field(default_factory=BoxFacts)
     have_peers: str = ""  # what the list of peers is known by that the sender has; empty: none
+    usage: tuple[UsageRow, ...] = ()  # what tenants used, under a number that only these rows have
+    usage_seq: int = 0  # 0: none; counted with ``spool``
 
     @property
     def have(self) -> PlanNumber:
@@ -310,6 +313,7 @@ class BeatAnswer:
     number: int = 0
     told: str = ""  # repeated by the node's next beats: proof that it was alive after this
     ca_pem: str = ""  # the CAs to trust from now on; empty: those that the node has
+    usage_acked: int = 0  # highest ``usage_seq`` that control has added up; 0: not said
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import judges
 from simulated_control import LOST
 from simulated_member import NOTED
+from simulated_usage import judge_usage
 
 from control import cluster as fleet_core
 from packer.residency import model_view
@@ -115,6 +116,7 @@ def judge_end(fleet: Fleet) -> None:
         _judge_view(fleet, member)
     _judge_calls(fleet)
     _judge_records(fleet)
+    judge_usage(fleet)
     cluster = fleet.control.cluster
     fleet.require(not cluster.turns, f"turns of nobody: {cluster.turns}")
     fleet.require(not cluster.expected, "expectations outlive their time")

@@ -60,6 +60,7 @@ class FakeControl:
         self.nodes: dict[str, dict[str, Any]] = {}
         self.tokens: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
+        self.usage: list[dict[str, Any]] = []
         self.ps: dict[str, Any] = {"items": [], "devices": []}
         self.plan: dict[str, Any] = {"model": "acme/m@0", "items": []}
         self.explanation: dict[str, Any] = {"requests": [], "items": [], "silent": []}
@@ -102,6 +103,7 @@ class FakeControl:
                 web.get("/api/v1/plan", self.show_plan),
                 web.get("/api/v1/explain", self.show_explanation),
                 web.get("/api/v1/events", self.list_events),
+                web.get("/api/v1/usage", self.list_usage),
                 web.post("/v1/embeddings", self.embeddings),
                 web.post("/v1/classify", self.classify),
                 web.post("/v1/chat/completions", self.chat),
@@ -363,6 +365,10 @@ class FakeControl:
         after, limit = int(request.query.get("after", 0)), int(request.query.get("limit", 100))
         items = [row for row in self.events if row["id"] > after][:limit]
         return web.json_response({"items": items, "next": items[-1]["id"] if items else after})
+
+    async def list_usage(self, request: web.Request) -> web.Response:
+        self.asked = dict(request.query)
+        return web.json_response({"items": self.usage, "next_cursor": None})
 
     # OpenAI-compatible calls.
 

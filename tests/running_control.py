@@ -27,6 +27,7 @@ from yarl import URL
 
 from control.config import Config
 from control.server import Bound, Server
+from packer.usage import NO_USAGE, UsageBatch
 from packer.wire import (
     WIRE_VERSION,
     Beat,
@@ -335,6 +336,8 @@ class FakeNode:
         report: Report | None = None,
         records: tuple[Record, ...] = (),
         node: str | None = None,
+        usage: UsageBatch = NO_USAGE,
+        spool: str = "",
     ) -> Answer:
         message = Beat(
             WIRE_VERSION,
@@ -344,5 +347,8 @@ class FakeNode:
             report or empty_report(self.gateway_url),
             records,
             self.have_start,
+            spool,
+            usage=usage.rows,
+            usage_seq=usage.seq,
         )
         return await self.call("POST", "/node/v1/beat", encode(message), folder=folder)

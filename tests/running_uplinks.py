@@ -21,9 +21,26 @@ from agent.control_listener import ControlListener
 from agent.identity import Identity
 from agent.uplink import Uplink
 from packer.questions import Question, Reply
+from packer.usage import NO_USAGE, UsageBatch
 from packer.wire import NO_PLAN, ModelReport, Plan, PlanNumber, Record, Report
 
 GATEWAY = "http://127.0.0.1:9"
+
+
+@dataclass(slots=True)
+class OwnersUsage:
+    """A journal's spool of usage, reduced to its batch."""
+
+    unconfirmed: UsageBatch = NO_USAGE
+    confirmed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def batch(self) -> UsageBatch:
+        return self.unconfirmed
+
+    async def acknowledge(self, seq: int) -> None:
+        if seq >= self.unconfirmed.seq:
+            self.unconfirmed = NO_USAGE
+            self.confirmed.set()
 
 
 @dataclass(slots=True)
@@ -36,6 +53,7 @@ class Owner:
     models: tuple[ModelReport, ...] = ()
     route_url: str = ""
     control_ms: int = 0
+    usage: OwnersUsage = field(default_factory=OwnersUsage)
 
     def report(self) -> Report:
         return empty_report(GATEWAY, self.models, route_url=self.route_url)

@@ -23,6 +23,7 @@ from simulated_edges import MemoryPath, Papers, SimulatedJournal, SimulatedSourc
 from simulated_files import File
 from simulated_hands import GRID_MS, Stay
 from simulated_network import Network, Process, of_the_living
+from simulated_usage import CountedSpool, keep_use, meter_of, note_use
 from simulation import Call, World
 
 from agent.accuracy import Accuracy
@@ -104,6 +105,7 @@ class Member(World):
         self.papers = Papers()
         self.journal = Journal(MemoryPath(":memory:"), bytes(32))
         self.journal.spool_id = f"spool of {name}"
+        self.journal.usage = self.spool_of_usage = CountedSpool(self.journal._db)
         self.noted: dict[str, str] = {}  # records that are in the journal for good: detail to tenant
         self.told: dict[str, str] = {}  # records of this life, which may be lost with it
         self.tickets: dict[str, Ticket] = {}
@@ -161,6 +163,7 @@ class Member(World):
     def observe(self, event: Event, actions: list[Action]) -> None:
         wall_ms = self.clock_of_the_wall_ms()
         self.counters.observe(wall_ms, event, actions)
+        note_use(self.usage, event, actions, {request: call.ref for request, call in self.calls.items()})
         for action in actions:
             if isinstance(action, Restore | Refuse):
                 self.fleet.notes += 1
@@ -198,6 +201,7 @@ class Member(World):
             lambda: self.node, self.post, self.clock_ms, self._save_shares, self.journal.shares()
         )
         self.uplink = SimulatedUplink(self)
+        self.usage = meter_of(self)
         self.sources = SimulatedSources(self)
         self._begin_from_disk()
         self.process.spawn(self._run())
@@ -261,6 +265,7 @@ class Member(World):
             await self._keep_what_is_known()
             if await self.keeper.flush():
                 self.uplink.changed()
+            await keep_use(self.usage)
 
     async def _keep_what_is_known(self) -> None:
         """As ``agent.node`` does it."""

@@ -49,6 +49,9 @@ def control() -> FakeControl:
         {"id": n, "at_ms": 1_700_000_000_000 + n, "kind": "restored", "tenant": "acme", "model": "acme/m@0"}
         for n in range(1, 6)
     ]
+    used = {"tenant": "acme", "begin_ms": 1_700_000_000_000, "requests": 3, "answers": 2, "prompt_tokens": 90}
+    used |= {"completion_tokens": 6, "device_ms": 41, "restored_disk_bytes": 2**20}
+    made.usage = [{**used, "model": "acme/m"}, {**used, "model": ""}]
     return made
 
 
@@ -121,6 +124,7 @@ COMMANDS: list[Sequence[str]] = [
     ("top", "--once"),
     ("events",),
     ("events", "--after", "2", "--limit", "2"),
+    ("usage", "--by", "day", "--since", "30d"),
     ("plan", "acme/minilm"),
     ("explain", "acme/minilm"),
     ("explain", "req_1", "--node", "box"),
@@ -181,6 +185,19 @@ def test_tables_hold_sizes_restores_and_states(bunk: Bunk) -> None:
     assert "47 ms" in ps
     assert "FOREIGN" in ps
     assert "2023-11-14 22:13:20Z  -  restored  acme/m@0" in bunk("events").stdout
+
+
+def test_usage_is_asked_for_a_time_and_shown_by_model(bunk: Bunk, control: FakeControl) -> None:
+    month = ("--since", "2026-11-01", "--until", "2026-12-01T00:00Z")
+    shown = bunk("usage", "--tenant", "acme", "--by", "hour", *month)
+    assert control.asked["since_ms"] == "1793491200000"
+    assert control.asked["until_ms"] == "1796083200000"
+    assert (control.asked["tenant"], control.asked["by"]) == ("acme", "hour")
+    first, second = (" ".join(line.split()) for line in shown.stdout.splitlines()[1:])
+    assert first == "acme acme/m 2023-11-14 22:13:20Z 3 2 90 6 41 0 B 1 MiB 0 B"
+    assert second.startswith("acme - ")
+    for wrong in ("30", "soon", "2026-13-01"):
+        assert bunk("usage", "--since", wrong).exit_code == 2
 
 
 VICTIM = {"ref": "acme/old@0", "device": "cpu:0", "freed_bytes": 2**20, "kept_chunks": 3, "keep_index": 0.125}

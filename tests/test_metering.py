@@ -26,7 +26,7 @@ from agent.metering import (
     OUTPUT_TOKENS_ASSUMED,
     OUTPUT_TOKENS_RESERVED_MAX,
     MeteredLease,
-    count_of,
+    counts_of,
     expected_tokens,
 )
 from agent.spending import KEEP_S, Spending, SpentRow
@@ -99,6 +99,7 @@ async def test_the_last_count_of_each_call_is_what_it_took() -> None:
     for _ in range(2):
         assert len([frame async for frame in lease.run(ORDER)]) == 3
     assert (held.tokens, held.device_ms) == (186, 10)
+    assert (lease.prompt_tokens, lease.completion_tokens) == (180, 6)
 
 
 async def test_a_caller_that_leaves_pays_for_what_was_read_and_written_by_then() -> None:
@@ -106,8 +107,10 @@ async def test_a_caller_that_leaves_pays_for_what_was_read_and_written_by_then()
     frames = lease.run(ORDER)
     await anext(frames)
     await anext(frames)
+    assert (held.tokens, lease.completion_tokens) == (0, 2), "known while it runs"
     await frames.aclose()  # type: ignore[attr-defined]
     assert (held.tokens, held.device_ms) == (92, 5)
+    assert (lease.prompt_tokens, lease.completion_tokens) == (90, 2)
 
 
 async def test_a_caller_that_leaves_before_the_first_word_pays_for_its_input() -> None:
@@ -165,7 +168,8 @@ async def test_an_engine_that_counts_nothing_is_charged_by_the_estimate() -> Non
 def test_a_worker_can_not_say_anything_else_than_a_bounded_count(
     header: dict[str, str | int | float], count: int | None
 ) -> None:
-    assert count_of(EngineFrame(header)) == count
+    counts = counts_of(EngineFrame(header))
+    assert (None if counts is None else sum(counts)) == count
 
 
 # --- over a restart -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, cast
 import aiohttp
 import pytest
 from running_control import empty_report
+from running_uplinks import OwnersUsage
 from virtual_clock import VirtualLoop, run_virtual
 
 from agent import uplink as module
@@ -39,6 +40,7 @@ from packer.wire import (
 class Owner:
     records: list[Record] = field(default_factory=lambda: [Record(7, 1, "restored", "acme", "acme/m", "")])
     spool_id: str = "a spool"
+    usage: OwnersUsage = field(default_factory=OwnersUsage)
 
     def report(self) -> Report:
         return empty_report("http://127.0.0.1:9")

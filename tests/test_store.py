@@ -128,9 +128,9 @@ def test_epoch_can_leap_over_what_a_node_has_seen(store: Store) -> None:
 
 def test_records_delivered_twice_are_stored_once(store: Store) -> None:
     store.write(EVERY_KIND, 1)
-    assert store.write_records([spooled(1, 2, 3)]) == {"inc1": 3}
-    assert store.write_records([spooled(2, 3, 4, after=1)]) == {"inc1": 4}
-    assert store.write_records([spooled(4, 5, after=4), spooled(5, 6, after=4)]) == {"inc1": 6}
+    assert store.write_records([spooled(1, 2, 3)]).records == {"inc1": 3}
+    assert store.write_records([spooled(2, 3, 4, after=1)]).records == {"inc1": 4}
+    assert store.write_records([spooled(4, 5, after=4), spooled(5, 6, after=4)]).records == {"inc1": 6}
     assert [event.detail for event in store.events(0, 100)] == [f"#{n}" for n in (1, 2, 3, 4, 5, 6)]
     assert store.load().nodes["n1"].acked_seq == 6
 
@@ -138,10 +138,10 @@ def test_records_delivered_twice_are_stored_once(store: Store) -> None:
 def test_records_of_a_node_that_was_removed_and_joined_again_are_stored_once(store: Store) -> None:
     """Control had stored them and its answer was lost; found by ``cluster_simulation`` (seed 1)."""
     store.write(EVERY_KIND, 1)
-    assert store.write_records([spooled(1, 2, spool="s")]) == {"n1/s": 2}
+    assert store.write_records([spooled(1, 2, spool="s")]).records == {"n1/s": 2}
     assert store.load().nodes["n1"].spool == "s"
     store.write([rows.DropNode("n1"), rows.PutNode(rows.NodeRow("n1", "inc2", "e" * 64, "http://h:1", 9))], 2)
-    assert store.write_records([spooled(1, 2, 3, incarnation="inc2", spool="s")]) == {"n1/s": 3}
+    assert store.write_records([spooled(1, 2, 3, incarnation="inc2", spool="s")]).records == {"n1/s": 3}
     assert [event.detail for event in store.events(0, 100)] == ["#1", "#2", "#3"]
 
 
@@ -149,7 +149,7 @@ def test_a_spool_that_was_lost_does_not_hide_the_next(store: Store) -> None:
     """Another journal counts from 1 again; what it says is new."""
     store.write(EVERY_KIND, 1)
     store.write_records([spooled(1, 2, 3, spool="s")])
-    assert store.write_records([spooled(1, spool="t")]) == {"n1/t": 1}
+    assert store.write_records([spooled(1, spool="t")]).records == {"n1/t": 1}
     row = store.load().nodes["n1"]
     assert (row.acked_seq, row.spool) == (1, "t")
     assert len(store.events(0, 100)) == 4
@@ -157,7 +157,7 @@ def test_a_spool_that_was_lost_does_not_hide_the_next(store: Store) -> None:
 
 def test_a_node_that_joined_afresh_starts_counting_again(store: Store) -> None:
     store.write_records([spooled(1, 2)])
-    assert store.write_records([spooled(1, incarnation="inc2")]) == {"inc2": 1}
+    assert store.write_records([spooled(1, incarnation="inc2")]).records == {"inc2": 1}
     assert len(store.events(0, 100)) == 3
 
 

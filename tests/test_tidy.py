@@ -105,6 +105,7 @@ PURE_FILES = (
     "control/choosing.py",
     "control/shares.py",
     "control/lives.py",
+    "packer/usage.py",
 )
 # Clocks, input and output, chance, threads: all that makes a second run differ from the first.
 IMPURE_IMPORTS = {

@@ -42,11 +42,12 @@ from control.pages import PAGED, Page, asked_page, page_of
 from control.places import check_gateway_url, check_url, dialled_url, own_address
 from control.routes.access import Access, Caller, Route, not_found, read_json
 from control.shares import HolderRemoved
-from control.state import Control, TooManyRecords, wall_ms
+from control.state import Control, Stored, TooManyRecords, wall_ms
 from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
 from packer.questions import QUESTIONS_MAX, Replies
 from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile, parse_ref
+from packer.usage import USAGE_ROWS_PER_BEAT_MAX, amounts
 from packer.wire import (
     PEERS_TRIED_MAX,
     SPOOL_RECORDS_MAX,
@@ -303,12 +304,13 @@ async def answer_beat(
         )
     control.note_said(row.node, message, peer)
     refuse_clone(control, row.node)
-    acked_seq = 0
-    if message.records:
+    stored = Stored()
+    if message.records or message.usage:
         # The node goes by what is acknowledged and brings the rest again; a disk of control's that is full
         # must not make its nodes look silent.
         with suppress(TooManyRecords, StoreUnavailable):
-            acked_seq = await control.store_spooled(row, message.records, message.spool)
+            stored = await control.store_spooled(row, message)
+    acked_seq = stored.acked_seq
     informed = message.ca_sha256 in ("", control.authority.ca_sha256)
     waits = message.wait_ms > 0 and informed and not control.stopping
     waits = waits and not control.questions.pending(row.node)
@@ -333,7 +335,10 @@ async def answer_beat(
     ca_pem = control.authority.ca_pem if message.ca_sha256 not in ("", control.authority.ca_sha256) else ""
     told, now_ms = control.tell_turn(row.node), control.wall_ms()
     answered = (message.life, message.number)
-    return BeatAnswer(WIRE_VERSION, plan, acked_seq, questions, now_ms, nudged, *answered, told, ca_pem)
+    usage_acked = stored.usage_acked
+    return BeatAnswer(
+        WIRE_VERSION, plan, acked_seq, questions, now_ms, nudged, *answered, told, ca_pem, usage_acked
+    )
 
 
 def _check_still(control: Control, row: NodeRow) -> NodeRow:
@@ -349,11 +354,15 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
         raise BadValue("node", f"{message.node[:80]!r} is not what this certificate is for")
     if len(message.records) > SPOOL_RECORDS_MAX:
         raise BadValue("records", f"at most {SPOOL_RECORDS_MAX} in one beat; send the rest with the next")
+    if len(message.usage) > USAGE_ROWS_PER_BEAT_MAX:
+        raise BadValue("usage", f"at most {USAGE_ROWS_PER_BEAT_MAX} in one beat; send the rest with the next")
     report = message.report
     if max(len(report.models), len(report.tenants), len(report.devices)) > REPORTED_MAX:
         raise BadValue("report", f"at most {REPORTED_MAX} models, tenants or devices")
     numbers = [message.have_epoch, message.have_seq, message.wait_ms, message.number, message.sent_ms]
     numbers += [number for record in message.records for number in (record.seq, record.at_ms)]
+    numbers += [message.usage_seq, *(row.hour_ms for row in message.usage)]
+    numbers += [amount for row in message.usage for amount in amounts(row.used)]
     if any(not 0 <= number <= NUMBER_MAX for number in numbers):
         raise BadValue("beat", f"numbers must be from 0 to {NUMBER_MAX}")
     names = [message.have_start, message.spool, message.life, message.told, message.ca_sha256]

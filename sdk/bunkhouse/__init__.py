@@ -74,6 +74,7 @@ from bunkhouse._types import (
     Served,
     Tenant,
     Usage,
+    UsageItem,
     Victim,
 )
 from bunkhouse._version import __version__
@@ -155,6 +156,7 @@ __all__ = [
     "Unavailable",
     "Unreachable",
     "Usage",
+    "UsageItem",
     "Victim",
     "__version__",
 ]

@@ -1,6 +1,6 @@
 """What each operator's method sends and how its answer is read.
 
-Covers: tenants, keys, quotas, nodes, ``ps`` and events under ``/api/v1``. Does not cover: tenants'
+Covers: tenants, keys, quotas, nodes, ``ps``, usage and events under ``/api/v1``. Does not cover: tenants'
 calls (``_calls``), or sending again (``_request.once``: a key or token whose answer was lost is not made
 twice, its answer is asked for again).
 """
@@ -27,6 +27,7 @@ from bunkhouse._types import (
     Placements,
     QuotaUse,
     Tenant,
+    UsageItem,
 )
 
 
@@ -40,6 +41,7 @@ class Unset(Enum):
 
 
 UNSET: Final = Unset.UNSET
+UsageSpan = Literal["hour", "day", "total"]
 MaybeInt = int | None | Literal[Unset.UNSET]
 Int = int | Literal[Unset.UNSET]
 
@@ -128,6 +130,14 @@ def about() -> Call[About]:
 
 def ps() -> Listing[Placement | Device, Placements]:
     return Listing("/api/v1/ps", _decode.placements, _decode.all_placements)
+
+
+def usage(
+    tenant: str | None, by: UsageSpan, since_ms: int | None, until_ms: int | None
+) -> Listing[UsageItem, tuple[UsageItem, ...]]:
+    given = {"tenant": tenant, "by": by, "since_ms": since_ms, "until_ms": until_ms}
+    query = {name: str(value) for name, value in given.items() if value is not None}
+    return Listing("/api/v1/usage", _decode.page(_decode.usage_item), tuple, query)
 
 
 def events(after: int | None, limit: int, tenant: str | None) -> Call[Events]:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from bunkhouse import _admin, _calls, _plans
-from bunkhouse._admin import UNSET, Int, MaybeInt
+from bunkhouse._admin import UNSET, Int, MaybeInt, UsageSpan
 from bunkhouse._calls import EmbeddingInput, Message
 from bunkhouse._errors import BunkhouseError
 from bunkhouse._push import Done, advance, push_steps
@@ -38,6 +38,7 @@ from bunkhouse._types import (
     ProgressCallback,
     QuotaUse,
     Tenant,
+    UsageItem,
 )
 
 if TYPE_CHECKING:
@@ -364,6 +365,17 @@ class Client:
     def ps(self) -> Placements:
         """Where every version's bytes are now, and what it has done."""
         return self._whole(_admin.ps())
+
+    def usage(
+        self,
+        *,
+        tenant: str | None = None,
+        by: UsageSpan = "total",
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+    ) -> tuple[UsageItem, ...]:
+        """What was used, by tenant and model: in all, by the day or by the hour (Unix time, UTC)."""
+        return self._whole(_admin.usage(tenant, by, since_ms, until_ms))
 
     def events(self, *, after: int | None = None, limit: int = 100, tenant: str | None = None) -> Events:
         """What happened, oldest first: after the event with id ``after``, or the newest."""

@@ -45,6 +45,7 @@ from bunkhouse._types import (
     Served,
     Tenant,
     Usage,
+    UsageItem,
 )
 
 T = TypeVar("T")
@@ -461,6 +462,22 @@ def all_placements(rows: tuple[Placement | Device, ...]) -> Placements:
     return Placements(
         tuple(row for row in rows if isinstance(row, Placement)),
         tuple(row for row in rows if isinstance(row, Device)),
+    )
+
+
+def usage_item(row: Fields) -> UsageItem:
+    return UsageItem(
+        tenant=row.text("tenant"),
+        model=row.maybe_text("model") or "",
+        begin_ms=row.number("begin_ms", 0),
+        requests=row.number("requests", 0),
+        answers=row.number("answers", 0),
+        prompt_tokens=row.number("prompt_tokens", 0),
+        completion_tokens=row.number("completion_tokens", 0),
+        device_ms=row.number("device_ms", 0),
+        restored_host_bytes=row.number("restored_host_bytes", 0),
+        restored_disk_bytes=row.number("restored_disk_bytes", 0),
+        restored_origin_bytes=row.number("restored_origin_bytes", 0),
     )
 
 

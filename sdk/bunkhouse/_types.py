@@ -378,6 +378,27 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True)
+class UsageItem:
+    """What was used of one model in an hour, a day (UTC) or in all, beginning at ``begin_ms`` (0: in all).
+
+    ``requests`` were let in, and ``answers`` of them went well to their end. ``model`` is empty for device
+    time of answers whose callers had left. ``restored_*_bytes`` were moved to a device from that tier.
+    """
+
+    tenant: str
+    model: str
+    begin_ms: int
+    requests: int
+    answers: int
+    prompt_tokens: int
+    completion_tokens: int
+    device_ms: int
+    restored_host_bytes: int
+    restored_disk_bytes: int
+    restored_origin_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Victim:
     """A model that goes from its device, wholly or down to its first ``kept_chunks`` chunks.
 

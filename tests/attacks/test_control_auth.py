@@ -54,6 +54,7 @@ TENANT_ROUTES = {
     ("GET", "/api/v1/openapi.json"),
     ("GET", "/api/v1/tenants/{tenant}"),
     ("GET", "/api/v1/ps"),
+    ("GET", "/api/v1/usage"),
     ("GET", "/api/v1/events"),
     ("GET", "/api/v1/plan"),
     ("GET", "/api/v1/explain"),
@@ -275,7 +276,7 @@ async def test_lists_show_a_tenant_only_its_own(site: Site) -> None:
         answer = await site.control.call(method, path, key=site.globex)
         assert answer.status == 200
         assert b"acme" not in answer.body, path
-    for path in ("/api/v1/models", "/api/v1/ps", "/api/v1/events"):
+    for path in ("/api/v1/models", "/api/v1/ps", "/api/v1/events", "/api/v1/usage"):
         answer = await site.control.call("GET", f"{path}?tenant=acme", key=site.globex)
         assert answer.status == 404, path
 

@@ -16,7 +16,7 @@ from running_control import running
 from scene import Scene, model, of, the
 
 from agent.facade import EngineFrame
-from agent.metering import OUTPUT_TOKENS_RESERVED_MAX, count_of
+from agent.metering import OUTPUT_TOKENS_RESERVED_MAX, counts_of
 from agent.openai_shapes import CHOICES_MAX, OUTPUT_TOKENS_MAX, PROMPT_CHOICES_MAX, PROMPTS_MAX
 from packer.events import Grant, Refuse, TookLate
 from packer.http import JSON_BYTES_MAX
@@ -87,8 +87,8 @@ def test_a_worker_that_lies_hurts_its_own_tenant_at_the_most(count: int) -> None
     limits = TenantQuota(tokens_per_minute=1_000, device_seconds_per_day=1_000)
     scene = Scene(mine, other, quotas={"acme": limits, "bolt": limits})
     scene.settle(scene.ask(mine, tokens=5))
-    counted = count_of(EngineFrame({"prompt_tokens": count, "completion_tokens": count}))
-    scene.finish(1, device_ms=1, tokens=counted or 0)
+    counted = counts_of(EngineFrame({"prompt_tokens": count, "completion_tokens": count}))
+    scene.finish(1, device_ms=1, tokens=sum(counted or ()))
     scene.feed(TookLate("acme", count))
     scene.feed(TookLate("nobody", count))
     own = scene.ask(mine)

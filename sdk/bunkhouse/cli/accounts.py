@@ -1,6 +1,7 @@
-"""``bunk tenant``, ``bunk key`` and ``bunk quota``.
+"""``bunk tenant``, ``bunk key``, ``bunk quota`` and ``bunk usage``.
 
-Covers: accounts, their keys, their promises and limits. Does not cover: what they run (``models``).
+Covers: accounts, their keys, their promises and limits, what they used. Does not cover: what they run
+(``models``).
 """
 
 from __future__ import annotations
@@ -12,12 +13,22 @@ from typing import Any
 
 import click
 
-from bunkhouse import _types
+from bunkhouse import _admin, _types
 from bunkhouse._client import Client
 from bunkhouse._errors import BadValue
-from bunkhouse.cli.api import NO_LIMIT, Rate, Size, Span, api_command, confirm, save_option, yes_option
+from bunkhouse.cli.api import (
+    NO_LIMIT,
+    Moment,
+    Rate,
+    Size,
+    Span,
+    api_command,
+    confirm,
+    save_option,
+    yes_option,
+)
 from bunkhouse.cli.private import write_private
-from bunkhouse.cli.tables import Output, moment, size
+from bunkhouse.cli.tables import Column, Output, moment, size
 
 
 @click.group()
@@ -248,3 +259,53 @@ def _quota_set(client: Client, out: Output, name: str, if_match: str | None, **g
 
 api_command(quota, "show")(_quota_show)
 api_command(quota, "set")(_quota_set)
+
+
+@click.option("--until", "until_ms", type=Moment(), help="Before this: 2026-12-01 (UTC), or 2h ago as 2h.")
+@click.option(
+    "--since",
+    "since_ms",
+    type=Moment(),
+    help="From then on: 2026-11-01 (UTC), or so long ago: 30d.",
+)
+@click.option(
+    "--by",
+    type=click.Choice(["total", "day", "hour"]),
+    default="total",
+    show_default=True,
+    help="One row for each model, or for each day (UTC) or hour of it.",
+)
+@click.option("--tenant", help="Only this tenant's.")
+def _usage(
+    client: Client,
+    out: Output,
+    tenant: str | None,
+    by: _admin.UsageSpan,
+    since_ms: int | None,
+    until_ms: int | None,
+) -> None:
+    """Show what tenants used: requests, tokens, device time and restored bytes."""
+    found = client.usage(tenant=tenant, by=by, since_ms=since_ms, until_ms=until_ms)
+    began: list[Column[_types.UsageItem]] = [("FROM", lambda row: moment(row.begin_ms))]
+    out.rows(
+        found,
+        [
+            ("TENANT", lambda row: row.tenant),
+            ("MODEL", lambda row: row.model or "-"),
+            *(began if by != "total" else []),
+            ("REQUESTS", lambda row: row.requests),
+            ("ANSWERS", lambda row: row.answers),
+            ("TOKENS READ", lambda row: row.prompt_tokens),
+            ("WRITTEN", lambda row: row.completion_tokens),
+            ("DEVICE MS", lambda row: row.device_ms),
+            ("FROM HOST", lambda row: size(row.restored_host_bytes)),
+            ("FROM DISK", lambda row: size(row.restored_disk_bytes)),
+            ("FROM ORIGIN", lambda row: size(row.restored_origin_bytes)),
+        ],
+        "nothing was used",
+    )
+
+
+def add_usage_command(group: click.Group) -> None:
+    """Add the command that is not in a subgroup."""
+    api_command(group, "usage")(_usage)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +200,27 @@ class Span(_IntParam):
         if not match or len(match[1]) > 12:
             self.fail(f"{value[:40]!r} is not a length of time: write for example 900, 15m, 24h or 30d")
         return int(match[1]) * _SPAN_S[match[2].lower()]
+
+
+class Moment(_IntParam):
+    """A moment as Unix milliseconds: a date in UTC, or how long ago (``30d``)."""
+
+    name = "moment"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = value.strip()
+        if match := _SPAN.fullmatch(text):
+            if match[2] and len(match[1]) <= 6:
+                return max(0, int((time.time() - int(match[1]) * _SPAN_S[match[2].lower()]) * 1000))
+        else:
+            with suppress(ValueError, OverflowError):
+                at = datetime.fromisoformat(text)
+                return max(0, round((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() * 1000))
+        return self.fail(
+            f"{value[:40]!r} is no moment: write for example 2026-11-01, 2026-11-01T08:00 or 30d"
+        )
 
 
 _DELAY = re.compile(r"(\d{1,6})\s*(ms|s)", re.IGNORECASE)

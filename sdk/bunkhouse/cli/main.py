@@ -10,7 +10,7 @@ from __future__ import annotations
 import click
 
 from bunkhouse._version import __version__
-from bunkhouse.cli.accounts import key, quota, tenant
+from bunkhouse.cli.accounts import add_usage_command, key, quota, tenant
 from bunkhouse.cli.completion import completion
 from bunkhouse.cli.doctor import doctor
 from bunkhouse.cli.fleet import add_fleet_commands, node
@@ -34,6 +34,7 @@ def bunk() -> None:
 
 for _command in (up, node, tenant, key, quota, model, doctor, simulate, completion):
     bunk.add_command(_command)
+add_usage_command(bunk)
 add_fleet_commands(bunk)
 add_plan_commands(bunk)
 add_top_command(bunk)
