@@ -407,7 +407,9 @@ class Uplink:
             await self._reply(got.questions[:QUESTIONS_MAX])
         if got.ca_pem and self._identity.adopt_cas(got.ca_pem):
             raise _Renewed
-        if (records and got.acked_seq < records[-1].seq) or got.usage_acked < usage.seq:
+        if records and got.acked_seq < records[-1].seq:
+            return _Left.STUCK
+        if got.usage_acked < usage.seq:
             return _Left.STUCK
         full = len(records) == SPOOL_RECORDS_MAX or len(usage.rows) == USAGE_ROWS_PER_BEAT_MAX
         return _Left.MORE if full else _Left.NOTHING

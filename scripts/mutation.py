@@ -100,6 +100,9 @@ MODULE_TESTS = {
     "agent.keeper": ("test_full_disk", "test_uplink"),
     "agent.sources": ("test_sources",),
     "agent.journal": ("test_journal",),
+    "agent.usage_meter": ("test_usage",),
+    "agent.usage_spool": ("test_usage",),
+    "control.usage_tables": ("test_usage", "attacks/test_usage_claims"),
     "agent.reports": ("test_node_rates", "test_footprints"),
 }
 # Mutants that change nothing that anybody could notice, or that only a measurement would show, and why.

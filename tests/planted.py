@@ -22,9 +22,18 @@ from identity_mutants import IDENTITY_MUTANTS
 from mutants import MUTANTS, Mutant
 from quota_mutants import LENDING_MUTANTS, RATE_MUTANTS
 from share_mutants import SHARE_MUTANTS
+from usage_mutants import USAGE_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERY_MUTANT = MUTANTS + LENDING_MUTANTS + RATE_MUTANTS + FLEET_MUTANTS + SHARE_MUTANTS + IDENTITY_MUTANTS
+EVERY_MUTANT = (
+    MUTANTS
+    + LENDING_MUTANTS
+    + RATE_MUTANTS
+    + FLEET_MUTANTS
+    + SHARE_MUTANTS
+    + IDENTITY_MUTANTS
+    + USAGE_MUTANTS
+)
 
 
 def module_of(mutant: Mutant) -> str:
