@@ -20,7 +20,8 @@ from running_uplinks import OwnersUsage
 from virtual_clock import VirtualLoop, run_virtual
 
 from agent import uplink as module
-from agent.uplink import Uplink, _Answer
+from agent.control_answers import Answer
+from agent.uplink import Uplink
 from packer import wire
 from packer.wire import (
     NO_PLAN,
@@ -66,13 +67,13 @@ class Scripted(Uplink):
         self.acked = acked
         self.at_s: list[float] = []
 
-    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> _Answer:
+    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> Answer:
         assert isinstance(message, Beat)
         self.at_s.append(asyncio.get_running_loop().time())
         acked = self.acked.pop(0)
         if acked is None:
             raise aiohttp.ServerDisconnectedError
-        return _Answer(200, encode(BeatAnswer(wire.WIRE_VERSION, None, acked)))
+        return Answer(200, encode(BeatAnswer(wire.WIRE_VERSION, None, acked)))
 
 
 def pushed(monkeypatch: pytest.MonkeyPatch, acked: list[int | None]) -> tuple[Owner, list[float]]:
