@@ -50,6 +50,7 @@ Token: TypeAlias = Annotated[int, Meta(ge=0, le=TOKEN_MAX)]
 Temperature: TypeAlias = Annotated[float, Meta(ge=0.0, le=2.0)]
 TopP: TypeAlias = Annotated[float, Meta(gt=0.0, le=1.0)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2.0, le=2.0)]
+Bias: TypeAlias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 Choices: TypeAlias = Annotated[int, Meta(ge=1, le=PROMPT_CHOICES_MAX)]
 Seed: TypeAlias = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 OutputTokens: TypeAlias = Annotated[int, Meta(ge=1, le=OUTPUT_TOKENS_MAX)]
@@ -90,7 +91,7 @@ class GenerateAsk(msgspec.Struct, frozen=True, kw_only=True):
     n: Choices | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, float], Meta(max_length=BIASES_MAX)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=BIASES_MAX)] | None = None
 
     top_k: Annotated[int, Meta(ge=-1, le=TOKEN_MAX)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=1e-3, le=1e3)] | None = None
@@ -123,7 +124,7 @@ class ContentPart(msgspec.Struct, frozen=True):
 
 class ChatMessage(msgspec.Struct, frozen=True):
     role: str
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Meta(min_length=1)] | None = None
     tool_calls: Any = None
 
 
@@ -185,6 +186,10 @@ def _refuse_unsupported(ask: GenerateAsk) -> None:
         raise bad_field(
             name, f"is not supported here; leave it out (or send {allowed}).", "unsupported_value"
         )
+    # Whether the model has the token its vocabulary says, later.
+    for token in ask.logit_bias or ():
+        if not (token.isascii() and token.isdigit() and len(token) <= len(str(TOKEN_MAX))):
+            raise bad_field("logit_bias", f"{token[:40]!r} is no token number.")
     if ask.stream_options is not None and not ask.stream:
         raise bad_field("stream_options", "is only allowed with 'stream': true.")
 
@@ -197,6 +202,8 @@ def _inputs(
 ) -> list[str] | list[list[int]]:
     """One of the four forms as a list of texts or a list of token lists."""
     if isinstance(value, str):
+        if not value:
+            raise bad_field(field, "is an empty text.")
         value = [value]
     if all(isinstance(one, int) for one in value):
         return [[one for one in value if isinstance(one, int)]]
@@ -289,8 +296,10 @@ def chat_request(ask: ChatAsk) -> EngineRequest:
 
 def _message(message: ChatMessage, field: str) -> dict[str, str]:
     role = _ROLES.get(message.role)
-    if role is None or message.tool_calls:
+    if role is None:
         raise bad_field(f"{field}.role", f"must be one of {', '.join(_ROLES)}; tools are not supported here.")
+    if message.tool_calls:
+        raise bad_field(f"{field}.tool_calls", "tools are not supported here.", "unsupported_value")
     if isinstance(message.content, list):
         texts = []
         for i, part in enumerate(message.content):

@@ -325,6 +325,7 @@ def too_large(limit_bytes: int) -> ApiError:
 
 
 _AT = re.compile(r" - at `\$\.?(.*)`$")
+_MISSING = re.compile(r"Object missing required field `([^`]*)`")
 
 
 def decode_json(body: bytes, kind: type[T]) -> T:
@@ -337,8 +338,12 @@ def decode_json(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         text = str(error)
         at = _AT.search(text)
-        name = at[1] if at else ""
         message = text[: at.start()] if at else text
+        # The decoder does not say which key of a map it was; and what is missing is the field to name.
+        name = at[1].partition("[...]")[0] if at else ""
+        missing = _MISSING.fullmatch(message)
+        if missing is not None:
+            name, message = f"{name}.{missing[1]}".lstrip("."), "is missing."
         raise ApiError(
             400, "invalid_value", f"{name or 'body'}: {message[: 2 * ECHO_CHARS_MAX]}", field=name or None
         ) from None

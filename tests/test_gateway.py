@@ -207,6 +207,11 @@ async def test_completions_takes_several_prompts_in_order() -> None:
         ("presence_penalty", chat_body(presence_penalty=2.5)),
         ("frequency_penalty", chat_body(frequency_penalty=-2.5)),
         ("logit_bias", chat_body(logit_bias={str(i): 1 for i in range(1025)})),
+        ("logit_bias", chat_body(logit_bias={"5": 101})),
+        ("logit_bias", chat_body(logit_bias={"5": None})),
+        ("logit_bias", chat_body(logit_bias={"hello": 1})),
+        ("logit_bias", chat_body(logit_bias={"-1": 1})),
+        ("logit_bias", chat_body(logit_bias={"\u0665": 1})),
         ("repetition_penalty", chat_body(repetition_penalty=0)),
         ("min_p", chat_body(min_p=0.1)),
         ("guided_json", chat_body(guided_json={})),
@@ -221,6 +226,22 @@ async def test_completions_takes_several_prompts_in_order() -> None:
         ("seed", chat_body(seed=2**70)),
         ("messages", chat_body(messages=[])),
         ("messages[0].role", chat_body(messages=[{"role": "tool", "content": "x"}])),
+        ("messages", {"model": "acme/chat"}),
+        ("messages[0].role", chat_body(messages=[{"content": "x"}])),
+        ("messages[0].content", chat_body(messages=[{"role": "user", "content": []}])),
+        ("messages[0].content", chat_body(messages=[{"role": "user"}])),
+        (
+            "messages[0].tool_calls",
+            chat_body(messages=[{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]),
+        ),
+        ("model", {"messages": [{"role": "user", "content": "x"}]}),
+        ("stop[4]", chat_body(stop=["a", "b", "c", "d", None])),
+        ("seed", chat_body(seed=-(2**63) - 1)),
+        ("max_tokens", chat_body(max_tokens=10**30)),
+        ("max_tokens", chat_body(max_tokens=1.5)),
+        ("n", chat_body(n=129)),
+        ("stream", chat_body(stream="yes")),
+        ("stream_options.include_usage", chat_body(stream=True, stream_options={"include_usage": 1})),
         (
             "messages[0].content[0]",
             chat_body(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
@@ -235,6 +256,39 @@ async def test_what_can_not_be_honoured_is_refused_by_name_before_a_lease(field:
     assert status == 400
     assert answer["error"]["param"] == field
     assert answer["error"]["message"].startswith(field)
+    assert node.events == []
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "body"),
+    [
+        ("embeddings", "input", {"model": "acme/embed", "input": ""}),
+        ("embeddings", "input[1]", {"model": "acme/embed", "input": ["a", ""]}),
+        ("embeddings", "input", {"model": "acme/embed"}),
+        ("completions", "prompt", {"model": "acme/chat"}),
+        ("completions", "prompt", {"model": "acme/chat", "prompt": None}),
+        ("completions", "prompt[0]", {"model": "acme/chat", "prompt": [[]]}),
+        ("completions", "logprobs", {"model": "acme/chat", "prompt": "a", "logprobs": -1}),
+        ("completions", "best_of", {"model": "acme/chat", "prompt": "a", "best_of": 0}),
+    ],
+)
+async def test_odd_inputs_are_refused_by_name(path: str, field: str, body: object) -> None:
+    node = FakeNode()
+    async with served(node) as url:
+        status, _, answer = await post(url, f"/v1/{path}", node.acme, body)
+    assert (status, answer["error"]["param"]) == (400, field)
+    assert node.events == []
+
+
+@pytest.mark.parametrize("content", [b'"\\ud83d"', b'"\xed\xa0\xbd"', b'"\xff"', b"NaN", b'"a', b"[" * 5000])
+async def test_what_is_no_text_is_refused(content: bytes) -> None:
+    node = FakeNode()
+    body = b'{"model": "acme/chat", "messages": [{"role": "user", "content": %s}]}' % content
+    async with served(node) as url, aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {node.acme}", "Content-Type": "application/json"}
+        async with session.post(f"{url}/v1/chat/completions", data=body, headers=headers) as answer:
+            told = (await answer.json())["error"]
+    assert (answer.status, told["type"]) == (400, "invalid_request_error")
     assert node.events == []
 
 

@@ -355,7 +355,7 @@ def wrong(**changes: object) -> dict[str, Any]:
 
 
 WRONG: dict[str, tuple[object, str]] = {
-    "no inputs": ({}, "missing required field `inputs`"),
+    "no inputs": ({}, "inputs: is missing"),
     "empty inputs": ({"inputs": []}, "inputs"),
     "an input missing": ({"inputs": [json_input("x0", "FP32", [1, 2], [1, 2])]}, "'x1' is missing"),
     "an input twice": ({"inputs": wrong()["inputs"] + wrong()["inputs"][:1]}, "'x0' is given more than once"),
