@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from packer import moving, victims
+from packer import gang_room, moving, victims
 from packer.ledger import Claim, Device, Model, Node, State
 from packer.placement import Bin, Wanted, place
+from packer.places import place_of
 from packer.room import Earlier
 from packer.turns import startable
 from packer.types import ModelRef
@@ -21,6 +22,7 @@ from packer.types import ModelRef
 class Turn(StrEnum):
     START = "start"
     CLAIM = "claim"
+    HOLD = "hold"  # claim some of the devices that a gang needs, and evict nothing before it has all
     GIVE_UP = "give_up"  # its first chunks, which lie where the rest can not come
     REFUSE = "refuse"
     WAIT = "wait"
@@ -28,7 +30,8 @@ class Turn(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """``device`` is set to start or to claim, ``takings`` to claim, ``hope`` to refuse."""
+    """``device`` (of a gang its place) is set to start, claim or hold, ``takings`` to claim, ``hope`` to
+    refuse."""
 
     turn: Turn
     device: Device | None = None
@@ -45,15 +48,16 @@ class Promises:
     moves: dict[ModelRef, str] = field(default_factory=dict)
 
     def add(self, device: Device, model: Model, claim: Claim) -> None:
-        self.claims[device.name] = claim
-        self.earlier.add(device.name, model.tenant.spec.tenant, model.missing_bytes)
+        for each in device.parts:
+            self.claims[each.name] = claim
+            self.earlier.add(each.name, model.tenant.spec.tenant, _promised_bytes(model))
 
     def lay_down(self, model: Model) -> None:
         """The model's turn has come: it claims anew, if it still has to."""
         for name, standing in list(self.claims.items()):
             if standing.ref == model.ref:
                 del self.claims[name]
-                self.earlier.add(name, model.tenant.spec.tenant, -model.missing_bytes)
+                self.earlier.add(name, model.tenant.spec.tenant, -_promised_bytes(model))
         target = self.moves.pop(model.ref, None)
         if target is not None:
             self.earlier.add(target, model.tenant.spec.tenant, -model.need_bytes)
@@ -62,6 +66,11 @@ class Promises:
         """The model will come to this device once it is evicted where it is."""
         self.moves[model.ref] = target
         self.earlier.add(target, model.tenant.spec.tenant, model.need_bytes)
+
+
+def _promised_bytes(model: Model) -> int:
+    """On each device that it claims."""
+    return model.missing_bytes if model.spec.devices == 1 else model.share_bytes
 
 
 def standing(node: Node, now_ms: int) -> Promises:
@@ -80,6 +89,10 @@ def standing(node: Node, now_ms: int) -> Promises:
 def choose(node: Node, model: Model, promises: Promises, now_ms: int) -> Choice:
     """What the model does in its turn."""
     healthy = [device for device in node.devices.values() if device.healthy]
+    if model.wanted is not None and model.state is State.PARTIAL:
+        return Choice(Turn.GIVE_UP)  # it came to another number of devices than it is to have now
+    if model.spec.devices > 1:
+        return _choose_gang(node, model, healthy, promises, now_ms)
     device = _fitting(model, healthy, promises.earlier)
     if device is not None:
         return Choice(Turn.START, device)
@@ -88,8 +101,37 @@ def choose(node: Node, model: Model, promises: Promises, now_ms: int) -> Choice:
         return claim
     if model.state is State.PARTIAL and _serves_elsewhere(node, model, healthy, promises, now_ms):
         return Choice(Turn.GIVE_UP)
-    hope = victims.hopeless(node, model, now_ms)
+    hope = hopeless(node, model, now_ms)
     return Choice(Turn.WAIT) if hope is None else Choice(Turn.REFUSE, hope=hope)
+
+
+def hopeless(node: Node, model: Model, now_ms: int) -> victims.Hopeless | None:
+    """Why no waiting can help this model, or None."""
+    if model.spec.devices > 1:
+        return gang_room.hopeless(node, model, now_ms)
+    return victims.hopeless(node, model, now_ms)
+
+
+def _choose_gang(node: Node, model: Model, healthy: list[Device], promises: Promises, now_ms: int) -> Choice:
+    """All its devices or none. Only one gang at a time holds some while it waits for others: two could each
+    hold what the other needs. Whoever claims all that it needs waits for nobody who waits for it."""
+    members = gang_room.fitting(model, healthy, promises.earlier)
+    if members:
+        return Choice(Turn.START, place_of(node, members))
+    free = [device for device in healthy if device.name not in promises.claims]
+    some: tuple[Device, ...] = ()
+    for busy, reach in ((False, False), (True, False), (False, True), (True, True)):
+        found = gang_room.joint(node, model, free, promises.earlier, busy, reach, now_ms)
+        if found is not None:
+            return Choice(Turn.CLAIM, place_of(node, found[0]), tuple(found[1]))
+        some = gang_room.reachable(node, model, free, promises.earlier, busy, reach, now_ms)
+    hope = gang_room.hopeless(node, model, now_ms)
+    if hope is not None:
+        return Choice(Turn.REFUSE, hope=hope)
+    held = [claim.ref for claim in promises.claims.values()]
+    if not some or any(held.count(ref) < node.models[ref].spec.devices for ref in held):
+        return Choice(Turn.WAIT)
+    return Choice(Turn.HOLD, place_of(node, some))
 
 
 def _fitting(model: Model, healthy: list[Device], earlier: Earlier) -> Device | None:

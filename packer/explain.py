@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from packer import victims
 from packer.decisions import Decision, Kind, Victim
 from packer.ledger import Device, Model, Node
+from packer.places import room_left
 from packer.types import GIB
 
 
@@ -40,9 +41,11 @@ def victims_of(node: Node, takings: Sequence[victims.Taking], now_ms: int) -> tu
 
 def placed(node: Node, model: Model, device: Device, moved: bool) -> None:
     """Its restore starts; the bytes are held already."""
-    left = (device.account.limit_bytes or 0) - device.account.used_bytes
+    left = room_left(device)
     only = sum(other.healthy for other in node.devices.values()) == 1
     why = "the only device" if only else "the device with the least room that is enough"
+    if device.members:
+        why = f"the {len(device.members)} devices with the least room that is enough"
     if moved:
         why = "moved here to make room on another device"
     node.why.append(
@@ -59,6 +62,12 @@ def placed(node: Node, model: Model, device: Device, moved: bool) -> None:
     )
 
 
+def held(node: Node, model: Model, place: Device) -> None:
+    """It claims some of the devices that it needs, and waits for others."""
+    why = f"{len(place.parts)} of the {model.spec.devices} devices that it needs are not claimed by others"
+    node.why.append(Decision(Kind.CLAIMED, model.name, why, place.name, nbytes=model.need_bytes))
+
+
 def claimed(node: Node, model: Model, device: Device, takings: Sequence[victims.Taking], now_ms: int) -> None:
     """It needs room on the device: these go, at once if nobody uses them."""
     busy = sum(not taking.model.idle for taking in takings)
@@ -66,12 +75,14 @@ def claimed(node: Node, model: Model, device: Device, takings: Sequence[victims.
         why = f"waits: {busy} of the {len(takings)} that must go are in use"
     elif any(taking.moves_to for taking in takings):
         why = "moving costs less than evicting"
+    elif takings and device.members:
+        why = "the least valuable bytes of the devices that have to give the fewest"
     elif takings:
         why = "the least valuable bytes of the device that has to give the fewest"
     else:
         why = "what is leaving already is enough"
     who = victims_of(node, takings, now_ms)
-    need = victims.need_on(model, device)
+    need = model.need_bytes if device.members else victims.need_on(model, device)
     node.why.append(Decision(Kind.CLAIMED, model.name, why, device.name, nbytes=need, victims=who))
 
 

@@ -32,6 +32,7 @@ from packer.ledger import (
     release_copy,
     renew_shade,
     settle_copy,
+    take_spec,
 )
 from packer.lending import MARGIN_PERCENT_MAX
 from packer.quota import Tenant
@@ -110,12 +111,8 @@ def planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None:
         model_known = node.models.get(ref) or _add_model(node, model_spec, planned=True)
         if model_known.spec.image_bytes != model_spec.image_bytes:
             model_known.gains = None
-        if model_known.device is None or model_known.spec.chunk_bytes == model_spec.chunk_bytes:
-            # What is on a device is counted by the chunks that it came in.
-            before, model_known.spec = model_known.spec, model_spec
-            if before.chunk_bytes != model_spec.chunk_bytes or before.image_bytes != model_spec.image_bytes:
-                renew_shade(node, model_known)
-            model_known.tenant.slice.measure(model_known.shade, model_known.need_bytes)
+        take_spec(node, model_known, model_spec)
+        model_known.tenant.slice.measure(model_known.shade, model_known.need_bytes)
         model_known.planned = True
         know_copies(node, model_known)
         node.removed.pop(ref, None)
@@ -162,6 +159,8 @@ def device_seen(node: Node, event: DeviceSeen) -> None:
     if device is None:
         device = node.devices[event.device] = Device(event.device, event.healthy)
     device.healthy, device.partial = event.healthy, event.partial
+    for place in node.places.values():
+        place.healthy = all(member.healthy for member in place.members)
     device.account.set_limit(max(event.budget_bytes, 0))
     _capacity_changed(node)
 
@@ -196,9 +195,9 @@ def _share_slices(node: Node) -> None:
     for tenant in node.tenants.values():
         if tenant.device.reserved_bytes > tenant.slice.reserved_bytes:
             held[tenant.spec.tenant] = []
-    for device in node.devices.values() if held else ():
+    for device in (*node.devices.values(), *node.places.values()) if held else ():
         for model in device.models.values():
-            if model.planned and model.ref.tenant in held:
+            if model.planned and model.ref.tenant in held and model.device is device:
                 held[model.ref.tenant].append(model)
     for name, tenant in node.tenants.items():
         models = held.get(name, [])

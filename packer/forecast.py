@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from packer import admission, choice, explain, queueing, room, victims
+from packer import admission, choice, explain, gang_room, gangs, queueing, room, victims
 from packer.choice import Promises, Turn
 from packer.decisions import DeviceRoom, Forecast, Outcome
 from packer.events import Requested
@@ -20,6 +20,7 @@ from packer.types import ModelRef, Tier
 
 # The request that is thought of waits this long for its turn: longer than any rate makes it wait.
 PATIENCE_MS = 600_000
+_UNDER_RESERVES = "held under other tenants' reserves"
 
 
 def forecast(node: Node, ref: ModelRef, now_ms: int) -> Forecast:
@@ -97,7 +98,11 @@ def _chosen(node: Node, model: Model, chosen: choice.Choice, promises: Promises,
     name = chosen.device.name if chosen.device is not None else ""
     busy = sum(victim.in_use for victim in who)
     if chosen.turn is Turn.START:
-        outcome, why = Outcome.FITS, f"{name} is the device with the least room that is enough"
+        what = "is the device" if chosen.device is None or not chosen.device.members else "are the devices"
+        outcome, why = Outcome.FITS, f"{name} {what} with the least room that is enough"
+    elif chosen.turn is Turn.HOLD:
+        why = f"it needs {model.spec.devices} devices, and others than {name} are claimed by models before it"
+        outcome = Outcome.WAITS
     elif chosen.turn is Turn.GIVE_UP:
         outcome, why = Outcome.WAITS, "its first chunks lie where the rest can not come; they go first"
     elif chosen.turn is Turn.WAIT:
@@ -149,7 +154,9 @@ def _rooms(node: Node, model: Model, promises: Promises, chosen: str, now_ms: in
             device.account.limit_bytes or 0,
             device.account.used_bytes,
             victims.need_on(model, device),
-            "chosen" if device.name == chosen else _verdict(node, model, device, promises, now_ms),
+            "chosen"
+            if device.name in gangs.devices_in(chosen)
+            else _verdict(node, model, device, promises, now_ms),
         )
         for device in node.devices.values()
     )
@@ -167,10 +174,21 @@ def _verdict(node: Node, model: Model, device: Device, promises: Promises, now_m
     claim = promises.claims.get(device.name)
     if claim is not None:
         return f"claimed by {claim.ref}"
+    if model.spec.devices > 1:
+        return _verdict_of_share(node, model, device, promises, now_ms)
     if victims.fits_now(model, device, promises.earlier):
         return "has room, and would have more left over"
     if victims.device_victims(node, model, device, promises.earlier, False, False, now_ms) is not None:
         return "would have to evict more"
     if victims.device_victims(node, model, device, promises.earlier, True, True, now_ms) is not None:
         return "would have to wait for models in use"
-    return "held under other tenants' reserves"
+    return _UNDER_RESERVES
+
+
+def _verdict_of_share(node: Node, model: Model, device: Device, promises: Promises, now_ms: int) -> str:
+    """Why this device is not one of a gang's."""
+    for busy, why in ((False, "would have to evict more"), (True, "would have to wait for models in use")):
+        takings = gang_room.takings_on(node, model, (device,), promises.earlier, busy, busy, now_ms)
+        if takings is not None:
+            return why if takings else "has room for a share"
+    return _UNDER_RESERVES

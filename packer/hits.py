@@ -102,6 +102,7 @@ def finish_quietly(node: Node, lease: Lease, device_ms: int, now_ms: int, tokens
         or device is None
         or not device.healthy
         or device.account.excess_bytes
+        or device.members  # any of them may be over its budget
         or tenant.device.excess_bytes
     ):
         return False

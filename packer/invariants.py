@@ -13,9 +13,9 @@ requests; facts that may touch everything (a plan, a device, a budget) cause it 
 
 from __future__ import annotations
 
-from packer import queueing
+from packer import gangs, queueing
 from packer.chosen import Chosen
-from packer.ledger import Copy, CopyState, Lease, Model, Node, State, prefix_bytes
+from packer.ledger import Copy, CopyState, Device, Lease, Model, Node, State, prefix_bytes
 from packer.lending import MARGIN_PERCENT
 from packer.proof import Proof, Shares, Sums
 from packer.quota import Account, InvariantBroken, Tenant
@@ -85,6 +85,7 @@ def _shares(node: Node, model: Model) -> Shares:
     state, device = model.state, model.device
     if device is None:
         held = model.device_bytes or model.leaving_bytes or model.resident_chunks or model.kept_chunks
+        held = held or len(model.shares) or model.wanted is not None
         if state is not State.ABSENT or held or model.leases or model.packing:
             raise InvariantBroken(f"{model.ref} is {state} on no device")
     else:
@@ -109,6 +110,7 @@ def _shares(node: Node, model: Model) -> Shares:
         disk_leaving=model.disk.held_bytes if model.disk.state is leaving else 0,
         waiting=len(model.waiters),
         models=1,
+        shares=tuple(zip((m.name for m in device.members), model.shares, strict=True)) if device else (),
     )
 
 
@@ -151,11 +153,8 @@ def _recount_slice(node: Node, name: str, tenant: Tenant) -> None:
 def _check_on_device(node: Node, model: Model) -> None:
     device, ref, state = model.device, model.ref, model.state
     assert device is not None
-    if (
-        state is State.ABSENT
-        or device.models.get(ref) is not model
-        or node.devices[device.name] is not device
-    ):
+    known = node.places if device.members else node.devices
+    if state is State.ABSENT or device.models.get(ref) is not model or known.get(device.name) is not device:
         raise InvariantBroken(f"{ref} is {state} and {device.name} does not agree")
     loading = state is State.RESTORING and model.source is Tier.ORIGIN
     if model.serving and state is not State.RESTORING:
@@ -164,12 +163,34 @@ def _check_on_device(node: Node, model: Model) -> None:
     if state is not State.RESIDENT and (leased or (model.packing and not loading)):
         raise InvariantBroken(f"{ref} is {state} with {model.leases} leases, packing: {model.packing}")
     _check_chunks(model)
+    if device.members or model.shares or model.spec.devices > 1:
+        _check_gang(model, device)
     if model.packing and model.disk.state is not CopyState.FILLING:
         raise InvariantBroken(f"{ref} is being packed and has no room reserved for it")
     if state is State.RESTORING and model.source is not Tier.ORIGIN:
         copy = model.copy(model.source)
         if copy.state is not CopyState.HELD or copy.readers != 1:
             raise InvariantBroken(f"{ref} is restored from a {model.source} copy that is {copy.state}")
+
+
+def _check_gang(model: Model, place: Device) -> None:
+    """All of it is there, on as many devices as it needs, and each holds its run and the workspace."""
+    members, spec = place.members, model.spec
+    runs = [share - run for share, run in zip(model.shares, gangs.run_bytes(spec), strict=True)]
+    right = (
+        len(dict.fromkeys(members)) == spec.devices == len(model.shares)
+        and model.state is not State.PARTIAL
+        and not model.kept_chunks
+        and sum(model.shares) == model.device_bytes
+        and len(dict.fromkeys(runs)) == 1  # the same workspace on each
+        and runs[0] >= 0
+        and all(member.models.get(model.ref) is model for member in members)
+    )
+    if not right:
+        raise InvariantBroken(
+            f"{model.ref}, {model.state}, is to be on {spec.devices} devices and has {model.shares} bytes on "
+            f"{place.name}, {model.device_bytes} in all"
+        )
 
 
 def _check_chunks(model: Model) -> None:
@@ -248,6 +269,10 @@ def _add(proof: Proof, name: str, shares: Shares, sign: int) -> None:
         sums.host_leaving += sign * shares.host_leaving
         sums.disk_bytes += sign * shares.disk_bytes
         sums.disk_leaving += sign * shares.disk_leaving
+    for name_of_member, nbytes in shares.shares:
+        sums = proof.devices.setdefault(name_of_member, Sums())
+        sums.device_bytes += sign * nbytes
+        sums.device_leaving += sign * nbytes if shares.device_leaving else 0
     tenant.waiting += sign * shares.waiting
     tenant.models += sign * shares.models
 
@@ -259,6 +284,11 @@ def _check_budgets(node: Node, proof: Proof) -> None:
         if not device.healthy or device.account.excess_bytes:
             idle = any(m.idle for m in device.models.values())
             _require(not idle, f"{name} is over its budget or unhealthy and keeps an idle model")
+    for name, place in node.places.items():
+        sums = proof.devices.get(name) or Sums()
+        _check_account(place.account, sums.device_bytes, sums.device_leaving, name)
+        same = place.healthy == all(member.healthy for member in place.members)
+        _require(same and bool(place.models) and place.claim is None, f"{name} is a place of its own")
     tiers = proof.tiers
     _check_account(node.host, tiers.host_bytes, tiers.host_leaving, "the host tier")
     _check_account(node.disk, tiers.disk_bytes, tiers.disk_leaving, "the disk tier")

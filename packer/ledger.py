@@ -6,15 +6,17 @@ that the books add up (``invariants``).
 
 Every byte on a device is in three places at once: the device's account, its tenant's account and the
 model's own figure. Only ``hold_device``/``leave_device``/``release_device`` and their ``_copy`` sisters
-write them, so that they can not drift apart.
+write them, so that they can not drift apart. A model that needs several devices (``gangs``) lies at a
+**place**: a ``Device`` with ``members``, whose account counts all that lies there, while each member is
+charged its share.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from packer import estimate
+from packer import estimate, gangs
 from packer.chosen import Chosen
 from packer.decisions import Decision
 from packer.estimate import History, Learned
@@ -75,7 +77,10 @@ class Gains:
 
 @dataclass(slots=True, eq=False)
 class Device:
-    """A device, its byte account, what is on it in order of arrival, and who may evict from it."""
+    """A device, its byte account, what is on it in order of arrival, and who may evict from it.
+
+    With ``members`` it is a place: these devices together, in the order of a gang's shares. It has no limit
+    of its own and nobody claims it: they do that of its members."""
 
     name: str
     healthy: bool
@@ -84,11 +89,18 @@ class Device:
     claim: Claim | None = None
     partial: bool = True  # can give memory back chunk by chunk
     short: Shortlist[Model] = field(default_factory=Shortlist)
+    members: tuple[Device, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Device, ...]:
+        """The devices that it is."""
+        return self.members or (self,)
 
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """The one waiting model that may evict from a device, and since when it waits for room there."""
+    """The one waiting model that may evict from a device, and since when it waits for room there. A gang
+    claims each of its devices."""
 
     ref: ModelRef
     since_ms: int
@@ -121,7 +133,9 @@ class Model:
     when the running restore fails or the running eviction ends; ``leaving_bytes`` are what that frees.
     ``residency`` numbers the stays on a device: a lease of an earlier one pins nothing.
     ``source`` is the tier that the running restore reads, ``moving_bytes`` how much of the image it reads
-    there, for the device or for a host copy.
+    there, for the device or for a host copy. Of a gang on its place, ``shares`` are the bytes on each member,
+    and ``device_bytes`` their sum. ``wanted``: what the plan says by now, where that is another number of
+    devices than it came to; it counts from its next stay on.
     """
 
     spec: ModelSpec
@@ -130,6 +144,7 @@ class Model:
     state: State = State.ABSENT
     device: Device | None = None
     device_bytes: int = 0
+    shares: tuple[int, ...] = ()
     resident_chunks: int = 0
     kept_chunks: int = 0
     leaving_bytes: int = 0
@@ -160,8 +175,11 @@ class Model:
     shade: Shade = field(init=False)
     name: str = ""  # the ref as text, which breaks ties
     measured_bytes: int | None = None  # what requests need beside the weights, once that was measured
+    run_bytes: tuple[int, ...] = ()  # of a gang: the weights of each share
+    wanted: ModelSpec | None = None
 
     def __post_init__(self) -> None:
+        self.run_bytes = _run_bytes(self.spec)
         self.name = str(self.spec.ref)
         self.shade = _shade(self, partial=True)
 
@@ -171,13 +189,22 @@ class Model:
 
     @property
     def workspace_bytes(self) -> int:
-        """What requests need beside the weights: as measured, before that the first estimate."""
+        """What requests need beside the weights: as measured, before that the first estimate. On each of
+        its devices."""
         return self.spec.workspace_bytes if self.measured_bytes is None else self.measured_bytes
 
     @property
     def need_bytes(self) -> int:
-        """Bytes it holds on a device when all of it is there."""
-        return self.spec.image_bytes + self.workspace_bytes
+        """Bytes it holds on its devices when all of it is there."""
+        return self.spec.image_bytes + self.workspace_bytes * self.spec.devices
+
+    @property
+    def share_bytes(self) -> int:
+        """Bytes that it needs on one device: of a gang, the largest of its shares, so that it does not matter
+        which device gets which."""
+        if self.spec.devices == 1:
+            return self.need_bytes
+        return max(self.run_bytes, default=self.spec.image_bytes) + self.workspace_bytes
 
     @property
     def missing_bytes(self) -> int:
@@ -213,9 +240,15 @@ class Model:
         return self.host if tier is Tier.HOST else self.disk
 
 
+def _run_bytes(spec: ModelSpec) -> tuple[int, ...]:
+    return gangs.run_bytes(spec) if spec.devices > 1 else ()
+
+
 def _shade(model: Model, partial: bool) -> Shade:
-    spec = model.spec
-    return shade_of(spec.image_bytes, model.workspace_bytes, spec.chunk_bytes, partial)
+    spec, alone = model.spec, model.spec.devices == 1
+    return shade_of(
+        spec.image_bytes, model.workspace_bytes * spec.devices, spec.chunk_bytes, partial and alone
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -248,6 +281,8 @@ class Node:
     has_plan: bool = False
     draining: bool = False
     devices: dict[str, Device] = field(default_factory=dict)
+    # Devices together, where gangs lie now, by ``gangs.place_name``.
+    places: dict[str, Device] = field(default_factory=dict)
     # The host and disk tiers; their limit is None until it was seen, and nothing is put there before.
     host: Account = field(default_factory=Account)
     disk: Account = field(default_factory=Account)
@@ -341,6 +376,23 @@ def renew_shade(node: Node, model: Model) -> None:
     shade.real_bytes = shade.size_bytes if whole else model.device_bytes - model.leaving_bytes
 
 
+def take_spec(node: Node, model: Model, spec: ModelSpec) -> None:
+    """What the plan says of a version now. What is on a device is counted by the chunks that it came in, and
+    stays on as many devices as it came to."""
+    before = model.spec
+    if model.device is not None and before.chunk_bytes != spec.chunk_bytes:
+        return
+    model.wanted = None
+    regrouped = before.devices != spec.devices or (spec.devices > 1 and before.cuts != spec.cuts)
+    if model.device is not None and regrouped:
+        model.wanted = spec
+        spec = replace(spec, devices=before.devices, cuts=before.cuts)
+    model.spec, model.run_bytes = spec, _run_bytes(spec)
+    same = before.chunk_bytes == spec.chunk_bytes and before.image_bytes == spec.image_bytes
+    if not same or before.devices != spec.devices:
+        renew_shade(node, model)
+
+
 # --- device bytes ---------------------------------------------------------------------------------
 
 
@@ -358,11 +410,21 @@ def hold_device(node: Node, model: Model, device: Device) -> None:
     device.account.hold(nbytes)
     model.tenant.device.hold(nbytes)
     model.tenant.slice.pay(model.shade, node.terms)
+    if device.members:
+        _hold_shares(node, model, device)
     model.device = device
     model.device_bytes += nbytes
     model.resident_chunks = len(model.spec.chunk_bytes)
     device.models[model.ref] = model
     _changed(node, model)
+
+
+def _hold_shares(node: Node, model: Model, place: Device) -> None:
+    node.places[place.name] = place
+    model.shares = tuple(nbytes + model.workspace_bytes for nbytes in model.run_bytes)
+    for member, share in zip(place.members, model.shares, strict=True):
+        member.account.hold(share)
+        member.models[model.ref] = model
 
 
 def leave_device(node: Node, model: Model, keep_chunks: int) -> None:
@@ -371,6 +433,8 @@ def leave_device(node: Node, model: Model, keep_chunks: int) -> None:
     nbytes = model.device_bytes - prefix_bytes(model.spec, keep_chunks)
     model.device.account.leaving_bytes += nbytes
     model.tenant.device.leaving_bytes += nbytes
+    for member, share in zip(model.device.members, model.shares, strict=True):
+        member.account.leaving_bytes += share
     model.kept_chunks, model.leaving_bytes = keep_chunks, nbytes
     if node.chosen is not None and not keep_chunks:
         node.chosen.note_gone(Tier.DEVICE, model.ref, node.now_ms)
@@ -390,14 +454,22 @@ def release_device(node: Node, model: Model, kept_chunks: int) -> None:
         account.release(surprising_bytes, leaving=False)
     if surprising_bytes:
         model.tenant.slice.lose(model.shade, kept_bytes)
+    for member, share in zip(device.members, model.shares, strict=True):
+        member.account.release(share, leaving=model.leaving_bytes > 0)
+        del member.models[model.ref]
+    model.shares = ()
     model.device_bytes, model.resident_chunks = kept_bytes, kept_chunks
     model.kept_chunks = model.leaving_bytes = model.order = 0
     model.state = State.PARTIAL if kept_chunks else State.ABSENT
     if not kept_chunks:
         del device.models[model.ref]
         model.device = None
+        if device.members and not device.models:
+            del node.places[device.name]
         if node.chosen is not None:
             node.chosen.note_gone(Tier.DEVICE, model.ref, node.now_ms)
+        if model.wanted is not None:
+            take_spec(node, model, model.wanted)
     _changed(node, model)
 
 
@@ -418,15 +490,19 @@ def measure_workspace(node: Node, ref: ModelRef, workspace_bytes: int) -> None:
         return  # a part holds no workspace, and what leaves goes as it was held
     # Against what it holds: a plan may have changed the estimate since it came.
     more_bytes = model.missing_bytes
-    accounts = (device.account, model.tenant.device)
-    if more_bytes > 0 and not all(account.fits(more_bytes) for account in accounts):
+    shares = tuple(nbytes + workspace_bytes for nbytes in model.run_bytes) if device.members else ()
+    changes = [(device.account, more_bytes), (model.tenant.device, more_bytes)]
+    for member, share, before in zip(device.members, shares, model.shares, strict=True):
+        changes.append((member.account, share - before))
+    if more_bytes > 0 and not all(account.fits(nbytes) for account, nbytes in changes):
         return
-    for account in accounts:
-        if more_bytes > 0:
-            account.hold(more_bytes)
+    for account, nbytes in changes:
+        if nbytes > 0:
+            account.hold(nbytes)
         else:
-            account.release(-more_bytes, leaving=False)
+            account.release(-nbytes, leaving=False)
     model.device_bytes += more_bytes
+    model.shares = shares
     _changed(node, model)
 
 

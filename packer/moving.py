@@ -7,7 +7,8 @@ device as soon as its bytes are gone (``queueing``).
 What a move costs is the restore of what moves, by the chance that somebody asks for it meanwhile, and a
 share of it in any case. What it is worth is the restoring that the eviction in its place is expected to
 cause within ``HORIZON_MS``. Only models that the host tier holds are moved, and none of a tenant with
-reserved bytes: a move takes a model away for a moment, which its slice would not have done.
+reserved bytes: a move takes a model away for a moment, which its slice would not have done. Gangs stay where
+they are: a device has room for a share, and to move one is to move all of them.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def _left_bytes(device: Device, earlier: Earlier) -> int:
 def _may_move(model: Model) -> bool:
     return (
         model.state is State.RESIDENT
+        and model.spec.devices == 1
         and model.idle
         and model.planned
         and model.host.state is CopyState.HELD

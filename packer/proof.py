@@ -13,7 +13,8 @@ from packer.types import ModelRef
 
 
 class Shares(NamedTuple):
-    """What one model adds to the sums of its device, its tiers and its tenant."""
+    """What one model adds to the sums of its device, its tiers and its tenant. ``shares``: of a gang, to the
+    sums of each device of its place."""
 
     device: str = ""
     device_bytes: int = 0
@@ -24,6 +25,7 @@ class Shares(NamedTuple):
     disk_leaving: int = 0
     waiting: int = 0
     models: int = 0
+    shares: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(slots=True, eq=False)

@@ -5,11 +5,11 @@ devices, starting restores and evictions for waiting models. Does not cover: wha
 (``residency``), which victims to take (``room``), or bytes below the device (``upkeep``).
 
 Whose turn it is says ``turns``. Each device has at most one **claim**: the first waiting model that needs
-room there. Only the claim may evict, and its room is promised to it, so two waiting models can not evict
-each other's prey for ever; a later one may pass only if it fits into what is free beyond the promise. A
-claim that waited ``CLAIM_PATIENCE_MS`` for models in use condemns them: what runs goes on, what comes new
-waits, so that a model in constant use can not starve another tenant. A model whose tenant is above its
-rate of restores keeps its place, claims nothing and holds up nobody.
+room there; a gang has one on each of its devices. Only the claim may evict, and its room is promised to it,
+so two waiting models can not evict each other's prey for ever; a later one may pass only if it fits into what
+is free beyond the promise. A claim that waited ``CLAIM_PATIENCE_MS`` for models in use condemns them: what
+runs goes on, what comes new waits, so that a model in constant use can not starve another tenant. A model
+whose tenant is above its rate of restores keeps its place, claims nothing and holds up nobody.
 """
 
 from __future__ import annotations
@@ -404,7 +404,7 @@ def _finish_moves(node: Node, promises: choice.Promises, now_ms: int, out: list[
         promises.lay_down(model)
         if model.state is not State.ABSENT or model.waiters or not model.planned or node.draining:
             continue
-        if not device.healthy or room.source_tier(model) is not Tier.HOST:
+        if not device.healthy or room.source_tier(model) is not Tier.HOST or model.spec.devices > 1:
             continue
         if turns.startable(model, now_ms) and victims.fits_now(model, device, promises.earlier):
             model.counted, model.payer = True, move.payer
@@ -454,9 +454,26 @@ def _try_start(
     if chosen.hope is not None:
         refuse_all(node, model, chosen.hope.reason, chosen.hope.detail, chosen.hope.retry_ms, out)
         return True
-    if device is not None:
+    if device is not None and chosen.turn is choice.Turn.HOLD:
+        _hold(node, model, device, promises, now_ms)
+    elif device is not None:
         _claim(node, model, device, chosen.takings, promises, condemned, now_ms, out)
     return False
+
+
+def _claimed_since(model: Model, device: Device) -> int | None:
+    """Since when it claims the device, or all devices of the place; None: it does not."""
+    claims = [each.claim for each in device.parts]
+    mine = [claim.since_ms for claim in claims if claim is not None and claim.ref == model.ref]
+    return max(mine) if len(mine) == len(claims) else None
+
+
+def _hold(node: Node, model: Model, place: Device, promises: choice.Promises, now_ms: int) -> None:
+    """Claim some of the devices that a gang needs: what gets free there stays so until it has them all."""
+    since_ms = _claimed_since(model, place)
+    if since_ms is None:
+        explain.held(node, model, place)
+    promises.add(place, model, Claim(model.ref, now_ms if since_ms is None else since_ms))
 
 
 def _claim(
@@ -470,10 +487,8 @@ def _claim(
     out: list[Action],
 ) -> None:
     """Claim the device, evict what may go there now, and lose patience with what is in use for too long."""
-    held = device.claim
-    if held is not None and held.ref == model.ref:
-        since_ms = held.since_ms
-    else:
+    since_ms = _claimed_since(model, device)
+    if since_ms is None:
         since_ms = now_ms
         wake_at(node, now_ms + CLAIM_PATIENCE_MS)
         explain.claimed(node, model, device, takings, now_ms)
@@ -513,5 +528,5 @@ def waiting_refusal(node: Node, model: Model, now_ms: int) -> victims.Hopeless |
             retry_ms(node, model, now_ms),
         )
     if model.startable and not model.waiters:
-        return victims.hopeless(node, model, now_ms)
+        return choice.hopeless(node, model, now_ms)
     return None

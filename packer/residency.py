@@ -493,8 +493,10 @@ def _dropped(node: Node, event: Dropped) -> None:
 
 
 def _worker_died(node: Node, event: WorkerDied, now_ms: int, out: list[Action]) -> None:
-    device = node.devices.get(event.device)
+    device = node.devices.get(event.device) or node.places.get(event.device)
     for model in [m for m in (device.models.values() if device else ()) if m.ref.tenant == event.tenant]:
+        if model.device is not device:
+            continue  # a gang has a worker of its own
         if model.packing:
             # If it was the packing that killed the worker, the next load shall come through without.
             model.pack_not_before_ms = now_ms + upkeep.PACK_RETRY_MS

@@ -67,13 +67,14 @@ def forgive(node: Node, tenant: Tenant) -> None:
 
 def in_turn(node: Node, now_ms: int) -> list[Model]:
     """Waiting models that could start, in the order of their turn; claims that stand come first."""
-    claimed = [
+    found = [
         model
         for device in node.devices.values()
         if device.claim is not None
         and (model := node.queue.get(device.claim.ref)) is not None
         and startable(model, now_ms)
     ]
+    claimed = list(dict.fromkeys(found))  # a gang claims several
     # What a tenant's earlier models in this order will cost counts before they are charged.
     ahead_us: dict[str, int] = {}
     for model in claimed:

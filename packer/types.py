@@ -332,6 +332,10 @@ def check_batching(batching: Batching) -> Batching:
     return batching
 
 
+# Boxes have 8 GPUs, the largest 16. A model that needs more needs several nodes, which nothing here does.
+DEVICES_PER_MODEL_MAX = 16
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One immutable version, everything a node needs before it has seen a byte of it.
@@ -356,3 +360,7 @@ class ModelSpec:
     latest: bool = True
     signature: TensorSignature | None = None  # of a model for ``Task.TENSORS``; None of every other
     batching: Batching = ALONE
+    # Devices of one node that it needs together, and the chunks before which it may be cut for that; empty:
+    # nowhere. See ``gangs``.
+    devices: int = 1
+    cuts: tuple[int, ...] = ()

@@ -27,6 +27,7 @@ from packer.giving import Candidate, Choice, Given, is_closed, is_divisible, may
 from packer.intensity import Intensity, Ranking
 from packer.keep import keep_index
 from packer.ledger import Device, Model, Node, State
+from packer.places import freed_on, lies_on
 from packer.quota import Tenant
 from packer.room import Earlier
 from packer.shortlist import BATCH, EXACT_MAX, SHORT_MAX
@@ -135,7 +136,9 @@ def _in_order(classes: list[tuple[int, _Class, list[float]]]) -> Iterator[Candid
 
 
 def need_on(model: Model, device: Device) -> int:
-    """Bytes that the model must still be given to be on this device as a whole."""
+    """Bytes that the model must still be given to be on this device as a whole, or with its share."""
+    if model.spec.devices > 1:
+        return 0 if lies_on(model, device) else model.share_bytes
     return model.missing_bytes if model.device is device else model.need_bytes
 
 
@@ -172,18 +175,20 @@ def _shortlisted(
     if unusual or len(device.models) <= EXACT_MAX:
         return None
     few = device.short.look(device.models.values())
-    there = [model for model in few or device.models.values() if model.device is device]
-    ranked = _candidates(node, wanted, device, there, wanted_bytes, own_elsewhere, False, reach, now_ms)
+    there = [model for model in few or device.models.values() if lies_on(model, device)]
+    ranked = candidates_of(node, wanted, device, there, wanted_bytes, own_elsewhere, False, reach, now_ms)
     device.short.keep(candidate[3] for candidate in ranked)
     return ranked
 
 
 def _everything(node: Node, device: Device, own_elsewhere: bool) -> list[Model]:
-    devices = node.devices.values() if own_elsewhere else (device,)
-    return [model for other in devices for model in other.models.values()]
+    if not own_elsewhere:
+        return list(device.models.values())
+    there = {model: None for other in node.devices.values() for model in other.models.values()}
+    return list(there)  # a gang once
 
 
-def _candidates(
+def candidates_of(
     node: Node,
     wanted: Model,
     device: Device,
@@ -221,7 +226,7 @@ def _candidates(
             if standing is None:
                 continue
             rank += standing
-        if own_elsewhere and model.device is not device and model.tenant is not wanted.tenant:
+        if own_elsewhere and model.tenant is not wanted.tenant and not lies_on(model, device):
             continue
         if condemned and condemned.get(model.ref) != wanted.ref:
             rank += 4
@@ -271,7 +276,7 @@ def device_victims(
         chosen = _greedy(node, ranked, wanted, device, short, short_own, entitled, reach)
     if ranked is None or chosen is None or any(each.forced for each in chosen):
         models = _everything(node, device, elsewhere)
-        ranked = _candidates(node, wanted, device, models, short, elsewhere, busy, reach, now_ms)
+        ranked = candidates_of(node, wanted, device, models, short, elsewhere, busy, reach, now_ms)
         chosen = _greedy(node, ranked, wanted, device, short, short_own, entitled, reach)
     if chosen is None:
         return None
@@ -283,8 +288,9 @@ def device_victims(
     helps = []
     for each in chosen:
         model = each.candidate[3]
-        helps.append(_Helps(each, model.device is device, capped and model.tenant is tenant))
-    short -= sum(help_.given.nbytes for help_ in helps if help_.here)
+        here = freed_on(model, device, each.nbytes)
+        helps.append(_Helps(each, here, capped and model.tenant is tenant))
+    short -= sum(help_.here for help_ in helps)
     short_own -= sum(help_.given.nbytes for help_ in helps if help_.own)
     return _spare(node, helps, -short, -short_own)
 
@@ -311,13 +317,13 @@ def _greedy(
     if short_own > 0:
         # Above its own max only the tenant's own models can help; those here help twice.
         own = [candidate for candidate in ranked if candidate[3].tenant is tenant]
-        own.sort(key=lambda candidate: candidate[3].device is not device)
+        own.sort(key=lambda candidate: not lies_on(candidate[3], device))
         for forced in (False, True):
             for candidate in own if short_own > 0 else ():
-                here = candidate[3].device is device
+                here = lies_on(candidate[3], device)
                 gives = choice.take(candidate, max(short_own, short if here else 0), forced)
                 short_own -= gives
-                short -= gives if here else 0
+                short -= freed_on(candidate[3], device, gives) if gives else 0
                 if short_own <= 0:
                     break
     for step in ("allowed", "own", "others"):
@@ -325,21 +331,22 @@ def _greedy(
             break
         for candidate in ranked if short > 0 and (step != "others" or entitled) else ():
             model = candidate[3]
-            if model.device is not device or (step == "own" and model.tenant is not tenant):
+            if not lies_on(model, device) or (step == "own" and model.tenant is not tenant):
                 continue
             if step == "others" and choice.kept_bytes(model.tenant) <= model.tenant.device.reserved_bytes:
                 continue
-            short -= choice.take(candidate, short, forced=step != "allowed")
+            if gives := choice.take(candidate, short, forced=step != "allowed"):
+                short -= freed_on(model, device, gives)
             if short <= 0:
                 break
     return None if short > 0 or short_own > 0 else list(choice.given.values())
 
 
 class _Helps(NamedTuple):
-    """A victim, and what its bytes count for: the device's shortage, the tenant's own."""
+    """A victim, and what its bytes count for: so many for the device's shortage, all for its tenant's own."""
 
     given: Given
-    here: bool
+    here: int
     own: bool
 
 
@@ -350,17 +357,21 @@ def _spare(node: Node, chosen: list[_Helps], surplus: int, surplus_own: int) -> 
     for given, here, own in reversed(chosen):
         spare = min(surplus if here else surplus_own, surplus_own if own else surplus)
         kept = given.nbytes
-        if kept > spare:
-            taking = _cut(node, given, spare)
+        if here < kept and here:  # a gang stays as a whole or not at all
+            kept = kept if surplus >= here and (surplus_own >= kept or not own) else 0
+            if not kept:
+                takings.append(cut(node, given, 0))
+        elif kept > spare:
+            taking = cut(node, given, spare)
             takings.append(taking)
             kept -= taking.freed_bytes
-        surplus -= kept if here else 0
+        surplus -= min(kept, here)
         surplus_own -= kept if own else 0
     takings.reverse()
     return takings
 
 
-def _cut(node: Node, given: Given, spare_bytes: int) -> Taking:
+def cut(node: Node, given: Given, spare_bytes: int) -> Taking:
     """Evict what a model gives, but as many of its first chunks as fit into ``spare_bytes``."""
     model, spared = given.candidate[3], given.spared_bytes
     chunks = model.spec.chunk_bytes
@@ -391,13 +402,13 @@ def _alone(node: Node, ranked: _Ranked, chosen: list[Given], short: int) -> Taki
         rank, index, _, model, held = candidate
         if rank != last.candidate[0] or index * short >= limit:
             break  # from here on each is worth more than all that it would save
-        if held < short or _loss(node, candidate, short) >= limit:
+        if held < short or model.spec.devices > 1 or _loss(node, candidate, short) >= limit:
             continue
         choice = Choice(node)
         if choice.take(candidate, short) < short:
             continue
         given = choice.given[model]
-        taking = _cut(node, given, given.nbytes - short)
+        taking = cut(node, given, given.nbytes - short)
         if taking.loss < limit:
             best, limit = taking, taking.loss
     return best
@@ -424,22 +435,24 @@ def device_surplus(node: Node, device: Device, now_ms: int) -> list[Taking]:
     idle = sorted(_idle(node, (device,), None, now_ms))
     if not device.healthy:
         return [Taking(model, held, forced=True) for _, _, _, model, held in idle]
-    return _until(node, idle, device.account.excess_bytes)
+    return _until(node, idle, device, device.account.excess_bytes)
 
 
 def tenant_surplus(node: Node, tenant: Tenant, now_ms: int) -> list[Taking]:
     """What to evict because the tenant's max sank below what it holds."""
     idle = sorted(_idle(node, node.devices.values(), tenant, now_ms))
-    return _until(node, idle, tenant.device.excess_bytes)
+    return _until(node, idle, None, tenant.device.excess_bytes)
 
 
 def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: int) -> list[Candidate]:
     ranking = Ranking(node.shared, now_ms)
     value = None if node.chosen is None else node.chosen.values(Tier.DEVICE, now_ms)
     found: list[Candidate] = []
+    seen: dict[Model, None] = {}  # a gang is on several devices
     for device in devices:
         for model in device.models.values():
-            if model.idle and (tenant is None or model.tenant is tenant):
+            if model.idle and (tenant is None or model.tenant is tenant) and model not in seen:
+                seen[model] = None
                 held = model.device_bytes
                 if value is not None:
                     index = value(model.ref)
@@ -450,14 +463,19 @@ def _idle(node: Node, devices: Iterable[Device], tenant: Tenant | None, now_ms: 
     return found
 
 
-def _until(node: Node, candidates: list[Candidate], excess_bytes: int) -> list[Taking]:
+def _until(node: Node, candidates: list[Candidate], device: Device | None, excess_bytes: int) -> list[Taking]:
+    """Victims until so much is gone from the device, or from all together."""
     choice = Choice(node)
     for forced in (False, True):
         for candidate in candidates:
             if excess_bytes <= 0:
                 break
-            excess_bytes -= choice.take(candidate, excess_bytes, forced)
-    going = [_Helps(given, here=True, own=False) for given in choice.given.values()]
+            if gives := choice.take(candidate, excess_bytes, forced):
+                excess_bytes -= gives if device is None else freed_on(candidate[3], device, gives)
+    going = []
+    for given in choice.given.values():
+        here = given.nbytes if device is None else freed_on(given.candidate[3], device, given.nbytes)
+        going.append(_Helps(given, here, own=False))
     return _spare(node, going, max(-excess_bytes, 0), 0)
 
 

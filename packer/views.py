@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from packer import room
-from packer.ledger import CopyState, Node, State
+from packer.ledger import CopyState, Model, Node, State
 from packer.lending import LendingView
 from packer.quota import Tenant
 from packer.rates import RateView
@@ -17,7 +17,8 @@ from packer.types import ModelRef, Tier
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """Where a version stands on this node."""
+    """Where a version stands on this node. ``device`` is its place: of a gang the names of its devices, and
+    ``shares`` what it holds on each."""
 
     state: State
     device: str | None
@@ -30,6 +31,7 @@ class ModelView:
     workspace_bytes: int = 0  # what requests need beside the weights, as measured or first estimated
     workspace_measured: bool = False
     resident_chunks: int = 0  # of those in its spec, from the first on; coming and going ones included
+    shares: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,13 @@ def model_view(node: Node, ref: ModelRef) -> ModelView | None:
         workspace_bytes=model.workspace_bytes,
         workspace_measured=model.measured_bytes is not None,
         resident_chunks=model.resident_chunks,
+        shares=_shares(model),
     )
+
+
+def _shares(model: Model) -> tuple[tuple[str, int], ...]:
+    members = model.device.members if model.device is not None else ()
+    return tuple((member.name, share) for member, share in zip(members, model.shares, strict=True))
 
 
 def tenant_view(node: Node, tenant: str, now_ms: int) -> TenantView | None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plant one bug after the other and see whether the tests notice.
 
-Covers: every mutant of ``tests/mutants.py``, ``tests/fleet_mutants.py`` and ``tests/share_mutants.py``, each
+Covers: every mutant of ``tests/mutants.py`` and the lists like it, gathered in ``tests/planted.py``, each
 planted alone as its module is imported (nothing on disk changes), first under the simulations, then under
 the tests of its module, in processes of their own with a limit of time. Does not cover: finding new mutants.
 
@@ -45,12 +45,14 @@ CLUSTER_SEEDS = 100
 
 SIMULATE_NODE = """
 import sys
+from gang_world import GangWorld
 from mutants import load
 from planted import find
 from test_simulation import world
 core = load(find(sys.argv[1]))
 for seed in range(int(sys.argv[2])):
     world(seed, core)
+    world(seed, core, kind=GangWorld)
 """
 SIMULATE_CLUSTER = """
 import sys

@@ -35,7 +35,8 @@ def judge_bytes(world: World) -> None:
     used = dict.fromkeys(world.budgets, 0)
     by_tenant: dict[str, int] = dict.fromkeys(world.tenants, 0)
     for stay in world.stays.values():
-        used[stay.device] += stay.nbytes
+        for device in stay.devices:
+            used[device] += world.held_on(stay, device)
         by_tenant[stay.ref.tenant] += stay.nbytes
     for device, nbytes in used.items():
         ledger = world.core.device_bytes_used(world.node, device)
@@ -67,8 +68,14 @@ def judge_evictions(world: World, event: Event, actions: list[Action], kept: dic
     starting = {action.ref.tenant for action in actions if isinstance(action, Restore)}
     evicted: dict[str, list[Evict]] = {}
     for action in actions:
-        if isinstance(action, Evict) and action.ref in world.planned and world.healthy[action.device]:
-            evicted.setdefault(action.device, []).append(action)
+        if isinstance(action, Evict) and action.ref in world.planned:
+            stay = world.stays[action.ref]
+            if all(world.healthy[name] for name in stay.devices):
+                evicted.setdefault(action.device, []).append(action)
+    if any("+" in name for name in evicted) or world.gang_claims():
+        every = [order for orders in evicted.values() for order in orders]
+        judge_evictions_of_gangs(world, every, kept, exact=not starting)
+        return
     for name, orders in evicted.items():
         claim = world.node.devices[name].claim
         if any(order.ref in world.node.moves for order in orders):
@@ -98,6 +105,57 @@ def judge_evictions(world: World, event: Event, actions: list[Action], kept: dic
             if shade.slice_bytes and order.ref.tenant not in claimants:
                 lent = world.prefix_bytes(order.ref, order.keep_chunks) < shade.slice_bytes
                 world.reached["took what a slice has" if lent else "took what no slice has"] += 1
+
+
+def judge_evictions_of_gangs(world: World, orders: list[Evict], kept: dict[str, int], exact: bool) -> None:
+    """Nobody goes for a gang that has not all its devices yet, nor anybody whom it could do without.
+    ``exact``: no restore began in the same step."""
+    freed = {name: sum(_freed_on(world, order, name) for order in orders) for name in world.budgets}
+    claims = {name: device.claim for name, device in world.node.devices.items() if device.claim is not None}
+    for order in orders:
+        names = world.stays[order.ref].devices
+        claimed = [name for name in names if name in claims]
+        for name in claimed:
+            ref = claims[name].ref
+            held = sum(claim.ref == ref for claim in claims.values())
+            world.reached["a gang was evicted for a claim"] += len(names) > 1
+            world.reached["evicted for a gang"] += world.models[ref].devices > 1
+            capped = any(tenant.quota.device.max is not None for tenant in world.tenants.values())
+            over = any(kept[each] > world.seen_budgets[each] for each in names)
+            if capped or over or order.ref in world.node.moves or order.ref in world.node.queue:
+                continue  # it may have had to go in any case
+            world.require(held == world.models[ref].devices, f"{order} goes for {ref}, which has {held}")
+        if exact and len(claimed) == len(names) and not capped and not over:
+            left = {name: world.seen_budgets[name] - kept[name] + freed[name] for name in names}
+            needed = [
+                left[name] - _least_on(world, order, name) < _missing(world, claims[name].ref, name)
+                for name in names
+            ]
+            moved = any(other.ref in world.node.moves for other in orders)
+            world.require(any(needed) or moved, f"{order} goes, and some of it need not")
+
+
+def _freed_on(world: World, order: Evict, device: str) -> int:
+    stay = world.stays[order.ref]
+    if len(stay.devices) > 1:
+        return world.held_on(stay, device)
+    return _freed(world, order) if stay.device == device else 0
+
+
+def _least_on(world: World, order: Evict, device: str) -> int:
+    """The least that it could have spared there: of a gang its share."""
+    stay = world.stays[order.ref]
+    return world.held_on(stay, device) if len(stay.devices) > 1 else _could_stay(world, order)
+
+
+def judge_gangs(world: World) -> None:
+    """Of those that hold some of the devices that they need, and wait for others, there is one at most."""
+    claims = world.gang_claims()
+    halves = [ref for ref in dict.fromkeys(claims) if claims.count(ref) < world.models[ref].devices]
+    world.require(len(halves) <= 1, f"{halves} hold what the others may need")
+    world.reached["a gang held some of its devices"] += bool(halves)
+    waiting = [ref for ref in world.node.queue if world.models[ref].devices > 1]
+    world.reached["two gangs waited for room"] += len(waiting) > 1 and bool(claims)
 
 
 def judge_excuses(
@@ -150,6 +208,8 @@ def judge_moves(world: World, orders: list[Evict]) -> None:
 def _missing(world: World, ref: ModelRef, device: str) -> int:
     """Bytes that a model must still get to be on a device as a whole."""
     stay = world.stays.get(ref)
+    if world.models[ref].devices > 1:
+        return world.share_bytes(ref)
     there = stay.nbytes if stay is not None and stay.device == device else 0
     return world.need_bytes(ref) - there
 
@@ -181,6 +241,9 @@ def judge_shedding(world: World, event: Event, actions: list[Action], kept: dict
     if len(orders) == 0 or world.node.devices[event.device].claim is not None:
         return
     if any(order.ref not in world.planned for order in orders):
+        return
+    if any(isinstance(action, Evict) and "+" in action.device for action in actions):
+        world.reached["a gang was shed for a smaller budget"] += 1
         return
     spare = event.budget_bytes - (kept[event.device] - sum(_freed(world, order) for order in orders))
     least = min(_could_stay(world, order) for order in orders)

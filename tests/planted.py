@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fleet_mutants import FLEET_MUTANTS
+from gang_mutants import GANG_MUTANTS
 from identity_mutants import IDENTITY_MUTANTS
 from mutants import MUTANTS, Mutant
 from quota_mutants import LENDING_MUTANTS, RATE_MUTANTS
@@ -29,6 +30,7 @@ EVERY_MUTANT = (
     MUTANTS
     + LENDING_MUTANTS
     + RATE_MUTANTS
+    + GANG_MUTANTS
     + FLEET_MUTANTS
     + SHARE_MUTANTS
     + IDENTITY_MUTANTS

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from simulated_files import Files
 
@@ -75,6 +76,11 @@ class Stay:
     packing: bool = False
     serving: bool = False  # restoring, and answering with the layers that are there
     ended: int = 0  # how often it stopped answering before it was all there
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Those of a gang are joined in the name of its place, in the order of its shares."""
+        return tuple(self.device.split("+"))
 
 
 class Hands:
@@ -151,10 +157,18 @@ class Hands:
             self.require(target == order.device, f"restore of {ref}, which nobody wants")
             self.require(order.from_tier is Tier.HOST, f"{ref} moves by way of the {order.from_tier} tier")
             self.reached["came where it was moved to"] += 1
-        self.require(self.healthy[order.device], f"restore onto {order.device}, which is unhealthy")
+        places = order.device.split("+")
+        self.require(
+            all(self.healthy[name] for name in places), f"restore onto {order.device}, which is unhealthy"
+        )
+        wanted = self.models[ref].devices
+        self.require(
+            len(set(places)) == len(places) == wanted, f"{ref} needs {wanted} devices, not {order.device}"
+        )
+        self.reached["a gang was restored"] += wanted > 1
         self.require(self.readable(ref, order.from_tier), f"restore from {order.from_tier}, nothing there")
-        claim = self.node.devices[order.device].claim
-        self.reached["passed a claim"] += claim is not None and claim.ref != ref
+        claims = [self.node.devices[name].claim for name in places]
+        self.reached["passed a claim"] += any(claim is not None and claim.ref != ref for claim in claims)
         spec = self.models[ref]
         nbytes = self.need_bytes(ref)
         stay = Stay(
@@ -258,9 +272,38 @@ class Hands:
     def prefix_bytes(self, ref: ModelRef, chunks: int) -> int:
         return sum(self.models[ref].chunk_bytes[:chunks])
 
-    def need_bytes(self, ref: ModelRef) -> int:
+    def need_bytes(self, ref: ModelRef, devices: int = 0) -> int:
+        """On all its devices, as many as it needs now or as it lies on."""
         spec = self.models[ref]
-        return spec.image_bytes + self.workspaces.get(ref, spec.workspace_bytes)
+        workspace_bytes = self.workspaces.get(ref, spec.workspace_bytes)
+        return spec.image_bytes + workspace_bytes * (devices or spec.devices)
+
+    def runs_of(self, ref: ModelRef, devices: int) -> list[int]:
+        """The weights of each share: cut where it is nearest to equal parts."""
+        spec = self.models[ref]
+        ends = [self.prefix_bytes(ref, cut) for cut in spec.cuts]
+        bounds = [0]
+        for part in range(1, devices):
+            bounds.append(min(ends, key=lambda end: (abs(end * devices - spec.image_bytes * part), end)))
+        bounds.append(spec.image_bytes)
+        return [end - start for start, end in pairwise(bounds)]
+
+    def held_on(self, stay: Stay, device: str) -> int:
+        """What of a stay is on one device."""
+        names = stay.devices
+        if device not in names:
+            return 0
+        if len(names) == 1:
+            return stay.nbytes
+        workspace_bytes = (stay.nbytes - self.models[stay.ref].image_bytes) // len(names)
+        return self.runs_of(stay.ref, len(names))[names.index(device)] + workspace_bytes
+
+    def share_bytes(self, ref: ModelRef) -> int:
+        """What it needs on each of its devices: the largest share."""
+        spec = self.models[ref]
+        if spec.devices == 1:
+            return self.need_bytes(ref)
+        return max(self.runs_of(ref, spec.devices)) + self.workspaces.get(ref, spec.workspace_bytes)
 
     def keep_part(self, stay: Stay, kept_chunks: int) -> None:
         """What the device holds of a model after a failed restore or an eviction."""
@@ -286,6 +329,7 @@ class Hands:
         self.require(whole or not order.keep_chunks, f"part of {order.ref} is kept and no copy has the rest")
         part = "in part" if order.keep_chunks else "wholly"
         self.reached[f"evicted {part}, {stay.state} before"] += 1
+        self.require(len(stay.devices) == 1 or not order.keep_chunks, f"part of the gang {order.ref} goes")
         self.require(not stay.leases, f"evict of {order.ref}, which is leased")
         self.require(not stay.packing, f"evict of {order.ref}, which is being packed")
         stay.state, stay.order, stay.kept_chunks = "evicting", order.order, order.keep_chunks
@@ -388,6 +432,7 @@ class Hands:
                 continue
             use = "packing" if stay.packing else ("leased" if stay.leases else stay.state)
             self.reached[f"worker died while {use}"] += 1
+            self.reached["the worker of a gang died"] += len(stay.devices) > 1
             self.reached["worker died while loading and packing"] += (
                 stay.packing and stay.state == "restoring"
             )
@@ -395,3 +440,8 @@ class Hands:
                 del self.host[stay.ref]
             del self.stays[stay.ref]
         return WorkerDied(tenant, device)
+
+    def gang_claims(self) -> list[ModelRef]:
+        """Gangs that claim devices, each as often as it has one."""
+        claims = [device.claim.ref for device in self.node.devices.values() if device.claim is not None]
+        return [ref for ref in claims if self.models[ref].devices > 1]

@@ -201,6 +201,7 @@ class World(Hands):
         judges.judge_bytes(self)
         judges.judge_chunks(self)
         judges.judge_patience(self)
+        judges.judge_gangs(self)
 
     def observe(self, event: Event, actions: list[Action]) -> None:
         """Every step, before its orders are carried out."""
@@ -303,26 +304,33 @@ class World(Hands):
         self.workspaces[ref] = workspace_bytes
         stay = self.stays.get(ref)
         if stay is not None and stay.state in ("restoring", "resident"):
-            self.reached["measured more where it is held"] += self.need_bytes(ref) > stay.nbytes
-            self.reached["measured less where it is held"] += self.need_bytes(ref) < stay.nbytes
-            more = self.need_bytes(ref) - stay.nbytes
-            there = sum(s.nbytes for s in self.stays.values() if s.device == stay.device)
+            names = stay.devices
+            more = self.need_bytes(ref, len(names)) - stay.nbytes
+            self.reached["measured more where it is held"] += more > 0
+            self.reached["measured less where it is held"] += more < 0
+            self.reached["a gang was measured where it is held"] += bool(more) and len(names) > 1
             held = sum(s.nbytes for s in self.stays.values() if s.ref.tenant == ref.tenant)
             most = self.tenants[ref.tenant].quota.device.max
-            fits = there + more <= self.seen_budgets[stay.device] and (most is None or held + more <= most)
+            fits = all(
+                self.used_on(name) + more // len(names) <= self.seen_budgets[name] for name in names
+            ) and (most is None or held + more <= most)
             if more <= 0 or fits:
                 stay.nbytes += more
         return FootprintSeen(ref, workspace_bytes)
 
+    def used_on(self, device: str) -> int:
+        return sum(self.held_on(stay, device) for stay in self.stays.values())
+
     def _see_device(self, device: str, budget: int) -> Event:
-        held = [s for s in self.stays.values() if s.device == device]
+        held = [s for s in self.stays.values() if device in s.devices]
         if any(s.state == "restoring" for s in held) and budget < self.seen_budgets[device]:
             self.reached["budget sank while restoring"] += 1
-        if sum(s.nbytes for s in held if s.leases) > budget:
+        if sum(self.held_on(s, device) for s in held if s.leases) > budget:
             self.reached["budget sank below what is leased"] += 1
         if not self.healthy[device] and held:
             self.reached["device became unhealthy"] += 1
-        self.excused[device] = sum(s.nbytes for s in held)
+            self.reached["a device of a gang became unhealthy"] += any(len(s.devices) > 1 for s in held)
+        self.excused[device] = self.used_on(device)
         self.seen_budgets[device] = budget
         return DeviceSeen(device, budget, self.healthy[device])
 
@@ -423,7 +431,7 @@ class World(Hands):
         assert stay is not None
         self.require(stay.device == action.device and call.ref == action.ref, "granted something else")
         self.require(action.ref in self.planned, f"granted {action.ref}, which left the plan")
-        self.require(self.healthy[action.device], "granted on an unhealthy device")
+        self.require(all(self.healthy[name] for name in stay.devices), "granted on an unhealthy device")
         self.require(
             0 <= action.restore_ms <= self.now_ms - call.asked_ms, "waited longer than since it asked"
         )
@@ -440,6 +448,9 @@ class World(Hands):
 
     def _refused(self, call: Call, action: Refuse) -> None:
         self.reached[f"refused: {action.reason}"] += 1
+        self.reached["a gang was refused for want of devices"] += (
+            action.reason is RefusalReason.NEVER_FITS and self.models[call.ref].devices > 1
+        )
         lasting = (
             RefusalReason.UNKNOWN_MODEL,
             RefusalReason.NEVER_FITS,
@@ -461,4 +472,5 @@ class World(Hands):
         if action.reason is RefusalReason.QUOTA_BYTES:
             return most is not None and need > most
         reserved = any(t.quota.device.reserved for t in self.tenants.values() if t.tenant != spec.ref.tenant)
-        return action.reason is RefusalReason.NEVER_FITS and (need > max(self.budgets.values()) or reserved)
+        large = sum(budget >= self.share_bytes(spec.ref) for budget in self.budgets.values())
+        return action.reason is RefusalReason.NEVER_FITS and (large < spec.devices or reserved)

@@ -116,12 +116,12 @@ RARE = (
 )
 
 
-def world(seed: int, core: ModuleType = residency, policy: str = "keep") -> World:
+def world(seed: int, core: ModuleType = residency, policy: str = "keep", kind: type[World] = World) -> World:
     queueing = vars(core)["queueing"]
     before = queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX
     queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX = TENANT_BOUND, NODE_BOUND
     try:
-        return World(seed, core, policy=policy).run()
+        return kind(seed, core, policy=policy).run()
     finally:
         queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX = before
 
