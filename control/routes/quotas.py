@@ -197,7 +197,8 @@ def check_promises(control: Control, quota: TenantQuota, before: TenantQuota) ->
 def overpromised(control: Control, caller: Caller, tenant: str, quota: TenantQuota) -> list[str]:
     """Where a tenant does not get what is reserved for it, because more is promised than exists.
 
-    What others are promised is the operator's to know.
+    What others are promised, and what a node has, is the operator's to know. A tenant hears that its reserve
+    is not sure and no figure: a share of its own would tell what all others have reserved.
     """
     warnings = []
     for tier in _TIERS:
@@ -207,9 +208,9 @@ def overpromised(control: Control, caller: Caller, tenant: str, quota: TenantQuo
         short = [(each, name) for name, each in _capacities(control, tier).items() if each < total]
         if short:
             capacity, node = min(short)
-            share = _reserved(quota, tier) * capacity // total
-            why = f"{tenant} is sure of {share} bytes on node {node}"
+            why = "not every node can keep it beside what others are promised; ask the operator"
             if caller.is_operator:
+                share = _reserved(quota, tier) * capacity // total
                 why = (
                     f"all tenants together are promised {total} bytes and node {node} has {capacity}, so "
                     f"{tenant} is sure of {share} bytes there; reserve less, or add memory"
