@@ -8,7 +8,7 @@ explains the process that runs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from packer import residency
@@ -26,8 +26,9 @@ from packer.events import (
     Restored,
     RestoreFailed,
 )
-from packer.questions import DECISIONS_MAX, Asks, Question, Reply, RequestStory
+from packer.questions import DECISIONS_BYTES_MAX, DECISIONS_MAX, Asks, Question, Reply, RequestStory
 from packer.types import ModelRef, Tier
+from packer.wire import encode
 
 # About half a KiB each: hours of a busy node, some MiB.
 DECISIONS_KEPT_MAX = 4096
@@ -94,7 +95,7 @@ class Decisions:
         if question.asks is Asks.REQUEST:
             return self._request(question)
         found = [each for each in self._ring if _concerns(each, question.subject)]
-        return Reply(question.question, decisions=tuple(found[-DECISIONS_MAX:]))
+        return Reply(question.question, decisions=_newest(found))
 
     def _request(self, question: Question) -> Reply:
         known = self._requests.get(question.subject)
@@ -121,7 +122,19 @@ class Decisions:
             for each in self._ring
             if not served and asked_ms <= each.at_ms <= until_ms + SLACK_MS and _concerns(each, str(ref))
         ]
-        return Reply(question.question, decisions=tuple(found[-DECISIONS_MAX:]), story=story)
+        return Reply(question.question, decisions=_newest(found), story=story)
+
+
+def _newest(found: Sequence[Decision]) -> tuple[Decision, ...]:
+    """As many of the newest as one answer holds, the oldest first."""
+    kept: list[Decision] = []
+    left_bytes = DECISIONS_BYTES_MAX
+    for decision in reversed(found[-DECISIONS_MAX:]):
+        left_bytes -= len(encode(decision)) + 1
+        if left_bytes < 0:
+            break
+        kept.append(decision)
+    return tuple(reversed(kept))
 
 
 def _tenants(decision: Decision) -> list[str]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -26,8 +27,9 @@ from packer.types import HostForm, ModelRef, ModelSpec
 
 log = logging.getLogger("bunk.orders")
 
-# Interrupted loads that can be gone on with; one more, and the oldest is given up. A load that nobody has
-# asked for again since so many others were interrupted is not worth its row in the journal.
+# Interrupted loads that can be gone on with; one more, and the oldest of the tenant that has most is given
+# up. A load that nobody has asked for again since so many others were interrupted is not worth its row in
+# the journal.
 PARTIALS_MAX = 64
 
 
@@ -83,11 +85,13 @@ class PackMaking:
         journal = self._journal.journal
         for ref in await self._journal.call(journal.partial_packs):
             nbytes = self._packs.partial_bytes(ref)
-            if nbytes is None or len(self._partial_bytes) >= PARTIALS_MAX:
+            if nbytes is None:
                 with suppress(JournalFailed):  # the next start tries again
                     await self._journal.call(journal.forget_partial, ref)
             else:
                 self._partial_bytes[ref] = nbytes
+        for ref in too_many(list(self._partial_bytes)):
+            await self._remove(ref)
         return dict(self._partial_bytes)
 
     def partial_bytes(self, ref: ModelRef) -> int:
@@ -140,9 +144,9 @@ class PackMaking:
         nbytes = self._packs.partial_bytes(ref) if keep else None
         if nbytes is not None:
             self._partial_bytes[ref] = nbytes
-            for oldest in list(self._partial_bytes)[:-PARTIALS_MAX]:
-                await self._remove(oldest)
-                self._gone(oldest)
+            for one in too_many(list(self._partial_bytes)):
+                await self._remove(one)
+                self._gone(one)
         else:
             await self._remove(ref)
             # Also the file that was published, if only the journal failed: nobody can open it.
@@ -160,3 +164,16 @@ class PackMaking:
             await asyncio.to_thread(self._packs.abandon, ref)
         with suppress(JournalFailed):  # the key of nothing; the next start forgets it
             await self._journal.call(self._journal.journal.forget_partial, ref)
+
+
+def too_many(refs: Sequence[ModelRef]) -> list[ModelRef]:
+    """Which of these, oldest first, are above ``PARTIALS_MAX``: the oldest of whichever tenant has most, so
+    that no tenant's interrupted loads push those of others out."""
+    left, gone = list(refs), []
+    while len(left) > PARTIALS_MAX:
+        counts = Counter(ref.tenant for ref in left)
+        most = max(counts.values())
+        oldest = next(ref for ref in left if counts[ref.tenant] == most)
+        left.remove(oldest)
+        gone.append(oldest)
+    return gone

@@ -10,11 +10,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from packer.decisions import Decision, Forecast
+from packer.types import KIB
 
 # Decisions in one answer, the newest; one is some 300 bytes, and 200 more for each victim.
 DECISIONS_MAX = 32
+# Bytes of them as JSON: names may be long, and then the oldest are left out. Beside them an answer has a
+# forecast or a request's story, some 40 KiB on the largest box.
+DECISIONS_BYTES_MAX = 192 * KIB
+REPLY_BYTES_MAX = 256 * KIB
 # Questions in one answer to a beat, and so answers in one message.
 QUESTIONS_MAX = 8
+# Of one message with all its answers; whatever is above is refused, with every answer in it.
+REPLIES_BYTES_MAX = QUESTIONS_MAX * REPLY_BYTES_MAX
 
 
 class Asks(StrEnum):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 from scene import Scene, model, of, the
 
+from agent.pack_making import PARTIALS_MAX, too_many
 from packer import residency, upkeep
 from packer.events import (
     Drop,
@@ -23,11 +24,22 @@ from packer.events import (
 )
 from packer.ledger import pack_reservation_bytes
 from packer.residency import ModelView
-from packer.types import MIB, ByteQuota, ModelSpec, TenantQuota, Tier
+from packer.types import MIB, ByteQuota, ModelRef, ModelSpec, TenantQuota, Tier
 
 A, A2, B = model("acme/a", 40), model("acme/b", 40), model("bolt/b", 40)
 KEPT = 15 * MIB
 ROOM = pack_reservation_bytes(A)
+
+
+def test_interrupted_loads_of_one_tenant_push_out_its_own() -> None:
+    """Above the limit the oldest of whoever has most goes, however old those of others are."""
+    mine = [ModelRef("acme", f"m{number}", "0" * 16) for number in range(PARTIALS_MAX)]
+    others = [ModelRef("bolt", f"m{number}", "0" * 16) for number in range(3)]
+    assert too_many([*others, *mine[: PARTIALS_MAX - 3]]) == []
+    assert too_many([*others, *mine]) == mine[:3]
+    assert too_many([mine[0], *others, *mine[1:]]) == mine[:3]
+    alike = [ModelRef(f"t{number}", "m", "0" * 16) for number in range(PARTIALS_MAX + 1)]
+    assert too_many(alike) == alike[:1]
 
 
 def disk(scene: Scene, spec: ModelSpec | None = None) -> int:

@@ -19,11 +19,20 @@ from scene import Scene, model
 
 from agent.decisions import DECISIONS_KEPT_MAX, Decisions
 from control import questions
-from packer.decisions import Kind
+from packer.decisions import VICTIMS_MAX, Decision, Kind, Victim
 from packer.events import Cancelled, Finished, Planned, Requested
 from packer.http import ApiError
-from packer.questions import DECISIONS_MAX, Asks, Question, Reply
+from packer.questions import (
+    DECISIONS_MAX,
+    QUESTIONS_MAX,
+    REPLIES_BYTES_MAX,
+    Asks,
+    Question,
+    Replies,
+    Reply,
+)
 from packer.types import ModelSpec, TenantSpec
+from packer.wire import WIRE_VERSION, encode
 
 
 @dataclass(slots=True)
@@ -214,6 +223,24 @@ def test_the_ring_is_bounded_and_answers_are_too() -> None:
     assert len(reply.decisions) == DECISIONS_MAX
     assert reply.decisions[-1].request == f"r{DECISIONS_KEPT_MAX + 9}"
     assert {decision.kind for decision in reply.decisions} == {Kind.REFUSED}
+
+
+def test_answers_with_the_longest_names_are_within_what_control_takes() -> None:
+    """One message above the limit was refused with all its answers: the oldest decisions stay behind."""
+    ref = f"{'t' * 39}/{'m' * 64}@{'0' * 16}"
+    victim = Victim(ref, "cuda:" + "9" * 59, 2**53, 2**31, 1 / 3, True, "cuda:" + "9" * 59)
+    decisions = Decisions(lambda: WALL_MS)
+    decisions._ring.extend(
+        Decision(Kind.CLAIMED, ref, "r" * 200, by=ref, victims=(victim,) * VICTIMS_MAX, at_ms=at_ms)
+        for at_ms in range(DECISIONS_MAX)
+    )
+    whole = Reply("q" * 16, decisions=tuple(decisions._ring))
+    assert len(encode(Replies(WIRE_VERSION, (whole,) * QUESTIONS_MAX))) > REPLIES_BYTES_MAX
+    reply = decisions.reply(Question("q" * 16, Asks.MODEL, ref))
+    assert len(encode(Replies(WIRE_VERSION, (reply,) * QUESTIONS_MAX))) <= REPLIES_BYTES_MAX
+    times = [decision.at_ms for decision in reply.decisions]
+    assert times == list(range(DECISIONS_MAX))[-len(times) :]
+    assert len(times) > DECISIONS_MAX // 3
 
 
 def test_decisions_are_forgotten_with_a_tenant_that_they_name() -> None:

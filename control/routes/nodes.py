@@ -45,7 +45,7 @@ from control.shares import HolderRemoved
 from control.state import Control, Stored, TooManyRecords, wall_ms
 from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
-from packer.questions import QUESTIONS_MAX, Replies
+from packer.questions import QUESTIONS_MAX, REPLIES_BYTES_MAX, Replies
 from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile, parse_ref
 from packer.usage import USAGE_ROWS_PER_BEAT_MAX, amounts
 from packer.wire import (
@@ -80,8 +80,6 @@ CALIBRATION_CHARS_MAX = 256 * KIB
 REGRET_CHARS_MAX = KIB
 # Held open this long at most: shorter than what middleboxes cut, and than fleet.SILENT_AFTER_MS.
 POLL_MS_MAX = 30_000
-# Eight answers of 32 decisions of 32 victims each are less.
-REPLIES_BYTES_MAX = 2 * MIB
 # A version's name and the names of a few nodes.
 SOURCES_BYTES_MAX = 4 * KIB
 # Numbers from nodes end up in 64-bit columns and in JSON that browsers read.

@@ -20,10 +20,9 @@ from running_control import Running, model_files, running
 from scene import Scene
 
 from control import questions
-from control.routes.nodes import REPLIES_BYTES_MAX
 from packer.decisions import Forecast, Outcome
 from packer.events import Finished, Requested
-from packer.questions import QUESTIONS_MAX, Replies, Reply
+from packer.questions import QUESTIONS_MAX, REPLIES_BYTES_MAX, Replies, Reply
 from packer.types import ModelSpec
 from packer.wire import WIRE_VERSION, encode
 
