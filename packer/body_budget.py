@@ -1,7 +1,12 @@
 """Bodies of requests in memory: how many bytes of them, of whom, and for how long they may arrive.
 
-Covers: reading a body within its limit and counting it until it is answered. Does not cover: what is in a
-body (``packer/http.py`` decodes JSON), or answers (``packer/crowd.py``).
+Covers: reading a body within its limit, counting it until it is answered, and who gives way when there is no
+room. Does not cover: what is in a body (``packer/http.py`` decodes JSON), or answers (``packer/crowd.py``).
+
+Of the whole what is in memory counts, not what was announced: who announces much and sends it slowly keeps
+nobody from sending. Of one owner's share what was announced counts, so that what it sends at one time can all
+arrive. When the whole is full, a body that still arrives, and slowly, is given up for one that comes, the
+slowest first. Nobody waits for room, so there is nothing to wait for in a circle.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -25,6 +31,29 @@ LARGE_PERCENT = 75
 # A body that is not complete by then is a broken or hostile client: 30 s, and as long as it takes at 1 MiB/s.
 BODY_READ_SECONDS = 30.0
 BODY_BYTES_PER_SECOND_MIN = 1 * MIB
+# When the whole is full, one that comes slower than this gives way. A line of 32 Mbit/s is faster; a slower
+# one is cut only while others fill the memory, and may come again.
+PRESSED_BYTES_PER_SECOND_MIN = 4 * MIB
+# Nobody's pace is known before.
+PACE_KNOWN_SECONDS = 1.0
+
+
+@dataclass(slots=True)
+class _Body:
+    """One body. ``most_bytes``: of the whole that it may be part of; ``given_up``: for others."""
+
+    owner: str
+    most_bytes: int
+    limit: asyncio.Timeout
+    begun_s: float
+    promised_bytes: int = 0
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+    given_up: bool = False
+
+    def is_slow(self, now_s: float) -> bool:
+        taken_s = now_s - self.begun_s
+        return taken_s >= PACE_KNOWN_SECONDS and self.size < taken_s * PRESSED_BYTES_PER_SECOND_MIN
 
 
 class BodyBudget:
@@ -38,11 +67,9 @@ class BodyBudget:
     ) -> None:
         self.total_bytes = total_bytes
         self.owner_bytes = owner_bytes
-        self._held: dict[str, int] = {}
-
-    @property
-    def held_bytes(self) -> int:
-        return sum(self._held.values())
+        self.held_bytes = 0  # in memory, of all
+        self._promised: dict[str, int] = {}  # by owner: announced, or arrived where that is more
+        self._arriving: dict[int, _Body] = {}  # by identity, in the order in which they began
 
     @asynccontextmanager
     async def body(
@@ -52,49 +79,93 @@ class BodyBudget:
         declared = request.content_length
         if declared is not None and declared > limit_bytes:
             raise too_large(limit_bytes)
-        taken = declared or 0
         large = (limit_bytes if declared is None else declared) > JSON_BYTES_MAX
-        seconds = BODY_READ_SECONDS + (taken or limit_bytes) / BODY_BYTES_PER_SECOND_MIN
-        self._take(owner, taken, large)
+        most_bytes = self.total_bytes * LARGE_PERCENT // 100 if large else self.total_bytes
+        seconds = BODY_READ_SECONDS + (declared or limit_bytes) / BODY_BYTES_PER_SECOND_MIN
+        now_s = asyncio.get_running_loop().time()
+        body = _Body(owner, most_bytes, asyncio.timeout(seconds), now_s)
         try:
-            parts: list[bytes] = []
-            size = 0
+            self._promise(body, declared or 0)
+            over = self.held_bytes + (declared or 0) - most_bytes
+            if over > 0 and sum(each.size for each in self._slow(now_s)) < over:
+                raise self._full(body)
+            self._arriving[id(body)] = body
             try:
-                async with asyncio.timeout(seconds):
-                    while part := await request.content.readany():
-                        size += len(part)
-                        if size > limit_bytes:
-                            raise too_large(limit_bytes)
-                        if size > taken:
-                            self._take(owner, size - taken, large)
-                            taken = size
-                        parts.append(part)
+                async with body.limit:
+                    await self._read(request, body, limit_bytes)
             except TimeoutError:
+                if body.given_up:
+                    raise self._full(body) from None
                 raise ApiError(
                     408, "body_timeout", f"The request's body was not complete after {seconds:.0f} s."
                 ) from None
-            parts[:] = [b"".join(parts)]
-            yield parts.pop()  # what is held here would be in memory until the answer, wanted or not
+            finally:
+                del self._arriving[id(body)]
+            # What is held here would be in memory until the answer, wanted or not.
+            body.parts[:] = [b"".join(body.parts)]
+            yield body.parts.pop()
         finally:
-            self._give(owner, taken)
+            self._end(body)
 
-    def _take(self, owner: str, count: int, large: bool) -> None:
-        total_bytes = self.total_bytes * LARGE_PERCENT // 100 if large else self.total_bytes
-        if self._held.get(owner, 0) + count > self.owner_bytes or self.held_bytes + count > total_bytes:
-            raise ApiError(
-                429,
-                "too_many_bytes_in_flight",
-                f"Requests that are being answered hold too many bytes already (limit {self.owner_bytes} "
-                f"bytes for a tenant, {total_bytes} in all); send fewer at one time.",
-                kind="requests",
-                retry_ms=RETRY_MS_DEFAULT,
-                should_retry=True,
-            )
-        self._held[owner] = self._held.get(owner, 0) + count
+    async def _read(self, request: web.Request, body: _Body, limit_bytes: int) -> None:
+        """Raises ``TimeoutError`` also when the body was given up."""
+        while part := await request.content.readany():
+            size = body.size + len(part)
+            if body.given_up:
+                break
+            if size > limit_bytes:
+                raise too_large(limit_bytes)
+            self._promise(body, size)
+            self._make_room(body, len(part))
+            body.parts.append(part)
+            body.size = size
+            self.held_bytes += len(part)
+        if body.given_up:
+            raise TimeoutError
 
-    def _give(self, owner: str, count: int) -> None:
-        left = self._held.get(owner, 0) - count
-        if left > 0:
-            self._held[owner] = left
+    def _slow(self, now_s: float) -> list[_Body]:
+        return [body for body in self._arriving.values() if body.is_slow(now_s)]
+
+    def _make_room(self, body: _Body, count: int) -> None:
+        """Give up slow bodies until ``count`` bytes of ``body`` have room, those that hold most first. When
+        it is one of them, or there is none, it is itself refused."""
+        while self.held_bytes + count > body.most_bytes:
+            now_s = asyncio.get_running_loop().time()
+            slow = max(self._slow(now_s), key=lambda each: each.size, default=body)
+            if slow is body or not slow.size:
+                raise self._full(body)
+            slow.given_up = True
+            slow.parts.clear()
+            self.held_bytes -= slow.size
+            slow.size = 0
+            slow.limit.reschedule(now_s)
+
+    def _promise(self, body: _Body, count: int) -> None:
+        """Count what a body will have at least as its owner's. Raises ``ApiError`` 429."""
+        more = count - body.promised_bytes
+        promised = self._promised.get(body.owner, 0)
+        if more <= 0:
+            return
+        if promised + more > self.owner_bytes:
+            raise self._full(body)
+        self._promised[body.owner] = promised + more
+        body.promised_bytes = count
+
+    def _end(self, body: _Body) -> None:
+        self.held_bytes -= body.size
+        left = self._promised.get(body.owner, 0) - body.promised_bytes
+        if left:
+            self._promised[body.owner] = left
         else:
-            self._held.pop(owner, None)
+            self._promised.pop(body.owner, None)
+
+    def _full(self, body: _Body) -> ApiError:
+        return ApiError(
+            429,
+            "too_many_bytes_in_flight",
+            f"Requests that are being answered hold too many bytes already (limit {self.owner_bytes} "
+            f"bytes for a tenant, {body.most_bytes} in all); send fewer at one time.",
+            kind="requests",
+            retry_ms=RETRY_MS_DEFAULT,
+            should_retry=True,
+        )

@@ -24,7 +24,7 @@ from running_control import model_files, running
 
 from agent.oip_tensors import read_inference
 from packer.body_budget import BODIES_BYTES_MAX, LARGE_PERCENT, OWNER_BODIES_BYTES_MAX
-from packer.http import ApiError
+from packer.http import JSON_BYTES_MAX, ApiError
 from packer.oip import TENSOR_BODY_BYTES_MAX, TENSOR_JSON_BYTES_MAX
 from packer.types import MIB, PORT_SIZE_MAX, Task, TensorPort, TensorSignature
 
@@ -216,8 +216,9 @@ async def test_one_tenants_large_bodies_are_bounded_and_do_not_harm_another() ->
         await asyncio.wait(waiting)
 
 
-async def test_tenants_with_large_bodies_leave_room_for_everybody_elses_requests() -> None:
-    """As many tenants as it takes promise large bodies; one that is not among them still asks."""
+async def test_tenants_that_withhold_large_bodies_hold_nobody_elses_up() -> None:
+    """More tenants than have room promise large bodies and send none of them; small and large ones of others
+    are read to their end and answered."""
     node = FakeNode()
     headers = {HEADER_LENGTH: "100"}
     tenants = BODIES_BYTES_MAX * LARGE_PERCENT // 100 // TENSOR_BODY_BYTES_MAX + 1
@@ -231,13 +232,16 @@ async def test_tenants_with_large_bodies_leave_room_for_everybody_elses_requests
             )
             for one, key in keys.items()
         ]
-        done, waiting = await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED)
-        assert [task.result().status for task in done] == [429]
         for tenant, key in keys.items():
             assert (await infer(url, f"{tenant}/m", key, texts("a"))).status == 200
-        for task in waiting:
+        junk = bytes(JSON_BYTES_MAX + 1)
+        assert (await infer(url, "globex/embed", node.globex, junk, None, 100)).status == 400, (
+            "judged, so read"
+        )
+        assert not any(task.done() for task in held)
+        for task in held:
             task.cancel()
-        await asyncio.wait(waiting)
+        await asyncio.wait(held)
 
 
 # --- foreign models through the router ----------------------------------------------------------------------
