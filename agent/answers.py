@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from agent.bodies import Bodies
 from agent.due import Due
-from agent.frames import FromWorker, Measured, Piece
+from agent.frames import FromWorker, Last, Measured, Piece
 from packer.types import MIB
 
 # Answers that arrived and that callers have not taken yet, per worker; beyond this the worker waits.
@@ -68,10 +68,12 @@ class Answers:
         self._due.left(answer.number, self._now())
         return True
 
-    def taken(self, answer: Answer) -> list[tuple[FromWorker, bytes]]:
+    def taken(self, answer: Answer) -> deque[tuple[FromWorker, bytes]]:
         """Everything that has arrived for a caller."""
-        taken = list(answer.frames)
-        answer.frames.clear()
+        taken = answer.frames
+        if not taken:
+            return taken
+        answer.frames = deque()
         self._buffered_bytes -= sum(_held_bytes(frame, body) for frame, body in taken)
         if self._full and self._buffered_bytes < BUFFERED_BYTES_MAX:
             self._full = False
@@ -85,7 +87,7 @@ class Answers:
     def heard(self, frame: FromWorker, body: bytes) -> bool:
         """A frame came. Returns whether there is room for another."""
         assert not isinstance(frame, Measured)
-        ended = not isinstance(frame, Piece)
+        ended = type(frame) is not Piece
         stated_s = 0.0 if isinstance(frame, Piece) else frame.busy_us / 1e6
         busy_ms = self._due.heard(frame.id, ended, self._now(), stated_s)
         if ended:
@@ -125,4 +127,5 @@ class Answers:
 
 def _held_bytes(frame: FromWorker, body: bytes) -> int:
     """Texts lie in headers, tensors in bodies."""
-    return FRAME_OVERHEAD_BYTES + len(body) + (len(frame.header) if isinstance(frame, Piece) else 0)
+    header_bytes = len(frame.header) if isinstance(frame, Piece | Last) else 0
+    return FRAME_OVERHEAD_BYTES + len(body) + header_bytes

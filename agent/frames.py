@@ -315,6 +315,14 @@ class End(msgspec.Struct, frozen=True, tag=True):
     busy_us: Stated = 0
 
 
+class Last(msgspec.Struct, frozen=True, tag=True):
+    """The last ``Piece`` of an answer together with its ``End``: most answers are this one frame."""
+
+    id: int
+    header: msgspec.Raw
+    busy_us: Stated = 0
+
+
 class Fault(msgspec.Struct, frozen=True, tag=True):
     """The request is at fault: becomes an ``EngineError``."""
 
@@ -343,7 +351,7 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = Run | Cancel
-FromWorker = Piece | End | Fault | Broke | Measured
+FromWorker = Piece | Last | End | Fault | Broke | Measured
 
 to_worker_decoder: msgspec.json.Decoder[ToWorker] = msgspec.json.Decoder(ToWorker)
 from_worker_decoder: msgspec.json.Decoder[FromWorker] = msgspec.json.Decoder(FromWorker)

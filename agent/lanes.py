@@ -22,7 +22,19 @@ from agent.early import GateFailed
 from agent.engines.decoding import Text
 from agent.engines.vectors import VectorAnswer
 from agent.facade import EngineError, EngineFrame, EngineRequest
-from agent.frames import BadFrame, Broke, End, Fault, FromWorker, Measured, Piece, Run, cut, encode_value
+from agent.frames import (
+    BadFrame,
+    Broke,
+    End,
+    Fault,
+    FromWorker,
+    Last,
+    Measured,
+    Piece,
+    Run,
+    cut,
+    encode_value,
+)
 from agent.moves import where
 from agent.peak import PeakMeter
 from agent.shelf import Held, NotResident, Shelf
@@ -108,19 +120,35 @@ class Desk:
         if not request.cancelled.is_set():
             self._send(Piece(request.run.id, encode_value(frame.header)), frame.body)
 
-    def end_begun(self, lane: Lane, begun: Begun, error: BaseException | None = None) -> None:
-        """With what went wrong, or because all is said or nobody listens any more."""
+    def end_begun(
+        self,
+        lane: Lane,
+        begun: Begun,
+        error: BaseException | None = None,
+        last: EngineFrame | None = None,
+    ) -> None:
+        """With what went wrong, or because all is said or nobody listens any more. ``last``: what is still to
+        be said, which then comes in one frame with the end."""
         lane.begun.remove(begun)
         if isinstance(begun.answer, Text):
             for writing in begun.answer.open:
                 begun.answer.decoder.forget(writing)
         begun.hold.close()
         number = begun.request.run.id
-        self.end(begun.request, End(number) if error is None else fault(number, error))
+        if error is not None:
+            self.end(begun.request, fault(number, error))
+        elif last is None or begun.request.cancelled.is_set():
+            self.end(begun.request, End(number))
+        else:
+            self.end(begun.request, Last(number, encode_value(last.header)), last.body)
 
-    def end(self, request: Request, end: FromWorker) -> None:
+    def end(self, request: Request, end: FromWorker, body: bytes = b"") -> None:
         self._ended(request.run.id)
-        self._send(msgspec.structs.replace(end, busy_us=round(request.busy_s * 1e6)), b"")
+        busy_us = round(request.busy_s * 1e6)
+        try:
+            self._send(msgspec.structs.replace(end, busy_us=busy_us), body)
+        except BadFrame as large:  # its last piece is; nothing of it was sent
+            self._send(msgspec.structs.replace(fault(request.run.id, large), busy_us=busy_us), b"")
 
     def _send(self, frame: FromWorker, body: bytes) -> None:
         try:

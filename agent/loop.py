@@ -16,7 +16,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,16 +77,34 @@ class HeldLease:
     device_ms: int = 0
     tokens: int = 0
 
-    async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
-        frames = self.effects.run(self.ref, self.device, request, self._took)
-        try:
-            async for frame in frames:
-                yield frame
-        finally:
-            await frames.aclose()  # type: ignore[attr-defined]  # cancels inside the worker
+    def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        """Closing the iterator cancels inside the worker."""
+        return self.effects.run(self.ref, self.device, request, self._took)
 
     def _took(self, device_ms: int) -> None:
         self.device_ms += device_ms
+
+
+class Leasing:
+    """One request on its way to a lease and out of it; see ``Loop.lease``. A class and no generator: every
+    request comes by here."""
+
+    __slots__ = ("_deadline_ms", "_held", "_loop", "_ref", "_request", "_tokens")
+
+    def __init__(self, loop: Loop, ref: ModelRef, request: str, deadline_ms: int, tokens: int) -> None:
+        self._loop = loop
+        self._ref = ref
+        self._request = request
+        self._deadline_ms = deadline_ms
+        self._tokens = tokens
+
+    async def __aenter__(self) -> HeldLease:
+        asked = Requested(self._request, self._ref, self._deadline_ms, self._tokens)
+        self._held = await self._loop.granted(asked)
+        return self._held
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._loop.post(Finished(self._request, self._held.device_ms, self._held.tokens))
 
 
 class Loop:
@@ -211,15 +228,17 @@ class Loop:
         self._wake, self._wake_at_ms = None, None
         self.post(Ticked())
 
-    @asynccontextmanager
-    async def lease(
-        self, spec: ModelSpec, request: str, timeout_ms: int, tokens: int = 0
-    ) -> AsyncIterator[HeldLease]:
+    def lease(self, spec: ModelSpec, request: str, timeout_ms: int, tokens: int = 0) -> Leasing:
         """Wait for the model and hold it; see ``NodeFacade.lease``."""
+        return Leasing(self, spec.ref, request, self._clock_ms() + timeout_ms, tokens)
+
+    async def granted(self, asked: Requested) -> HeldLease:
+        """Wait for the grant. ``Finished`` of the request must follow. Raises ``Refused``."""
+        request = asked.request
         future: asyncio.Future[tuple[Grant, int]] = asyncio.get_running_loop().create_future()
         self._waiting[request] = future
         try:
-            self.post(Requested(request, spec.ref, self._clock_ms() + timeout_ms, tokens))
+            self.post(asked)
             grant, moved_bytes = await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
@@ -228,11 +247,7 @@ class Loop:
             raise
         finally:
             del self._waiting[request]
-        held = HeldLease(self._effects, grant.ref, grant.device, grant.tier, grant.restore_ms, moved_bytes)
-        try:
-            yield held
-        finally:
-            self.post(Finished(request, held.device_ms, held.tokens))
+        return HeldLease(self._effects, grant.ref, grant.device, grant.tier, grant.restore_ms, moved_bytes)
 
     def forecast(self, question: str, ref: ModelRef) -> Forecast:
         """What a request for the model would meet now; nothing changes. Not from within a step."""

@@ -23,7 +23,6 @@ CHARS_PER_TOKEN = 4
 # name a large limit to be safe, and answers seldom come near it.
 OUTPUT_TOKENS_ASSUMED = 512
 OUTPUT_TOKENS_RESERVED_MAX = 4096
-_COUNTS = ("prompt_tokens", "completion_tokens")
 
 
 def expected_tokens(orders: Sequence[EngineRequest]) -> int:
@@ -106,33 +105,78 @@ class MeteredLease:
     def device(self) -> str:
         return self._held.device
 
-    async def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
-        frames = self._held.run(request)
-        counted: tuple[int, int] | None = None
-        failed = False
+    def run(self, request: EngineRequest) -> AsyncIterator[EngineFrame]:
+        return _Counted(self, self._held.run(request), request)
+
+    def counted(self, read: int, written: int) -> None:
+        """What the call that runs has come to so far."""
+        self._running = (read, written)
+
+    def ended(self, read: int, written: int) -> None:
+        """What it came to."""
+        self._ended, self._running = (self._ended[0] + read, self._ended[1] + written), (0, 0)
+        self._held.tokens += read + written
+
+
+class _Counted:
+    """Frames on their way by. An iterator of its own: every request comes by here, and a generator that
+    must be closed costs as much as reading a frame."""
+
+    __slots__ = ("_counts", "_frames", "_lease", "_over", "_request")
+
+    def __init__(
+        self, lease: MeteredLease, frames: AsyncIterator[EngineFrame], request: EngineRequest
+    ) -> None:
+        self._lease = lease
+        self._frames = frames
+        self._request = request
+        self._counts: tuple[int, int] | None = None
+        self._over: bool | None = None  # None: nobody has asked for a frame
+
+    def __aiter__(self) -> _Counted:
+        return self
+
+    async def __anext__(self) -> EngineFrame:
+        if self._over:
+            raise StopAsyncIteration
+        self._over = False
         try:
-            async for frame in frames:
-                counts = counts_of(frame)
-                if counts is not None:
-                    counted = self._running = counts
-                yield frame
-        except Exception:
-            failed = True  # refused or broken by the engine; a caller that leaves is no Exception
+            frame = await self._frames.__anext__()
+        except StopAsyncIteration:
+            await self._end()
             raise
-        finally:
-            if counted is None and not failed:
-                counted = (read_tokens(request), 0)
-            read, written = counted or (0, 0)
-            self._ended, self._running = (self._ended[0] + read, self._ended[1] + written), (0, 0)
-            self._held.tokens += read + written
-            await frames.aclose()  # type: ignore[attr-defined]  # an async generator
+        except Exception:
+            await self._end(failed=True)  # refused or broken by the engine
+            raise
+        except BaseException:  # the caller leaves
+            await self._end()
+            raise
+        counts = counts_of(frame)
+        if counts is not None:
+            self._counts = counts
+            self._lease.counted(*counts)
+        return frame
+
+    async def aclose(self) -> None:
+        if self._over is False:
+            await self._end()
+        self._over = True
+
+    async def _end(self, failed: bool = False) -> None:
+        self._over = True
+        if self._counts is None and not failed:
+            self._counts = (read_tokens(self._request), 0)
+        self._lease.ended(*(self._counts or (0, 0)))
+        await self._frames.aclose()  # type: ignore[attr-defined]  # it can be closed
 
 
 def counts_of(frame: EngineFrame) -> tuple[int, int] | None:
     """The tokens that a frame says were read and written; None when it says nothing of the kind."""
-    known = [frame.header.get(name) for name in _COUNTS]
-    counts = [each if isinstance(each, int) and not isinstance(each, bool) else None for each in known]
-    if counts == [None, None]:
+    read, written = _count(frame.header.get("prompt_tokens")), _count(frame.header.get("completion_tokens"))
+    return None if read is None and written is None else (read or 0, written or 0)
+
+
+def _count(said: JSON) -> int | None:
+    if not isinstance(said, int) or isinstance(said, bool):
         return None
-    read, written = (bounded(each or 0, REQUEST_TOKENS_MAX) for each in counts)
-    return read, written
+    return bounded(said, REQUEST_TOKENS_MAX)

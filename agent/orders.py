@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from agent.devices import DeviceConfig
-from agent.facade import EngineFault, EngineFrame, EngineRequest, Refused
+from agent.explained import Explained, worker_died
+from agent.facade import EngineFrame, EngineRequest
 from agent.holdings import Holdings
 from agent.journal import JournalFailed, PackRow
 from agent.journal_thread import JournalThread as JournalThread
@@ -47,7 +48,6 @@ from packer.events import (
     PackBegun,
     Packed,
     PackFailed,
-    RefusalReason,
     Restore,
     Restored,
     RestoreFailed,
@@ -64,7 +64,6 @@ log = logging.getLogger("bunk.orders")
 # A parked worker keeps its module skeletons and costs some 60 MiB of private memory; beyond this many
 # on one node the one that has been empty longest is closed.
 WORKERS_PARKED_MAX = 16
-WORKER_DIED_RETRY_MS = 1_000
 # A worker that has not answered an order by then hangs and is killed; its death answers all its orders.
 # 100 GiB from a slow origin at 100 MB/s takes 18 minutes; giving memory back takes milliseconds.
 MOVE_TIMEOUT_S = 1_800.0
@@ -515,25 +514,13 @@ class Orders:
                 log.error("the pack of %s can not be removed: %s", ref, error)
                 await asyncio.sleep(DROP_RETRY_S)
 
-    async def run(
+    def run(
         self, ref: ModelRef, device: str, request: EngineRequest, took: Callable[[int], None]
     ) -> AsyncIterator[EngineFrame]:
         worker = self._workers.get((ref.tenant, device))
         if worker is None:
-            raise _worker_died(ref)
-        frames = worker.run(ref, request, took, self._spec_of(ref).batching)
-        try:
-            async for frame in frames:
-                yield frame
-        except WorkerDead:
-            raise _worker_died(ref) from None
-        except WorkerFailure as failure:
-            if failure.gone:  # the process that held the weights has been replaced meanwhile
-                raise _worker_died(ref) from None
-            # The kind of the error only: its text may quote the caller.
-            raise EngineFault(f"{ref}: {failure.message.partition(':')[0]}") from None
-        finally:
-            await frames.aclose()  # type: ignore[attr-defined]  # an async generator
+            raise worker_died(ref)
+        return Explained(ref, worker.run(ref, request, took, self._spec_of(ref).batching))
 
     async def _keep_to(self, order: Restore, worker: WorkerHandle, kept_chunks: int) -> bool:
         """After a failed restore: have the worker hold what the order said is there, and nothing else. A part
@@ -585,11 +572,3 @@ def _public(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error)
-
-
-def _worker_died(ref: ModelRef) -> Refused:
-    return Refused(
-        RefusalReason.WORKER_DIED,
-        f"the process that held {ref.model} is gone; the same request will work again",
-        WORKER_DIED_RETRY_MS,
-    )

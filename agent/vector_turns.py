@@ -58,15 +58,15 @@ class VectorTurns:
         if wrong_together is not None:
             failed = {parts[0][0]: wrong_together} if len(parts) == 1 else _compute_alone(parts)
         for begun, answer in {begun: answer for begun, answer, _ in parts}.items():
-            wrong = failed.get(begun)
+            wrong, whole = failed.get(begun), None
             if wrong is None and not answer.missing:
                 try:
                     with charged(begun.request):
-                        self._desk.emit(begun.request, begun.held.model.frame(answer))
-                except BaseException as error:  # too large to send, or no memory to write it
+                        whole = begun.held.model.frame(answer)
+                except BaseException as error:  # no memory to write it
                     wrong = error
             if wrong is not None or not answer.missing:
-                self._desk.end_begun(lane, begun, wrong)
+                self._desk.end_begun(lane, begun, wrong, whole)
         self._desk.measure(requests[0].run, lane.ref)
 
 

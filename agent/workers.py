@@ -16,35 +16,35 @@ import logging
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 
-from agent.answers import Answers
+from agent.answers import Answer, Answers
+from agent.asking import Asking
+from agent.asking import WorkerDead as WorkerDead
+from agent.asking import WorkerFailure as WorkerFailure
 from agent.devices import DeviceConfig
-from agent.facade import ENGINE_CODES, JSON, EngineError, EngineFrame, EngineRequest
+from agent.facade import EngineError, EngineFrame, EngineRequest
 from agent.frame_stream import FrameStream
 from agent.frames import (
     STATED_MAX,
     BadFrame,
     BaseOffer,
     Bind,
-    Broke,
     Cancel,
     CancelMove,
     Done,
-    End,
     EvictModel,
     Failed,
-    Fault,
     FromWorker,
     LoadOrigin,
     Measured,
     Message,
     PackBeside,
-    Piece,
     Ping,
     Receiver,
     RepairPack,
@@ -70,36 +70,6 @@ CLOSE_TIMEOUT_S = 5.0
 # in a row must be missed: after a pause of the whole machine the first is, through no fault of its own.
 PULSE_S = 10.0
 PULSES_MISSED_MAX = 3
-
-
-class WorkerFailure(Exception):
-    """A worker could not do what it was asked and lives on. The flags mean what they mean in
-    ``RestoreFailed``; ``chunks``: only these of a corrupt pack are bad; ``gone``: the model that was to
-    answer is not in this process."""
-
-    def __init__(
-        self,
-        message: str,
-        corrupt: bool = False,
-        broken: bool = False,
-        gone: bool = False,
-        chunks: tuple[int, ...] = (),
-        cancelled: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.gone = gone
-        self.message = message
-        self.corrupt = corrupt
-        self.broken = broken
-        self.chunks = chunks
-        self.cancelled = cancelled
-        # With ``chunks``: of which pack, and where in it.
-        self.salt = b""
-        self.extents: tuple[tuple[int, int], ...] = ()
-
-
-class WorkerDead(Exception):
-    """The process is gone, and all it held with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +392,7 @@ class WorkerHandle:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    async def run(
+    def run(
         self,
         ref: ModelRef,
         request: EngineRequest,
@@ -435,6 +405,10 @@ class WorkerHandle:
         Raises ``EngineError`` (the request is at fault), ``WorkerFailure`` (the engine is) and
         ``WorkerDead``.
         """
+        return Asking(self, ref, request, took, batching)
+
+    async def ask(self, ref: ModelRef, request: EngineRequest, batching: Batching) -> Answer:
+        """Send a request; ``hang_up`` must follow."""
         answer = self._answers.open(next(self._ids))
         try:
             await self._answers.may_send(answer, len(request.body))
@@ -443,29 +417,28 @@ class WorkerHandle:
             except BadFrame as error:
                 self._answers.not_sent(answer)
                 raise EngineError("invalid_request", str(error)) from None
-            while True:
-                # Before looking: what arrives while the caller is busy with a frame is not to be slept over.
-                answer.arrived.clear()
-                for frame, body in self._answers.taken(answer):
-                    match frame:
-                        case Piece():
-                            header: dict[str, JSON] = msgspec.json.decode(frame.header)
-                            yield EngineFrame(header, body)
-                        case End():
-                            return
-                        case Fault():
-                            code = frame.code if frame.code in ENGINE_CODES else "invalid_request"
-                            raise EngineError(code, frame.message, frame.field)
-                        case Broke():
-                            raise WorkerFailure(frame.message, gone=frame.gone)
-                if self.died.is_set():
-                    raise WorkerDead(f"worker {self.pid} is gone")
-                await answer.arrived.wait()
-        finally:
-            took(answer.busy_ms)
-            if self._answers.close(answer) and self._stream is not None:
-                with suppress(ConnectionResetError):  # it cares for nothing any more
-                    self._stream.write(Cancel(answer.number))
+        except BaseException:
+            self.hang_up(answer)
+            raise
+        return answer
+
+    async def arrived(self, answer: Answer) -> deque[tuple[FromWorker, bytes]]:
+        """What the worker has said since this was asked last, and at least something. Raises
+        ``WorkerDead``."""
+        while True:
+            # Before looking: what arrives while the caller is busy with a frame is not to be slept over.
+            answer.arrived.clear()
+            if taken := self._answers.taken(answer):
+                return taken
+            if self.died.is_set():
+                raise WorkerDead(f"worker {self.pid} is gone")
+            await answer.arrived.wait()
+
+    def hang_up(self, answer: Answer) -> None:
+        """Nobody waits for this answer any more, or it is over."""
+        if self._answers.close(answer) and self._stream is not None:
+            with suppress(ConnectionResetError):  # it cares for nothing any more
+                self._stream.write(Cancel(answer.number))
 
     async def _write(self, frame: ToWorker, body: bytes = b"") -> None:
         if self._stream is None or self.died.is_set():

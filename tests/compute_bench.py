@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from agent.compute import Compute
 from agent.facade import JSON
-from agent.frames import Broke, End, Fault, FromWorker, Piece, Run, encode_value
+from agent.frames import Broke, End, Fault, FromWorker, Last, Piece, Run, encode_value
 from agent.lanes import Request
 from agent.peak import PeakMeter
 from agent.shelf import Held, Shelf
@@ -61,11 +61,17 @@ class Bench:
         while (wait_s := self.compute.turn()) is not None:
             self.clock_ms += wait_s * 1000 + 0.001
 
-    def pieces(self, number: int) -> list[tuple[Piece, bytes]]:
-        return [(frame, body) for frame, body in self.sent if isinstance(frame, Piece) and frame.id == number]
+    def pieces(self, number: int) -> list[tuple[Piece | Last, bytes]]:
+        return [
+            (frame, body)
+            for frame, body in self.sent
+            if isinstance(frame, Piece | Last) and frame.id == number
+        ]
 
     def end(self, number: int) -> Any:
         (found,) = [
-            frame for frame, _ in self.sent if isinstance(frame, End | Fault | Broke) and frame.id == number
+            frame
+            for frame, _ in self.sent
+            if isinstance(frame, Last | End | Fault | Broke) and frame.id == number
         ]
         return found

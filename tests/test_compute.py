@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from agent.engines.vectors import EmbedFields, VectorAnswer
 from agent.facade import EngineError, EngineFrame, EngineRequest
-from agent.frames import Broke, End, Fault
+from agent.frames import Broke, End, Fault, Last
 from agent.lanes import Request
 from packer.types import ModelRef
 
@@ -132,7 +132,7 @@ def test_answers_are_the_same_however_requests_are_joined(
             assert isinstance(end, Fault if faulty[number] == REFUSED else Broke)
             assert body is None
         else:
-            assert isinstance(end, End)
+            assert isinstance(end, Last)
             assert body == answer(*inputs)
 
 
@@ -182,7 +182,8 @@ def test_models_take_turns_however_much_there_is_to_do_for_one() -> None:
     bench.ask(2, [1], [2], [3], ref=B)
     bench.run()
     assert order[:7] == ["a", "b", "a", "b", "a", "b", "a"]
-    assert bench.sent.index((bench.end(2), b"")) < bench.sent.index((bench.end(1), b""))
+    ends = [frame for frame, _ in bench.sent]
+    assert ends.index(bench.end(2)) < ends.index(bench.end(1))
 
 
 def test_a_model_whose_weights_still_come_holds_up_no_other() -> None:
