@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -100,6 +100,8 @@ class Counters:
         self.evictions = 0
         self.workers_died = 0
         self.records_lost = 0
+        # Whether control has not confirmed all that tenants used.
+        self.usage_waits: Callable[[], bool] = lambda: False
         self.chunks_corrupt = 0
         self.chunks_repaired = 0
         self._pending: list[PendingRecord] = []

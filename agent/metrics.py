@@ -110,6 +110,11 @@ class _Families:
         yield CounterMetricFamily(
             "bunkhouse_chunks_repaired", "Bad chunks that were fetched again.", counters.chunks_repaired
         )
+        yield GaugeMetricFamily(
+            "bunkhouse_usage_waiting",
+            "1 while control has not confirmed all that tenants used on this node.",
+            int(counters.usage_waits()),
+        )
         yield CounterMetricFamily(
             "bunkhouse_records_lost", "Records the journal did not get.", counters.records_lost
         )

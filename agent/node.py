@@ -153,9 +153,9 @@ class RunningNode:
         self._know_again()
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
         self.credentials = Credentials(wall_ms)
-        self.usage = UsageMeter(
-            self._journal, self.credentials.control_ms, self._keeper.journal_may_fail, self._tell
-        )
+        may_fail, control_ms = self._keeper.journal_may_fail, self.credentials.control_ms
+        self.usage = UsageMeter(self._journal, control_ms, may_fail, self._tell)
+        self.counters.usage_waits = self.usage.waits
         self._specs: dict[ModelRef, ModelSpec] = {}
         self._latest: dict[ModelName, ModelSpec] = {}
         self._packs_found: list[PackRow] = []

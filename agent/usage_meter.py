@@ -191,6 +191,10 @@ class UsageMeter:
         lately = self._told_at_s is not None and self._steady_s() - self._told_at_s < TELL_S
         return self._untold and not lately
 
+    def waits(self) -> bool:
+        """Whether there may be something that control has not confirmed."""
+        return bool(self._running or self._pending or self._untold or self._flushing.locked())
+
     async def batch(self) -> UsageBatch:
         """What goes with the next beat."""
         if not self.due():

@@ -87,6 +87,24 @@ class Stack:
         self.until(told)
         return counts
 
+    def charged(self, tenant: str) -> tuple[int, int]:
+        """(answers, tokens) of a tenant in control's ledger, once the nodes have nothing more to tell."""
+        self.until(lambda: "bunkhouse_usage_waiting 0.0" in self.box.metrics())
+        self.until(lambda: not self._untold("second")[0])
+        rows = self.box.operator().usage(tenant=tenant)
+        tokens = sum(row.prompt_tokens + row.completion_tokens for row in rows)
+        return sum(row.answers for row in rows), tokens
+
+    def until_journaled(self, requests: int) -> None:
+        """So many requests are in the first node's journal that control has not confirmed."""
+        self.until(lambda: self._untold("agent")[1] >= requests)
+
+    def _untold(self, node: str) -> tuple[int, int]:
+        """(rows, requests) in a node's journal that control has not confirmed."""
+        rows = "select requests from usage_open union all select requests from usage_told"
+        found = self._row(f"{node}/journal.db", f"select count(*), coalesce(sum(requests), 0) from ({rows})")
+        return found[0], found[1]
+
     def state(self, node: str = "box") -> str:
         return next(item.state for item in self.box.operator().nodes() if item.node == node)
 

@@ -50,6 +50,8 @@ def test_while_control_is_dead_no_request_fails_and_its_use_is_told_afterwards(s
     """Control hangs first, with beats that it has received and not stored, and is killed then."""
     stack.until_delivered()
     answers, tokens = stack.counted("acme")
+    charged = stack.charged("acme")
+    used = tokens
     stack.control.handle.send_signal(signal.SIGSTOP)
     tiers = []
     for model in ("acme/gen1", "acme/gen2", "acme/gen0", "acme/gen0"):  # two of the three have room
@@ -72,6 +74,7 @@ def test_while_control_is_dead_no_request_fails_and_its_use_is_told_afterwards(s
             api.with_options(api_key="bk_no").models.list()
     back(stack)
     stack.until_used("acme", answers + len(tiers) + 1, tokens)
+    assert stack.charged("acme") == (charged[0] + len(tiers) + 1, charged[1] + tokens - used)
     stack.until_delivered()
 
 
@@ -93,6 +96,20 @@ def test_records_whose_receipt_is_lost_with_control_are_there_once(stack: Stack)
     stack.cable.become(Line.WHOLE)
     stack.answered(next(swaps))
     back(stack)
+    stack.until_delivered()
+
+
+def test_what_was_used_before_an_agent_was_killed_is_told_by_the_next(stack: Stack) -> None:
+    """Control is cut off, so that the dead agent can have told nothing of it; the journal has it."""
+    answers, tokens = stack.charged("acme")
+    stack.cable.become(Line.HOLE)
+    got = [stack.answered(model) for model in ("acme/gen1", "acme/gen2", "acme/gen0")]
+    stack.until_journaled(len(got))
+    stack.agent.kill()
+    stack.cable.become(Line.WHOLE)
+    stack.box.start_agent("--calibrate", "off")
+    tokens += sum(each.json()["usage"]["total_tokens"] for each in got)
+    assert stack.charged("acme") == (answers + len(got), tokens)
     stack.until_delivered()
 
 

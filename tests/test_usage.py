@@ -258,12 +258,15 @@ async def test_control_is_told_every_few_seconds_and_again_until_it_confirms(met
     assert meter.due(), "of an earlier life there may be something left"
     assert await meter.batch() == NO_USAGE
     assert not meter.due()
+    assert not meter.waits()
     metered.steady_s += TELL_S
     assert not meter.due(), "nothing new"
     with meter.counting(REF, Took(1)):
         pass
+    assert meter.waits()
     await meter.flush()
     assert meter.due()
+    assert meter.waits()
     first = await meter.batch()
     assert first.seq == 1
     assert await meter.batch() == NO_USAGE, "not again at once"
@@ -271,8 +274,10 @@ async def test_control_is_told_every_few_seconds_and_again_until_it_confirms(met
     assert await meter.batch() == first
     await meter.acknowledge(first.seq)
     metered.steady_s += TELL_S
+    assert meter.waits(), "until it has looked"
     assert await meter.batch() == NO_USAGE
     assert not meter.due()
+    assert not meter.waits()
 
 
 async def test_a_full_batch_is_followed_at_once(metered: Metered) -> None:
