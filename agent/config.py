@@ -63,6 +63,7 @@ class AgentConfig:
     policy: str = "keep"
     regret_every_s: int = 3600
     lending_margin_percent: int = MARGIN_PERCENT
+    prefetch: bool = True
     standbys: int = 1  # workers kept ready per device
 
 
@@ -213,6 +214,13 @@ def _add_memory_options(run: argparse.ArgumentParser) -> None:
         help="reserved device bytes are lent while credit covers this share of what their tenant may lose: "
         "100 never leaves it worse off than alone on them, 0 lends on any credit (default %(default)s)",
     )
+    run.add_argument(
+        "--prefetch",
+        default="on",
+        choices=("on", "off"),
+        help="while nobody needs the disk, bring packs that are likely to be used again into free host "
+        "memory, which pays after a restart (default %(default)s)",
+    )
 
 
 def load(argv: Sequence[str]) -> AgentConfig:
@@ -257,6 +265,7 @@ def load(argv: Sequence[str]) -> AgentConfig:
         policy=options.policy,
         regret_every_s=_regret_every_s(options.regret_every),
         lending_margin_percent=options.lending_margin,
+        prefetch=options.prefetch == "on",
         peer_listen=_listen_or_off(options.peer_listen, host, "--peer-listen"),
         peer_url=_tls_url(options.peer_url, "--peer-url"),
         route_listen=_listen_or_off(options.route_listen, host, "--route-listen"),

@@ -19,6 +19,8 @@ from packer.events import (
     Dropped,
     Event,
     Evicted,
+    Filled,
+    FillFailed,
     Packed,
     PackFailed,
     Refuse,
@@ -99,6 +101,8 @@ class Counters:
         self.refusals: dict[tuple[str, str], int] = {}  # (tenant, reason)
         self.evictions = 0
         self.workers_died = 0
+        self.prefetched = 0
+        self.prefetches_stopped = 0
         self.records_lost = 0
         # Whether control has not confirmed all that tenants used.
         self.usage_waits: Callable[[], bool] = lambda: False
@@ -139,6 +143,13 @@ class Counters:
                 self._record(wall_ms, "packed", ref, f"{disk_bytes} bytes on disk")
             case PackFailed(ref=ref, message=message):
                 self._record(wall_ms, "pack_failed", ref, message)
+            case Filled(ref=ref):
+                self.prefetched += 1
+                self._record(wall_ms, "prefetched", ref, "from disk into host memory")
+            case FillFailed(ref=ref, message=message, stopped=stopped):
+                self.prefetches_stopped += stopped
+                if not stopped:
+                    self._record(wall_ms, "prefetch_failed", ref, message)
             case Dropped(ref=ref, tier=tier):
                 self._record(wall_ms, "dropped", ref, f"from {tier.value}")
             case WorkerDied(tenant=tenant, device=device):

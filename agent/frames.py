@@ -133,6 +133,17 @@ class RestorePack(msgspec.Struct, frozen=True, tag=True):
     past_cache: bool = False
 
 
+class FillSegment(msgspec.Struct, frozen=True, tag=True):
+    """Fill a host segment of the form from a pack, on no device. Descriptors: as of ``RestorePack``."""
+
+    id: int
+    spec: WireSpec
+    data_key: bytes
+    host_form: HostForm
+    direct: bool = False
+    bases: int = 0
+
+
 class WritePack(msgspec.Struct, frozen=True, tag=True):
     """Write a pack of a resident model. Descriptors: its file, then those of the offers."""
 
@@ -268,7 +279,18 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
     status: int
 
 
-Order = MoreFds | LoadOrigin | RestorePack | WritePack | RepairPack | EvictModel | CancelMove | Ping | Bind
+Order = (
+    MoreFds
+    | LoadOrigin
+    | RestorePack
+    | FillSegment
+    | WritePack
+    | RepairPack
+    | EvictModel
+    | CancelMove
+    | Ping
+    | Bind
+)
 Reply = Done | Failed | Serving
 NurseryOrder = MoreFds | Spawn
 NurseryReply = Ready | Spawned | SpawnFailed | Exited

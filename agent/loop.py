@@ -31,6 +31,7 @@ from packer.events import (
     Drop,
     Event,
     Evict,
+    Fill,
     Finished,
     Grant,
     Pack,
@@ -39,6 +40,7 @@ from packer.events import (
     Restore,
     Restored,
     ServingBegun,
+    StopFill,
     Ticked,
     Wake,
 )
@@ -58,6 +60,8 @@ class Effects(Protocol):
     async def evict(self, order: Evict) -> Event | None: ...
     async def pack(self, order: Pack) -> Event | None: ...
     async def drop(self, order: Drop) -> Event | None: ...
+    async def fill(self, order: Fill) -> Event | None: ...
+    def stop_fill(self, order: StopFill) -> None: ...
     def run(
         self, ref: ModelRef, device: str, request: EngineRequest, took: Callable[[int], None]
     ) -> AsyncIterator[EngineFrame]: ...
@@ -185,6 +189,10 @@ class Loop:
                 self._start(self._effects.pack(action))
             case Drop():
                 self._start(self._effects.drop(action))
+            case Fill():
+                self._start(self._effects.fill(action))
+            case StopFill():
+                self._effects.stop_fill(action)
 
     def _answer(self, request: str, answer: tuple[Grant, int] | Refused) -> None:
         # A caller that left in this very tick has cancelled its future; its Cancelled is in the inbox,

@@ -103,6 +103,7 @@ class _Families:
         yield from self._calibration()
         yield from self._regret()
         yield CounterMetricFamily("bunkhouse_evictions", "Models evicted from devices.", counters.evictions)
+        yield from self._prefetch()
         yield CounterMetricFamily("bunkhouse_workers_died", "Worker processes gone.", counters.workers_died)
         yield CounterMetricFamily(
             "bunkhouse_chunks_corrupt", "Chunks of packs found bad and never used.", counters.chunks_corrupt
@@ -117,6 +118,17 @@ class _Families:
         )
         yield CounterMetricFamily(
             "bunkhouse_records_lost", "Records the journal did not get.", counters.records_lost
+        )
+
+    def _prefetch(self) -> Iterator[Metric]:
+        counters = self._counters
+        yield CounterMetricFamily(
+            "bunkhouse_prefetched", "Packs brought into host memory ahead of need.", counters.prefetched
+        )
+        yield CounterMetricFamily(
+            "bunkhouse_prefetches_stopped",
+            "Packs on their way into host memory that stopped because somebody needed the disk.",
+            counters.prefetches_stopped,
         )
 
     def _lending(self) -> Iterator[Metric]:

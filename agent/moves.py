@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import threading
 import time
 import traceback
@@ -29,6 +30,7 @@ from agent.frames import (
     Done,
     EvictModel,
     Failed,
+    FillSegment,
     LoadOrigin,
     RepairPack,
     Reply,
@@ -55,12 +57,15 @@ from packer.pack_writer import PackSummary, PackWriter
 from packer.packing import PackTarget, write_pack
 from packer.repair import repair_chunks
 from packer.sources import open_source
-from packer.tiers import RestoreFacts, TierError, restore
+from packer.tiers import RestoreFacts, TierError, fill, restore
 from packer.types import ModelRef, OriginFile
 
 log = logging.getLogger("bunk.worker")
 
-Move = LoadOrigin | RestorePack | WritePack | RepairPack | EvictModel
+# The lowest priority there is.
+FILL_NICE = 19
+
+Move = LoadOrigin | RestorePack | FillSegment | WritePack | RepairPack | EvictModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +179,8 @@ class Moves:
                 self._load_origin(order, fds, reply)
             case RestorePack():
                 reply(self._restore(order, fds, reply))
+            case FillSegment():
+                reply(self._fill(order, fds))
             case WritePack():
                 reply(self._pack(order, fds))
             case RepairPack():
@@ -228,7 +235,7 @@ class Moves:
             raise BadFrame(f"a restore with {len(fds)} descriptors")
         facts = RestoreFacts(0, 0, 0, False)
 
-        def fill(image: Image) -> None:
+        def bring(image: Image) -> None:
             nonlocal facts
             facts = restore(
                 reader,
@@ -261,7 +268,7 @@ class Moves:
                 order.spec,
                 index.layout,
                 side_files,
-                fill,
+                bring,
                 watched=watched,
                 serving=lambda: reply(Serving(order.id, moved_bytes)),
             )
@@ -279,6 +286,20 @@ class Moves:
         cached = 2 * facts.direct_bytes < facts.read_bytes if facts.read_bytes else None
         taken_ms = _since_ms(started)
         return Done(order.id, taken_ms, facts.host_filled, facts.mapped, moved_bytes, cached)
+
+    def _fill(self, order: FillSegment, fds: list[int]) -> Done:
+        """A whole segment without an image: no model is built, nobody waits."""
+        started = time.monotonic()
+        if len(fds) != (1 + order.bases) * (1 + order.direct) + 1:
+            raise BadFrame(f"a segment to fill with {len(fds)} descriptors")
+        # This thread and those that it starts: whoever answers a request comes first.
+        os.setpriority(os.PRIO_PROCESS, 0, FILL_NICE)
+        own, *bases = _files(fds, 1 + order.bases, order.direct)
+        reader = PackReader(own.fd, order.data_key, parse_wire_ref(order.spec.ref), own.direct_fd, bases)
+        _check_layout(order.spec, reader.index.layout, "the copy", TierError("", corrupt=True))
+        side_files = {path: reader.file(path) for path, _ in reader.index.files}
+        fill(reader, HostWriter(fds[-1], reader.index, side_files, order.host_form))
+        return Done(order.id, _since_ms(started), host_filled=True)
 
     @contextmanager
     def _arriving(self, order: LoadOrigin | RestorePack) -> Iterator[tuple[Held | None, threading.Event]]:

@@ -57,6 +57,7 @@ from packer.events import (
     PackFound,
     Planned,
     PolicyChosen,
+    PrefetchChosen,
     RatesSeen,
     TierBudgetSeen,
 )
@@ -213,6 +214,7 @@ class RunningNode:
         self.sharing.start()
         self.loop.post(PolicyChosen(self.config.policy))
         self.loop.post(LendingChosen(self.config.lending_margin_percent))
+        self.loop.post(PrefetchChosen(self.config.prefetch))
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         for tier in (Tier.HOST, Tier.DISK):
             self.loop.post(TierBudgetSeen(tier, self.budget_bytes(tier)))

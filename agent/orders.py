@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 from agent.devices import DeviceConfig
 from agent.explained import Explained, worker_died
 from agent.facade import EngineFrame, EngineRequest
+from agent.filling import Filling, open_copy
 from agent.holdings import Holdings
 from agent.journal import JournalFailed, PackRow
 from agent.journal_thread import JournalThread as JournalThread
@@ -44,6 +44,7 @@ from packer.events import (
     Event,
     Evict,
     Evicted,
+    Fill,
     Pack,
     PackBegun,
     Packed,
@@ -53,10 +54,10 @@ from packer.events import (
     RestoreFailed,
     ServingBegun,
     ServingEnded,
+    StopFill,
     TookLate,
     WorkerDied,
 )
-from packer.seal import BadSeal
 from packer.types import HostForm, ModelRef, ModelSpec, Tier
 
 log = logging.getLogger("bunk.orders")
@@ -109,6 +110,8 @@ class Orders:
         # Packs with bytes of other nodes whose weights nobody has compared with the registered ones yet.
         self._unproven: set[ModelRef] = set()
         self.repairs.doubt = self._doubt
+        unproven = self._unproven
+        self._ahead = Filling(nursery, packs, segments, journal, spec_of, lambda ref: ref not in unproven)
         # Told of each measured request: model, device, the worker's process, bytes beside the weights.
         self.on_workspace: Callable[[ModelRef, str, int, int], None] = lambda *seen: None
         # Where packs come from; None: origins only.
@@ -322,21 +325,8 @@ class Orders:
             done = await worker.restore(spec, source, order.first_chunk, serving=self._serving(order))
             await self._note_image(order, worker, done.mapped)
             return restored(done.restore_ms, restored_bytes=done.restored_bytes)
-        try:
-            key = await self._journal.call(self._journal.journal.data_key, order.ref)
-        except BadSeal as error:
-            # The node key was replaced: nothing on disk can be opened any more, all of it can be rebuilt.
-            raise WorkerFailure(str(error), corrupt=True, broken=False) from None
-        if key is None:
-            raise WorkerFailure("the journal has no key for this pack", corrupt=True, broken=False)
         with ExitStack() as files:
-            pack = self._packs.open(order.ref)
-            files.callback(os.close, pack)
-            direct = self._packs.open_direct(order.ref)
-            if direct is not None:
-                files.callback(os.close, direct)
-            bases = tuple(self._packs.open_bases(order.ref, files))
-            copy = PackCopy(pack, key, direct, bases, self._packs.reads_past_cache())
+            copy = await open_copy(self._packs, self._journal, order.ref, files)
             async with self._filling(order) as host:
                 done = await self._restore_pack(worker, spec, copy, order, host)
                 await self._note_proven(order)
@@ -431,6 +421,12 @@ class Orders:
         if not order.keep_chunks:
             self._forget_held(order.ref, order.device)
         return Evicted(order.ref, order.device, order.order)
+
+    async def fill(self, order: Fill) -> Event:
+        return await self._ahead.fill(order, self.host_form)
+
+    def stop_fill(self, order: StopFill) -> None:
+        self._ahead.stop()
 
     # --- packs ------------------------------------------------------------------------------------
 

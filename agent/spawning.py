@@ -139,7 +139,7 @@ class Nursery:
         try:
             have[:] = [worker for worker in have if not worker.died.is_set()]
             while len(have) < self._standbys:
-                have.append(await self._fork("", device))
+                have.append(await self.fork("", device))
         except WorkerDead as error:
             log.warning("%s", error)  # the next tenant's worker is forked when it is needed
         finally:
@@ -156,11 +156,12 @@ class Nursery:
                 continue
             self.keep_standbys(device)
             return worker
-        worker = await self._fork(tenant, device)
+        worker = await self.fork(tenant, device)
         self.keep_standbys(device)
         return worker
 
-    async def _fork(self, tenant: str, device: DeviceConfig) -> WorkerHandle:
+    async def fork(self, tenant: str, device: DeviceConfig) -> WorkerHandle:
+        """A new process, whatever is kept ready. Raises ``WorkerDead``."""
         if self._sock is None or self.died.is_set():
             raise WorkerDead("there is no nursery")
         orders, their_orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

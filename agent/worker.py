@@ -19,7 +19,6 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +36,7 @@ from agent.frames import (
     CancelMove,
     Done,
     EvictModel,
+    FillSegment,
     FromWorker,
     LoadOrigin,
     MoreFds,
@@ -102,7 +102,7 @@ class Worker:
         self._data = data
         self._shelf = Shelf()
         self._moves = Moves(identity, self._shelf, private)
-        self._order_threads: Mapping[type, ThreadPoolExecutor] = {
+        self._order_threads: dict[type, ThreadPoolExecutor] = {
             kind: ThreadPoolExecutor(threads, thread_name_prefix="bunk-order")
             for kind, threads in (
                 (LoadOrigin, ORIGIN_LOADS_MAX),
@@ -112,6 +112,7 @@ class Worker:
                 (EvictModel, EVICTIONS_MAX),
             )
         }
+        self._order_threads[FillSegment] = self._order_threads[RestorePack]  # with the same buffers
         self._reply_lock = threading.Lock()
         self._data_lock = threading.Lock()
         self._count_lock = threading.Lock()

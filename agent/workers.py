@@ -40,6 +40,7 @@ from agent.frames import (
     Done,
     EvictModel,
     Failed,
+    FillSegment,
     FromWorker,
     LoadOrigin,
     Measured,
@@ -240,13 +241,8 @@ class WorkerHandle:
         descriptors, key, direct = [copy.fd], None, False
         bases, past_cache = 0, False
         if isinstance(copy, PackCopy):
-            files = (FileFds(copy.fd, copy.direct_fd), *copy.bases)
+            descriptors, direct = _pack_fds(copy)
             key, bases, past_cache = copy.data_key, len(copy.bases), copy.past_cache
-            # They lie on one file system, which has direct reads or not.
-            direct = all(file.direct_fd is not None for file in files)
-            descriptors = [
-                fd for file in files for fd in (file.fd, file.direct_fd)[: 1 + direct] if fd is not None
-            ]
         form = host.form if host is not None else None
         descriptors += [host.fd] if host is not None else []
         early = serving is not None
@@ -264,6 +260,14 @@ class WorkerHandle:
         return LoadDone(
             done.restore_ms, moved_bytes, done.host_filled, cached=done.cached, mapped=done.mapped
         )
+
+    async def fill(self, spec: ModelSpec, copy: PackCopy, host: Segment) -> None:
+        """Fill a host segment from a pack; nothing comes onto the device. Raises ``WorkerFailure`` and
+        ``WorkerDead``."""
+        number = next(self._ids)
+        descriptors, direct = _pack_fds(copy)
+        order = FillSegment(number, wire_spec(spec), copy.data_key, host.form, direct, len(copy.bases))
+        await self._order(number, order, [*descriptors, host.fd])
 
     async def pack(self, ref: ModelRef, files: PackFiles) -> PackDone:
         """Write a pack of a resident model into an empty file. Raises ``WorkerFailure``, ``WorkerDead``."""
@@ -510,6 +514,14 @@ class WorkerHandle:
             if not reply.done():
                 reply.set_exception(WorkerDead(f"worker {self.pid} is gone"))
         self._answers.end()
+
+
+def _pack_fds(copy: PackCopy) -> tuple[list[int], bool]:
+    """The descriptors of a pack, and whether each file is there twice."""
+    files = (FileFds(copy.fd, copy.direct_fd), *copy.bases)
+    # They lie on one file system, which has direct reads or not.
+    direct = all(file.direct_fd is not None for file in files)
+    return [fd for file in files for fd in (file.fd, file.direct_fd)[: 1 + direct] if fd is not None], direct
 
 
 def _run_frame(number: int, ref: ModelRef, request: EngineRequest, batching: Batching) -> Run:

@@ -36,6 +36,7 @@ class Kind(StrEnum):
     CLAIMED = "claimed"  # a device was chosen to make room on
     CONDEMNED = "condemned"  # new requests of a model wait, because a claim needs its room
     SHED = "shed"  # evicted although nobody waits for its room
+    PREFETCHED = "prefetched"  # brought into host memory although nobody waits for it
     REFUSED = "refused"
     RESTORED = "restored"
     FAILED = "failed"

@@ -156,6 +156,13 @@ class TookLate:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchChosen:
+    """May host copies be filled ahead of need? Not, until said."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LendingChosen:
     """The share of what takings may cost its owner that credit must cover, in percent; see ``lending``."""
 
@@ -314,6 +321,24 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
+class Filled:
+    """The host segment ordered by ``Fill`` holds a full copy."""
+
+    ref: ModelRef
+    order: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FillFailed:
+    """There is no such host segment. ``stopped``: because it was told to stop."""
+
+    ref: ModelRef
+    message: str
+    order: int = 0
+    stopped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDied:
     """The process that held a tenant's weights on a device is gone, and all it held with it."""
 
@@ -357,6 +382,7 @@ Event = (
     | RatesSeen
     | SharesSeen
     | PolicyChosen
+    | PrefetchChosen
     | LendingChosen
     | PackFound
     | PackBegun
@@ -376,6 +402,8 @@ Event = (
     | Packed
     | PackFailed
     | Dropped
+    | Filled
+    | FillFailed
     | WorkerDied
     | FootprintSeen
     | DrainAsked
@@ -444,6 +472,24 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """Fill a host segment of at most ``host_bytes`` from the pack, ahead of need and on no device. Answered
+    by ``Filled`` or ``FillFailed``. One at a time."""
+
+    ref: ModelRef
+    host_bytes: int
+    order: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StopFill:
+    """Somebody needs the disk: end the ``Fill`` of this number. Its own answer says that it has ended."""
+
+    ref: ModelRef
+    order: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """The request may run now on this device. ``tier`` is where the weights were when it arrived;
     ``restore_ms`` is the time from its arrival to this grant if it had to wait for a restore, else 0."""
@@ -480,4 +526,4 @@ class Answer:
     forecast: Forecast
 
 
-Action = Restore | Evict | Pack | Drop | Grant | Refuse | Wake | Answer
+Action = Restore | Evict | Pack | Drop | Fill | StopFill | Grant | Refuse | Wake | Answer

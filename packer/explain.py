@@ -13,7 +13,7 @@ from packer import victims
 from packer.decisions import Decision, Kind, Victim
 from packer.ledger import Device, Model, Node
 from packer.places import room_left
-from packer.types import GIB
+from packer.types import GIB, Tier
 
 
 def score(node: Node, model: Model, now_ms: int) -> float | None:
@@ -91,6 +91,12 @@ def condemned(node: Node, model: Model, device: Device, busy: Sequence[Model]) -
         if node.condemned.get(other.ref) != model.ref:
             why = "new requests wait: its room was wanted for too long"
             node.why.append(Decision(Kind.CONDEMNED, other.name, why, device.name, model.name))
+
+
+def prefetched(node: Node, model: Model, nbytes: int) -> None:
+    """It is brought into host memory ahead of need."""
+    why = "nobody needs the disk, and it is likely to be used again"
+    node.why.append(Decision(Kind.PREFETCHED, model.name, why, from_tier=Tier.DISK.value, nbytes=nbytes))
 
 
 def shed(node: Node, takings: Sequence[victims.Taking], why: str, now_ms: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from packer import admission, estimate, queueing, quota, room, upkeep
+from packer import admission, estimate, prefetch, queueing, quota, room, upkeep
 from packer.events import (
     Action,
     DebtFound,
@@ -89,6 +89,8 @@ def _add_model(node: Node, spec: ModelSpec, planned: bool) -> Model:
 
 
 def planned(node: Node, event: Planned, now_ms: int, out: list[Action]) -> None:
+    if not node.has_plan:
+        prefetch.begin(node, now_ms)
     node.has_plan = True
     for tenant in node.tenants.values():
         tenant.planned = False

@@ -169,7 +169,8 @@ def _check_on_device(node: Node, model: Model) -> None:
         raise InvariantBroken(f"{ref} is being packed and has no room reserved for it")
     if state is State.RESTORING and model.source is not Tier.ORIGIN:
         copy = model.copy(model.source)
-        if copy.state is not CopyState.HELD or copy.readers != 1:
+        filled = model.source is Tier.DISK and node.prefetch.filling is model
+        if copy.state is not CopyState.HELD or copy.readers != 1 + filled:
             raise InvariantBroken(f"{ref} is restored from a {model.source} copy that is {copy.state}")
 
 
@@ -225,9 +226,13 @@ def _check_chunks(model: Model) -> None:
 
 def _check_copy(node: Node, model: Model, tier: Tier, copy: Copy) -> None:
     reading = model.state is State.RESTORING and model.source is tier
-    if copy.readers != int(reading):
+    ahead = node.prefetch.filling is model
+    if copy.readers != reading + (ahead and tier is Tier.DISK):
         raise InvariantBroken(f"{model.ref}: {copy.readers} restores count as readers of its {tier} copy")
-    if tier is Tier.HOST and copy.state is CopyState.FILLING and model.state is not State.RESTORING:
+    filling = tier is Tier.HOST and copy.state is CopyState.FILLING
+    if ahead and tier is Tier.HOST and not (filling and copy.order):
+        raise InvariantBroken(f"{model.ref}: its host copy is {copy.state} and is being filled ahead of need")
+    if filling and not (ahead if copy.order else model.state is State.RESTORING):
         raise InvariantBroken(f"{model.ref}: a host segment is filled by no restore")
     if copy.state is CopyState.BEGUN and (tier is not Tier.DISK or not copy.held_bytes or copy.readers):
         raise InvariantBroken(f"{model.ref}: its {tier} copy of {copy.held_bytes} bytes is called begun")

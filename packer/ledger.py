@@ -115,6 +115,24 @@ class Moving:
     payer: Tenant
 
 
+@dataclass(slots=True, eq=False)
+class Prefetching:
+    """Host copies that are filled ahead of need, one at a time; see ``prefetch``."""
+
+    on: bool = False
+    filling: Model | None = None
+    stopping: bool = False
+    started_ms: int = 0
+    not_before_ms: int = 0
+    wakes: bool = False  # somebody will look again then
+    looked: int = 0  # how far what is on disk was gone through
+    # What stays free, as last worked out, and of a tier of which size; -1: what is on disk has changed.
+    spare_bytes: int = 0
+    spare_of: int = -1
+    # Copies that no restore has read yet.
+    ahead: dict[ModelRef, Model] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why requests for a model are refused without trying, and until when."""
@@ -165,6 +183,7 @@ class Model:
     not_before_ms: int = 0
     failure: Failure | None = None
     pack_not_before_ms: int = 0
+    fill_not_before_ms: int = 0
     reuse: Intensity = field(default_factory=Intensity)
     history: History = field(default_factory=History)
     expected_ms: int = 0  # what the running restore will take, and what that is of its tenant's turns
@@ -319,6 +338,7 @@ class Node:
     chosen: Chosen | None = None
     # How reserved bytes are lent; see ``lending``.
     terms: Terms = field(default_factory=Terms)
+    prefetch: Prefetching = field(default_factory=Prefetching)
     virtual_us: int = 0
     # Tenants with requests in flight, and some that had some lately; each once.
     busy: list[Tenant] = field(default_factory=list)
@@ -533,6 +553,8 @@ def settle_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
         account.hold_found(nbytes)
     copy.state, copy.held_bytes, copy.order = CopyState.HELD, nbytes, 0
     node.copies(tier)[model.ref] = model
+    if tier is Tier.DISK:
+        node.prefetch.spare_of = -1
     _changed(node, model)
 
 
@@ -563,6 +585,8 @@ def leave_copy(node: Node, model: Model, tier: Tier) -> None:
     node.account(tier).leaving_bytes += copy.held_bytes
     model.tenant.account(tier).leaving_bytes += copy.held_bytes
     copy.state = CopyState.DROPPING
+    if tier is Tier.HOST:
+        node.prefetch.ahead.pop(model.ref, None)
     if node.chosen is not None:
         node.chosen.note_gone(tier, model.ref, node.now_ms)
     _changed(node, model)
@@ -576,6 +600,8 @@ def release_copy(node: Node, model: Model, tier: Tier) -> None:
     model.tenant.account(tier).release(copy.held_bytes, leaving)
     copy.state, copy.held_bytes, copy.order = CopyState.ABSENT, 0, 0
     node.copies(tier).pop(model.ref, None)
+    if tier is Tier.DISK:
+        node.prefetch.spare_of = -1
     if node.chosen is not None:
         node.chosen.note_gone(tier, model.ref, node.now_ms)
     _changed(node, model)

@@ -18,7 +18,7 @@ import heapq
 from collections.abc import Sequence
 
 from packer import choice, estimate, explain, room, turns, victims
-from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, Wake
+from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, StopFill, Wake
 from packer.ledger import (
     Claim,
     CopyState,
@@ -267,6 +267,10 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
     host_bytes = 0
     if source is not Tier.ORIGIN:
         model.copy(source).readers += 1
+    if source is Tier.HOST:
+        node.prefetch.ahead.pop(model.ref, None)
+    else:
+        stop_fill(node, out)
     if source is Tier.DISK:
         make_host_room(node, model, now_ms, out)
         host_bytes = _reserve_host(node, model)
@@ -287,6 +291,14 @@ def start_restore(node: Node, model: Model, device: Device, now_ms: int, out: li
     out.append(
         Restore(model.ref, device.name, source, first_chunk, host_bytes, model.order, disk_bytes, pack_order)
     )
+
+
+def stop_fill(node: Node, out: list[Action]) -> None:
+    """Somebody needs the disk, or the room: what is filled ahead of need ends."""
+    state = node.prefetch
+    if state.filling is not None and not state.stopping:
+        state.stopping = True
+        out.append(StopFill(state.filling.ref, state.filling.host.order))
 
 
 def make_host_room(node: Node, model: Model, now_ms: int, out: list[Action]) -> None:

@@ -11,7 +11,18 @@ and ``Cancelled`` of a request that is not known are ignored; ``Cancelled`` of a
 
 from __future__ import annotations
 
-from packer import admission, estimate, facts, hits, queueing, remember, room, turns, upkeep
+from packer import (
+    admission,
+    estimate,
+    facts,
+    hits,
+    prefetch,
+    queueing,
+    remember,
+    room,
+    turns,
+    upkeep,
+)
 from packer.events import (
     Action,
     Answer,
@@ -23,6 +34,8 @@ from packer.events import (
     Dropped,
     Event,
     Evicted,
+    Filled,
+    FillFailed,
     Finished,
     FootprintSeen,
     Grant,
@@ -34,6 +47,7 @@ from packer.events import (
     PackFound,
     Planned,
     PolicyChosen,
+    PrefetchChosen,
     RatesSeen,
     RefusalReason,
     Refuse,
@@ -202,6 +216,10 @@ def _take_fact(node: Node, event: Event, now_ms: int, out: list[Action]) -> None
             facts.shares_seen(node, event, now_ms)
         case PolicyChosen():
             facts.policy_chosen(node, event.policy)
+        case Filled() | FillFailed():
+            prefetch.ended(node, event, now_ms)
+        case PrefetchChosen():
+            prefetch.choose(node, event)
         case LendingChosen():
             facts.lending_chosen(node, event.margin_percent)
         case DebtFound():
@@ -231,6 +249,7 @@ def _settle(node: Node, now_ms: int, out: list[Action]) -> None:
                 queueing.grant_waiters(node, model, model.tier_now, now_ms, out)
         queueing.start_waiting(node, now_ms, out)
         upkeep.order_packs(node, now_ms, out)
+        prefetch.look(node, now_ms, out)
 
 
 # --- requests -------------------------------------------------------------------------------------
@@ -311,7 +330,7 @@ def _end_restore(node: Node, model: Model, host_filled: bool, taken_ms: int) -> 
     turns.end_restore(model, taken_ms)
     if model.source is not Tier.ORIGIN:
         model.copy(model.source).readers -= 1
-    if model.host.state is CopyState.FILLING:
+    if model.host.state is CopyState.FILLING and not model.host.order:
         if host_filled:
             settle_copy(node, model, Tier.HOST, model.host.held_bytes)
             room.note_copy(node, model, Tier.HOST)
@@ -393,7 +412,7 @@ def _restore_failed(node: Node, event: RestoreFailed, now_ms: int, out: list[Act
         turns.note_restore_time(model, now_ms - model.started_ms, now_ms)
         model.failure = Failure(RefusalReason.MODEL_BROKEN, event.message, now_ms + BROKEN_MS)
         queueing.refuse_all(node, model, RefusalReason.MODEL_BROKEN, event.message, None, out)
-    elif event.corrupt and source is not Tier.ORIGIN:
+    elif event.corrupt and source is not Tier.ORIGIN and not model.copy(source).readers:
         # The copy is bad, the next tier is asked at once.
         queueing.order_drop(node, model, source, out)
     else:

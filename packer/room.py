@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop
+from itertools import chain
 
 from packer import estimate
 from packer.chosen import KEEP, Chosen
@@ -210,6 +211,7 @@ _Rated = tuple[float, str, Model]
 
 # Below whatever a policy finds a copy worth: what an interrupted load left saves only a part of a load.
 BEGUN_INDEX = -math.inf
+AHEAD_INDEX = -1.0  # they are in order already
 
 
 def droppable(copy: Copy) -> bool:
@@ -240,17 +242,29 @@ def copy_victims(
     else:
         worth = copy_index(gains(node, wanted), wanted, tier, nbytes, Ranking(node.shared, now_ms))
     below = math.inf if entitled else worth
+    first = ahead_copies(node, tier, now_ms)
+    early = node.prefetch.ahead if first else {}
     few = None if short_own > 0 else _shortlisted_copies(node, tier, now_ms)
     if few is not None:
         ranked = [each for each in few if each[2] is not wanted and each[0] < below]
-        chosen = _pick(wanted, tier, ranked, worth, entitled, short, short_own)
+        later = [each for each in ranked if each[2].ref not in early]
+        chosen = _pick(wanted, tier, (*first, *later), worth, entitled, short, short_own)
         # Where the last of the least is worth too much, all others are.
         if chosen is not None or len(ranked) < len(few) - 1:
             return chosen
-    others = [model for model in node.copies(tier).values() if model is not wanted]
-    return _pick(
-        wanted, tier, _ranked_copies(node, others, tier, now_ms, below), worth, entitled, short, short_own
-    )
+    others = [model for ref, model in node.copies(tier).items() if model is not wanted and ref not in early]
+    ordered = chain(first, _ranked_copies(node, others, tier, now_ms, below))
+    return _pick(wanted, tier, ordered, worth, entitled, short, short_own)
+
+
+def ahead_copies(node: Node, tier: Tier, now_ms: int) -> list[_Rated]:
+    """Copies that were brought in ahead of need and that no restore has read yet: they make room for any that
+    somebody's restore leaves, those worth least first."""
+    if tier is not Tier.HOST or not node.prefetch.ahead:
+        return []
+    there = [model for model in node.prefetch.ahead.values() if droppable(model.host)]
+    ranked = sorted(_ranked_copies(node, there, tier, now_ms))
+    return [(AHEAD_INDEX, name, model) for _, name, model in ranked]
 
 
 def _pick(
@@ -348,9 +362,15 @@ def copies_surplus(node: Node, tier: Tier, tenant: Tenant | None, now_ms: int) -
     excess = account.excess_bytes
     if not excess:
         return []
-    models = [m for m in node.copies(tier).values() if tenant is None or m.tenant is tenant]
+    first = [each for each in ahead_copies(node, tier, now_ms) if tenant in (None, each[2].tenant)]
+    early = {model.ref: None for _, _, model in first}
+    models = [
+        model
+        for ref, model in node.copies(tier).items()
+        if ref not in early and tenant in (None, model.tenant)
+    ]
     going: list[Model] = []
-    for _, _, model in _ranked_copies(node, models, tier, now_ms):
+    for _, _, model in chain(first, _ranked_copies(node, models, tier, now_ms)):
         if excess <= 0:
             break
         going.append(model)

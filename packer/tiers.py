@@ -18,8 +18,8 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from packer.extents import ExtentReader, drop_mapped
@@ -168,6 +168,57 @@ def restore(
         if host is not None:
             host.close()
     return RestoreFacts(run.read_bytes, run.direct_bytes, len(wanted), filled, run.in_place)
+
+
+def fill(reader: PackReader, host: HostWriter) -> None:
+    """Fill and finish a host segment, past the page cache, whose room others may need. Raises
+    ``TierError``."""
+    run = _Restore(reader, Passing(), host, threading.Event(), None, past_cache=True)
+    chunks = reader.index.chunks
+    jobs = _jobs(reader.index, (), host)
+    # What the segment keeps in another form than the pack is decoded on the way.
+    jobs = [
+        replace(job, targets=tuple(n for n in job.fills if host.codec_id(n) != chunks[job.owner].codec_id))
+        for job in jobs
+    ]
+    try:
+        run.run(jobs)
+        if not run.finish_host():
+            raise TierError("the segment can not be written")
+    except PackError as error:
+        raise TierError(str(error), corrupt=error.corrupt) from error
+    finally:
+        host.close()
+
+
+class Passing:
+    """An image of which each thread keeps the last chunk, for as long as it takes to look at it."""
+
+    def __init__(self) -> None:
+        self._last = threading.local()
+
+    @contextmanager
+    def filling(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        memory = getattr(self._last, "memory", None)
+        if memory is None:
+            self._last.memory = memory = memoryview(page_memory(CHUNK_BYTES))
+        yield memory[:nbytes]
+
+    reading = filling
+
+    def place(
+        self, span: ChunkSpan, codec_id: int, planes: Sequence[memoryview], workspace: Workspace
+    ) -> None:
+        from packer.codec import decode_into
+
+        with self.filling(span.image_offset, span.nbytes) as view:
+            decode_into(codec_id, planes, view, workspace)
+
+    def lay_in(self, fd: int, start: int) -> bool:
+        return False
+
+    def map_from(self, fd: int, start: int) -> bool:
+        return False
 
 
 def _jobs(index: PackIndex, wanted: Sequence[int], host: HostWriter | None) -> list[_Job]:

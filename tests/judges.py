@@ -261,6 +261,24 @@ def judge_chunks(world: World) -> None:
         world.require(view.device_bytes == stay.nbytes, f"{ref} holds {stay.nbytes} bytes")
 
 
+def judge_fills(world: World) -> None:
+    """While anything lies in host memory that nobody has asked for, the largest copy finds room there."""
+    if world.filling is not None and not world.fill_stopped:
+        ref = world.filling.ref
+        world.require(ref in world.planned, f"{ref} left the plan and is filled on")
+    waits = [ref for ref in world.ahead if (ref, Tier.HOST) not in world.dropping]
+    if not waits:
+        return
+    limit = world.seen_limits[Tier.HOST]
+    leaving = sum(world.host[ref] for ref, tier in world.dropping if tier is Tier.HOST)
+    sizes = [world.models[ref].image_bytes for ref in world.disk if world.readable(ref, Tier.DISK)]
+    need = max((size for size in sizes if 2 * size <= limit), default=0)
+    free = limit - world.tier_bytes(Tier.HOST) + leaving
+    # What a restore is reading can not go; what is filled goes when it has ended.
+    fixed = world.fill_stopped and world.filling is not None
+    world.require(free >= need or fixed, f"{waits} lie in host memory and leave {free} of {need} bytes free")
+
+
 def judge_passing(world: World, event: Event, kept: dict[str, int], claims: dict[str, Claim | None]) -> None:
     """Room that was made for a claim is not taken by a model that comes later."""
     if isinstance(event, Planned | DeviceSeen | FootprintSeen):

@@ -39,6 +39,7 @@ MODULES = (
     "queueing",
     "admission",
     "forecast",
+    "prefetch",
     "upkeep",
     "facts",
     "remember",

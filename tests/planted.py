@@ -21,6 +21,7 @@ from fleet_mutants import FLEET_MUTANTS
 from gang_mutants import GANG_MUTANTS
 from identity_mutants import IDENTITY_MUTANTS
 from mutants import MUTANTS, Mutant
+from prefetch_mutants import PREFETCH_MUTANTS
 from quota_mutants import LENDING_MUTANTS, RATE_MUTANTS
 from share_mutants import SHARE_MUTANTS
 from usage_mutants import USAGE_MUTANTS
@@ -30,6 +31,7 @@ EVERY_MUTANT = (
     MUTANTS
     + LENDING_MUTANTS
     + RATE_MUTANTS
+    + PREFETCH_MUTANTS
     + GANG_MUTANTS
     + FLEET_MUTANTS
     + SHARE_MUTANTS

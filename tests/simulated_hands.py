@@ -22,6 +22,9 @@ from packer.events import (
     Event,
     Evict,
     Evicted,
+    Fill,
+    Filled,
+    FillFailed,
     Pack,
     Packed,
     PackFailed,
@@ -30,6 +33,7 @@ from packer.events import (
     RestoreFailed,
     ServingBegun,
     ServingEnded,
+    StopFill,
     WorkerDied,
 )
 from packer.ledger import pack_reservation_bytes
@@ -115,6 +119,10 @@ class Hands:
         # What is on disk of packs that failed, and can be gone on with.
         self.begun: set[ModelRef] = set()
         self.dropping: dict[tuple[ModelRef, Tier], int] = {}
+        # The one host copy that is being filled ahead of need, and those that were and that nobody has read.
+        self.filling: Fill | None = None
+        self.fill_stopped = False
+        self.ahead: set[ModelRef] = set()
         self.moving: dict[ModelRef, str] = {}  # ordered away to go to another device
 
     # --- time -------------------------------------------------------------------------------------
@@ -183,6 +191,11 @@ class Hands:
             order.host_bytes,
         )
         self.stays[ref] = stay
+        if order.from_tier is not Tier.HOST and self.filling is not None:
+            self.require(self.fill_stopped, f"{ref} comes from {order.from_tier} beside a copy nobody needs")
+        if order.from_tier is Tier.HOST:
+            self.reached["restored from what was filled ahead"] += ref in self.ahead
+            self.ahead.discard(ref)
         if order.host_bytes:
             self.require(order.from_tier is Tier.DISK and ref not in self.host, "host copy twice")
             self.host[ref] = order.host_bytes
@@ -215,7 +228,8 @@ class Hands:
         if tier is Tier.ORIGIN:
             return True
         there = self.disk if tier is Tier.DISK else self.host
-        whole = tier is Tier.HOST or (ref not in self.packing and ref not in self.begun)
+        filled = self.filling is None or self.filling.ref != ref
+        whole = filled if tier is Tier.HOST else ref not in self.packing and ref not in self.begun
         return ref in there and whole and (ref, tier) not in self.dropping
 
     def _begin_serving(self, stay: Stay) -> Event | None:
@@ -386,6 +400,43 @@ class Hands:
         self.reached["packed with parts in other files"] += self.disk[ref] < image_bytes
         return Packed(ref, stay.device, self.disk[ref], image_bytes, order, image_bytes)
 
+    def _fill(self, order: Fill) -> None:
+        ref = order.ref
+        self.require(self.filling is None, f"{ref} is filled beside another")
+        self.require(self.readable(ref, Tier.DISK), f"{ref} is filled, and has no pack")
+        self.require(ref in self.planned, f"{ref} is filled, and left the plan")
+        self.require(ref not in self.host and ref not in self.stays, f"{ref} is filled, and is there")
+        waited_for = any(model.waiters for model in self.node.models.values())
+        busy = any(s.state == "restoring" and s.source is not Tier.HOST for s in self.stays.values())
+        self.require(not waited_for and not busy, f"{ref} is filled while somebody needs the disk")
+        self.host[ref] = order.host_bytes
+        self.filling, self.fill_stopped = order, False
+        self.reached["filled ahead of need"] += 1
+        self._await_fill(order)
+
+    def _await_fill(self, order: Fill) -> None:
+        self.at(self.now_ms + GRID_MS * self.apart.randrange(30), lambda: self._end_fill(order))
+
+    def _stop_fill(self, order: StopFill) -> None:
+        fill = self.filling
+        self.require(fill is not None and fill.order == order.order, "nothing of that number is filled")
+        assert fill is not None
+        self.require(not self.fill_stopped, f"{order.ref} is stopped twice")
+        self.fill_stopped = True
+        self.at(self.now_ms + GRID_MS * self.apart.randrange(9), lambda: self._end_fill(fill))
+
+    def _end_fill(self, order: Fill) -> Event | None:
+        if self.filling is not order:
+            return None
+        self.filling = None
+        # What was told to stop may be done by then.
+        if self.apart.random() < (0.7 if self.fill_stopped else 0.2 * (not self.calm)):
+            self.reached["stopped filling" if self.fill_stopped else "could not fill"] += 1
+            del self.host[order.ref]
+            return FillFailed(order.ref, "no", order.order, self.fill_stopped)
+        self.ahead.add(order.ref)
+        return Filled(order.ref, order.order)
+
     def _drop(self, order: Drop) -> None:
         stay = self.stays.get(order.ref)
         reading = stay is not None and stay.state == "restoring" and stay.source is order.tier
@@ -399,7 +450,12 @@ class Hands:
         self.require(
             not (stay and stay.tee_bytes and order.tier is Tier.HOST), "drop of a segment being filled"
         )
+        reading = self.filling is not None and self.filling.ref == order.ref
+        self.require(not reading, f"drop of the {order.tier} copy of {order.ref}, which is being filled")
         self.reached[f"dropped from {order.tier}"] += 1
+        if order.tier is Tier.HOST:
+            self.reached["what was filled ahead made room"] += order.ref in self.ahead
+            self.ahead.discard(order.ref)
         self.dropping[(order.ref, order.tier)] = order.order
         self.later(lambda: self._end_drop(order), 5)
 

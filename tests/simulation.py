@@ -31,6 +31,7 @@ from packer.events import (
     Drop,
     Event,
     Evict,
+    Fill,
     Finished,
     FootprintSeen,
     Grant,
@@ -38,10 +39,12 @@ from packer.events import (
     PackFound,
     Planned,
     PolicyChosen,
+    PrefetchChosen,
     RefusalReason,
     Refuse,
     Requested,
     Restore,
+    StopFill,
     Ticked,
     TierBudgetSeen,
     Wake,
@@ -195,6 +198,7 @@ class World(Hands):
         self.reached["condemned"] += bool(self.node.condemned)
         self.rates.judge(self, event, actions)
         judges.judge_passing(self, event, kept_before, claims_before)
+        judges.judge_fills(self)
         judges.judge_evictions(self, event, actions, kept_before)
         judges.judge_excuses(self, event, actions, kept_before, tenants_before, excused_before)
         judges.judge_shedding(self, event, actions, kept_before)
@@ -214,6 +218,8 @@ class World(Hands):
             self.feed(PolicyChosen(self.policy))
         for tier in (Tier.HOST, Tier.DISK):
             self.feed(TierBudgetSeen(tier, self.limits[tier]))
+        if self.seed % 2:
+            self.feed(PrefetchChosen(True))
         for device, budget in self.budgets.items():
             self.feed(DeviceSeen(device, budget))
         if not found_first:
@@ -402,6 +408,10 @@ class World(Hands):
                 self._evict(action)
             case Pack():
                 self._pack(action)
+            case Fill():
+                self._fill(action)
+            case StopFill():
+                self._stop_fill(action)
             case Drop():
                 self._drop(action)
             case Wake():

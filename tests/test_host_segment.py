@@ -32,7 +32,7 @@ from packer.host_segment import HostWriter, host_index, host_sizes, image_start
 from packer.index import PackError
 from packer.layout import PAGE_BYTES, ImageLayout
 from packer.pack import PackReader
-from packer.tiers import DECODE_THREADS_MAX, TierError, restore
+from packer.tiers import DECODE_THREADS_MAX, TierError, fill, restore
 from packer.types import HostForm
 
 FORMS = list(HostForm)
@@ -242,3 +242,36 @@ def test_misuse_of_the_writer_is_refused() -> None:
         writer.add_chunk(0, CodecId.RAW, [raw])
         with pytest.raises(PackError, match="1 chunks were not added, the first is 1"):
             writer.finish()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_segment_filled_on_no_device_is_the_one_that_a_restore_leaves(form: HostForm) -> None:
+    data = pack_bytes(model=every_codec_model())
+    with memory_file(data) as fd, memory_file() as host_fd:
+        reader = PackReader(fd, KEY)
+        fill(reader, HostWriter(host_fd, reader.index, SIDE, form))
+        filled = os.pread(host_fd, os.fstat(host_fd).st_size, 0)
+    assert filled == host_bytes(form, data)
+
+
+def test_a_segment_is_not_filled_with_bad_chunks_nor_where_there_is_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = bytearray(pack_bytes(model=many_chunks_model(6)))
+    with memory_file(bytes(data)) as fd, memory_file() as host_fd:
+        reader = PackReader(fd, KEY)
+        at = reader.index.chunks[3].offset
+        os.pwrite(fd, bytes([data[at] ^ 1]), at)
+        with pytest.raises(TierError) as caught:
+            fill(reader, HostWriter(host_fd, reader.index, SIDE, HostForm.WIRE))
+        assert (caught.value.corrupt, caught.value.chunks) == (True, (3,))
+        os.pwrite(fd, data[at : at + 1], at)
+
+    def no_memory(*given: object) -> None:
+        raise PackError("no memory left")
+
+    monkeypatch.setattr(HostWriter, "add_chunk", no_memory)
+    with memory_file(bytes(data)) as fd, memory_file() as host_fd:
+        reader = PackReader(fd, KEY)
+        with pytest.raises(TierError, match="can not be written"):
+            fill(reader, HostWriter(host_fd, reader.index, SIDE, HostForm.STORED))

@@ -25,6 +25,7 @@ from packer.events import (
     Event,
     Evict,
     Evicted,
+    Fill,
     Finished,
     Pack,
     Packed,
@@ -33,6 +34,7 @@ from packer.events import (
     Restore,
     Restored,
     RestoreFailed,
+    StopFill,
     TierBudgetSeen,
 )
 from packer.types import MIB, ModelRef, ModelSpec, Task, TenantSpec, Tier
@@ -88,6 +90,12 @@ class SlowHands:
     async def drop(self, order: Drop) -> Event | None:
         await self._work()
         return Dropped(order.ref, order.tier)
+
+    async def fill(self, order: Fill) -> Event | None:
+        raise AssertionError("nobody switched it on")
+
+    def stop_fill(self, order: StopFill) -> None:
+        raise AssertionError("nothing is filled")
 
     async def run(
         self, ref: ModelRef, device: str, request: EngineRequest, took: Callable[[int], None]

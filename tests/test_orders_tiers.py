@@ -21,6 +21,7 @@ from process_memory import read_worker
 from running_workers import DEVICE, PATIENCE_S, Known, known
 from tiny_models import copy_minilm
 
+from agent.devices import DeviceConfig
 from agent.facade import EngineRequest
 from agent.journal import open_journal
 from agent.journal_thread import JournalThread
@@ -28,18 +29,23 @@ from agent.orders import Orders
 from agent.packs import PackDirectory
 from agent.segments import HostSegments
 from agent.spawning import Nursery
+from agent.workers import WorkerHandle
 from packer.events import (
     Drop,
     Dropped,
     Event,
     Evict,
     Evicted,
+    Fill,
+    Filled,
+    FillFailed,
     Packed,
     PackFailed,
     Restore,
     Restored,
     RestoreFailed,
     ServingEnded,
+    StopFill,
     WorkerDied,
 )
 from packer.index import HEADER_BYTES
@@ -360,6 +366,58 @@ async def test_a_part_that_comes_from_disk_leaves_all_of_it_in_the_host_tier(
     await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4))
     assert isinstance(await hands.restore(minilm, Tier.HOST), Restored)
     assert await hands.answer(minilm) == wanted
+
+
+async def test_a_copy_is_filled_ahead_of_need_in_a_process_that_is_gone_afterwards(
+    hands: Hands, minilm: Known
+) -> None:
+    plan(hands, minilm)
+    packed = await hands.load(minilm)
+    wanted = await hands.answer(minilm)
+    await hands.evict(minilm)
+    before = hands.pids()
+    order = Fill(minilm.ref, packed.host_bytes, 5)
+    assert await hands.orders.fill(order) == Filled(minilm.ref, 5)
+    assert hands.pids() == before
+    assert hands.segments.allocated_bytes() == packed.host_bytes
+    # Nobody can change it any more, and all that a restore needs is in it.
+    await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4))
+    assert isinstance(await hands.restore(minilm, Tier.HOST), Restored)
+    assert await hands.answer(minilm) == wanted
+
+
+async def test_what_is_told_to_stop_or_can_not_be_filled_leaves_no_segment(
+    hands: Hands, minilm: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(hands, minilm)
+    packed = await hands.load(minilm)
+    await hands.evict(minilm)
+    order = Fill(minilm.ref, packed.host_bytes, 5)
+    fork = Nursery.fork
+
+    async def stopped_meanwhile(self: Nursery, tenant: str, device: DeviceConfig) -> WorkerHandle:
+        worker = await fork(self, tenant, device)
+        hands.orders.stop_fill(StopFill(minilm.ref, 5))
+        return worker
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Nursery, "fork", stopped_meanwhile)
+        answer = await hands.orders.fill(order)
+    assert isinstance(answer, FillFailed)
+    assert answer.stopped
+    hands.orders.stop_fill(StopFill(minilm.ref, 5))  # it has ended: nothing happens
+    whole = flip(hands, minilm, 0.5)
+    answer = await hands.orders.fill(order)
+    assert isinstance(answer, FillFailed)
+    assert not answer.stopped
+    assert hands.segments.allocated_bytes() == 0
+    # The pack stays as it is, for the next restore to mend.
+    assert hands.packs.path(minilm.ref).read_bytes() != whole
+    assert isinstance(await hands.restore(minilm, Tier.DISK), Restored)
+    hands.orders._unproven.add(minilm.ref)
+    answer = await hands.orders.fill(order)
+    assert isinstance(answer, FillFailed)
+    hands.orders._unproven.discard(minilm.ref)
 
 
 async def test_a_failed_load_leaves_no_part_behind(hands: Hands, minilm: Known) -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 from hash_seeds import digests_under_two_hash_seeds
 from mutants import MUTANTS, Mutant, load
+from prefetch_mutants import PREFETCH_MUTANTS
 from quota_mutants import RATE_MUTANTS
 from simulated_hands import Violated
 from simulation import World
@@ -22,7 +23,15 @@ from packer.policies import POLICY_NAMES
 from packer.residency import InvariantBroken
 
 # Small bounds, so that full queues are common; every seed then reaches them within seconds.
-TENANT_BOUND, NODE_BOUND = 6, 12
+SMALL = (
+    ("WAITING_PER_TENANT_MAX", "queueing", 6),
+    ("WAITING_MAX", "queueing", 12),
+    # So are copies that are filled ahead of need.
+    ("FIRST_MS", "prefetch", 1_000),
+    ("LOOK_MS", "prefetch", 200),
+    ("PAUSE_PARTS", "prefetch", 1),
+    ("RETRY_MS", "prefetch", 2_000),
+)
 SEEDS = range(130)
 # Fresh histories on every commit without a clock or randomness: another range can be named.
 SEED_FIRST = int(os.environ.get("BUNK_SEED_FIRST", "0"))
@@ -70,6 +79,11 @@ RARE = (
     "leased before it was all there",
     "failed while it was served from",
     "sent away again",
+    "filled ahead of need",
+    "stopped filling",
+    "could not fill",
+    "restored from what was filled ahead",
+    "what was filled ahead made room",
     "measured less where it is held",
     "joined a restore",
     "late answer",
@@ -117,13 +131,10 @@ RARE = (
 
 
 def world(seed: int, core: ModuleType = residency, policy: str = "keep", kind: type[World] = World) -> World:
-    queueing = vars(core)["queueing"]
-    before = queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX
-    queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX = TENANT_BOUND, NODE_BOUND
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module, value in SMALL:
+            patch.setattr(vars(core)[module], name, value)
         return kind(seed, core, policy=policy).run()
-    finally:
-        queueing.WAITING_PER_TENANT_MAX, queueing.WAITING_MAX = before
 
 
 def test_every_history_is_safe_and_ends_well_and_together_they_reach_every_rare_branch() -> None:
@@ -173,7 +184,9 @@ def test_the_same_seed_gives_the_same_trace_whatever_the_hash_seed() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("mutant", MUTANTS + RATE_MUTANTS, ids=lambda mutant: mutant.what.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "mutant", MUTANTS + RATE_MUTANTS + PREFETCH_MUTANTS, ids=lambda mutant: mutant.what.replace(" ", "-")
+)
 def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
     core = load(mutant)
     broken = vars(core)["InvariantBroken"]
