@@ -7,7 +7,7 @@ process that fills a segment (``test_orders_tiers``) or what it is worth (``scri
 from __future__ import annotations
 
 import pytest
-from scene import DEADLINE_MS, Scene, model, of, the
+from scene import Scene, model, of, the
 
 from packer import prefetch, remember
 from packer.decisions import Kind
