@@ -20,7 +20,17 @@ Never at another tenant's expense:
 from __future__ import annotations
 
 from packer import explain
-from packer.events import Action, Fill, Filled, FillFailed, PrefetchChosen
+from packer.events import (
+    Action,
+    Cancelled,
+    Event,
+    Fill,
+    Filled,
+    FillFailed,
+    Finished,
+    PrefetchChosen,
+    Requested,
+)
 from packer.intensity import Ranking
 from packer.ledger import (
     CopyState,
@@ -68,8 +78,12 @@ def begin(node: Node, now_ms: int) -> None:
     node.prefetch.not_before_ms = now_ms + FIRST_MS
 
 
-def look(node: Node, now_ms: int, out: list[Action]) -> None:
-    """Something changed: end what may not go on, or begin what may."""
+def look(node: Node, event: Event, now_ms: int, out: list[Action]) -> None:
+    """Something changed: end what may not go on, or begin what may.
+
+    What callers do makes nothing possible here that was not before, so nothing begins for that: the shortcut
+    for hits (``hits``) need not come by.
+    """
     state = node.prefetch
     if state.filling is not None or state.ahead:
         _make_way(node, now_ms, out)
@@ -77,7 +91,8 @@ def look(node: Node, now_ms: int, out: list[Action]) -> None:
         if not _may_stay(node, state.filling):
             stop_fill(node, out)
         return
-    if not state.on:
+    due = state.wakes and now_ms >= state.not_before_ms
+    if not state.on or (isinstance(event, Requested | Finished | Cancelled) and not due):
         return
     if now_ms < state.not_before_ms:
         if not state.wakes:

@@ -153,7 +153,7 @@ def step_in_full(node: Node, event: Event, now_ms: int) -> list[Action]:
         facts.halve_shares(node, now_ms)
     _take_in(node, event, now_ms, out)
     queueing.expire(node, now_ms, out)
-    _settle(node, now_ms, out)
+    _settle(node, event, now_ms, out)
     queueing.schedule_wake(node, now_ms, out)
     return out
 
@@ -233,7 +233,7 @@ def _take_fact(node: Node, event: Event, now_ms: int, out: list[Action]) -> None
             node.wake_ms = None
 
 
-def _settle(node: Node, now_ms: int, out: list[Action]) -> None:
+def _settle(node: Node, event: Event, now_ms: int, out: list[Action]) -> None:
     """Draw the consequences until nothing more follows.
 
     A refusal or a grant inside may make room for the next; every round answers at least one request or
@@ -249,7 +249,7 @@ def _settle(node: Node, now_ms: int, out: list[Action]) -> None:
                 queueing.grant_waiters(node, model, model.tier_now, now_ms, out)
         queueing.start_waiting(node, now_ms, out)
         upkeep.order_packs(node, now_ms, out)
-        prefetch.look(node, now_ms, out)
+        prefetch.look(node, event, now_ms, out)
 
 
 # --- requests -------------------------------------------------------------------------------------

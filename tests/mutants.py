@@ -196,8 +196,8 @@ MUTANTS = (
     Mutant(
         "a corrupt copy is kept",
         "residency",
-        "elif event.corrupt and source is not Tier.ORIGIN:",
-        "elif event.corrupt and source is Tier.ORIGIN:",
+        "elif event.corrupt and source is not Tier.ORIGIN and",
+        "elif event.corrupt and source is Tier.ORIGIN and",
     ),
     Mutant(
         "a removed model that was restoring stays",
