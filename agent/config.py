@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.devices import DeviceConfig, inventory
+from packer.events import Event, LendingChosen, PolicyChosen, PrefetchChosen
 from packer.lending import MARGIN_PERCENT, MARGIN_PERCENT_MAX
 from packer.policies import POLICY_NAMES
 from packer.types import GIB, MIB, BadValue, HostForm, parse_bytes
@@ -65,6 +66,14 @@ class AgentConfig:
     lending_margin_percent: int = MARGIN_PERCENT
     prefetch: bool = True
     standbys: int = 1  # workers kept ready per device
+
+    def choices(self) -> tuple[Event, ...]:
+        """What the operator chose for the core, as it is told at the start."""
+        return (
+            PolicyChosen(self.policy),
+            LendingChosen(self.lending_margin_percent),
+            PrefetchChosen(self.prefetch),
+        )
 
 
 def node_name(text: str) -> str:

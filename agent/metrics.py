@@ -102,8 +102,7 @@ class _Families:
         yield self._estimate_errors()
         yield from self._calibration()
         yield from self._regret()
-        yield CounterMetricFamily("bunkhouse_evictions", "Models evicted from devices.", counters.evictions)
-        yield from self._prefetch()
+        yield from self._moves()
         yield CounterMetricFamily("bunkhouse_workers_died", "Worker processes gone.", counters.workers_died)
         yield CounterMetricFamily(
             "bunkhouse_chunks_corrupt", "Chunks of packs found bad and never used.", counters.chunks_corrupt
@@ -120,8 +119,10 @@ class _Families:
             "bunkhouse_records_lost", "Records the journal did not get.", counters.records_lost
         )
 
-    def _prefetch(self) -> Iterator[Metric]:
+    def _moves(self) -> Iterator[Metric]:
+        """Of what nobody waits for."""
         counters = self._counters
+        yield CounterMetricFamily("bunkhouse_evictions", "Models evicted from devices.", counters.evictions)
         yield CounterMetricFamily(
             "bunkhouse_prefetched", "Packs brought into host memory ahead of need.", counters.prefetched
         )

@@ -52,12 +52,9 @@ from packer.events import (
     DeviceSeen,
     DrainAsked,
     Event,
-    LendingChosen,
     PackBegun,
     PackFound,
     Planned,
-    PolicyChosen,
-    PrefetchChosen,
     RatesSeen,
     TierBudgetSeen,
 )
@@ -212,9 +209,8 @@ class RunningNode:
         for device in self._devices.values():
             self._nursery.keep_standbys(device)
         self.sharing.start()
-        self.loop.post(PolicyChosen(self.config.policy))
-        self.loop.post(LendingChosen(self.config.lending_margin_percent))
-        self.loop.post(PrefetchChosen(self.config.prefetch))
+        for chosen in self.config.choices():
+            self.loop.post(chosen)
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         for tier in (Tier.HOST, Tier.DISK):
             self.loop.post(TierBudgetSeen(tier, self.budget_bytes(tier)))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from packer import estimate, gangs
+from packer.ahead import Prefetching
 from packer.chosen import Chosen
 from packer.decisions import Decision
 from packer.estimate import History, Learned
@@ -113,24 +114,6 @@ class Moving:
 
     target: str
     payer: Tenant
-
-
-@dataclass(slots=True, eq=False)
-class Prefetching:
-    """Host copies that are filled ahead of need, one at a time; see ``prefetch``."""
-
-    on: bool = False
-    filling: Model | None = None
-    stopping: bool = False
-    started_ms: int = 0
-    not_before_ms: int = 0
-    wakes: bool = False  # somebody will look again then
-    looked: int = 0  # how far what is on disk was gone through
-    # What stays free, as last worked out, and of a tier of which size; -1: what is on disk has changed.
-    spare_bytes: int = 0
-    spare_of: int = -1
-    # Copies that no restore has read yet.
-    ahead: dict[ModelRef, Model] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -553,8 +536,7 @@ def settle_copy(node: Node, model: Model, tier: Tier, nbytes: int) -> None:
         account.hold_found(nbytes)
     copy.state, copy.held_bytes, copy.order = CopyState.HELD, nbytes, 0
     node.copies(tier)[model.ref] = model
-    if tier is Tier.DISK:
-        node.prefetch.spare_of = -1
+    node.prefetch.spare_of = -1
     _changed(node, model)
 
 
@@ -585,8 +567,6 @@ def leave_copy(node: Node, model: Model, tier: Tier) -> None:
     node.account(tier).leaving_bytes += copy.held_bytes
     model.tenant.account(tier).leaving_bytes += copy.held_bytes
     copy.state = CopyState.DROPPING
-    if tier is Tier.HOST:
-        node.prefetch.ahead.pop(model.ref, None)
     if node.chosen is not None:
         node.chosen.note_gone(tier, model.ref, node.now_ms)
     _changed(node, model)
@@ -600,8 +580,7 @@ def release_copy(node: Node, model: Model, tier: Tier) -> None:
     model.tenant.account(tier).release(copy.held_bytes, leaving)
     copy.state, copy.held_bytes, copy.order = CopyState.ABSENT, 0, 0
     node.copies(tier).pop(model.ref, None)
-    if tier is Tier.DISK:
-        node.prefetch.spare_of = -1
+    node.prefetch.spare_of = -1
     if node.chosen is not None:
         node.chosen.note_gone(tier, model.ref, node.now_ms)
     _changed(node, model)

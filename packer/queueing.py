@@ -368,6 +368,8 @@ def hold_pack(node: Node, model: Model, nbytes: int) -> None:
 
 def order_drop(node: Node, model: Model, tier: Tier, out: list[Action]) -> None:
     leave_copy(node, model, tier)
+    if tier is Tier.HOST:
+        node.prefetch.ahead.pop(model.ref, None)
     copy = model.copy(tier)
     copy.order = next_order(node)
     out.append(Drop(model.ref, tier, copy.order))

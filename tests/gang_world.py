@@ -17,6 +17,8 @@ from packer.types import MIB, ModelRef
 class GangWorld(World):
     """Several devices of which most models need more than one."""
 
+    prefetch_each = 4
+
     def _draw(self) -> None:
         self.gangs = Random(self.seed)
         super()._draw()

@@ -42,7 +42,7 @@ PREFETCH_MUTANTS = (
     Mutant(
         "what stays free is not worked out anew",
         "ledger",
-        "[model.ref] = model\n    if tier is Tier.DISK:\n        node.prefetch.spare_of = -1\n",
+        "[model.ref] = model\n    node.prefetch.spare_of = -1\n",
         "[model.ref] = model\n",
     ),
     Mutant(

@@ -80,6 +80,8 @@ class World(Hands):
     ``full`` keeps every step's text for reading; the digest of all of them is kept anyway.
     """
 
+    prefetch_each = 2  # of so many worlds one fills host memory ahead of need
+
     def __init__(
         self, seed: int, core: ModuleType = residency, full: bool = False, policy: str = "keep"
     ) -> None:
@@ -218,7 +220,7 @@ class World(Hands):
             self.feed(PolicyChosen(self.policy))
         for tier in (Tier.HOST, Tier.DISK):
             self.feed(TierBudgetSeen(tier, self.limits[tier]))
-        if self.seed % 2:
+        if self.seed % self.prefetch_each == 1:
             self.feed(PrefetchChosen(True))
         for device, budget in self.budgets.items():
             self.feed(DeviceSeen(device, budget))
