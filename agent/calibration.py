@@ -206,18 +206,17 @@ class Calibrator:
             return
         self.rates = rates
 
-    @contextmanager
-    def disturbed(self) -> Iterator[None]:
-        """The node works for somebody: not a time to measure. Ends a measurement under way."""
+    def disturb(self) -> None:
+        """The node works for somebody, until ``leave``: not a time to measure. Ends a measurement under
+        way."""
         self._in_use += 1
         self._busy_s = self._clock_s()
         if self._measuring is not None:
             self._measuring.cancel()
-        try:
-            yield
-        finally:
-            self._in_use -= 1
-            self._busy_s = self._clock_s()
+
+    def leave(self) -> None:
+        self._in_use -= 1
+        self._busy_s = self._clock_s()
 
     async def run(self) -> None:
         """Until cancelled: take up what the command left, measure when it is time, follow the line."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -114,10 +113,16 @@ class Counters:
         self._request_ref: dict[str, ModelRef] = {}
 
     def model(self, ref: ModelRef) -> ModelCount:
-        return self.models.setdefault(ref, ModelCount())
+        count = self.models.get(ref)
+        if count is None:
+            count = self.models[ref] = ModelCount()
+        return count
 
     def tenant(self, tenant: str) -> TenantCount:
-        return self.tenants.setdefault(tenant, TenantCount())
+        count = self.tenants.get(tenant)
+        if count is None:
+            count = self.tenants[tenant] = TenantCount()
+        return count
 
     def observe(self, wall_ms: int, event: Event, actions: list[Action]) -> None:
         match event:
@@ -173,18 +178,15 @@ class Counters:
             self.chunks_repaired += count
         self._record(wall_ms, kind, ref, detail)
 
-    @contextmanager
-    def counting(self, ref: ModelRef, taken: Taken) -> Iterator[None]:
-        """A request that was let in: what it takes counts, and only one that went well to its end is an
-        answer."""
-        try:
-            yield
-        finally:
-            count = self.tenant(ref.tenant)
-            count.tokens += taken.tokens
-            count.device_ms += taken.device_ms
-        count.answers += 1
-        self.model(ref).answers += 1
+    def ended(self, ref: ModelRef, taken: Taken, well: bool) -> None:
+        """A request that was let in is over: what it took counts, and only one that went well to its end is
+        an answer."""
+        count = self.tenant(ref.tenant)
+        count.tokens += taken.tokens
+        count.device_ms += taken.device_ms
+        if well:
+            count.answers += 1
+            self.model(ref).answers += 1
 
     def done(self, request: str) -> None:
         """The request left the loop, whatever became of it."""

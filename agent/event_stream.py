@@ -7,7 +7,7 @@ beside the wait for it. Does not cover: what the events say (``openai_shapes``) 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -72,7 +72,9 @@ class _End:
     error: Exception | None
 
 
-async def with_silences(source: AsyncGenerator[T, None], silence_seconds: float) -> AsyncIterator[T | None]:
+async def with_silences(
+    source: AsyncGenerator[T, None], silence_seconds: float
+) -> AsyncGenerator[T | None, None]:
     """The source's items, and None whenever it has said nothing for ``silence_seconds``.
 
     The source runs in one task from its first line to its last, so that what it holds (a lease) is

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -28,7 +28,7 @@ from agent.guard import FACTS, KEY, SCRAPER, add_headers, require_key
 from agent.metering import expected_tokens
 from agent.oip import OipRoutes
 from agent.oip_models import rows_of
-from agent.oip_stats import Statistics
+from agent.oip_stats import Statistics, Timing
 from agent.openai_answers import GeneratedShape
 from agent.openai_shapes import (
     ChatAsk,
@@ -262,17 +262,12 @@ class Gateway:
             )
         return Call(request, spec)
 
-    @asynccontextmanager
-    async def _lease(self, call: Call, orders: Sequence[EngineRequest]) -> AsyncIterator[Lease]:
+    def _timing(self, call: Call, orders: Sequence[EngineRequest]) -> Timing:
+        return self._statistics.timing(call.spec.ref, sum(rows_of(order) for order in orders))
+
+    def _lease(self, call: Call, orders: Sequence[EngineRequest]) -> AbstractAsyncContextManager[Lease]:
         timeout_ms, tokens = self._config.lease_timeout_ms, expected_tokens(orders)
-        rows = sum(rows_of(order) for order in orders)
-        with self._statistics.timing(call.spec.ref, rows) as timing:
-            async with self._node.lease(call.spec, call.request_id, timeout_ms, tokens) as lease:
-                timing.granted()
-                facts = call.request[FACTS]
-                facts.tier, facts.restore_ms, facts.device = lease.tier, lease.restore_ms, lease.device
-                facts.restored_bytes = lease.restored_bytes
-                yield lease
+        return self._node.lease(call.spec, call.request_id, timeout_ms, tokens)
 
     async def _run_one(self, request: web.Request, spec: ModelSpec, order: EngineRequest) -> EngineFrame:
         """For a surface that has found its model by itself."""
@@ -282,12 +277,17 @@ class Gateway:
     async def _one_frame(self, call: Call, order: EngineRequest) -> EngineFrame:
         """The answer of an operation that gives one frame. The lease is over when it is returned."""
         found: EngineFrame | None = None
-        async with self._lease(call, (order,)) as lease:
-            async with _closing(lease.run(order)) as frames:
-                async for frame in frames:
-                    if found is not None:
-                        raise EngineFault(f"the engine sent several frames for {order.op}")
-                    found = frame
+        with self._timing(call, (order,)) as timing:
+            async with self._lease(call, (order,)) as lease:
+                _granted(call, timing, lease)
+                frames = lease.run(order)
+                try:
+                    async for frame in frames:
+                        if found is not None:
+                            raise EngineFault(f"the engine sent several frames for {order.op}")
+                        found = frame
+                finally:
+                    await _close(frames)
         if found is None:
             raise EngineFault(f"the engine sent no frame for {order.op}")
         return found
@@ -296,12 +296,17 @@ class Gateway:
         self, call: Call, orders: tuple[EngineRequest, ...]
     ) -> AsyncGenerator[Lease | tuple[int, EngineFrame], None]:
         """First the lease, then every frame of every order with the order's index."""
-        async with self._lease(call, orders) as lease:
-            yield lease
-            for index, order in enumerate(orders):
-                async with _closing(lease.run(order)) as frames:
-                    async for frame in frames:
-                        yield index, frame
+        with self._timing(call, orders) as timing:
+            async with self._lease(call, orders) as lease:
+                _granted(call, timing, lease)
+                yield lease
+                for index, order in enumerate(orders):
+                    frames = lease.run(order)
+                    try:
+                        async for frame in frames:
+                            yield index, frame
+                    finally:
+                        await _close(frames)
 
     async def _generated(
         self, call: Call, orders: tuple[EngineRequest, ...], ask: CompletionAsk | ChatAsk, chat: bool
@@ -336,7 +341,7 @@ class Gateway:
         source = with_silences(self._frames(call, orders), self._config.keep_alive_ms / 1000)
         doing = "restoring"
         try:
-            async with _closing(source) as items:
+            async with aclosing(source) as items:
                 async for item in items:
                     if item is None:
                         await stream.comment(doing)
@@ -381,12 +386,16 @@ async def _written(about_bytes: int, write: Callable[P, bytes], *args: P.args, *
     return await asyncio.to_thread(write, *args, **kwargs)
 
 
-@asynccontextmanager
-async def _closing(frames: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
-    """Close the iterator on the way out if it can be closed: that is what cancels in the worker."""
-    try:
-        yield frames
-    finally:
-        close = getattr(frames, "aclose", None)
-        if close is not None:
-            await close()
+def _granted(call: Call, timing: Timing, lease: Lease) -> None:
+    """The request has its model: note it for the answer's headers and for statistics."""
+    timing.granted()
+    facts = call.request[FACTS]
+    facts.tier, facts.restore_ms, facts.device = lease.tier, lease.restore_ms, lease.device
+    facts.restored_bytes = lease.restored_bytes
+
+
+async def _close(frames: AsyncIterator[T]) -> None:
+    """Close the iterator if it can be closed: that is what cancels in the worker."""
+    close = getattr(frames, "aclose", None)
+    if close is not None:
+        await close()

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 
 from agent import devices, metrics
@@ -23,13 +23,11 @@ from agent.counters import Counters
 from agent.credentials import Credentials
 from agent.debts import Debts
 from agent.decisions import Decisions
-from agent.facade import Lease
 from agent.footprints import Footprints
 from agent.identity import BadIdentity, Identity, box_facts
 from agent.journal import JournalFailed, PackRow, open_journal
 from agent.keeper import Keeper
 from agent.loop import Loop
-from agent.metering import MeteredLease
 from agent.orders import JournalThread, Orders
 from agent.origin import OriginUnavailable
 from agent.packs import PackDirectory
@@ -41,6 +39,7 @@ from agent.shares import Shares
 from agent.sharing import Sharing
 from agent.spawning import Nursery
 from agent.spending import Spending
+from agent.stay import Stay
 from agent.uplink import Uplink
 from agent.usage_meter import UsageMeter
 from agent.use_log import UseLog
@@ -108,16 +107,16 @@ class RunningNode:
         self._foreign: dict[str, devices.DeviceState] = {}
         self._journal = JournalThread(open_journal(config.data_dir))
         self._link = LinkMeter()
-        self._calibrator = Calibrator(
+        self.calibrator = Calibrator(
             config.data_dir,
             config.calibrate,
             self._on_cuda,
             self._calibrated,
             self._link,
         )
-        self._calibrator.take_stored(self._journal.journal.calibration())
+        self.calibrator.take_stored(self._journal.journal.calibration())
         self.host_form = self._choose_host_form(None)
-        self._packs = PackDirectory(config.data_dir / "packs", self._calibrator.reads_past_cache)
+        self._packs = PackDirectory(config.data_dir / "packs", self.calibrator.reads_past_cache)
         self._segments = HostSegments()
         self._find_identity(config)
         self._nursery = Nursery(config.threads, config.standbys)
@@ -221,7 +220,7 @@ class RunningNode:
             await self._keeper.take_up()
         if any(device.kind == "cuda" for device in self._devices.values()):
             self._tasks.append(asyncio.create_task(self._watch_devices()))
-        runs = (self._flush_records(), self._calibrator.run(), self.meter.run(), self.usage.run())
+        runs = (self._flush_records(), self.calibrator.run(), self.meter.run(), self.usage.run())
         self._tasks += [asyncio.create_task(each) for each in runs]
 
     async def run_uplink(self, gateway_url: str) -> None:
@@ -263,7 +262,7 @@ class RunningNode:
 
     @property
     def rates(self) -> Rates | None:
-        return self._calibrator.rates
+        return self.calibrator.rates
 
     def _choose_host_form(self, plan: Plan | None) -> HostForm:
         """What the operator wants, else what was measured; an unmeasured cpu box keeps the smallest."""
@@ -451,23 +450,11 @@ class RunningNode:
             return self._latest.get(model)
         return self._specs.get(ModelRef(model.tenant, model.name, version))
 
-    @asynccontextmanager
-    async def lease(
-        self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int
-    ) -> AsyncIterator[Lease]:
-        try:
-            await self.shares.until_let_in(spec.ref.tenant, timeout_ms)
-            with self._calibrator.disturbed():
-                async with self.loop.lease(spec, request_id, timeout_ms, tokens) as held:
-                    metered, ref = MeteredLease(held), spec.ref
-                    with self.usage.counting(ref, metered), self.counters.counting(ref, metered):
-                        yield metered
-        finally:
-            self.counters.done(request_id)
+    def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int) -> Stay:
+        return Stay(self, spec, request_id, timeout_ms, tokens)
 
     def rate_views(self, tenant: str) -> Sequence[RateView]:
-        view = residency.tenant_view(self.loop.core, tenant, monotonic_ms())
-        return view.rates if view is not None else ()
+        return residency.rate_views(self.loop.core, tenant, monotonic_ms())
 
     def ready(self) -> bool:
         return self._plan is not None and not self._plan.draining

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from packer.oip import ModelStats
 from packer.types import ModelRef
@@ -19,9 +17,13 @@ MODELS_MAX = 10_000
 
 
 class Timing:
-    """One request as it goes."""
+    """One request as it goes: counted when the block ends, as failed unless it ends well."""
 
-    def __init__(self, rows: int) -> None:
+    __slots__ = ("_ref", "_statistics", "began_ns", "granted_ns", "rows")
+
+    def __init__(self, statistics: Statistics, ref: ModelRef, rows: int) -> None:
+        self._statistics = statistics
+        self._ref = ref
         self.rows = rows
         self.began_ns = time.monotonic_ns()
         self.granted_ns: int | None = None
@@ -29,6 +31,12 @@ class Timing:
     def granted(self) -> None:
         """It has its model; the wait is over."""
         self.granted_ns = time.monotonic_ns()
+
+    def __enter__(self) -> Timing:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        self._statistics.count(self._ref, self, failed=kind is not None)
 
 
 class Statistics:
@@ -42,19 +50,14 @@ class Statistics:
         """Nothing is counted by asking."""
         return self._by_ref.get(ref) or ModelStats(str(ref.model), ref.version)
 
-    @contextmanager
-    def timing(self, ref: ModelRef, rows: int) -> Iterator[Timing]:
-        """Count a request, which is ``rows`` inferences, as failed unless the block ends well."""
-        timing = Timing(rows)
-        failed = True
-        try:
-            yield timing
-            failed = False
-        finally:
-            self._count(ref, timing, failed)
+    def timing(self, ref: ModelRef, rows: int) -> Timing:
+        """A request begins, which is ``rows`` inferences."""
+        return Timing(self, ref, rows)
 
-    def _count(self, ref: ModelRef, timing: Timing, failed: bool) -> None:
-        counted = self._by_ref.setdefault(ref, ModelStats(str(ref.model), ref.version))
+    def count(self, ref: ModelRef, timing: Timing, failed: bool) -> None:
+        counted = self._by_ref.get(ref)
+        if counted is None:
+            counted = self._by_ref[ref] = ModelStats(str(ref.model), ref.version)
         self._by_ref.move_to_end(ref)
         if len(self._by_ref) > self._models_max:
             self._by_ref.popitem(last=False)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,21 +51,30 @@ class Counted(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
+class Running:
     """A request that has its lease; ``noted`` of it is in the sums already."""
 
     ref: ModelRef
     counted: Counted
+    meter: UsageMeter
     noted: Used = NOTHING
 
-    def rest(self, end: Used = NOTHING) -> Used:
+    def ended(self, well: bool) -> None:
+        """It is over, and an answer if it went well to its end."""
+        self.meter.ended(self, well)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        self.ended(well=kind is None)
+
+    def rest(self, requests: int = 0, answers: int = 0) -> Used:
         """What is not in the sums yet, which it is from now on."""
         counted = self.counted
-        now = end + Used(
-            prompt_tokens=counted.prompt_tokens,
-            completion_tokens=counted.completion_tokens,
-            device_ms=counted.device_ms,
-        )
+        now = Used(requests, answers, counted.prompt_tokens, counted.completion_tokens, counted.device_ms)
+        if self.noted == NOTHING:
+            self.noted = now
+            return now.beyond(NOTHING)
         rest = now.beyond(self.noted)
         self.noted += rest
         return rest
@@ -89,7 +98,7 @@ class UsageMeter:
         self._tell = tell
         self._steady_s = steady_s
         self._pending: dict[Key, Used] = {}
-        self._running: dict[_Running, None] = {}
+        self._running: dict[Running, None] = {}
         self._taken_at_s = 0.0  # when running requests were last looked at
         self._due = asyncio.Event()
         self._flushing = asyncio.Lock()
@@ -100,19 +109,17 @@ class UsageMeter:
 
     # --- counting ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def counting(self, ref: ModelRef, counted: Counted) -> Iterator[None]:
-        """A request that was let in; it is an answer when the block ends well."""
-        running = _Running(ref, counted)
+    def counting(self, ref: ModelRef, counted: Counted) -> Running:
+        """A request was let in; ``ended`` of what this gives must follow, as the end of a block does."""
+        running = Running(ref, counted, self)
         self._running[running] = None
         self._due.set()
-        answers = 0
-        try:
-            yield
-            answers = 1
-        finally:
-            del self._running[running]
-            self._note(ref.tenant, str(ref.model), running.rest(Used(requests=1, answers=answers)))
+        return running
+
+    def ended(self, running: Running, well: bool) -> None:
+        del self._running[running]
+        ref = running.ref
+        self._note(ref.tenant, str(ref.model), running.rest(requests=1, answers=int(well)))
 
     def observe(self, event: Event) -> None:
         """What the core's steps tell of use that is no request's own."""

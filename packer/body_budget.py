@@ -12,8 +12,6 @@ slowest first. Nobody waits for room, so there is nothing to wait for in a circl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -71,41 +69,52 @@ class BodyBudget:
         self._promised: dict[str, int] = {}  # by owner: announced, or arrived where that is more
         self._arriving: dict[int, _Body] = {}  # by identity, in the order in which they began
 
-    @asynccontextmanager
-    async def body(
-        self, request: web.Request, owner: str, limit_bytes: int = JSON_BYTES_MAX
-    ) -> AsyncIterator[bytes]:
-        """The request's whole body; its bytes stay counted until the block is left. Raises ``ApiError``."""
+    def body(self, request: web.Request, owner: str, limit_bytes: int = JSON_BYTES_MAX) -> HeldBody:
+        """The request's whole body, given by ``async with``; its bytes stay counted until the block is left.
+        Entering raises ``ApiError``."""
+        return HeldBody(self, request, owner, limit_bytes)
+
+    async def take(self, request: web.Request, owner: str, limit_bytes: int) -> tuple[_Body, bytes]:
+        """Read and count a body. ``give`` must follow. Raises ``ApiError``."""
         declared = request.content_length
         if declared is not None and declared > limit_bytes:
             raise too_large(limit_bytes)
         large = (limit_bytes if declared is None else declared) > JSON_BYTES_MAX
         most_bytes = self.total_bytes * LARGE_PERCENT // 100 if large else self.total_bytes
+        # All of it came with the head, as most do: nothing is waited for.
+        whole = request.content.is_eof()
         seconds = BODY_READ_SECONDS + (declared or limit_bytes) / BODY_BYTES_PER_SECOND_MIN
         now_s = asyncio.get_running_loop().time()
-        body = _Body(owner, most_bytes, asyncio.timeout(seconds), now_s)
+        body = _Body(owner, most_bytes, asyncio.timeout(None if whole else seconds), now_s)
         try:
             self._promise(body, declared or 0)
             over = self.held_bytes + (declared or 0) - most_bytes
             if over > 0 and sum(each.size for each in self._slow(now_s)) < over:
                 raise self._full(body)
-            self._arriving[id(body)] = body
-            try:
-                async with body.limit:
-                    await self._read(request, body, limit_bytes)
-            except TimeoutError:
-                if body.given_up:
-                    raise self._full(body) from None
-                raise ApiError(
-                    408, "body_timeout", f"The request's body was not complete after {seconds:.0f} s."
-                ) from None
-            finally:
-                del self._arriving[id(body)]
+            if whole:
+                await self._read(request, body, limit_bytes)
+            else:
+                await self._arrive(request, body, limit_bytes, seconds)
             # What is held here would be in memory until the answer, wanted or not.
-            body.parts[:] = [b"".join(body.parts)]
-            yield body.parts.pop()
+            parts, body.parts = body.parts, []
+            return body, parts[0] if len(parts) == 1 else b"".join(parts)
+        except BaseException:
+            self.give(body)
+            raise
+
+    async def _arrive(self, request: web.Request, body: _Body, limit_bytes: int, seconds: float) -> None:
+        self._arriving[id(body)] = body
+        try:
+            async with body.limit:
+                await self._read(request, body, limit_bytes)
+        except TimeoutError:
+            if body.given_up:
+                raise self._full(body) from None
+            raise ApiError(
+                408, "body_timeout", f"The request's body was not complete after {seconds:.0f} s."
+            ) from None
         finally:
-            self._end(body)
+            del self._arriving[id(body)]
 
     async def _read(self, request: web.Request, body: _Body, limit_bytes: int) -> None:
         """Raises ``TimeoutError`` also when the body was given up."""
@@ -151,7 +160,8 @@ class BodyBudget:
         self._promised[body.owner] = promised + more
         body.promised_bytes = count
 
-    def _end(self, body: _Body) -> None:
+    def give(self, body: _Body) -> None:
+        """It is of no use any more."""
         self.held_bytes -= body.size
         left = self._promised.get(body.owner, 0) - body.promised_bytes
         if left:
@@ -169,3 +179,20 @@ class BodyBudget:
             retry_ms=RETRY_MS_DEFAULT,
             should_retry=True,
         )
+
+
+class HeldBody:
+    """A request's body for the length of a block. A class and no generator: every request comes by here."""
+
+    __slots__ = ("_asked", "_body", "_budget")
+
+    def __init__(self, budget: BodyBudget, request: web.Request, owner: str, limit_bytes: int) -> None:
+        self._budget = budget
+        self._asked = (request, owner, limit_bytes)
+
+    async def __aenter__(self) -> bytes:
+        self._body, held = await self._budget.take(*self._asked)
+        return held
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._budget.give(self._body)

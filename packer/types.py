@@ -197,19 +197,20 @@ def parse_model(text: str, field: str = "model") -> tuple[ModelName, str | None]
     slash or dot can not mean different things to a check and to a look-up.
     Raises ``BadValue``.
     """
-    wrong = BadValue(
-        field,
-        f"{text[:120]!r} is not a model reference: write tenant/name or tenant/name@version, the name "
-        f"being 1 to {MODEL_NAME_CHARS_MAX} of letters, digits, '.', '_' and '-'",
-    )
     head, at, version = text.partition("@")
     tenant, slash, name = head.partition("/")
-    if not slash or not TENANT_PATTERN.fullmatch(tenant):
-        raise wrong
-    if not MODEL_NAME_PATTERN.fullmatch(name) or ".." in name:
-        raise wrong
-    if at and version != LATEST and not VERSION_PATTERN.fullmatch(version):
-        raise wrong
+    if (
+        not slash
+        or not TENANT_PATTERN.fullmatch(tenant)
+        or not MODEL_NAME_PATTERN.fullmatch(name)
+        or ".." in name
+        or (at and version != LATEST and not VERSION_PATTERN.fullmatch(version))
+    ):
+        raise BadValue(
+            field,
+            f"{text[:120]!r} is not a model reference: write tenant/name or tenant/name@version, the name "
+            f"being 1 to {MODEL_NAME_CHARS_MAX} of letters, digits, '.', '_' and '-'",
+        )
     return ModelName(tenant, name), (version if at and version != LATEST else None)
 
 

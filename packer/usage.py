@@ -9,7 +9,6 @@ Pure: no clock, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 HOUR_MS = 3_600_000
@@ -35,11 +34,30 @@ class Used:
     restored_origin_bytes: int = 0
 
     def __add__(self, other: Used) -> Used:
-        return Used(*(min(mine + yours, AMOUNT_MAX) for mine, yours in _pairs(self, other)))
+        # Written out, here and below: every request comes by here.
+        return Used(
+            min(self.requests + other.requests, AMOUNT_MAX),
+            min(self.answers + other.answers, AMOUNT_MAX),
+            min(self.prompt_tokens + other.prompt_tokens, AMOUNT_MAX),
+            min(self.completion_tokens + other.completion_tokens, AMOUNT_MAX),
+            min(self.device_ms + other.device_ms, AMOUNT_MAX),
+            min(self.restored_host_bytes + other.restored_host_bytes, AMOUNT_MAX),
+            min(self.restored_disk_bytes + other.restored_disk_bytes, AMOUNT_MAX),
+            min(self.restored_origin_bytes + other.restored_origin_bytes, AMOUNT_MAX),
+        )
 
     def beyond(self, other: Used) -> Used:
         """What this has more; a worker that counts backwards takes nothing back."""
-        return Used(*(max(mine - yours, 0) for mine, yours in _pairs(self, other)))
+        return Used(
+            max(self.requests - other.requests, 0),
+            max(self.answers - other.answers, 0),
+            max(self.prompt_tokens - other.prompt_tokens, 0),
+            max(self.completion_tokens - other.completion_tokens, 0),
+            max(self.device_ms - other.device_ms, 0),
+            max(self.restored_host_bytes - other.restored_host_bytes, 0),
+            max(self.restored_disk_bytes - other.restored_disk_bytes, 0),
+            max(self.restored_origin_bytes - other.restored_origin_bytes, 0),
+        )
 
 
 # The names of the amounts, which are the names of columns as well.
@@ -72,10 +90,6 @@ NO_USAGE = UsageBatch(0, ())
 def amounts(used: Used) -> tuple[int, ...]:
     """The amounts in the order of ``AMOUNTS``."""
     return tuple(getattr(used, name) for name in AMOUNTS)
-
-
-def _pairs(one: Used, other: Used) -> Iterator[tuple[int, int]]:
-    return zip(amounts(one), amounts(other), strict=True)
 
 
 def hour_of(at_ms: int) -> int:

@@ -100,6 +100,12 @@ def tenant_view(node: Node, tenant: str, now_ms: int) -> TenantView | None:
     )
 
 
+def rate_views(node: Node, tenant: str, now_ms: int) -> tuple[RateView, ...]:
+    """The rates of a tenant that are limited; none of one that the node does not know."""
+    known = node.tenants.get(tenant)
+    return tuple(known.rates.views(now_ms)) if known is not None else ()
+
+
 def _lending_view(node: Node, tenant: Tenant) -> LendingView:
     slice_, account = tenant.slice, tenant.device
     beyond = account.kept_bytes - account.reserved_bytes

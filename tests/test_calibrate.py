@@ -341,8 +341,9 @@ async def test_an_operator_who_turned_it_off_is_obeyed(tmp_path: Path) -> None:
 async def test_a_busy_node_is_not_measured(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     desk.now_s = QUIET_S
-    with desk.calibrator.disturbed():
-        await desk.look_at(2 * QUIET_S)
+    desk.calibrator.disturb()
+    await desk.look_at(2 * QUIET_S)
+    desk.calibrator.leave()
     await desk.look_at(2 * QUIET_S + 1)
     assert desk.measured == 0, "it was in use a second ago"
     await desk.look_at(3 * QUIET_S)
@@ -361,8 +362,9 @@ async def test_a_request_ends_a_measurement_which_is_made_up_for_later(tmp_path:
     desk.result = for_ever
     look = asyncio.create_task(desk.look_at(QUIET_S))
     await begun.wait()
-    with desk.calibrator.disturbed():
-        await look
+    desk.calibrator.disturb()
+    await look
+    desk.calibrator.leave()
     assert desk.adopted == []
     desk.result = desk.succeed
     await desk.look_at(2 * QUIET_S)
