@@ -52,7 +52,8 @@ class Decisions:
         if isinstance(event, Asked):
             return
         at_ms = self._wall_ms()
-        self._ring.extend(shortened(replace(decision, at_ms=at_ms)) for decision in core.why)
+        if core.why:
+            self._ring.extend(shortened(replace(decision, at_ms=at_ms)) for decision in core.why)
         match event:
             case Requested(request=request, ref=ref):
                 if len(self._requests) >= REQUESTS_KEPT_MAX:

@@ -52,6 +52,7 @@ from packer.http import (
     internal_error,
     json_response,
     model_card,
+    model_id,
     model_list,
     model_not_found,
     openai_error,
@@ -111,7 +112,7 @@ class Call:
 
     @property
     def model_id(self) -> str:
-        return model_card(self.spec).id
+        return model_id(self.spec)
 
 
 def build_app(node: NodeFacade, config: GatewayConfig) -> web.Application:

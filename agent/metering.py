@@ -23,6 +23,8 @@ CHARS_PER_TOKEN = 4
 # name a large limit to be safe, and answers seldom come near it.
 OUTPUT_TOKENS_ASSUMED = 512
 OUTPUT_TOKENS_RESERVED_MAX = 4096
+# Fields of an order whose texts or tokens the engine reads.
+_READ = ("inputs", "prompt", "tokens", "messages")
 
 
 def expected_tokens(orders: Sequence[EngineRequest]) -> int:
@@ -33,10 +35,7 @@ def expected_tokens(orders: Sequence[EngineRequest]) -> int:
 def read_tokens(order: EngineRequest) -> int:
     """Tokens of the input: exact when the caller sent token numbers, else by its characters."""
     fields = order.fields
-    total = 0
-    for name in ("inputs", "prompt", "tokens", "messages"):
-        total += _tokens_of(fields.get(name))
-    return total
+    return sum(_tokens_of(fields[name]) for name in _READ if name in fields)
 
 
 def _tokens_of(value: JSON) -> int:

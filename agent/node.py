@@ -51,6 +51,7 @@ from packer.events import (
     DeviceSeen,
     DrainAsked,
     Event,
+    Finished,
     PackBegun,
     PackFound,
     Planned,
@@ -538,6 +539,9 @@ class RunningNode:
     # --- records ----------------------------------------------------------------------------------
 
     def _observe(self, now_ms: int, event: Event, actions: list[Action]) -> None:
+        if type(event) is Finished and not actions and not self.loop.core.why:
+            self._tell()  # most steps: nothing else follows
+            return
         self.counters.observe(wall_ms(), event, actions)
         self.decisions.observe(self.loop.core, event, actions)
         self.accuracy.observe(self.loop.core, event, actions)

@@ -204,7 +204,7 @@ def _inputs(
     if isinstance(value, str):
         if not value:
             raise bad_field(field, "is an empty text.")
-        value = [value]
+        return [value]
     if all(isinstance(one, int) for one in value):
         return [[one for one in value if isinstance(one, int)]]
     if len(value) > limit:

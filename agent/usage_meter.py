@@ -72,9 +72,9 @@ class Running:
         """What is not in the sums yet, which it is from now on."""
         counted = self.counted
         now = Used(requests, answers, counted.prompt_tokens, counted.completion_tokens, counted.device_ms)
-        if self.noted == NOTHING:
+        if self.noted is NOTHING:  # as most, which nobody has looked at while they ran
             self.noted = now
-            return now.beyond(NOTHING)
+            return now
         rest = now.beyond(self.noted)
         self.noted += rest
         return rest
@@ -135,7 +135,8 @@ class UsageMeter:
         if used == NOTHING:
             return
         key = (hour_of(self._clock_ms()), tenant, model)
-        self._pending[key] = self._pending.get(key, NOTHING) + used
+        pending = self._pending.get(key)
+        self._pending[key] = used if pending is None else pending + used
         self._due.set()
 
     # --- to the journal ---------------------------------------------------------------------------

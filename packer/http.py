@@ -17,6 +17,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import re
 import secrets
 import traceback
@@ -414,7 +415,7 @@ def runner(app: web.Application, shutdown_seconds: float = 60.0) -> web.AppRunne
 
 
 def new_request_id() -> str:
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{os.urandom(12).hex()}"
 
 
 def request_guard(render: Render) -> Middleware:
@@ -524,10 +525,15 @@ class ModelList:
     object: str = "list"
 
 
-def model_card(spec: ModelSpec) -> ModelCard:
+def model_id(spec: ModelSpec) -> str:
     """The latest version goes by its plain name, an older one by ``tenant/name@version``."""
-    name = str(spec.ref.model) if spec.latest else str(spec.ref)
-    return ModelCard(name, spec.created_ms // 1000, spec.ref.tenant, spec.ref.version, spec.task.value)
+    return str(spec.ref.model) if spec.latest else str(spec.ref)
+
+
+def model_card(spec: ModelSpec) -> ModelCard:
+    return ModelCard(
+        model_id(spec), spec.created_ms // 1000, spec.ref.tenant, spec.ref.version, spec.task.value
+    )
 
 
 def model_list(specs: Sequence[ModelSpec]) -> ModelList:

@@ -23,8 +23,8 @@ from packer.types import ModelRef, Tier
 
 __all__ = ["InvariantBroken", "check"]
 
-# Untouched models looked at per step. A thousand models are gone round in 250 steps.
-ROUND_MODELS = 4
+# Untouched models looked at per step. A thousand models are gone round in 500 steps.
+ROUND_MODELS = 2
 NOTHING = Shares()
 
 
@@ -37,7 +37,7 @@ def check(node: Node, full: bool = False) -> None:
         _check_requests(node)
     else:
         refs = list(node.touched)
-        refs += _next_round(node, node.proof)
+        refs += [ref for ref in _next_round(node, node.proof) if ref not in node.touched]
     node.touched.clear()
     proof = node.proof
     tenants: dict[str, Tenant] = dict(node.tenants) if full else {}
@@ -110,8 +110,12 @@ def _shares(node: Node, model: Model) -> Shares:
         disk_leaving=model.disk.held_bytes if model.disk.state is leaving else 0,
         waiting=len(model.waiters),
         models=1,
-        shares=tuple(zip((m.name for m in device.members), model.shares, strict=True)) if device else (),
+        shares=_runs(device, model) if device is not None and (device.members or model.shares) else (),
     )
+
+
+def _runs(place: Device, model: Model) -> tuple[tuple[str, int], ...]:
+    return tuple(zip((member.name for member in place.members), model.shares, strict=True))
 
 
 def _check_shade(model: Model) -> None:

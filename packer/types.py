@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -22,6 +23,8 @@ TENANT_CHARS_MAX = 39
 # A model's name may look like a Hugging Face repository name; 64 characters keep log lines readable.
 MODEL_NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 MODEL_NAME_CHARS_MAX = 64
+# Texts of right model references that are parsed already: some 300 bytes each.
+MODEL_TEXTS_MAX = 4_096
 # A version is the first 16 hex digits of the sha256 of the model's manifest.
 VERSION_PATTERN = re.compile(r"[0-9a-f]{16}")
 VERSION_CHARS = 16
@@ -189,6 +192,7 @@ class ModelRef:
         return ModelName(self.tenant, self.name)
 
 
+@lru_cache(MODEL_TEXTS_MAX)
 def parse_model(text: str, field: str = "model") -> tuple[ModelName, str | None]:
     """Parse ``tenant/name`` or ``tenant/name@version`` (already percent-decoded).
 
