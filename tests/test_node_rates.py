@@ -69,7 +69,7 @@ def keep(folder: Path, rates: Rates) -> None:
 async def hand_over(node: RunningNode, rates: Rates) -> None:
     """As ``bunk-agent calibrate`` does beside a running node."""
     (node.config.data_dir / HANDED_OVER).write_text(dump_rates(rates))
-    await node._calibrator.look()
+    await node.calibrator.look()
     assert node.rates == rates
 
 
@@ -143,11 +143,11 @@ async def test_a_request_keeps_the_box_from_being_measured(
         lease = node.lease(SPEC, "r1", 1000, 0)
         entering = asyncio.create_task(lease.__aenter__())
         await asyncio.sleep(0)
-        assert node._calibrator._in_use == 1
+        assert node.calibrator._in_use == 1
         entering.cancel()
         with pytest.raises(asyncio.CancelledError):
             await entering
-        assert node._calibrator._in_use == 0
+        assert node.calibrator._in_use == 0
 
 
 def test_options_are_parsed(tmp_path: Path) -> None:
