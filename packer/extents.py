@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 from contextlib import suppress
 
 from packer.layout import PAGE_BYTES
+from packer.mapping import resident_bytes
 from packer.pack_file import read_all
 
 # The number of cachestat (Linux 6.5) on every architecture that Linux has gained in this century.
@@ -42,19 +42,6 @@ class _CacheStat(ctypes.Structure):
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def cached_pages(fd: int, offset: int, nbytes: int) -> int | None:
@@ -70,28 +57,10 @@ def cached_pages(fd: int, offset: int, nbytes: int) -> int | None:
         ctypes.byref(found),
         ctypes.c_long(0),
     )
-    return int(found.cached) if status == 0 else _mincore_pages(fd, offset, nbytes)
-
-
-def _mincore_pages(fd: int, offset: int, nbytes: int) -> int | None:
-    """The same on kernels before 6.5. They may answer "all" to a process that does not own the file."""
-    address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
-    if address == _MAP_FAILED:
-        return None
-    try:
-        flags = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
-        if _libc.mincore(address, nbytes, flags) != 0:
-            return None
-        resident = sum(flag & 1 for flag in flags.raw)
-        return resident * (mmap.PAGESIZE // PAGE_BYTES)
-    finally:
-        _libc.munmap(address, nbytes)
-
-
-def drop_mapped(address: int, nbytes: int) -> None:
-    """Take pages of a shared file mapping out of this process; the file keeps them. Unlike the method of
-    mmap objects this lets other threads run meanwhile."""
-    _libc.madvise(address, nbytes, mmap.MADV_DONTNEED)
+    if status == 0:
+        return int(found.cached)
+    resident = resident_bytes(fd, offset, nbytes)  # on kernels before 6.5
+    return None if resident is None else resident // PAGE_BYTES
 
 
 class ExtentReader:

@@ -36,6 +36,8 @@ _POPULATE_THREADS = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (
     ctypes.c_void_p,
@@ -45,6 +47,7 @@ _libc.mmap.argtypes = (
     ctypes.c_int,
     ctypes.c_int64,
 )
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def map_over(address: int, nbytes: int, fd: int, offset: int, protection: int, shared: bool) -> None:
@@ -58,6 +61,27 @@ def map_over(address: int, nbytes: int, fd: int, offset: int, protection: int, s
 def advise(address: int, nbytes: int, advice: int) -> bool:
     """A hint: what an older kernel does not know is slower, never wrong."""
     return bool(_libc.madvise(address, nbytes, advice) == 0)
+
+
+def drop_mapped(address: int, nbytes: int) -> None:
+    """Take pages of a shared file mapping out of this process; the file keeps them. Unlike the method of
+    mmap objects this lets other threads run meanwhile."""
+    advise(address, nbytes, mmap.MADV_DONTNEED)
+
+
+def resident_bytes(fd: int, offset: int, nbytes: int) -> int | None:
+    """How much of a range that starts on a page is in the page cache; None: the kernel does not tell. It may
+    answer "all" to a process that does not own the file."""
+    address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, offset)
+    if address == _MAP_FAILED:
+        return None
+    try:
+        flags = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
+        if _libc.mincore(address, nbytes, flags) != 0:
+            return None
+        return sum(flag & 1 for flag in flags.raw) * mmap.PAGESIZE
+    finally:
+        _libc.munmap(address, nbytes)
 
 
 def populate_read(address: int, nbytes: int) -> None:

@@ -22,10 +22,11 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from packer.extents import ExtentReader, drop_mapped
+from packer.extents import ExtentReader
 from packer.host_segment import HostWriter, image_start
 from packer.index import PackError, PackIndex, StoredChunk
 from packer.layout import CHUNK_BYTES, ChunkSpan
+from packer.mapping import drop_mapped
 from packer.pack import PackReader
 from packer.pack_file import SLOT_BYTES, Scratch, page_memory
 from packer.types import MIB, HostForm

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import BertConfig, PreTrainedConfig, PreTrainedModel
 
 # Read by transformers when it is imported: nothing here may ask a registry for anything.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -109,6 +109,20 @@ def make_llama(
     return _write_model(LlamaForCausalLM, config, Path(directory), seed, dtype)
 
 
+def _bert_config(folder: Path, hidden: int, layers: int, heads: int, positions: int) -> BertConfig:
+    """Of a BERT for the words of a tokenizer, which is written beside it."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=_write_word_tokenizer(folder, positions),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=hidden * 4,
+        max_position_embeddings=positions,
+    )
+
+
 def make_classifier(
     directory: Path | str,
     seed: int = 0,
@@ -122,19 +136,15 @@ def make_classifier(
     dtype: str = "float32",
 ) -> Path:
     """Write a BERT sequence classifier with named labels. The defaults make about 8 MB in float32."""
-    from transformers import BertConfig, BertForSequenceClassification
+    from transformers import BertForSequenceClassification
 
-    tokens = _write_word_tokenizer(Path(directory), positions)
-    config = BertConfig(
-        vocab_size=tokens,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=hidden * 4,
-        max_position_embeddings=positions,
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        problem_type="multi_label_classification" if multi_label else "single_label_classification",
+    config = _bert_config(Path(directory), hidden, layers, heads, positions)
+    config.update(
+        {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
+        }
     )
     return _write_model(BertForSequenceClassification, config, Path(directory), seed, dtype)
 
@@ -151,18 +161,10 @@ def make_encoder(
 ) -> Path:
     """Write a BERT for embeddings (mean pooling, normalized), float32, about 0.2 MB. ``shorter``: lengths to
     which it says that its embeddings may be cut."""
-    from transformers import BertConfig, BertModel
+    from transformers import BertModel
 
     folder = Path(directory)
-    tokens = _write_word_tokenizer(folder, positions)
-    config = BertConfig(
-        vocab_size=tokens,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=hidden * 4,
-        max_position_embeddings=positions,
-    )
+    config = _bert_config(folder, hidden, layers, heads, positions)
     if shorter:
         config.update({"is_matryoshka": True, "matryoshka_dimensions": list(shorter)})
     kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}

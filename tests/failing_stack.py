@@ -19,7 +19,7 @@ import openai
 import pytest
 from losing_proxy import Cable, cable
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box, Process, free_port
+from real_box import PATIENCE_S, Box, Process
 
 TENANTS = ("acme", "globex")
 # Two of these fit on the first node's device at a time.
@@ -184,7 +184,8 @@ def failing_stack(folder: Path) -> Iterator[Stack]:
                 for name in MODELS:
                     box.tenant(tenant).push(f"{tenant}/{name}", folder / name)
             box.wait_planned(len(TENANTS) * len(MODELS))
-            second = _second(box)
+            planned = rf"plan \d+\.\d+: {len(TENANTS)} tenants, {len(TENANTS) * len(MODELS)} versions"
+            second, _ = box.another_agent("cpu:56MiB", "--calibrate", "off", wait=planned)
             stack = Stack(box, line, second)
             for name in (*MODELS[1:], MODELS[0]):
                 stack.answered(f"acme/{name}")
@@ -194,14 +195,3 @@ def failing_stack(folder: Path) -> Iterator[Stack]:
             if second is not None:
                 second.stop()
             box.close()
-
-
-def _second(box: Box) -> Process:
-    token_file = box.folder / "second.token"
-    token_file.write_text(box.operator().create_node_token(name="second").token)
-    words = ["run", "--data-dir", str(box.folder / "second"), "--control", box.node_url, "--name", "second"]
-    words += ["--join-token-file", str(token_file), "--host-bytes", "64MiB", "--disk-bytes", "1GiB"]
-    words += ["--standbys", "0", "--calibrate", "off", "--device", "cpu:56MiB"]
-    process = Process("tests.hasty_agent", *words, "--listen", f"127.0.0.1:{free_port()}")
-    process.wait_for(rf"plan \d+\.\d+: {len(TENANTS)} tenants, {len(TENANTS) * len(MODELS)} versions")
-    return process

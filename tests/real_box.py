@@ -150,14 +150,39 @@ class Box:
             self.tokens.append(self.operator().create_node_token(name="box").token)
             token_file.write_text(self.tokens[-1])
         at = self.control_at or self.node_url
-        words = ["run", "--data-dir", str(self.folder / "agent"), "--control", at]
-        words += ["--join-token-file", str(token_file), "--name", "box", "--host-bytes", "64MiB"]
-        # These tests count processes: none is kept ready for nobody.
-        words += ["--standbys", "0", "--disk-bytes", "1GiB", "--listen", f"127.0.0.1:{self.ports[2]}", *more]
-        for device in self.devices:
-            words += ["--device", device]
-        self.agent = Process(self.agent_module, *words)
+        self.agent = self._agent("agent", "box", at, token_file, self.ports[2], self.devices, more)
         self.agent.wait_for(wait)
+
+    def another_agent(self, device: str, *more: str, wait: str) -> tuple[Process, int]:
+        """A node ``second`` beside this one, and the port of its gateway. It is the caller's to stop."""
+        token_file = self.folder / "second.token"
+        token_file.write_text(self.operator().create_node_token(name="second").token)
+        port = free_port()
+        agent = self._agent("second", "second", self.node_url, token_file, port, (device,), more)
+        try:
+            agent.wait_for(wait)
+        except BaseException:
+            agent.stop()
+            raise
+        return agent, port
+
+    def _agent(
+        self,
+        folder: str,
+        name: str,
+        control: str,
+        token_file: Path,
+        port: int,
+        devices: tuple[str, ...],
+        more: tuple[str, ...],
+    ) -> Process:
+        words = ["run", "--data-dir", str(self.folder / folder), "--control", control, "--name", name]
+        words += ["--join-token-file", str(token_file), "--host-bytes", "64MiB", "--disk-bytes", "1GiB"]
+        # These tests count processes: none is kept ready for nobody.
+        words += ["--standbys", "0", "--listen", f"127.0.0.1:{port}", *more]
+        for device in devices:
+            words += ["--device", device]
+        return Process(self.agent_module, *words)
 
     def operator(self) -> Client:
         key = (self.folder / "control" / "operator.key").read_text().strip()

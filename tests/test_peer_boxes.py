@@ -17,7 +17,7 @@ import httpx2
 import pytest
 import safetensors.numpy
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box, Process, free_port, running_box
+from real_box import PATIENCE_S, Box, Process, running_box
 from running_peers import dial, exchange, get
 from tiny_models import describe, opened
 
@@ -101,16 +101,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         box.wait_planned(len(MODELS) + len(TWINS))
         assert box.agent is not None
         found = next(line for line in box.agent.whole_log().splitlines() if "packs for other nodes" in line)
-        token_file = folder / "second.token"
-        token_file.write_text(box.operator().create_node_token(name="second").token)
-        port = free_port()
-        words = ["run", "--data-dir", str(folder / "second"), "--control", box.node_url, "--name", "second"]
-        words += ["--join-token-file", str(token_file), "--host-bytes", "64MiB", "--disk-bytes", "1GiB"]
-        words += ["--control-store", str(folder / "control" / "models")]
-        words += ["--listen", f"127.0.0.1:{port}", "--device", "cpu:96MiB", "--calibrate", "off"]
-        second = Process("agent", *words)
+        second, port = box.another_agent(
+            "cpu:96MiB",
+            "--control-store",
+            str(folder / "control" / "models"),
+            "--calibrate",
+            "off",
+            wait=rf"plan \d+\.\d+: \d+ tenants, {len(MODELS) + len(TWINS)} versions",
+        )
         try:
-            second.wait_for(rf"plan \d+\.\d+: \d+ tenants, {len(MODELS) + len(TWINS)} versions")
             yield Pair(box, second, port, found.rpartition(" ")[2])
         finally:
             second.stop()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import httpx2
 import pytest
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box, Process, free_port, running_box
+from real_box import PATIENCE_S, Box, running_box
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
@@ -73,21 +73,15 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
     with running_box(folder / "box", devices=("cpu:48MiB",)) as box:
         box.add_tenant("acme")
         box.tenant("acme").push("acme/gen", folder / "gen")
-        token_file = folder / "second.token"
-        token_file.write_text(box.operator().create_node_token(name="second").token)
-        port = free_port()
-        words = ["run", "--data-dir", str(folder / "second"), "--control", box.node_url, "--name", "second"]
-        words += ["--join-token-file", str(token_file), "--host-bytes", "64MiB", "--disk-bytes", "1GiB"]
-        words += ["--standbys", "0", "--calibrate", "off", "--device", "cpu:48MiB"]
-        second = Process("agent", *words, "--listen", f"127.0.0.1:{port}")
+        planned = r"plan \d+\.\d+: 1 tenants, 1 versions"
+        second, port = box.another_agent("cpu:48MiB", "--calibrate", "off", wait=planned)
         try:
-            second.wait_for(r"plan \d+\.\d+: 1 tenants, 1 versions")
             crowd = Crowd(box, [box.gateway_url, f"http://127.0.0.1:{port}", box.url])
             for url in crowd.urls:
                 assert crowd.call(url).status_code == 200, "nothing is limited yet"
             box.operator().set_quota("acme", requests_per_minute=PER_MINUTE)
             box.wait_planned(1)
-            second.wait_for(r"plan \d+\.\d+: 1 tenants, 1 versions")
+            second.wait_for(planned)
             crowd.answers, crowd.first_s = {}, None
             yield crowd
         finally:
