@@ -30,7 +30,7 @@ import torch
 
 from packer.codec import decode_into
 from packer.layout import PAGE_BYTES, ChunkSpan, ImageLayout, PlacedTensor
-from packer.mapping import HUGE_PAGE_BYTES, MADV_POPULATE_WRITE, advise, map_over, populate_read
+from packer.mapping import HUGE_PAGE_BYTES, advise, map_over, populate_read, populate_write
 
 if TYPE_CHECKING:
     from packer.codec import Workspace
@@ -187,9 +187,9 @@ class CpuImage(Image):
     def filling(self, offset: int, nbytes: int) -> Iterator[memoryview]:
         assert self._bytes is not None, "the image is closed"
         start = offset - offset % PAGE_BYTES
-        # Populating in the thread that will write spreads the faults over the restore threads. An older
-        # kernel refuses; then every page faults on its own, as it would have anyway.
-        advise(self._address + start, offset + nbytes - start, MADV_POPULATE_WRITE)
+        # Populating in the thread that will write spreads the faults over the restore threads, and says where
+        # there is no memory, in the host segment that it may lie in for one.
+        populate_write(self._address + start, offset + nbytes - start)
         with self.reading(offset, nbytes) as view:
             yield view
 

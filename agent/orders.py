@@ -378,13 +378,17 @@ class Orders:
     @asynccontextmanager
     async def _filling(self, order: Restore) -> AsyncIterator[Segment | None]:
         """A host segment to fill on the way, if the order has room for one; gone if the restore fails."""
-        if not order.host_bytes:
-            yield None
-            return
+        segment: Segment | None = None
+        if order.host_bytes:
+            try:
+                segment = Segment(self._segments.create(order.ref, order.host_bytes), self.host_form)
+            except OSError as error:
+                log.warning("no host segment for %s, which does not need it: %s", order.ref, error)
         try:
-            yield Segment(self._segments.create(order.ref, order.host_bytes), self.host_form)
+            yield segment
         except BaseException:
-            await self._drop_segment(order.ref)
+            if segment is not None:
+                await self._drop_segment(order.ref)
             raise
 
     async def _drop_segment(self, ref: ModelRef) -> None:

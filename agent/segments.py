@@ -93,8 +93,8 @@ class HostSegments:
         loan = self._loans.get(ref)
         if loan is None or loan.fd is not None:
             return Freeing(descriptor, 0)
-        loan.fd = os.dup(descriptor)
-        return Freeing(descriptor, loan.kept_bytes)
+        loan.fd = descriptor
+        return self._cutting(loan)
 
     # --- images that lie in a segment -------------------------------------------------------------
 
@@ -114,7 +114,18 @@ class HostSegments:
             del self._loans[ref]
         if loan.fd is None:
             return None
-        return Freeing(os.dup(loan.fd) if image_bytes else loan.fd, loan.kept_bytes)
+        return self._cutting(loan) if image_bytes else Freeing(loan.fd, 0)
+
+    @staticmethod
+    def _cutting(loan: _Loan) -> Freeing | None:
+        """To cut what is lent of a dropped segment to what is left of it."""
+        assert loan.fd is not None
+        try:
+            return Freeing(os.dup(loan.fd), loan.kept_bytes)
+        except OSError:  # no descriptor is left: here and now, although it may take long
+            with suppress(PermissionError):
+                os.ftruncate(loan.fd, loan.kept_bytes)
+            return None
 
     def give_all_back(self, tenant: str, device: str) -> list[Freeing]:
         """The process that held a tenant's images on a device is gone."""

@@ -13,10 +13,14 @@ Where the kernel refuses, everything works with small pages, only slower.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
 import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
 
 from packer.types import MIB
 
@@ -28,6 +32,7 @@ MADV_POPULATE_WRITE = 23
 # Linux 6.1.
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
+_PROT_NONE = 0
 # A range is populated by several threads if its start shows that it has small pages: 64 MiB of these take
 # some 5 ms, of large ones 0.1.
 _TRIAL_BYTES = 64 * MIB
@@ -61,6 +66,15 @@ def map_over(address: int, nbytes: int, fd: int, offset: int, protection: int, s
 def advise(address: int, nbytes: int, advice: int) -> bool:
     """A hint: what an older kernel does not know is slower, never wrong."""
     return bool(_libc.madvise(address, nbytes, advice) == 0)
+
+
+def populate_write(address: int, nbytes: int) -> None:
+    """Have the memory of a range before it is written. Raises ``OSError`` where there is none: writing would
+    end the process. An older kernel refuses; then every page faults on its own."""
+    if not advise(address, nbytes, MADV_POPULATE_WRITE):
+        number = ctypes.get_errno()
+        if number in (errno.EFAULT, errno.ENOMEM, errno.ENOSPC):
+            raise OSError(errno.ENOMEM, f"no memory for {nbytes} bytes")
 
 
 def drop_mapped(address: int, nbytes: int) -> None:
@@ -112,16 +126,21 @@ class LargePages:
         whole = nbytes // HUGE_PAGE_BYTES
         self._states = bytearray(whole)  # _NEW, _BUSY or _READY by page
         self._changed = threading.Condition()
-        self._refused = whole == 0
-        self._reserved: mmap.mmap | None = None
-        if whole:
-            # Addresses that start on a large page, which the kernel does not choose for a file of small ones.
-            self._reserved = mmap.mmap(
-                -1, (whole + 1) * HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            )
-            start = ctypes.addressof(ctypes.c_char.from_buffer(self._reserved))
-            self._address = start + -start % HUGE_PAGE_BYTES
+        self._refused = True
+        self._give_back: Callable[[], object] = lambda: None
+        if not whole:
+            return
+        # Addresses that start on a large page, which the kernel does not choose for a file of small ones. Not
+        # to be touched, or a worker's limit of private memory would count them.
+        length = (whole + 1) * HUGE_PAGE_BYTES
+        start = _libc.mmap(None, length, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if start == _MAP_FAILED:
+            return
+        self._give_back = weakref.finalize(self, _libc.munmap, start, length)
+        self._address = start + -start % HUGE_PAGE_BYTES
+        with suppress(OSError):
             map_over(self._address, whole * HUGE_PAGE_BYTES, fd, 0, mmap.PROT_READ, shared=True)
+            self._refused = False
 
     def prepare(self, offset: int, nbytes: int) -> None:
         """Before a range is written for the first time."""
@@ -149,9 +168,7 @@ class LargePages:
         """Let go of the file: it can not be sealed while it is mapped. Nobody may be preparing."""
         with self._changed:
             self._refused = True
-            reserved, self._reserved = self._reserved, None
-        if reserved is not None:
-            reserved.close()
+        self._give_back()
 
 
 _NEW, _BUSY, _READY = range(3)

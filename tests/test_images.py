@@ -8,8 +8,10 @@ arena asks for. Does not cover: images inside workers (``test_worker_moves``).
 from __future__ import annotations
 
 import ctypes
+import errno
 import faulthandler
 import fcntl
+import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -37,8 +39,10 @@ import agent.cuda_image
 import packer.mapping
 from agent.arena import DTYPES, CpuImage, Image, allocate_image
 from agent.cuda_image import CudaImage
+from agent.nursery import _data_bytes
 from packer.host_segment import HostWriter
 from packer.layout import CHUNK_BYTES, ImageLayout
+from packer.mapping import MADV_POPULATE_WRITE, LargePages, advise
 from packer.pack import PackReader
 from packer.tiers import restore
 from packer.types import KIB, MIB, HostForm
@@ -230,7 +234,13 @@ def test_tensors_start_where_vectors_like_it() -> None:
 
 def test_a_kernel_without_huge_pages_or_populating_is_only_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hints that fail are ignored; giving memory back must not fail silently."""
-    monkeypatch.setattr(agent.arena, "advise", lambda address, nbytes, advice: False)
+
+    def refuse(address: int, nbytes: int, advice: int) -> bool:
+        ctypes.set_errno(errno.EINVAL)
+        return False
+
+    monkeypatch.setattr(agent.arena, "advise", refuse)
+    monkeypatch.setattr(packer.mapping, "advise", refuse)
     file, layout = large_model()
     wanted = bytes(image_of(file, layout))
     image = CpuImage(layout.image_bytes)
@@ -346,6 +356,40 @@ def test_a_view_that_somebody_keeps_of_a_segment_holds_no_memory() -> None:
         assert not bool(kept.reshape(-1).view(torch.uint8).any()), "a stray read finds zeros"
         del kept
         assert image.close()
+
+
+def test_a_segment_without_memory_fails_the_restore_and_not_the_process() -> None:
+    """A write where the kernel has no page for it would end the worker, and all its tenant's models. Pages
+    behind the end of a file, which its own worker has cut, are refused in the same way."""
+    fd = os.memfd_create("bunk-host", os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, 4 * MIB)
+        image = CpuImage(3 * MIB)
+        assert image.lay_in(fd, PAGE)
+        with image.filling(0, PAGE) as view:
+            view[:] = b"x" * PAGE
+        os.ftruncate(fd, 0)
+        probe = mmap.mmap(-1, PAGE)
+        if not advise(ctypes.addressof(ctypes.c_char.from_buffer(probe)), PAGE, MADV_POPULATE_WRITE):
+            pytest.skip("this kernel can not tell beforehand")
+        with pytest.raises(OSError, match="no memory for"), image.filling(MIB, PAGE):
+            pass
+        image.close()
+    finally:
+        os.close(fd)
+
+
+def test_large_pages_of_a_segment_count_as_nobody_s_private_memory() -> None:
+    """A worker's private memory is limited, and a segment may be larger than that; so may an image."""
+    fd = os.memfd_create("bunk-host")
+    os.ftruncate(fd, 2**40)
+    before = _data_bytes()
+    pages = LargePages(fd, 2**40)
+    assert _data_bytes() - before < 64 * MIB
+    pages.prepare(0, PAGE)
+    pages.close()
+    pages.close()
+    os.close(fd)
 
 
 def test_a_segment_shorter_than_the_image_is_refused() -> None:

@@ -8,6 +8,7 @@ itself (``test_worker_moves``).
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 from collections.abc import AsyncIterator
@@ -266,6 +267,26 @@ async def test_an_image_in_a_segment_is_free_when_nobody_is_charged_for_it(
     assert isinstance(await hands.restore(minilm, Tier.ORIGIN), Restored)
     assert hands.segments.lent_bytes() == 0
     assert await hands.answer(minilm) == wanted
+
+
+async def test_a_node_without_room_for_a_segment_restores_without_it(
+    hands: Hands, minilm: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan(hands, minilm)
+    packed = await hands.load(minilm)
+    answer = await hands.answer(minilm)
+    await hands.evict(minilm)
+
+    def full(name: str, flags: int) -> int:
+        raise OSError(errno.ENFILE, "too many open files in system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", full)
+        restored = await hands.restore(minilm, Tier.DISK, host_bytes=packed.host_bytes)
+    assert isinstance(restored, Restored), restored
+    assert not restored.host_filled
+    assert hands.segments.get(minilm.ref) is None
+    assert await hands.answer(minilm) == answer
 
 
 async def test_a_segment_that_its_worker_cut_short_costs_only_itself(hands: Hands, minilm: Known) -> None:

@@ -5,6 +5,7 @@ Does not cover what is in a segment (test_host_segment) or images that lie in on
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -136,3 +137,26 @@ def test_freeing_late_never_brings_bytes_back(segments: HostSegments) -> None:
     evicting.free()
     dropping.free()
     assert segments.lent_bytes() == HEADER_BYTES + PAGE_BYTES
+
+
+def test_without_a_descriptor_left_what_is_dropped_is_free_all_the_same(
+    segments: HostSegments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error here would end the agent, for all tenants."""
+
+    def full(descriptor: int) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    image = MIB - 8 * PAGE_BYTES
+    filled(segments, REF)
+    assert segments.lend(REF, CPU, image) is None
+    monkeypatch.setattr(os, "dup", full)
+    assert segments.drop(REF) is None
+    assert segments.allocated_bytes() == 0
+    assert segments.lent_bytes() == HEADER_BYTES + image
+    assert segments.give_back(REF, 5 * PAGE_BYTES) is None
+    assert segments.lent_bytes() == HEADER_BYTES + 5 * PAGE_BYTES
+    freeing = segments.give_back(REF, 0)
+    assert freeing is not None
+    freeing.free()
+    assert segments.lent_bytes() == 0

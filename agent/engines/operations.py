@@ -274,6 +274,12 @@ def _check_weight_norm(step: Step, positional: Sequence[Value]) -> None:
         raise Refusal("norms must have one value per row")
 
 
+def _check_pad(step: Step, positional: Sequence[Value]) -> None:
+    """A side that is cut while the tensor goes on in a circle leaves places of the result unfilled."""
+    if len(positional) > 2 and positional[2] == "circular" and any(size < 0 for size in positional[1]):
+        raise Refusal("what goes on in a circle can not be cut at the same time")
+
+
 def _check_truncated(step: Step, positional: Sequence[Value]) -> None:
     """The least integer by -1 is a trap of the processor, which ends the process."""
     number, by = positional[:2]
@@ -332,6 +338,7 @@ _CHECKS: Mapping[str, Callable[[Step, Sequence[Value]], None]] = {
     "aten.native_group_norm.default": _check_group_norm,
     "aten._native_batch_norm_legit_no_training.default": _check_batch_norm,
     "aten._weight_norm.default": _check_weight_norm,
+    "aten.pad.default": _check_pad,
     **dict.fromkeys(
         (
             "aten.div.Tensor_mode",
