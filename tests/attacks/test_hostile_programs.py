@@ -494,6 +494,22 @@ def test_norms_of_weights_are_not_read_past_their_end(tmp_path: Path, dim: int) 
         model.ask([X])
 
 
+@pytest.mark.parametrize(("sides", "fills"), [([-1, 1], False), ([1, -2], False), ([1, 2], True)])
+def test_a_circle_that_is_cut_gives_out_no_memory_that_nobody_filled(
+    tmp_path: Path, sides: Sequence[int], fills: bool
+) -> None:
+    """Torch leaves places of the result as they were before: what another request had there."""
+    row = aten("reshape.default", "row", self="x", shape={"as_ints": [1, 2, 4]})
+    pad = aten("pad.default", "y", self="row", pad={"as_ints": sides}, mode={"as_string": "circular"})
+    model = load_program(forge(tmp_path, [row, pad], (1, 2, None)))
+    if fills:
+        wanted = torch.nn.functional.pad(X.reshape(1, 2, 4), tuple(sides), mode="circular")
+        assert torch.equal(model.ask([X])["y"], wanted)
+        return
+    with pytest.raises(EngineError, match="in a circle"):
+        model.ask([X])
+
+
 def test_a_norm_per_row_is_taken(tmp_path: Path) -> None:
     g = aten("reshape.default", "g", self="p_w", shape={"as_ints": [1, 4]})
     model = load_program(
