@@ -4,7 +4,9 @@ Covers: checking both, and control's clock as this node knows it. Does not cover
 read from a request (``guard``), or what a ticket looks like (``packer/tickets.py``).
 
 A node's own clock may be off by minutes. Tickets are measured with control's, which every answer to a beat
-tells; only a node that has not heard of control since its start goes by its own.
+tells; only a node that has not heard of control since its start goes by its own. While control is away nobody
+can be given another: for so long a ticket that was good when control was last heard stays good, as does the
+key that it was given for.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from packer.types import KeySpec
 
 # Tickets whose signature was checked; the oldest go first. One is about 1 KB, a check about 0.1 ms.
 PROVEN_MAX = 4_096
+# For no longer than this, which is the life of a node's certificate: then a person has looked after control.
+AWAY_MS_MAX = 24 * 3_600_000
 
 
 def _monotonic_ms() -> int:
@@ -25,11 +29,19 @@ def _monotonic_ms() -> int:
 
 
 class Credentials:
-    """Who may call. ``planned`` replaces everything that is known."""
+    """Who may call. ``planned`` replaces everything that is known. ``away`` says whether the line to control
+    is cut."""
 
-    def __init__(self, wall_ms: Callable[[], int], monotonic_ms: Callable[[], int] = _monotonic_ms) -> None:
+    def __init__(
+        self,
+        wall_ms: Callable[[], int],
+        monotonic_ms: Callable[[], int] = _monotonic_ms,
+        away: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._wall_ms = wall_ms
         self._monotonic_ms = monotonic_ms
+        self._away = away
+        self._heard_ms: int | None = None  # control's clock when it was last heard
         self._ahead_ms: int | None = None  # control's clock, less this node's steady one
         self._cluster = self._node = ""
         self._keys: Mapping[str, KeySpec] = {}
@@ -45,6 +57,7 @@ class Credentials:
     def heard(self, control_ms: int) -> None:
         """Control's wall clock, as it was a moment ago. What the way took makes tickets last that longer."""
         self._ahead_ms = control_ms - self._monotonic_ms()
+        self._heard_ms = control_ms
 
     def control_ms(self) -> int:
         """Control's wall clock now."""
@@ -63,6 +76,9 @@ class Credentials:
             return None
         if key.expires_ms is not None and now_ms >= key.expires_ms:
             return None
+        heard_ms = self._heard_ms
+        if heard_ms is not None and self._away() and now_ms - heard_ms < AWAY_MS_MAX:
+            now_ms = heard_ms
         # A ticket of control's never says more than its life from now on.
         return key if now_ms < ticket.expires_ms <= now_ms + 2 * TICKET_LIFE_MS else None
 

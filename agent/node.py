@@ -150,7 +150,7 @@ class RunningNode:
         self.orders.repairs.fetch_extent = self.sharing.sources.fetch_extent
         self._know_again()
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
-        self.credentials = Credentials(wall_ms)
+        self.credentials = Credentials(wall_ms, away=lambda: bool(self.uplink and not self.uplink.connected))
         may_fail, control_ms = self._keeper.journal_may_fail, self.credentials.control_ms
         self.usage = UsageMeter(self._journal, control_ms, may_fail, self._tell)
         self.counters.usage_waits = self.usage.waits

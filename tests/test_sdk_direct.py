@@ -321,8 +321,9 @@ A, B = Way("http://a:1", "bt_1"), Way("http://b:2", "bt_2")
 LOST = Unreachable("gone", sent=True)
 
 
-def test_an_answer_is_gone_by_until_it_is_old_and_its_tickets_until_they_end() -> None:
-    """When control is away at the refresh, calls go on directly until the tickets are worth nothing."""
+def test_an_answer_is_gone_by_until_it_is_old_and_its_tickets_while_control_is_away() -> None:
+    """When control does not answer at the refresh, calls go on directly for as long as it does not, and the
+    nodes take them; when it names no node any more, they do not."""
     ways = DirectWays(NEAR, True, first)
     asked = ways.way(request(), 0.0)
     assert isinstance(asked, Ask)
@@ -336,9 +337,22 @@ def test_an_answer_is_gone_by_until_it_is_old_and_its_tickets_until_they_end() -
     assert ways.told("acme/m", None, 60.0) == A
     assert ways.way(request(), 60.0 + ASK_AGAIN_S - 0.1) == A
     assert isinstance(ways.way(request(), 60.0 + ASK_AGAIN_S), Ask)
-    assert ways.told("acme/m", None, 290.0) == A
+    assert ways.told("acme/m", None, 60.0 + ASK_AGAIN_S) == A
+    for minute in range(3, 15):
+        at_s = 60.0 * minute
+        assert isinstance(ways.way(request(), at_s), Ask)
+        assert ways.told("acme/m", (None, Answer(503, {}, b""))[minute % 2], at_s) == A
+        assert ways.way(request(), at_s + ASK_AGAIN_S - 0.1) == A
+    assert isinstance(ways.way(request(), 900.0), Ask)
+    assert ways.told("acme/m", Answer(401, {}, b""), 900.0) is None
+
+
+def test_tickets_end_when_nobody_was_asked() -> None:
+    ways = DirectWays(NEAR, True, first)
+    ways.way(request(), 0.0)
+    assert ways.told("acme/m", told(A.url, refresh_ms=600_000), 0.0) == A
+    assert ways.way(request(), 299.9) == A
     assert ways.way(request(), 300.0) is None
-    assert isinstance(ways.way(request(), 290.0 + ASK_AGAIN_S), Ask)
 
 
 def test_only_calls_of_models_with_a_key_are_asked_for() -> None:

@@ -118,9 +118,11 @@ class DirectWays:
                 known.refresh_s, known.expires_s = now_s + found.refresh_s, now_s + found.expires_s
             elif answer is not None and 400 <= answer.status < 500 and answer.status != 429:
                 known.ways = ()
+            elif known.ways:
+                # Nobody says anything: nodes that hear nothing of it either take the tickets that are out.
+                known.expires_s = max(known.expires_s, now_s + ASK_AGAIN_S + ASK_TIMEOUT_S)
             if found is None or not known.ways:
                 known.ask_after_s = now_s + (NOT_KNOWN_S if _knows_nothing(answer) else ASK_AGAIN_S)
-            # Without an answer the tickets that are there go on until they end: control may be away.
             return self._pick(known, now_s)
 
     def falls_back(self, request: Request, way: Way, outcome: Answer | Unreachable, now_s: float) -> bool:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from direct_node import Clocks, DirectNode, direct_node
 from running_control import Answer, Running, model_files, running
 
-from agent.credentials import Credentials
+from agent.credentials import AWAY_MS_MAX, Credentials
 from packer.tickets import TICKET_CHARS_MAX, TICKET_LIFE_MS, Ticket, public_text, read, sign
 from packer.types import KeySpec
 
@@ -188,6 +188,37 @@ async def test_a_ticket_ends_by_controls_clock_wherever_the_nodes_stands(site: S
     assert (await site.embed(ticket)).status == 200
     clocks.steady += 61_000
     assert await site.refused(ticket)
+
+
+async def test_a_ticket_stays_good_only_while_control_is_away_and_if_it_was_good_before(site: Site) -> None:
+    """Nobody can be given another then. It is worth no more than its key, and not for ever."""
+    ticket = (await site.tickets())["n0"]
+    claims = read(ticket)
+    assert claims is not None
+    now_ms, away = claims[0].expires_ms - TICKET_LIFE_MS, [True]
+    clocks = Clocks(steady=0)
+    credentials = Credentials(clocks.wall_ms, clocks.steady_ms, lambda: away[0])
+    spec = KeySpec(claims[0].key_id, "0" * 64, "acme", now_ms + AWAY_MS_MAX // 2)
+    keys = site.control.server.control.ticket_keys
+
+    def taken() -> bool:
+        credentials.planned(claims[0].cluster, "n0", (spec,), keys)
+        return credentials.find(ticket) is not None
+
+    credentials.heard(now_ms)
+    clocks.steady += TICKET_LIFE_MS + 1
+    assert taken()
+    away[0] = False
+    assert not taken(), "control is there: its clock has gone on"
+    away[0] = True
+    clocks.steady = AWAY_MS_MAX // 2 + 1
+    assert not taken(), "its key has ended"
+    spec = replace(spec, expires_ms=None)
+    assert taken()
+    clocks.steady = AWAY_MS_MAX
+    assert not taken()
+    credentials.heard(now_ms + TICKET_LIFE_MS)
+    assert not taken(), "it had ended when control was last heard"
 
 
 async def test_a_node_that_never_heard_control_goes_by_its_own_clock(site: Site) -> None:
