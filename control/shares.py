@@ -33,6 +33,8 @@ HOLD_MS = 500
 # serve with should control go away just then.
 KEPT_PART = 8
 KEPT_MS = 3_600_000
+# Who has wanted some for so long is no passer-by, and may have more than it wants.
+STEADY_MS = 30_000
 # A nudge may be lost; a node that was not heard since is nudged again.
 NUDGE_AGAIN_MS = 1_000
 # After so long without a word from a node, what it gives up by itself is free.
@@ -430,14 +432,17 @@ def _answer(book: ShareBook, node: str, holder: Holder, now_ms: int) -> list[Act
         known = book.tenants[name]
         held = known.held[node]
         targets = _targets(book, known, now_ms)
-        grains = targets.get(node, 0) or _kept(known, held, targets, now_ms)
+        grains = _more(known, targets, node, now_ms) or _kept(known, held, targets, now_ms)
         share, target = _next(book, known, name, held, grains, now_ms)
         grown = share.value > held.could[0].value
         lags = _lags(known, now_ms) if grown else NO_LAGS
         _may_have(held.could, share)
         recalls = recalls or share.value < held.could[0].value
-        # In turns a node that has none comes to have one soon.
-        soon = max(target.value, Fraction(bool(held.want.parts), known.grains))
+        # What it should have; in turns a node that has none comes to have one soon.
+        due = max(targets.get(node, 0), bool(held.want.parts))
+        soon = max(
+            min(target.value, Fraction(due, known.grains)), Fraction(bool(held.want.parts), known.grains)
+        )
         if share.parts or held.want.parts:
             shares.append(TenantShare(name, share, lags, Share(ceil(soon * known.grains), known.grains)))
         if share.value < soon:
@@ -500,6 +505,16 @@ def _targets(book: ShareBook, known: TenantBook, now_ms: int) -> dict[str, int]:
         targets[node] = min(want, left // (len(wants) - place))
         left -= targets[node]
     return targets
+
+
+def _more(known: TenantBook, targets: dict[str, int], node: str, now_ms: int) -> int:
+    """What a node may have of a tenant: what it wants and, once it has wanted some for a while, its part of
+    half of what nobody wants. Should control go away, only what is with nodes serves anybody. The other half
+    is for those who come to want some, who need not wait then."""
+    wanted = targets.get(node, 0)
+    if not wanted or now_ms - known.held[node].since_ms < STEADY_MS:
+        return wanted
+    return wanted + (known.grains - sum(targets.values())) // (2 * len(targets))
 
 
 def _turn(held: Held, node: str, now_ms: int) -> tuple[int, int, str]:

@@ -159,6 +159,18 @@ SHARE_MUTANTS = (
         "    kept = has\n",
     ),
     Mutant(
+        "all that nobody wants stays with control",
+        BOOK,
+        "    return wanted + (known.grains - sum(targets.values())) // (2 * len(targets))\n",
+        "    return wanted\n",
+    ),
+    Mutant(
+        "nothing is left for who comes",
+        BOOK,
+        " // (2 * len(targets))\n",
+        " // len(targets)\n",
+    ),
+    Mutant(
         "who wants most gets most",
         BOOK,
         "        targets[node] = min(want, left // (len(wants) - place))\n",

@@ -20,7 +20,7 @@ from agent.shares import BARREN_MS, LOOK_MS, PATIENCE_MS, RENEW_MS, Shares
 from control.catalog import NodeRow
 from control.routes.shares import answer_shares
 from control.share_desk import ShareDesk
-from control.shares import KEPT_MS, KEPT_PART, HolderJoined, HolderRemoved, free_part
+from control.shares import KEPT_MS, KEPT_PART, STEADY_MS, HolderJoined, HolderRemoved, free_part
 from packer import residency
 from packer.events import Event, Planned, SharesSeen
 from packer.rates import TenantRates
@@ -271,6 +271,29 @@ def test_a_node_keeps_serving_while_control_is_away_with_half_after_the_term() -
         a.online.set()
         await asyncio.sleep(1)
         assert a.core.shares.halve_at_ms is not None, "heard again"
+
+    fleet_test(work())
+
+
+def test_who_is_served_for_a_while_has_more_than_it_wants_should_control_go_away() -> None:
+    """A tenant that comes now and then would have a few grains, and be refused at the first rush that nobody
+    can give it more for. What is left for others is enough for them to come at once."""
+
+    async def work() -> None:
+        fleet = Fleet("a", "b", "c")
+        a, b, c = fleet.boxes.values()
+        while fleet.now_ms() < STEADY_MS + 2 * LOOK_MS:
+            assert await a.let_in()
+            assert await b.let_in()
+            await asyncio.sleep(4)
+        assert min(a.part, b.part) >= 0.2
+        assert fleet.free() >= 0.4
+        began_ms = fleet.now_ms()
+        assert await c.let_in_all(20) == 20
+        assert fleet.now_ms() - began_ms < 200, "nobody had to give up anything"
+        a.online.clear()
+        assert await a.let_in_all(20) == 20
+        assert await b.let_in_all(60) >= 40, "who can be asked gets what others do not need"
 
     fleet_test(work())
 
