@@ -7,16 +7,13 @@ in control's database exactly once. Does not cover: what fails (``test_failures`
 from __future__ import annotations
 
 import sqlite3
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 import openai
-import pytest
 from losing_proxy import Cable, cable
 from make_models import make_gpt2
 from real_box import PATIENCE_S, Box, Process
@@ -132,12 +129,7 @@ class Stack:
 
     def until_packed(self, count: int) -> None:
         """So many models of the first node can be restored without control, which has their origin."""
-
-        def packed() -> bool:
-            events = self.box.operator().events(limit=1000).items
-            return sum(item.kind == "packed" for item in events) >= count
-
-        self.until(packed)
+        self.box.events("packed", least=count)
 
     def until_delivered(self) -> None:
         """Every record that the node ever had is in control, and none is twice."""
@@ -158,13 +150,8 @@ class Stack:
         assert self.used(tenant) == (answers, tokens)
 
     def until(self, true: Callable[[], bool]) -> None:
-        """Other processes' state has no event to wait for: ask again, for as long as the agent lives."""
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not true():
-            assert time.monotonic() < deadline_s, self.agent.log()
-            with suppress(subprocess.TimeoutExpired):
-                self.agent.handle.wait(0.02)
-                pytest.fail("the agent has ended:\n" + self.agent.log())
+        """For as long as the first node's agent lives."""
+        self.agent.until(true)
 
 
 @contextmanager

@@ -15,15 +15,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
+import pytest
 from process_memory import children
 
-from bunkhouse import Client
+from bunkhouse import Client, Event
 
 ROOT = Path(__file__).resolve().parent.parent
 # Importing torch from a cold disk on a busy machine; nothing else here takes longer.
@@ -74,6 +76,16 @@ class Process:
                         return match
                 assert not self._ended, f"ended without {pattern!r}:\n" + self.log()
                 assert self._news.wait(PATIENCE_S), f"no {pattern!r} in {PATIENCE_S} s:\n" + self.log()
+
+    def until(self, true: Callable[[], bool]) -> None:
+        """Other processes' state has no event to wait for: look again, for as long as this one lives. A look
+        without a pause would take the time that they need."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not true():
+            assert time.monotonic() < deadline_s, f"still not so after {PATIENCE_S} s:\n" + self.log()
+            with suppress(subprocess.TimeoutExpired):
+                self.handle.wait(0.02)
+                pytest.fail("the process has ended:\n" + self.log())
 
     def log(self) -> str:
         return "".join(self._lines[-60:])
@@ -225,6 +237,20 @@ class Box:
         """Until the agent has a plan with this many model versions."""
         assert self.agent is not None
         self.agent.wait_for(rf"plan \d+\.\d+: \d+ tenants, {versions} versions")
+
+    def events(self, kind: str, model: str = "", *, least: int = 1) -> list[Event]:
+        """At least so many events of a kind, perhaps of one model; they reach control a moment later."""
+        assert self.agent is not None
+        found: list[Event] = []
+
+        def enough() -> bool:
+            items = self.operator().events(limit=1000).items
+            mine = [item for item in items if item.kind == kind]
+            found[:] = [item for item in mine if not model or item.model.startswith(f"{model}@")]
+            return len(found) >= least
+
+        self.agent.until(enough)
+        return found
 
     def close(self) -> None:
         for process in (self.agent, self.control):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import fields, is_dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -43,21 +44,37 @@ MODELS = 4
 TENANTS = 2
 
 
+ATOMS = frozenset({str, int, float, bool, type(None), bytes})
+
+
 def as_text(value: object, known: dict[int, int] | None = None) -> str:
     """The whole state as text, in order, every record once; two equal states give equal texts."""
-    known = {} if known is None else known
-    if isinstance(value, (str, int, float, bool, type(None), bytes)):
+    kind: Any = type(value)
+    if kind in ATOMS or isinstance(value, str):
         return repr(value)
+    known = {} if known is None else known
     if id(value) in known:
         return f"#{known[id(value)]}"
-    if is_dataclass(value):
+    if names := field_names(kind):
         known[id(value)] = len(known)
-        parts = [f"{f.name}={as_text(getattr(value, f.name), known)}" for f in fields(value)]
-        return f"{type(value).__name__}({', '.join(parts)})"
+        parts = [f"{name}={as_text(getattr(value, name), known)}" for name in names]
+        return f"{kind.__name__}({', '.join(parts)})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{as_text(k, {})}: {as_text(v, known)}" for k, v in value.items()) + "}"
-    assert isinstance(value, (list, tuple)), type(value)
-    return "[" + ", ".join(as_text(each, known) for each in value) + "]"
+        rows = [f"{key_text(type(key).__name__, key)}: {as_text(each, known)}" for key, each in value.items()]
+        return "{" + ", ".join(rows) + "}"
+    assert isinstance(value, (list, tuple)), kind
+    return "[" + ", ".join([as_text(each, known) for each in value]) + "]"
+
+
+@cache
+def field_names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+
+
+@cache
+def key_text(_kind: str, key: object) -> str:
+    """Of a key alone; the kind is there because True and 1 are equal."""
+    return as_text(key)
 
 
 def whole_core() -> Any:

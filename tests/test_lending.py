@@ -8,9 +8,9 @@ histories must catch; and single rules. Does not cover: faults of every other ki
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
+from catching_seeds import is_caught
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lenders import Lenders, restore_ms
@@ -78,17 +78,16 @@ def test_without_a_margin_debt_stays_below_one_restore_of_the_slice() -> None:
 @pytest.mark.parametrize("mutant", LENDING_MUTANTS, ids=lambda mutant: mutant.what.replace(" ", "-"))
 def test_a_planted_bug_is_caught(mutant: Mutant) -> None:
     core = load(mutant)
-    assert _is_caught(core), "no history told it from the real core"
 
-
-def _is_caught(core: ModuleType) -> bool:
-    for seed in MUTANT_SEEDS:
-        for in_flight in (1, 4):
-            try:
+    def catches(seed: int) -> bool:
+        try:
+            for in_flight in (1, 4):
                 judge(Lenders(seed, core, in_flight).play())
-            except (AssertionError, vars(core)["InvariantBroken"]):
-                return True
-    return False
+        except (AssertionError, vars(core)["InvariantBroken"]):
+            return True
+        return False
+
+    assert is_caught(mutant, MUTANT_SEEDS, catches), "no history told it from the real core"
 
 
 # --- the books of one slice -----------------------------------------------------------------------

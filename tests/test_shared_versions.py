@@ -53,17 +53,9 @@ def blocks_bytes(box: Box) -> int:
 
 
 def until(box: Box, operator: Client, holds: Callable[[], bool]) -> None:
-    """Look again until it holds; every look first waits for an answer of control."""
+    """Once the node has told what it holds, until this holds."""
     assert box.agent is not None
-    while operator.ps().devices is None or not holds():
-        assert box.agent.handle.poll() is None, box.agent.log()
-
-
-def packed(box: Box, operator: Client, count: int) -> None:
-    def holds() -> bool:
-        return sum(item.kind == "packed" for item in operator.events(limit=1000).items) >= count
-
-    until(box, operator, holds)
+    box.agent.until(lambda: operator.ps().devices is not None and holds())
 
 
 def report(operator: Client, ref: str) -> tuple[int, int]:
@@ -83,7 +75,7 @@ def test_a_second_version_is_stored_beside_the_first_and_outlives_it(
         refs.append(tenant.push("acme/minilm", directory).ref)
         box.wait_planned(number)
         answers.append(box.embed(refs[-1], "the bunk")[0])
-        packed(box, operator, number)
+        box.events("packed", least=number)
         sizes.append(blocks_bytes(box))
     assert answers[0] != answers[1]
     whole, grown = sizes[0], sizes[1] - sizes[0]
@@ -101,7 +93,7 @@ def test_a_second_version_is_stored_beside_the_first_and_outlives_it(
     other = box.tenant("bank").push("bank/minilm", versions[0]).ref
     box.wait_planned(3)
     box.embed(other, "the bunk")
-    packed(box, operator, 3)
+    box.events("packed", least=3)
     assert blocks_bytes(box) - sizes[1] > 0.98 * whole
     assert report(operator, other)[1] == 0
     operator.delete_tenant("bank")

@@ -59,14 +59,6 @@ def complete(box: Box, tenant: str) -> tuple[str, str]:
     return answer.json()["choices"][0]["text"], answer.headers["x-bunkhouse-tier"]
 
 
-def events(box: Box, count: int, kind: str) -> list[str]:
-    """Details of at least so many events of a kind; they reach control a moment after they happen."""
-    while True:
-        found = [item.detail for item in box.operator().events(limit=1000).items if item.kind == kind]
-        if len(found) >= count:
-            return found
-
-
 def test_no_model_shows_a_file_of_the_node(box: Box, tmp_path: Path) -> None:
     """The operator's key as a vocabulary, and weights that always say its first line."""
     secret = box.folder / "control" / "operator.key"
@@ -320,7 +312,7 @@ def test_packs_are_noise_on_disk_and_refused_in_another_place(box: Box) -> None:
     before = {tenant: complete(box, tenant)[0] for tenant in ("acme", "evil")}
     assert before["acme"] != before["evil"]
     assert ask(box, "acme", "classify", model="acme/judge", input="hello").status_code == 200
-    events(box, 3, "packed")
+    box.events("packed", least=3)
     folder = box.folder / "agent" / "packs"
     packs = {name: next(folder.glob(f"{name}@*.pack")) for name in ("acme/gen", "evil/gen", "acme/judge")}
     weights = (box.folder / "acme-gen" / "model.safetensors").read_bytes()
@@ -341,7 +333,7 @@ def test_packs_are_noise_on_disk_and_refused_in_another_place(box: Box) -> None:
         assert complete(box, tenant) == (before[tenant], "origin")
     answer = ask(box, "acme", "classify", model="acme/judge", input="hello")
     assert (answer.status_code, answer.headers["x-bunkhouse-tier"]) == (200, "disk")
-    assert len(events(box, 1, "chunk_corrupt")) == len(events(box, 1, "chunk_repaired")) == 1
+    assert len(box.events("chunk_corrupt")) == len(box.events("chunk_repaired")) == 1
     judge[len(judge) // 2] ^= 1
     assert packs["acme/judge"].read_bytes() == judge
-    assert all("does not open" in detail for detail in events(box, 2, "restore_failed"))
+    assert all("does not open" in event.detail for event in box.events("restore_failed", least=2))
