@@ -116,12 +116,12 @@ class Image(ABC):
         Harmless when called twice."""
 
 
-def allocate_image(kind: str, layout: ImageLayout) -> Image:
-    """An image on this worker's one device. Raises ``MemoryError`` or ``OSError``."""
+def allocate_image(kind: str, layout: ImageLayout, number: int = 0) -> Image:
+    """An image on one of this worker's devices. Raises ``MemoryError`` or ``OSError``."""
     if kind == "cuda":
         from agent.cuda_image import CudaImage
 
-        return CudaImage(layout, "cuda")
+        return CudaImage(layout, f"cuda:{number}")
     return CpuImage(layout.image_bytes)
 
 

@@ -82,8 +82,8 @@ class CudaImage(Image):
         self.nbytes = layout.image_bytes
         self._device = device
         # Streams of its own, so that restores wait neither for requests to other models nor for each other.
-        self._copying = torch.cuda.Stream() if device != "cpu" else None  # type: ignore[no-untyped-call]
-        self._working = torch.cuda.Stream() if device != "cpu" else None  # type: ignore[no-untyped-call]
+        self._copying = torch.cuda.Stream(device) if device != "cpu" else None  # type: ignore[no-untyped-call]
+        self._working = torch.cuda.Stream(device) if device != "cpu" else None  # type: ignore[no-untyped-call]
         self._segments = [_Segment(start, end - start) for start, end in _cut(layout)]
         self._starts = [segment.start for segment in self._segments]
         self._ring = self._make_ring()

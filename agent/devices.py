@@ -11,12 +11,13 @@ held against, by the same code path as a GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import pynvml
 
+from packer.gangs import devices_in
 from packer.types import MIB, BadValue, parse_bytes
 
 # Left free on every GPU for the driver and for fragmentation.
@@ -39,6 +40,11 @@ class DeviceConfig:
     budget_bytes: int
     uuid: str = ""  # cuda only: what CUDA_VISIBLE_DEVICES gets in the worker
 
+    @property
+    def count(self) -> int:
+        """How many devices it is: more than one for the place of a gang (``at_place``)."""
+        return len(devices_in(self.device))
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
@@ -51,6 +57,20 @@ class DeviceState:
     foreign_bytes: int
     healthy: bool
     contexts_bytes: int = 0
+
+
+def at_place(known: Mapping[str, DeviceConfig], place: str) -> DeviceConfig:
+    """A device, or those of a place together, as its one worker sees them; they are of one kind."""
+    members = [known[name] for name in devices_in(place)]
+    if len(members) == 1:
+        return members[0]
+    return DeviceConfig(
+        place,
+        members[0].kind,
+        members[0].name,
+        sum(member.budget_bytes for member in members),
+        ",".join(member.uuid for member in members),
+    )
 
 
 def nvml_devices() -> tuple[DeviceConfig, ...]:
@@ -145,15 +165,17 @@ def look(device: DeviceConfig, own_pids: Sequence[int], idle_pids: Sequence[int]
 
 
 def used_bytes(device: DeviceConfig, pid: int) -> int | None:
-    """Bytes that a process holds on a GPU; None where NVML does not say."""
+    """Bytes that a process holds on a GPU, of several the most; None where NVML does not say."""
+    found: list[int] = []
     try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(device.uuid)
-        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-            if process.pid == pid and process.usedGpuMemory is not None:
-                return int(process.usedGpuMemory)
+        for uuid in device.uuid.split(","):
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if process.pid == pid and process.usedGpuMemory is not None:
+                    found.append(int(process.usedGpuMemory))
     except pynvml.NVMLError:
-        pass
-    return None
+        return None
+    return max(found, default=None)
 
 
 def close() -> None:

@@ -20,6 +20,7 @@ from agent.devices import DeviceConfig
 from agent.frames import STATED_MAX
 from packer.events import Event, FootprintSeen
 from packer.footprint import Footprint, workspace_bytes
+from packer.gangs import share_bytes
 from packer.types import KIB, ModelRef, ModelSpec
 
 log = logging.getLogger("bunk.footprints")
@@ -63,7 +64,7 @@ class Footprints:
 
     def seen(self, spec: ModelSpec, device: str, pid: int, peak_bytes: int) -> None:
         """A worker says that a request of this model took so much beside the weights."""
-        config = self._devices[device]
+        config = devices.at_place(self._devices, device)
         most_bytes = had_bytes(config, pid)
         if not 0 < peak_bytes <= most_bytes:
             log.warning("worker %d claims %d bytes of workspace and had %d", pid, peak_bytes, most_bytes)
@@ -106,7 +107,7 @@ class Footprints:
         needed_bytes = max(self._needed_bytes(spec, kind) for kind in self._kinds)
         # One request that took more than any device has beside the weights must not keep the model away from
         # all of them for ever: it gets the largest device to itself.
-        room_bytes = max(device.budget_bytes for device in self._devices.values()) - spec.image_bytes
+        room_bytes = max(device.budget_bytes for device in self._devices.values()) - share_bytes(spec)
         needed_bytes = min(needed_bytes, max(room_bytes, spec.workspace_bytes))
         if needed_bytes != held_bytes:
             self._post(FootprintSeen(spec.ref, needed_bytes))

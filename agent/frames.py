@@ -20,6 +20,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from packer.gangs import run_ends
 from packer.types import KIB, MIB, HostForm, HostSizes, ModelRef, ModelSpec, OriginFile, Task, parse_ref
 
 # 256 files of 200-character paths and their hashes take 80 KiB; the kernel's default socket buffer
@@ -65,10 +66,20 @@ class WireSpec(msgspec.Struct, frozen=True):
     task: Task
     image_bytes: int
     chunks_sha256: str
+    # For each device of a gang the chunk behind its last one; one or none: all on the one device.
+    run_ends: tuple[int, ...] = ()
 
 
-def wire_spec(spec: ModelSpec) -> WireSpec:
-    return WireSpec(str(spec.ref), spec.engine, spec.task, spec.image_bytes, chunks_sha256(spec.chunk_bytes))
+def wire_spec(spec: ModelSpec, devices: int = 1) -> WireSpec:
+    """For a worker that has so many devices."""
+    return WireSpec(
+        str(spec.ref),
+        spec.engine,
+        spec.task,
+        spec.image_bytes,
+        chunks_sha256(spec.chunk_bytes),
+        run_ends(spec.chunk_bytes, spec.cuts, devices) if devices > 1 else (),
+    )
 
 
 def chunks_sha256(chunk_bytes: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from agent.arena import Image, allocate_image
+from agent.arena import Image
 from agent.early import EARLY_BYTES_MIN, EarlyStart, Gate, Watched
 from agent.engines.model import BrokenModel, Model, build
 from agent.frames import (
@@ -44,6 +44,7 @@ from agent.frames import (
     cut,
     parse_wire_ref,
 )
+from agent.gang_image import allocate
 from agent.shelf import Held, NotResident, Shelf
 from packer.bases import BasePack, Bases
 from packer.host_segment import HostWriter
@@ -321,7 +322,7 @@ class Moves:
         """
         spec, layout = new.spec, new.layout
         early: EarlyStart | None = None
-        image = self._room(new.ref, layout, parked, first_chunk)
+        image = self._room(new, parked, first_chunk)
         coming = _Coming(new, parked, image)
         try:
             if parked is None:
@@ -360,14 +361,15 @@ class Moves:
         self._shelf.put(new.ref, held)
         new.serving()
 
-    def _room(self, ref: ModelRef, layout: ImageLayout, parked: Held | None, first_chunk: int) -> Image:
+    def _room(self, new: Incoming, parked: Held | None, first_chunk: int) -> Image:
         """An image of which the chunks before ``first_chunk`` are filled, and only they."""
+        ref, layout = new.ref, new.layout
         image = parked.image if parked is not None else None
         if first_chunk == 0:
             if parked is not None and image is not None:
                 parked.image, parked.kept_chunks = None, 0
                 image.close()
-            return allocate_image(self._kind, layout)
+            return allocate(self._kind, layout, new.spec.run_ends)
         if parked is None or image is None or not first_chunk <= parked.kept_chunks < len(layout.chunks):
             kept = parked.kept_chunks if parked is not None else 0
             raise TierError(f"{ref} has {kept} chunks here, so it can not be filled from chunk {first_chunk}")

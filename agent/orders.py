@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from agent.devices import DeviceConfig
+from agent.devices import DeviceConfig, at_place
 from agent.explained import Explained, worker_died
 from agent.facade import EngineFrame, EngineRequest
 from agent.filling import Filling, open_copy
@@ -58,6 +58,7 @@ from packer.events import (
     TookLate,
     WorkerDied,
 )
+from packer.gangs import devices_in
 from packer.types import HostForm, ModelRef, ModelSpec, Tier
 
 log = logging.getLogger("bunk.orders")
@@ -138,11 +139,13 @@ class Orders:
         pids = {device: self._nursery.standby_pids(device) for device in self._devices}
         for at, worker in self._workers.items():
             if not idle or not self._held.get(at):
-                pids[at[1]].append(worker.pid)
+                for device in devices_in(at[1]):
+                    pids[device].append(worker.pid)
         return pids
 
     async def _worker(self, tenant: str, device: str) -> WorkerHandle:
-        """The tenant's worker on a device, forked when there is none. Raises ``WorkerDead``."""
+        """The tenant's worker on a device, or on a place of several, forked when there is none. Raises
+        ``WorkerDead``."""
         at = (tenant, device)
         if at in self._workers:
             return self._workers[at]
@@ -153,7 +156,7 @@ class Orders:
     async def _spawn(self, at: tuple[str, str]) -> WorkerHandle:
         try:
             await self._close_parked()
-            worker = await self._nursery.spawn(at[0], self._devices[at[1]])
+            worker = await self._nursery.spawn(at[0], at_place(self._devices, at[1]))
             worker.on_workspace = lambda ref, nbytes: self.on_workspace(ref, at[1], worker.pid, nbytes)
             worker.on_late = lambda device_ms: self.post(TookLate(at[0], device_ms))
             self._workers[at] = worker

@@ -3,11 +3,12 @@
 Covers: which requests are measured, and the measuring. Does not cover: what follows from it
 (``agent/footprints.py``, ``packer/footprint.py``).
 
-On a GPU the allocator counts by itself. On a cpu device it is the process's greatest resident memory during
-the request (the kernel's high-water mark, which ``/proc/self/clear_refs`` sets back) less what is resident
-after the freed heap was given back: then weights that were touched for the first time, and whatever stays
-for good, are in both. Another model that comes or goes meanwhile would be counted too, so such a request
-is not used.
+On a GPU the allocator counts by itself; of several the most that any of them needed counts, for each. On a
+cpu device it is the process's greatest resident memory during the request (the kernel's high-water mark,
+which ``/proc/self/clear_refs`` sets back) less what is resident after the freed heap was given back: then
+weights that were touched for the first time, and whatever stays for good, are in both. Another model that
+comes or goes meanwhile would be counted too, so such a request is not used. The cpu devices of a gang have
+one memory, so that all of what was measured is held on each of them: more than enough.
 """
 
 from __future__ import annotations
@@ -44,8 +45,15 @@ class PeakMeter:
     """For the one thread that computes. ``moves_seen`` counts orders begun and ended: it must not change
     during a measured request, and none may be under way."""
 
-    def __init__(self, on_cuda: bool, moves_seen: Callable[[], tuple[int, int]], trim: Callable[[], None]):
+    def __init__(
+        self,
+        on_cuda: bool,
+        moves_seen: Callable[[], tuple[int, int]],
+        trim: Callable[[], None],
+        devices: int = 1,
+    ):
         self._on_cuda = on_cuda
+        self._devices = range(devices)
         self._moves_seen = moves_seen
         self._trim = trim
         self._seen: dict[ModelRef, _Seen] = {}
@@ -76,7 +84,8 @@ class PeakMeter:
         if self._on_cuda:
             import torch
 
-            torch.cuda.reset_peak_memory_stats()
+            for device in self._devices:
+                torch.cuda.reset_peak_memory_stats(device)
         elif not self._read(lambda: _CLEAR.write_text(_CLEAR_PEAK)):
             return
         self._before = moves
@@ -89,7 +98,10 @@ class PeakMeter:
         if self._on_cuda:
             import torch
 
-            peak_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+            peak_bytes = max(
+                torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+                for device in self._devices
+            )
         else:
             peak_bytes = self._read(lambda: _status_bytes("VmHWM"))
             self._trim()

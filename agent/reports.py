@@ -20,6 +20,7 @@ from packer.wire import (
     AccuracyReport,
     CalibrationReport,
     DeviceReport,
+    DeviceShare,
     ModelReport,
     RegretReport,
     Report,
@@ -139,6 +140,7 @@ def _model(node: ReportSource, spec: ModelSpec) -> ModelReport:
         deduplicated_bytes=node.deduplicated_bytes(spec.ref) if view is not None and view.packed else 0,
         workspace_bytes=view.workspace_bytes if view else 0,
         workspace_measured=view.workspace_measured if view else False,
+        shares=tuple(DeviceShare(*share) for share in view.shares) if view else (),
     )
 
 

@@ -121,7 +121,10 @@ class Nursery:
             raise WorkerDead("the nursery ended while it started; its messages are in the agent's log")
 
     def keep_standbys(self, device: DeviceConfig) -> None:
-        """See to it that the workers kept ready for a device are there, soon."""
+        """See to it that the workers kept ready for a device are there, soon. None are for places of
+        several: nobody knows which devices the next gang gets."""
+        if device.count > 1:
+            return
         have = self._ready_workers.setdefault(device.device, [])
         if len(have) < self._standbys and device.device not in self._refilling and not self._closing:
             self._refilling[device.device] = asyncio.create_task(self._refill(device))

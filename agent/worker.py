@@ -1,4 +1,4 @@
-"""The worker: one tenant's models on one device, for the life of one process.
+"""The worker: one tenant's models on one device, or its gangs on several, for the life of one process.
 
 Covers: reading orders and requests off its two sockets, and staying alive through any bad request. Does not
 cover: forking and confinement (``nursery``), what is computed when (``compute``), what an order does
@@ -61,6 +61,7 @@ from agent.lanes import Request
 from agent.moves import Move, Moves, where
 from agent.peak import PeakMeter
 from agent.shelf import Shelf
+from packer.gangs import devices_in
 from packer.tiers import RESTORE_BYTES_MAX
 from packer.types import MIB
 
@@ -119,7 +120,8 @@ class Worker:
         self._waiting: dict[int, Request] = {}
         self._received = bytearray()
         self._orders_begun = self._orders_ended = 0
-        peak = PeakMeter(identity.kind == "cuda", self._moves_seen, _trim)
+        devices = len(devices_in(identity.device))
+        peak = PeakMeter(identity.kind == "cuda", self._moves_seen, _trim, devices)
         self._compute = Compute(self._shelf, peak, self._send, self._forget, _trim)
 
     # --- sockets ----------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class PackFiles:
 
 
 class WorkerHandle:
-    """One worker process: one tenant, one device, for life."""
+    """One worker process: one tenant, one device (or those of one place), for life."""
 
     def __init__(self, tenant: str, device: DeviceConfig, orders: socket.socket, data: socket.socket) -> None:
         self.tenant = tenant
@@ -205,7 +205,7 @@ class WorkerHandle:
             descriptors += [pack.fd, pack.part_fd, *pack.offer_fds]
             self._replies[beside.id] = asyncio.get_running_loop().create_future()
         try:
-            order = LoadOrigin(number, wire_spec(spec), spec.files, beside)
+            order = LoadOrigin(number, wire_spec(spec, self.device.count), spec.files, beside)
             done = await self._order(number, order, descriptors)
         except BaseException:
             if beside is not None:
@@ -248,7 +248,16 @@ class WorkerHandle:
         early = serving is not None
         proof = tuple(file for file in spec.files if file.path.endswith(".safetensors")) if prove else ()
         order = RestorePack(
-            number, wire_spec(spec), key, first_chunk, direct, form, bases, early, proof, past_cache
+            number,
+            wire_spec(spec, self.device.count),
+            key,
+            first_chunk,
+            direct,
+            form,
+            bases,
+            early,
+            proof,
+            past_cache,
         )
         if serving is not None:
             self._serving[number] = lambda nbytes: serving(min(nbytes, spec.image_bytes))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from packer.gangs import run_ends
 from packer.types import KeySpec, ModelName, ModelRef, ModelSpec, OriginFile, TenantQuota, TenantSpec
 from packer.wire import PeerSpec
 
@@ -318,7 +319,9 @@ class Catalog:
 
     def _put_model(self, spec: ModelSpec, seq: int) -> None:
         known = self.models.get(spec.ref)
-        if known is not None and known != spec == replace(known, batching=spec.batching):
+        if known is not None and known != spec == replace(
+            known, batching=spec.batching, devices=spec.devices
+        ):
             seq = self.model_seq[spec.ref]  # a node that has not heard of it yet answers as well
         self._drop_model(spec.ref)
         self.models[spec.ref] = spec
@@ -411,10 +414,12 @@ def model_arrival(catalog: Catalog, spec: ModelSpec) -> list[Change]:
 
 def arriving(catalog: Catalog, spec: ModelSpec) -> ModelSpec:
     """``spec`` as the latest version of its model. One that is new has the settings of the latest before it:
-    they were made for the model, whatever its weights."""
+    they were made for the model, whatever its weights; but what can not be cut into as many parts is for one
+    device."""
     older = catalog.resolve(spec.ref.model, None)
     if older is not None and spec.ref not in catalog.models:
-        spec = replace(spec, batching=older.batching)
+        fits = run_ends(spec.chunk_bytes, spec.cuts, older.devices)
+        spec = replace(spec, batching=older.batching, devices=older.devices if fits else 1)
     return replace(spec, latest=True)
 
 

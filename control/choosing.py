@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from control.cluster import NEAR_STATES, Cluster, NodeView
+from packer.gangs import devices_in
 from packer.placement import Bin, Wanted, left_over, place
 from packer.types import ModelRef
 from packer.wire import ModelReport
@@ -46,9 +47,12 @@ def choose_near(cluster: Cluster, ref: ModelRef, now_ms: int) -> Sequence[str]:
     return [entry[-1] for entry in sorted(ranked)]
 
 
-def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) -> Sequence[str]:
-    """Nodes that may answer for ``ref``, best first. Not among them: silent and draining nodes, those of
-    which there are two, and those whose every device is broken.
+def choose_node(
+    cluster: Cluster, ref: ModelRef, share_bytes: int, now_ms: int, devices: int = 1
+) -> Sequence[str]:
+    """Nodes that may answer for ``ref``, which needs so many bytes on each of ``devices``, best first. Not
+    among them: silent and draining nodes, those of which there are two, and those whose every device is
+    broken. Nodes with too few devices for a gang are asked only if there are no others, and say so.
 
     Where the bytes are counts first (device, then on its way, then host or disk by what a restore takes),
     then whether a device has room, then load, roughly, then the best fit, so that large holes stay whole.
@@ -56,10 +60,12 @@ def choose_node(cluster: Cluster, ref: ModelRef, image_bytes: int, now_ms: int) 
     """
     text = str(ref)
     able = [view for view in cluster.nodes.values() if _able(view)]
+    if devices > 1:
+        able = [view for view in able if _has_devices(view, share_bytes, devices)] or able
     distances = {view.node: _distance(cluster, view, ref, text, now_ms) for view in able}
     # Where it is on a device already, or coming there, its room is there too.
     cold = min(distances.values(), default=0) > COMING
-    left = _left_over(cluster, able, image_bytes, now_ms) if cold else {}
+    left = _left_over(cluster, able, share_bytes, now_ms, devices) if cold else {}
     ranked = []
     for view in able:
         room = left.get(view.node)
@@ -100,6 +106,11 @@ def _able(view: NodeView) -> bool:
     return not report.devices or any(device.healthy for device in report.devices)
 
 
+def _has_devices(view: NodeView, share_bytes: int, devices: int) -> bool:
+    found = view.report.devices if view.report is not None else ()
+    return sum(device.healthy and device.budget_bytes >= share_bytes for device in found) >= devices
+
+
 def _cost(view: NodeView, text: str, distance: int) -> tuple[int, int, int]:
     """What it takes until the model could answer here. Host memory or disk: by what the node expects, in
     powers of two, since finer differences are less than what estimates are off by; else by tier."""
@@ -109,9 +120,11 @@ def _cost(view: NodeView, text: str, distance: int) -> tuple[int, int, int]:
     return (COMING + 1, known.restore_ms_estimate.bit_length(), distance)
 
 
-def _left_over(cluster: Cluster, views: Sequence[NodeView], image_bytes: int, now_ms: int) -> dict[str, int]:
-    """Of every node with room for the model, what its best device would have left. What was sent there a
-    moment ago and is in no report yet counts as there, where it fits best."""
+def _left_over(
+    cluster: Cluster, views: Sequence[NodeView], share_bytes: int, now_ms: int, devices: int
+) -> dict[str, int]:
+    """Of every node with room for the model, what its best device, or devices, would have left. What was
+    sent there a moment ago and is in no report yet counts as there, where it fits best."""
     bins = {
         view.node: {
             device.device: Bin(device.device, device.budget_bytes - device.used_bytes, (), view.node)
@@ -127,12 +140,11 @@ def _left_over(cluster: Cluster, views: Sequence[NodeView], image_bytes: int, no
         if expected.until_ms <= now_ms or not expected.nbytes or (known is not None and known.device_bytes):
             continue
         there = bins.get(expected.node, {})
-        placing = place(list(there.values()), Wanted(str(ref), expected.nbytes))
-        if placing is not None:
-            at = placing.bins[0]
+        placing = place(list(there.values()), Wanted(str(ref), expected.nbytes, expected.devices))
+        for at in placing.bins if placing is not None else ():
             there[at] = replace(there[at], reserved_bytes=there[at].reserved_bytes + expected.nbytes)
     every = [each for of_node in bins.values() for each in of_node.values()]
-    return left_over(every, Wanted(str(image_bytes), image_bytes))
+    return left_over(every, Wanted(str(share_bytes), share_bytes, devices))
 
 
 def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, text: str, now_ms: int) -> int:
@@ -152,7 +164,8 @@ def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, text: str, now_ms
 def _on_broken(view: NodeView, known: ModelReport) -> bool:
     """What lies on a device that the node has given up must be restored to another."""
     devices = view.report.devices if view.report is not None else ()
-    return any(device.device == known.device and not device.healthy for device in devices)
+    names = devices_in(known.device or "")
+    return any(device.device in names and not device.healthy for device in devices)
 
 
 def _load(view: NodeView) -> int:

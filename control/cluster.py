@@ -88,11 +88,12 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A request for ``ref``, of ``image_bytes``, was sent to ``node``."""
+    """A request for ``ref``, of ``share_bytes`` on each of ``devices``, was sent to ``node``."""
 
     node: str
     ref: ModelRef
-    image_bytes: int = 0
+    share_bytes: int = 0
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ class Pointed:
 
     node: str
     ref: ModelRef
-    image_bytes: int = 0
+    share_bytes: int = 0
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +231,13 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A model was sent for at this node, which most likely holds ``nbytes`` of it soon."""
+    """A model was sent for at this node, which most likely holds ``nbytes`` of it soon, on each of so many
+    devices."""
 
     node: str
     until_ms: int
     nbytes: int
+    devices: int = 1
 
 
 @dataclass(slots=True)
@@ -272,11 +276,11 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
         case Changed(epoch, seq):
             cluster.newest = (epoch, seq)
             return _answer_polls(cluster)
-        case Routed(node, ref, nbytes):
+        case Routed(node, ref, nbytes, devices):
             _routed(cluster, node, now_ms)
-            _expect(cluster, node, ref, nbytes, now_ms)
-        case Pointed(node, ref, nbytes):
-            _expect(cluster, node, ref, nbytes, now_ms)
+            _expect(cluster, ref, Expected(node, now_ms + EXPECTED_MS, nbytes, devices))
+        case Pointed(node, ref, nbytes, devices):
+            _expect(cluster, ref, Expected(node, now_ms + EXPECTED_MS, nbytes, devices))
         case Answered(node, reached):
             _answered(cluster, node, reached, now_ms)
         case SourceAsked():
@@ -362,9 +366,9 @@ def _routed(cluster: Cluster, node: str, now_ms: int) -> None:
             view.avoid_until_ms = now_ms + AVOID_MS
 
 
-def _expect(cluster: Cluster, node: str, ref: ModelRef, nbytes: int, now_ms: int) -> None:
+def _expect(cluster: Cluster, ref: ModelRef, expected: Expected) -> None:
     cluster.expected.pop(ref, None)
-    cluster.expected[ref] = Expected(node, now_ms + EXPECTED_MS, nbytes)
+    cluster.expected[ref] = expected
     while len(cluster.expected) > EXPECTED_MAX:
         del cluster.expected[next(iter(cluster.expected))]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from control.choosing import choose_node
 from control.cluster import Cluster, NodeView, Routed, step
+from packer.gangs import share_bytes
 from packer.ledger import State
 from packer.simulated_box import Box
 from packer.wire import DeviceReport, ModelReport, Report
@@ -30,7 +31,7 @@ class Router:
             view.report = _report(box)
             view.in_flight = view.in_flight_then = len(box.node.requests)
             view.by_ref = {str(spec.ref): _model_report(box, model)}
-        chosen = choose_node(cluster, spec.ref, spec.image_bytes, now_ms)[0]
+        chosen = choose_node(cluster, spec.ref, share_bytes(spec), now_ms, spec.devices)[0]
         step(cluster, Routed(chosen, spec.ref), now_ms)
         return next(box.number for box in boxes if box.name == chosen)
 

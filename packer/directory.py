@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from packer import tensor_model
+from packer.gangs import cuts_of
 from packer.layout import BadLayout, ImageLayout, TensorInfo, first_workspace_estimate, lay_out
 from packer.tensor_model import CONFIG_FILE, EXPORT_ENGINE, PROGRAM_FILE, BadTensorModel
 from packer.types import MIB, VERSION_CHARS, OriginFile, Task, TensorSignature
@@ -221,6 +222,7 @@ class ModelFacts:
     chunk_bytes: tuple[int, ...]
     workspace_bytes: int
     signature: TensorSignature | None = None
+    cuts: tuple[int, ...] = ()  # chunks before which a gang may be cut
 
 
 # --- file names -----------------------------------------------------------------------------------
@@ -334,6 +336,7 @@ def inspect(
         image_bytes=layout.image_bytes,
         chunk_bytes=layout.chunk_bytes,
         workspace_bytes=first_workspace_estimate(task, config, layout.image_bytes),
+        cuts=cuts_of(layout, by_layer=True),
     )
 
 
@@ -358,6 +361,7 @@ def _inspect_program(
         chunk_bytes=layout.chunk_bytes,
         workspace_bytes=tensor_model.first_workspace_estimate(model.program),
         signature=model.signature,
+        cuts=cuts_of(layout, by_layer=False),
     )
 
 

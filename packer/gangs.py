@@ -5,11 +5,13 @@ name of the place where a whole model lies. Does not cover: choosing the devices
 (``ledger``) or the memory (``agent/gang_image.py``).
 
 A **gang** is a model that needs k devices of one node. Its chunks are cut into k runs that follow each other
-in execution order, as equal in bytes as its tensors allow: share j lies on device j, and every device also
-holds the workspace. So activations cross from one device to the next k - 1 times in a pass, and no tensor
-lies on two devices. A gang is there whole or not at all. Chunks leave other models from the tail of the
-execution order, which of a gang is its last device alone: its next restore would wait for that device, and
-the others could not use what they hold meanwhile.
+in execution order, as equal in bytes as its layers allow: share j lies on device j, and every device also
+holds the workspace. So activations cross from one device to the next k - 1 times in a pass, and no layer
+lies on two devices (of a program, whose operations move what they need, no tensor).
+
+A gang is there whole or not at all. Chunks leave other models from the tail of the execution order, which of
+a gang is its last device alone: its next restore would wait for that device, and the others could not use
+what they hold meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
-from packer.layout import ImageLayout
+from packer.layout import ImageLayout, layer_of
 from packer.types import DEVICES_PER_MODEL_MAX, BadValue, ModelSpec
 
 # Between the names of a gang's devices; no device has it in its name.
@@ -35,18 +37,20 @@ def devices_in(place: str) -> tuple[str, ...]:
     return tuple(place.split(JOIN))
 
 
-def cuts_of(layout: ImageLayout) -> tuple[int, ...]:
-    """Chunks before which a gang may be cut, since no tensor lies across: of all of them those that are
-    nearest to an equal part, for every number of devices that is allowed."""
+def cuts_of(layout: ImageLayout, by_layer: bool) -> tuple[int, ...]:
+    """Chunks before which a gang may be cut: no tensor lies across, nor (``by_layer``) a layer, as the names
+    of its tensors say. Of all of them those that are nearest to an equal part, for every number of devices
+    that is allowed."""
     free: list[int] = []
-    ends = [placed.image_offset + placed.info.nbytes for placed in layout.tensors]
-    starts = [placed.image_offset for placed in layout.tensors]
+    tensors = [placed for placed in layout.tensors if placed.info.nbytes]
     reach = at = 0
     for number, chunk in enumerate(layout.chunks):
-        while at < len(starts) and starts[at] < chunk.image_offset:
-            reach = max(reach, ends[at])
+        while at < len(tensors) and tensors[at].image_offset < chunk.image_offset:
+            reach = max(reach, tensors[at].image_offset + tensors[at].info.nbytes)
             at += 1
-        if number and reach <= chunk.image_offset:
+        if not number or reach > chunk.image_offset:
+            continue
+        if not by_layer or layer_of(tensors[at - 1].info.name) != layer_of(tensors[at].info.name):
             free.append(number)
     offsets = [layout.chunks[number].image_offset for number in free]
     chosen = {
@@ -90,6 +94,12 @@ def run_bytes(spec: ModelSpec) -> tuple[int, ...]:
     return tuple(before[end] - before[start] for start, end in zip((0, *ends), ends, strict=False))
 
 
+def share_bytes(spec: ModelSpec) -> int:
+    """Bytes of the weights on one device: of a gang, of its largest share."""
+    # Asked for every request that is routed, and nearly all are for one device.
+    return spec.image_bytes if spec.devices == 1 else max(run_bytes(spec), default=spec.image_bytes)
+
+
 def check_devices(spec: ModelSpec, devices: int) -> int:
     """Returns ``devices`` if the version may have so many. Raises ``BadValue`` with the name of the
     management API."""
@@ -102,10 +112,9 @@ def check_devices(spec: ModelSpec, devices: int) -> int:
     most = max(
         count for count in range(1, DEVICES_PER_MODEL_MAX + 1) if run_ends(spec.chunk_bytes, spec.cuts, count)
     )
-    why = (
-        "between its tensors" if spec.cuts else "at all (or an earlier release registered it: push it again)"
-    )
+    why = "" if spec.cuts else "; if an earlier release registered it, remove this version and push it again"
     raise BadValue(
         "devices",
-        f"{spec.ref} can not be cut into {devices} parts {why}; the most is {most} devices",
+        f"{spec.ref} has too few layers of 1 MiB or more to be cut into {devices} parts; the most is "
+        f"{most}{why}",
     )

@@ -292,12 +292,17 @@ def _order(
     if stages:
         stage, place = stages.get(tensor.name, (len(stages), len(stages)))
         return (0, stage, tensor.dtype, tensor.nbytes >= OWN_CHUNK_BYTES, place, tensor.name, tensor.file)
-    layer = next((part for part in tensor.name.split(".") if re.fullmatch("[0-9]{1,6}", part)), None)
+    group, layer = layer_of(tensor.name)
     own = tensor.nbytes >= OWN_CHUNK_BYTES
+    return (group, layer, tensor.dtype, own, 0, tensor.name, tensor.file)
+
+
+def layer_of(name: str) -> tuple[int, int]:
+    """Which part of a model a tensor is of, as its name says: embeddings, a layer by its number, or tail."""
+    layer = next((part for part in name.split(".") if re.fullmatch("[0-9]{1,6}", part)), None)
     if layer is not None:
-        return (1, int(layer), tensor.dtype, own, 0, tensor.name, tensor.file)
-    group = 0 if _EMBEDDING.search(tensor.name.lower()) else 2
-    return (group, 0, tensor.dtype, own, 0, tensor.name, tensor.file)
+        return (1, int(layer))
+    return (0 if _EMBEDDING.search(name.lower()) else 2, 0)
 
 
 def _up(value: int, step: int) -> int:

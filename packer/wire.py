@@ -153,8 +153,17 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """What of a gang is on one of its devices."""
+
+    device: str
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelReport:
-    """Where a version's bytes are on this node and what it has done since the agent started."""
+    """Where a version's bytes are on this node and what it has done since the agent started. ``device`` is
+    its place; see ``gangs.place_name``."""
 
     ref: str
     state: str  # "resident", "restoring", "evicting", "absent"
@@ -173,6 +182,7 @@ class ModelReport:
     deduplicated_bytes: int = 0  # of the image, not in its pack's file because an equal chunk is stored
     workspace_bytes: int = 0  # what requests need beside the weights
     workspace_measured: bool = False  # as requests were seen to need it; False: the first estimate
+    shares: tuple[DeviceShare, ...] = ()  # of a gang, in the order of its devices
 
 
 @dataclass(frozen=True, slots=True)

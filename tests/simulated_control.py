@@ -33,6 +33,7 @@ from control.routes.shares import answer_shares
 from control.shown import ShownCertificates
 from control.state import Control
 from control.store import Store, StoreUnavailable
+from packer.gangs import share_bytes
 from packer.http import ApiError
 from packer.types import BadValue, ModelName, ModelSpec
 from packer.wire import WIRE_VERSION, Beat, JoinAnswer, JoinAsk, SharesAsk, SourcesAsk, encode
@@ -181,9 +182,9 @@ class SimulatedControl(Control):
 
     def point(self, spec: ModelSpec) -> None:
         """Tell a tenant's program where to call the model itself, as ``routes.direct`` does."""
-        nodes = choose_node(self.cluster, spec.ref, spec.image_bytes, self.now_ms())
+        nodes = choose_node(self.cluster, spec.ref, share_bytes(spec), self.now_ms(), spec.devices)
         for node in equally_good(self.cluster, nodes, spec.ref, self.now_ms())[:1]:
-            pointed = fleet.Pointed(node, spec.ref, spec.image_bytes)
+            pointed = fleet.Pointed(node, spec.ref, share_bytes(spec), spec.devices)
             self.act(fleet.step(self.cluster, pointed, self.now_ms()))
 
     async def route(self, spec: ModelSpec, send: Callable[[str], Awaitable[Reply]]) -> int:

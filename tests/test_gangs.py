@@ -36,14 +36,14 @@ def tensor(name: str, nbytes: int) -> TensorInfo:
 def test_a_model_is_cut_where_no_tensor_lies_across() -> None:
     layout = lay_out([tensor(f"layers.{at}.w", 9 * MIB) for at in range(4)])
     assert len(layout.chunks) == 12
-    assert gangs.cuts_of(layout) == (3, 6, 9)
+    assert gangs.cuts_of(layout, by_layer=True) == (3, 6, 9)
 
 
 def test_small_tensors_that_share_chunks_are_not_cut() -> None:
     # Five of 0.9 MiB are a run of two chunks, and one of them lies across.
     layout = lay_out([tensor(f"layers.0.w{at}", 900 * 1024) for at in range(5)])
     assert len(layout.chunks) == 2
-    assert gangs.cuts_of(layout) == ()
+    assert gangs.cuts_of(layout, by_layer=False) == ()
 
 
 def test_the_parts_are_as_equal_as_the_tensors_allow() -> None:
@@ -69,7 +69,7 @@ def test_what_can_not_be_cut_so_often_is_refused_with_the_field_and_the_most() -
 
 def test_few_cuts_are_kept_of_very_many_and_each_number_of_devices_has_its_best() -> None:
     layout = lay_out([tensor(f"layers.{at}.w", MIB) for at in range(1000)])
-    cuts = gangs.cuts_of(layout)
+    cuts = gangs.cuts_of(layout, by_layer=True)
     assert len(cuts) < 80
     for devices in range(2, DEVICES_PER_MODEL_MAX + 1):
         ends = gangs.run_ends(layout.chunk_bytes, cuts, devices)

@@ -39,7 +39,9 @@ import agent.cuda_image
 import packer.mapping
 from agent.arena import DTYPES, CpuImage, Image, allocate_image
 from agent.cuda_image import CudaImage
+from agent.gang_image import allocate
 from agent.nursery import _data_bytes
+from packer.gangs import cuts_of, run_ends
 from packer.host_segment import HostWriter
 from packer.layout import CHUNK_BYTES, ImageLayout
 from packer.mapping import MADV_POPULATE_WRITE, LargePages, advise
@@ -53,12 +55,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 KINDS = {
     "arena": lambda layout: allocate_image("cpu", layout),
     "device class on cpu": lambda layout: CudaImage(layout, "cpu"),
+    "gang": lambda layout: allocate("cpu", layout, run_ends(layout.chunk_bytes, cuts_of(layout, False), 3)),
     "gpu": lambda layout: allocate_image("cuda", layout),
 }
 
 
 @pytest.fixture(
-    params=["arena", "device class on cpu", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])]
+    params=["arena", "device class on cpu", "gang", pytest.param("gpu", marks=[pytest.mark.gpu, needs_gpu])]
 )
 def make(request: pytest.FixtureRequest) -> Callable[[ImageLayout], Image]:
     return KINDS[request.param]

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from click.testing import CliRunner
+from make_models import make_encoder
 from running_control import Running, model_files, running
 
 from bunkhouse import AsyncClient, BadRequest
 from bunkhouse.cli.main import bunk
+from packer.gangs import run_bytes
 from packer.types import Batching, ModelSpec
 from packer.wire import decode
 
@@ -154,3 +156,49 @@ def test_a_version_of_an_earlier_release_is_batched_as_it_was() -> None:
         b'"created_ms":1}'
     )
     assert decode(text, ModelSpec).batching == Batching()
+
+
+# --- several devices --------------------------------------------------------------------------------
+
+
+async def test_a_model_for_several_devices_is_so_in_the_plan_and_its_cuts_with_it(
+    control: Running, tmp_path: Path
+) -> None:
+    make_encoder(tmp_path / "m", 1, hidden=512, layers=2, heads=2)
+    paths = [path for path in (tmp_path / "m").rglob("*") if path.is_file()]
+    files = {path.relative_to(tmp_path / "m").as_posix(): path.read_bytes() for path in paths}
+    pushed = await control.push("acme", "m", files)
+    assert pushed["devices"] == 1
+    node = await control.join("box")
+    answer = await control.call("PATCH", PATH, {"devices": 2})
+    assert (answer.status, answer.json()["devices"], answer.json()["batch_max"]) == (200, 2, 1)
+    plan = (await node.beat(tmp_path)).plan
+    assert plan is not None
+    (spec,) = plan.models
+    assert spec.devices == 2
+    assert len(run_bytes(spec)) == 2
+    assert sum(run_bytes(spec)) == spec.image_bytes
+    # A new version has it as well, where it can be cut.
+    config = json.loads(files["config.json"]) | {"initializer_range": 0.5}
+    newer = await control.push("acme", "m", files | {"config.json": json.dumps(config).encode()})
+    assert newer["devices"] == 2
+    assert (await control.push("acme", "m", model_files()))["devices"] == 1
+
+
+async def test_what_can_not_be_cut_so_often_is_refused_and_nothing_is_changed(control: Running) -> None:
+    await control.push("acme", "m", model_files())
+    for devices, what in ((2, "the most is 1"), (0, "must be from 1 to 16"), (17, "must be from 1")):
+        answer = await control.call("PATCH", PATH, {"devices": devices, "batch_max": 4})
+        assert (answer.status, answer.json()["error"]["field"]) == (400, "devices")
+        assert what in answer.json()["error"]["message"]
+    assert (await control.call("GET", PATH)).json()["batch_max"] == 1
+
+
+def test_a_plan_of_an_earlier_release_means_one_device() -> None:
+    spec = decode(
+        b'{"ref":{"tenant":"acme","name":"m","version":"0000000000000000"},"origin":"file:///m","files":[],'
+        b'"engine":"transformers","task":"embedding","image_bytes":4096,"chunk_bytes":[4096],'
+        b'"workspace_bytes":0,"created_ms":0}',
+        ModelSpec,
+    )
+    assert (spec.devices, spec.cuts) == (1, ())

@@ -15,6 +15,7 @@ from pathlib import Path
 from make_models import copy_minilm, find_minilm, make_classifier, make_gpt2, make_llama
 
 from packer.directory import ENGINE
+from packer.gangs import cuts_of
 from packer.layout import TensorInfo, header_bytes, lay_out, parse_header
 from packer.types import MIB, ModelRef, ModelSpec, OriginFile, Task
 
@@ -85,6 +86,7 @@ def describe(directory: Path, ref: ModelRef, task: Task) -> ModelSpec:
         layout.chunk_bytes,
         MIB,
         created_ms=0,
+        cuts=cuts_of(layout, by_layer=True),
     )
 
 

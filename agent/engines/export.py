@@ -36,6 +36,7 @@ from agent.engines.operations import (
     step_of,
     tensors_in,
 )
+from agent.engines.spanning import met
 from agent.facade import JSON, EngineError, EngineFrame, EngineRequest
 from agent.frames import FRAME_BODY_BYTES_MAX
 from packer.layout import ImageLayout, PlacedTensor
@@ -108,6 +109,7 @@ class ExportModel(WholeRequests):
         self._placed = placed
         self._device = device
         self._weights: Environment = {}
+        self._spans = False  # the weights lie on several devices
         self._gate: Gate | None = None  # of a restore that may still bring weights
         self._chunks: Mapping[str, frozenset[int]] = {}
         self._is_sized_by_values = any(
@@ -123,6 +125,7 @@ class ExportModel(WholeRequests):
             # this, results would differ from those of the program in their last bits.
             is_trained = port.facts.is_trained and weight.is_floating_point()
             self._weights[port.name] = nn.Parameter(weight) if is_trained else weight
+        self._spans = len({weight.device: None for weight in tensors_in(list(self._weights.values()))}) > 1
 
     def detach(self) -> None:
         self._stop_waiting()
@@ -216,6 +219,8 @@ class ExportModel(WholeRequests):
 
     def _take(self, step: Step, environment: Environment, meter: _Meter | None) -> None:
         positional, keywords = step.arguments(environment, self._device)
+        if self._spans:
+            positional, keywords = met(positional, keywords, self._weights.values())
         if step.makes_tensors:
             # The same at every run of this program, because it is a matter of dtypes.
             self._is_sized_by_values |= meter is not None and has_mask(step, positional)

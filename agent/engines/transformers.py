@@ -35,6 +35,7 @@ from agent.engines.model import BrokenModel
 from agent.engines.pooling import BadPooling, Pooling, read_pooling
 from agent.engines.sampling import Sampling, read_sampling
 from agent.engines.side_files import BadSideFile, written
+from agent.engines.spanning import SplitLayer, span
 from agent.engines.vectors import EmbedFields, VectorAnswer, Vectors, check_tokens
 from agent.facade import EngineError, EngineFrame, EngineRequest
 from packer.directory import ARCHITECTURES
@@ -329,6 +330,7 @@ class Model:
         self._sampling = sampling
         self._context = self._context_tokens()
         self._hooks: list[RemovableHandle] = []
+        self._span: list[RemovableHandle] = []  # of weights on several devices
         self._gate: Gate | None = None  # of a restore that may still bring layers
         self._vocabulary = int(getattr(module.config, "vocab_size", 0)) or len(tokenizer)
         # Caches of all texts together need no more memory than that of one longest text, for which the
@@ -347,13 +349,19 @@ class Model:
         return context
 
     def attach(self, image: Image) -> None:
-        """Point every parameter into the image. Copies nothing."""
+        """Point every parameter into the image. Copies nothing. Raises ``BrokenModel``."""
         for slot in self._slots:
             slot.attach(image)
+        self._stop_spanning()
+        try:
+            self._span = span(self._module, list(self._layers() or ()))
+        except SplitLayer as error:
+            raise BrokenModel(f"{error}; push it again, or set devices to 1") from None
 
     def detach(self) -> None:
         """Forget the weights; a stray use then fails instead of reading freed memory."""
         self._stop_waiting()
+        self._stop_spanning()
         for slot in self._slots:
             slot.detach()
 
@@ -387,6 +395,11 @@ class Model:
             hook.remove()
         self._hooks.clear()
         self._gate = None
+
+    def _stop_spanning(self) -> None:
+        for hook in self._span:
+            hook.remove()
+        self._span = []
 
     @property
     def is_gated(self) -> bool:

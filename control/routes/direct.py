@@ -22,6 +22,7 @@ from control.routes.access import Access, Caller, Route
 from control.routes.forwarding import candidates, seq_needed
 from control.routes.router import resolve
 from control.state import Control
+from packer.gangs import share_bytes
 from packer.http import json_response
 from packer.tickets import TICKET_LIFE_MS
 from packer.types import BadValue
@@ -72,7 +73,7 @@ async def show_route(control: Control, request: web.Request, caller: Caller) -> 
         ticket = control.tickets.give(node, spec.ref.tenant, caller.key_id, control.wall_ms() + life_ms)
         items.append(DirectNode(node, control.cluster.nodes[node].gateway_url, ticket))
     if direct:
-        pointed = fleet.Pointed(direct[0], spec.ref, spec.image_bytes)
+        pointed = fleet.Pointed(direct[0], spec.ref, share_bytes(spec), spec.devices)
         control.act(fleet.step(control.cluster, pointed, control.now_ms()))
     return json_response(DirectAnswer(str(spec.ref), items, min(REFRESH_MS, life_ms), life_ms))
 

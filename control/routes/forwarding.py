@@ -28,6 +28,7 @@ from control.node_tls import NoLine
 from control.routes.access import Caller
 from control.routes.answers import NodeAnswer, NodeFailed, hold, pass_on
 from control.state import Control
+from packer.gangs import share_bytes
 from packer.http import (
     REQUEST_ID_HEADER,
     ApiError,
@@ -307,7 +308,8 @@ async def _try(
     control: Control, node: str, call: Call, send: Callable[[Control, str, Call], Awaitable[H]]
 ) -> H | None:
     """One node's answer; None when it could not be reached. Its end is told to the core if it is none."""
-    routed = fleet.Routed(node, call.spec.ref, call.spec.image_bytes)
+    spec = call.spec
+    routed = fleet.Routed(node, spec.ref, share_bytes(spec), spec.devices)
     control.act(fleet.step(control.cluster, routed, control.now_ms()))
     answered, reached = False, True  # that a caller leaves, or sends too much, says nothing about the node
     try:
@@ -365,7 +367,7 @@ async def candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[
 def _known_first(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
     """All nodes in the core's order, those that have heard of the model and the key before the others."""
     seq = seq_needed(control, caller, spec)
-    nodes = choosing.choose_node(control.cluster, spec.ref, spec.image_bytes, control.now_ms())
+    nodes = choosing.choose_node(control.cluster, spec.ref, share_bytes(spec), control.now_ms(), spec.devices)
     return sorted(nodes, key=lambda node: not fleet.knows(control.cluster, node, seq))
 
 

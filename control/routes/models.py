@@ -45,11 +45,13 @@ from control.routes.access import (
 from control.routes.tenants import drop_files
 from control.state import Control, wall_ms
 from packer.directory import BadDirectory, manifest_digest
+from packer.gangs import check_devices
 from packer.http import ApiError, json_response
 from packer.layout import BadHeader
 from packer.types import (
     BATCH_DELAY_MS_MAX,
     BATCH_INPUTS_MAX,
+    DEVICES_PER_MODEL_MAX,
     BadValue,
     Batching,
     ModelName,
@@ -77,10 +79,11 @@ def _ranged(low: int, high: int) -> msgspec.Meta:
 
 
 class SettingsAsk(msgspec.Struct, forbid_unknown_fields=True):
-    """The settings to change; see ``packer.types.Batching``."""
+    """The settings to change; see ``packer.types.Batching`` and, of ``devices``, ``packer.gangs``."""
 
     batch_max: Annotated[int, _ranged(1, BATCH_INPUTS_MAX)] | UnsetType = UNSET
     batch_delay_ms: Annotated[int, _ranged(0, BATCH_DELAY_MS_MAX)] | UnsetType = UNSET
+    devices: Annotated[int, _ranged(1, DEVICES_PER_MODEL_MAX)] | UnsetType = UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class ModelAnswer:
     created_ms: int
     batch_max: int
     batch_delay_ms: int
+    devices: int
     files: Sequence[OriginFile]
 
 
@@ -116,6 +120,7 @@ def model_answer(spec: ModelSpec) -> ModelAnswer:
         spec.created_ms,
         spec.batching.inputs_max,
         spec.batching.delay_ms,
+        spec.devices,
         spec.files,
     )
 
@@ -160,6 +165,7 @@ def new_spec(ref: ModelRef, origin: str, examined: Examined, now_ms: int) -> Mod
         workspace_bytes=facts.workspace_bytes,
         created_ms=now_ms,
         signature=facts.signature,
+        cuts=facts.cuts,
     )
 
 
@@ -206,7 +212,7 @@ async def register(control: Control, request: web.Request, caller: Caller) -> we
         else:
             # The same content: the version stays what it is, but a registered origin may have moved.
             origin = known.origin if known.origin == CONTROL_ORIGIN else url
-            spec = replace(known, origin=origin)
+            spec = replace(known, origin=origin, cuts=spec.cuts)
         spec = arriving(control.catalog, spec)
         answer = json_response(model_answer(spec), 201 if known is None else 200)
         await control.write([*model_arrival(control.catalog, spec), *caller.remembering(answer)])
@@ -256,10 +262,10 @@ async def show(control: Control, request: web.Request, caller: Caller) -> web.Re
 
 def _state(
     control: Control, model: ModelName, version: str | None, spec: ModelSpec
-) -> tuple[ModelSpec, list[tuple[ModelRef, Batching]]]:
+) -> tuple[ModelSpec, list[tuple[ModelRef, Batching, int]]]:
     """What an ETag is made of: this version, and all others when the name means all of them."""
     versions = control.catalog.versions_of(model) if version is None else []
-    return spec, [(each.ref, each.batching) for each in versions]
+    return spec, [(each.ref, each.batching, each.devices) for each in versions]
 
 
 async def change(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -267,8 +273,8 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
     with the next plan, and running workers go by it from then on."""
     named_model(control, request, caller)  # what is not there is not there, whatever is asked of it
     ask = await read_json(control, request, caller, SettingsAsk)
-    if isinstance(ask.batch_max, UnsetType) and isinstance(ask.batch_delay_ms, UnsetType):
-        raise BadValue("batch_max", "give at least one of batch_max and batch_delay_ms")
+    if all(isinstance(each, UnsetType) for each in (ask.batch_max, ask.batch_delay_ms, ask.devices)):
+        raise BadValue("batch_max", "give at least one of batch_max, batch_delay_ms and devices")
     async with control.writing:
         model, version, spec = named_model(control, request, caller)
         state = _state(control, model, version, spec)
@@ -277,7 +283,7 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
             version = spec.ref.version
         # Two settings may only be right together, so each version is checked with both.
         changed = [
-            replace(old, batching=_merged(old.batching, ask))
+            replace(old, batching=_merged(old.batching, ask), devices=_devices(old, ask))
             for old in ([spec] if version else control.catalog.versions_of(model))
         ]
         await control.write(
@@ -290,7 +296,8 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
         "model_changed",
         tenant=model.tenant,
         model=str(spec.ref) if version else str(model),
-        detail=f"batch_max {answer.batch_max}, delay {answer.batch_delay_ms} ms, by key {caller.key_id}",
+        detail=f"batch_max {answer.batch_max}, delay {answer.batch_delay_ms} ms, devices {answer.devices}, "
+        f"by key {caller.key_id}",
     )
     return etags.tagged(state, answer)
 
@@ -303,6 +310,11 @@ def _merged(old: Batching, ask: SettingsAsk) -> Batching:
             old.delay_ms if isinstance(ask.batch_delay_ms, UnsetType) else ask.batch_delay_ms,
         )
     )
+
+
+def _devices(old: ModelSpec, ask: SettingsAsk) -> int:
+    """Raises ``BadValue``. A node takes it up when the version next comes to its devices."""
+    return old.devices if isinstance(ask.devices, UnsetType) else check_devices(old, ask.devices)
 
 
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:

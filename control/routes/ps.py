@@ -21,7 +21,7 @@ from control.state import Control
 from control.store import Event
 from packer.http import json_response
 from packer.types import BadValue, parse_ref
-from packer.wire import DeviceReport, ModelReport, RestoreReport
+from packer.wire import DeviceReport, DeviceShare, ModelReport, RestoreReport
 
 EVENT_ID_MAX = 2**53
 
@@ -49,6 +49,7 @@ class PsItem:
     workspace_bytes: int  # what requests need beside the weights
     workspace_measured: bool  # False: the first estimate
     deduplicated_bytes: int  # of the image, not in the pack's file because an equal chunk is stored
+    shares: Sequence[DeviceShare]  # of a model on several devices, what is on each
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,7 @@ def _item(node: str, report: ModelReport) -> PsItem | None:
         report.workspace_bytes,
         report.workspace_measured,
         report.deduplicated_bytes,
+        report.shares,
     )
 
 

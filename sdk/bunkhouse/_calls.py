@@ -125,11 +125,13 @@ def model(ref: str) -> Call[Model]:
     return Call(request, _decode.one(_decode.model))
 
 
-def set_model(ref: str, batch_max: int | None, batch_delay_ms: int | None) -> Call[Model]:
-    given = {"batch_max": batch_max, "batch_delay_ms": batch_delay_ms}
+def set_model(
+    ref: str, batch_max: int | None, batch_delay_ms: int | None, devices: int | None
+) -> Call[Model]:
+    given = {"batch_max": batch_max, "batch_delay_ms": batch_delay_ms, "devices": devices}
     body: dict[str, object] = {name: value for name, value in given.items() if value is not None}
     if not body:
-        raise BadValue("batch_max", "give at least one of batch_max and batch_delay_ms")
+        raise BadValue("batch_max", "give at least one of batch_max, batch_delay_ms and devices")
     request = json_request("PATCH", f"/api/v1/models/{model_path(ref)}", body, repeatable=True)
     return Call(request, _decode.one(_decode.model))
 

@@ -23,6 +23,7 @@ from bunkhouse._types import (
     Classification,
     Completion,
     Device,
+    DeviceShare,
     Embeddings,
     EstimateErrors,
     Event,
@@ -241,6 +242,7 @@ def model(row: Fields) -> Model:
         ),
         batch_max=row.number("batch_max", 1),
         batch_delay_ms=row.number("batch_delay_ms", 0),
+        devices=row.number("devices", 1),
     )
 
 
@@ -449,6 +451,9 @@ def _placement(row: Fields) -> Placement:
         workspace_bytes=row.number("workspace_bytes", 0),
         workspace_measured=row.flag("workspace_measured"),
         deduplicated_bytes=row.number("deduplicated_bytes", 0),
+        shares=tuple(
+            DeviceShare(each.text("device"), each.number("held_bytes")) for each in row.each("shares")
+        ),
     )
 
 

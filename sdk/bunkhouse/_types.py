@@ -80,6 +80,7 @@ class Model:
     """One immutable version of a model. ``ref`` is ``tenant/name@version``.
 
     ``batch_max`` inputs share a forward pass; the first of them waits ``batch_delay_ms`` for company.
+    ``devices`` of one node hold it together.
     """
 
     ref: str
@@ -96,6 +97,7 @@ class Model:
     files: tuple[ModelFile, ...] = ()
     batch_max: int = 1
     batch_delay_ms: int = 0
+    devices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +327,14 @@ class Restores:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceShare:
+    """What of a model on several devices is on one of them."""
+
+    device: str
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where a version's bytes are on one node, and what it has done there."""
 
@@ -346,6 +356,7 @@ class Placement:
     workspace_measured: bool = False  # as requests were seen to need it; False: the first estimate
     # Bytes of the weights that its pack does not store again: equal ones are stored for this tenant.
     deduplicated_bytes: int = 0
+    shares: tuple[DeviceShare, ...] = ()  # of a model on several devices, in their order
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ def _ps(client: Client, out: Output, regret: bool) -> None:
             ("NODE", lambda row: row.node),
             ("STATE", lambda row: row.state),
             ("ON", lambda row: row.device),
-            ("DEVICE", lambda row: size(row.device_bytes)),
+            ("DEVICE", _on_devices),
             ("HOST", lambda row: size(row.host_bytes)),
             ("DISK", lambda row: size(row.disk_bytes)),
             ("SHARED", lambda row: size(row.deduplicated_bytes) if row.deduplicated_bytes else None),
@@ -169,6 +169,11 @@ def _ps(client: Client, out: Output, regret: bool) -> None:
     )
     if now.devices:
         click.echo("\n" + _device_table(now.devices))
+
+
+def _on_devices(row: Placement) -> str:
+    """Of a model on several devices, what is on each."""
+    return " + ".join(size(share.held_bytes) for share in row.shares) or size(row.device_bytes)
 
 
 def _device_table(devices: tuple[Device, ...]) -> str:

@@ -53,6 +53,15 @@ def _progress(quiet: bool) -> Iterator[ProgressCallback]:
         yield tell
 
 
+_devices_option = click.option(
+    "--devices",
+    type=int,
+    metavar="K",
+    help="Devices of one node that hold it together, for a model too large for one of them.",
+)
+
+
+@_devices_option
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out files that match (repeatable).")
 @click.option("--from", "origin", metavar="URL", help="Register a directory that the server reads: file:///…")
 @click.argument("name", metavar="MODEL")
@@ -64,6 +73,7 @@ def _model_push(
     directory: Path | None,
     origin: str | None,
     ignore: tuple[str, ...],
+    devices: int | None,
 ) -> None:
     """Upload DIRECTORY as a new version of MODEL (tenant/name), or register it with --from.
 
@@ -83,7 +93,10 @@ def _model_push(
         except KeyboardInterrupt:
             click.echo("run it again to go on from here", err=True)
             raise
-    out.document(pushed, f"{pushed.ref}  {pushed.task}, {size(pushed.image_bytes)} on a device")
+    if devices is not None and devices != pushed.devices:
+        pushed = client.set_model(pushed.ref, devices=devices)
+    on = "a device" if pushed.devices == 1 else f"{pushed.devices} devices"
+    out.document(pushed, f"{pushed.ref}  {pushed.task}, {size(pushed.image_bytes)} on {on}")
 
 
 @click.argument("name", metavar="[TENANT]", required=False)
@@ -113,18 +126,26 @@ def _model_ls(client: Client, out: Output, name: str | None) -> None:
 @click.option(
     "--batch-delay", type=Delay(), metavar="TIME", help="How long an input waits for company, as 5ms."
 )
+@_devices_option
 @click.argument("name", metavar="MODEL")
 def _model_set(
-    client: Client, out: Output, name: str, batch_max: int | None, batch_delay: int | None
+    client: Client,
+    out: Output,
+    name: str,
+    batch_max: int | None,
+    batch_delay: int | None,
+    devices: int | None,
 ) -> None:
     """Change settings of tenant/name@version, or with tenant/name of all its versions.
 
-    Nothing is loaded again: nodes go by the new settings within moments.
+    Nothing is loaded again: nodes go by the new settings within moments, and by another number of devices
+    when the model next comes to them.
     """
-    if batch_max is None and batch_delay is None:
-        raise BadValue("--batch-max", "give --batch-max, --batch-delay or both")
-    changed = client.set_model(name, batch_max=batch_max, batch_delay_ms=batch_delay)
-    out.document(changed, f"{name}  batch max {changed.batch_max}, batch delay {changed.batch_delay_ms} ms")
+    if batch_max is None and batch_delay is None and devices is None:
+        raise BadValue("--batch-max", "give at least one of --batch-max, --batch-delay and --devices")
+    changed = client.set_model(name, batch_max=batch_max, batch_delay_ms=batch_delay, devices=devices)
+    text = f"{name}  batch max {changed.batch_max}, batch delay {changed.batch_delay_ms} ms"
+    out.document(changed, text + (f", {changed.devices} devices" if changed.devices > 1 else ""))
 
 
 @yes_option
