@@ -43,6 +43,7 @@ TENSOR_FILES = {
     "packer/transforms.py",
     "packer/tiers.py",
     "agent/arena.py",
+    "agent/gang_image.py",
     "agent/calibrate.py",
     "agent/codec_probes.py",
     "agent/cuda_image.py",
