@@ -58,6 +58,8 @@ class TextTurns:
         started_s: float,
     ) -> None:
         failed: BaseException | None = None
+        # Its cache may have to be taken out of one that it shares with others.
+        shared = len(chosen) > 1 or decoder.is_together(chosen[0])
         logits: list[torch.Tensor | None] = []
         try:
             logits = decoder.step(chosen) if chosen[0].read else [decoder.read(chosen[0], keeps)]
@@ -69,10 +71,10 @@ class TextTurns:
             for writing, row in zip(chosen, logits, strict=True):
                 if owners[writing] in lane.begun:  # else another choice of the same request failed
                     self._take(lane, owners[writing], writing, row)
-        elif len(chosen) == 1:
+        elif not shared:
             self._end(lane, owners[chosen[0]], chosen[0].text, failed)
         else:
-            # One of them may be the reason. Each is read again, and goes on by itself.
+            # One of them may be the reason, or none. Each is read again, and goes on by itself.
             for writing in chosen:
                 decoder.forget(writing)
                 writing.alone = True

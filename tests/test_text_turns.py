@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from tiny_texts import WORDS, module, prompts, text
 from transformers import PreTrainedModel
 
+from agent.engines import decoding
 from agent.engines.decoding import Decoder, Text, Writing
 from agent.facade import EngineError, EngineFrame, EngineRequest
 from agent.frames import Broke, End, Fault
@@ -280,6 +281,121 @@ def test_a_pass_over_several_that_fails_is_made_up_for(made: PreTrainedModel) ->
     assert failed != []
     for number, prompt in enumerate(given):
         assert bench.said(number) == alone(made, prompt)[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_failures_of_what_is_shared_cost_nobody_a_token(
+    made: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Memory that is short in the middle of a pass, or while caches are put together or taken apart."""
+    chance, failures = random.Random(seed), list[str]()
+    asked = [
+        (
+            prompt,
+            {"max_tokens": chance.randrange(3, 16), "temperature": 1.1, "seed": number, "n": 1 + number % 2},
+        )
+        for number, prompt in enumerate(prompts(5, 8, 6, 3, 9))
+    ]
+    wanted = [alone(made, prompt, **fields) for prompt, fields in asked]
+
+    def failing(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            if len(failures) < 3 and chance.random() < 0.1:
+                failures.append(what)
+                raise MemoryError
+            return work(*arguments)
+
+        return run
+
+    bench = TextBench(made)
+    bench.models[A].decoder.tokens_max = 1_000
+    monkeypatch.setattr(Decoder, "_step_together", failing("pass", Decoder._step_together))
+    monkeypatch.setattr(Decoder, "_put_together", failing("before", Decoder._put_together))
+    monkeypatch.setattr(Decoder, "_take_row", staticmethod(failing("apart", Decoder._take_row)))
+    monkeypatch.setattr("agent.engines.decoding._some", failing("amid", decoding._some))
+    for number, (prompt, fields) in enumerate(asked):
+        bench.ask(number, prompt, batch_max=4, **fields)
+        for _ in range(chance.randrange(4)):
+            bench.compute.turn()
+    bench.run()
+    assert failures
+    for number, (said, counts) in enumerate(wanted):
+        assert isinstance(bench.end(number), End)
+        last = bench.headers(number)[-1]
+        assert bench.said(number) == said
+        assert (last["prompt_tokens"], last["completion_tokens"]) == counts
+    assert bench.models[A].decoder.cache_bytes([]) == 0
+
+
+def test_who_is_left_of_a_shared_pass_is_not_at_fault_when_it_can_not_be_taken_out(
+    made: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, failed = TextBench(made), list[int]()
+    take_row = Decoder._take_row
+
+    def failing(*arguments: Any) -> None:
+        if not failed:
+            failed.append(1)
+            raise MemoryError
+        take_row(*arguments)
+
+    monkeypatch.setattr(Decoder, "_take_row", staticmethod(failing))
+    first, second = prompts(5, 8)
+    bench.ask(1, first, batch_max=4, max_tokens=4)
+    bench.ask(2, second, batch_max=4, max_tokens=12)
+    bench.run()
+    assert failed
+    assert bench.said(1) == alone(made, first, max_tokens=4)[0]
+    assert bench.said(2) == alone(made, second, max_tokens=12)[0]
+
+
+@pytest.mark.parametrize("where", ["draw", "emit"])
+def test_what_one_can_not_be_told_ends_it_alone_with_all_its_choices(
+    made: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    bench = TextBench(made)
+    bench.models[A].decoder.tokens_max = 1_000
+    good, bad, other = prompts(5, 8, 6)
+    bench.ask(1, good, batch_max=8)
+    bench.ask(2, bad, batch_max=8, n=3, temperature=1.0, seed=1)
+    bench.ask(3, other, batch_max=8)
+    for _ in range(9):
+        bench.compute.turn()
+    assert max(bench.models[A].decoder.passes) >= 4, "they share passes by now"
+    begun = next(begun for begun in bench.compute._lanes[A].begun if begun.request.run.id == 2)
+    assert isinstance(begun.answer, Text)
+
+    def broken(*arguments: object) -> None:
+        raise ArithmeticError("the model's output is not a number")
+
+    if where == "draw":
+        monkeypatch.setattr(begun.answer.open[-1].choice._sampler, "pick", broken)
+    else:
+        monkeypatch.setattr(begun.answer.answer, "_emit", broken)
+    bench.run()
+    assert isinstance(bench.end(2), Broke)
+    assert (bench.said(1), bench.said(3)) == (alone(made, good)[0], alone(made, other)[0])
+    assert bench.held[A].users == 0
+    assert bench.models[A].decoder.cache_bytes([]) == 0
+
+
+def test_who_leaves_in_the_pass_of_its_last_token_is_ended_once(made: PreTrainedModel) -> None:
+    bench = TextBench(made)
+    decoder = bench.models[A].decoder
+    decoder.tokens_max = 1_000
+    leaving = bench.ask(1, prompts(5)[0], batch_max=4, max_tokens=6)
+    bench.ask(2, prompts(8)[0], batch_max=4, max_tokens=9)
+
+    def passing(writings: Sequence[Writing]) -> None:
+        if any(writing.left == 1 and len(writing.text.answer.prompt) == 5 for writing in writings):
+            leaving.cancelled.set()
+
+    decoder.passing = passing
+    bench.run()
+    assert isinstance(bench.end(1), End)
+    assert not any("finish_reason" in header for header in bench.headers(1))
+    assert bench.said(2) == alone(made, prompts(8)[0], max_tokens=9)[0]
+    assert decoder.cache_bytes([]) == 0
 
 
 def test_a_setting_counts_from_the_next_pass_on(made: PreTrainedModel) -> None:

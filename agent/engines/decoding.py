@@ -108,6 +108,9 @@ class Decoder:
         writing.read = len(prompt)
         return None if writing.choice.tokens else logits
 
+    def is_together(self, writing: Writing) -> bool:
+        return writing in self._together
+
     def joins(self, writing: Writing) -> bool:
         """Whether a text may share passes: its cache is whole, so that rows of it can be put side by side."""
         cache = self._rows if writing in self._together else writing.cache
