@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from control import shares
-from control.shares import AnswerShares, Event, NudgeHolder, ShareBook, SharesAsked, SharesAwaited, WakeAsks
+from control.share_book import ShareBook
+from control.shares import AnswerShares, Event, NudgeHolder, SharesAsked, SharesAwaited, WakeAsks
+from packer.wire import SharesAnswer
 
 
 class ShareDesk:
@@ -63,7 +65,7 @@ class ShareDesk:
         is known of it since control started."""
         return self._nudged.pop(node, "") is None or node in self.book.unbound
 
-    async def ask(self, event: SharesAsked, wait_ms: int) -> AnswerShares | None:
+    async def ask(self, event: SharesAsked, wait_ms: int) -> SharesAnswer | None:
         """The answer to one exchange, held for as long as the node wants what others are asked for."""
         until_ms = self._now_ms() + wait_ms
         self._nudged.pop(event.node, None)
@@ -79,4 +81,4 @@ class ShareDesk:
                 break  # another exchange has come: nobody waits for this one
             if left_ms := until_ms - self._now_ms():
                 answer = self.step(SharesAwaited(event.node))
-        return answer
+        return answer.said if answer is not None else None

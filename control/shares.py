@@ -1,9 +1,9 @@
 """Which node may grant which share of a tenant's limits. Pure: no clock, no I/O, no chance.
 
-``step(book, event, now_ms)`` changes the book and returns orders. Covers: what every node holds or may yet
-come to hold, dividing a tenant's limits among the nodes that want them, taking shares back, and what is
-known after a restart of control. Does not cover: what a share does to a rate (``packer/rates.py``), how
-messages travel (``control/routes/shares.py``), or what a node wants (``agent/shares.py``).
+``step(book, event, now_ms)`` changes the book and returns orders. Covers: dividing a tenant's limits among
+the nodes that want them, taking shares back, and what is known after a restart of control. Does not cover:
+the book itself (``control/share_book.py``), what a share does to a rate (``packer/rates.py``), how messages
+travel (``control/routes/shares.py``), or what a node wants (``agent/shares.py``).
 
 The promise: at every moment all nodes together hold no more than the whole of any tenant's limits,
 whatever is lost, repeated, late, cut off or crashed. A share is given to another only after the node that
@@ -20,12 +20,23 @@ when one of them may have been alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import ceil, floor
 
+from control.share_book import (
+    NONE,
+    ONE,
+    Held,
+    Holder,
+    ShareBook,
+    TenantBook,
+    may_have,
+    out_of,
+)
 from packer.shares import MARGIN_MS, NO_LAGS, NOTHING, TERM_MS, WHOLE, Lags, Share, TenantShare
+from packer.wire import WIRE_VERSION, SharesAnswer
 
 # Where a limit has fewer grains than nodes want it, who has one keeps it this long: a few requests.
 HOLD_MS = 500
@@ -39,9 +50,6 @@ STEADY_MS = 30_000
 NUDGE_AGAIN_MS = 1_000
 # After so long without a word from a node, what it gives up by itself is free.
 FREE_AFTER_MS = TERM_MS + MARGIN_MS
-
-ONE, NONE = Fraction(1), Fraction(0)
-
 
 # --- events and actions ---------------------------------------------------------------------------
 
@@ -102,17 +110,10 @@ Event = HolderJoined | HolderRemoved | SharesAsked | SharesAwaited | Ticked
 
 @dataclass(frozen=True, slots=True)
 class AnswerShares:
-    """All that the node may have from now on; ``want`` in it is what it will have when others gave up
-    theirs. ``known`` False: the session is new, nothing else is said but to a node that is alone."""
+    """What the node is answered; ``want`` in its shares is what it will have when others gave up theirs."""
 
     node: str
-    session: str
-    number: int
-    rest: Share
-    shares: tuple[TenantShare, ...] = ()
-    lasting: bool = False
-    divided: bool = False
-    known: bool = True
+    said: SharesAnswer
     unmet: bool = False  # it wants something that others are asked for
     recalls: bool = False  # it must give something up
 
@@ -132,64 +133,7 @@ class WakeAsks:
 Action = AnswerShares | NudgeHolder | WakeAsks
 
 
-# --- state ----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Held:
-    """One tenant on one node. ``could``: what it said that it holds, and what it was answered since."""
-
-    could: list[Share] = field(default_factory=lambda: [NOTHING])
-    want: Share = NOTHING
-    since_ms: int = 0  # when it came to have a grain, or to want one
-    wanted_ms: int = 0  # when it wanted some last
-
-    @property
-    def value(self) -> Fraction:
-        return max(share.value for share in self.could)
-
-
-@dataclass(slots=True)
-class TenantBook:
-    """One tenant: who holds or wants some, and when what was taken of the free part is paid for."""
-
-    grains: int = 1
-    full: Lags = NO_LAGS
-    due_ms: tuple[int, ...] = (0, 0, 0, 0)
-    held: dict[str, Held] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Holder:
-    """One node. ``rest``: of tenants that are not in its list."""
-
-    session: str = ""
-    number: int = 0
-    rest: list[Share] = field(default_factory=lambda: [NOTHING])
-    tenants: dict[str, None] = field(default_factory=dict)
-    lasting: bool = False  # what it said that it holds does not halve
-    alone: bool = False  # it may have been told since that nothing of it halves
-    free_at_ms: int = 0
-    halved: bool = False
-    nudged_ms: int | None = None
-
-    @property
-    def rest_value(self) -> Fraction:
-        return max(share.value for share in self.rest)
-
-
-@dataclass(slots=True)
-class ShareBook:
-    """``name`` is of this start of control, and no other's."""
-
-    name: str
-    started_ms: int
-    holders: dict[str, Holder] = field(default_factory=dict)
-    tenants: dict[str, TenantBook] = field(default_factory=dict)
-    unbound: dict[str, None] = field(default_factory=dict)  # nodes of which nothing is known
-    resting: dict[str, None] = field(default_factory=dict)  # nodes that have some of every tenant's
-    sessions: int = 0
-    divided: bool = False  # no node that is not heard can be one that was alone
+# --- the step ------------------------------------------------------------------------------------
 
 
 def step(book: ShareBook, event: Event, now_ms: int) -> list[Action]:
@@ -213,26 +157,6 @@ def step(book: ShareBook, event: Event, now_ms: int) -> list[Action]:
     return []
 
 
-class SharesBroken(AssertionError):
-    """More was given than there is: a bug."""
-
-
-def check(book: ShareBook) -> None:
-    """The invariant, after a step: of no tenant's limits more is out than the whole."""
-    for tenant, known in book.tenants.items():
-        total = sum(_values(book, known), NONE)
-        if total > ONE:
-            raise SharesBroken(f"{total} of the limits of {tenant} is with {list(known.held)}")
-        for node in known.held:
-            if node not in book.holders or tenant not in book.holders[node].tenants:
-                raise SharesBroken(f"{node} holds a share of {tenant} and does not know")
-
-
-def _values(book: ShareBook, known: TenantBook) -> Iterator[Fraction]:
-    yield from (held.value for held in known.held.values())
-    yield from (book.holders[node].rest_value for node in book.resting if node not in known.held)
-
-
 def _unknown(book: ShareBook, now_ms: int) -> Fraction:
     """How much nodes hold, at the most, that were not heard since control started."""
     if not book.unbound:
@@ -244,8 +168,11 @@ def _unknown(book: ShareBook, now_ms: int) -> Fraction:
 
 def free_part(book: ShareBook, tenant: str, now_ms: int) -> Fraction:
     """What nobody holds of a tenant's limits."""
-    known = book.tenants.get(tenant) or TenantBook()
-    return max(ONE - sum(_values(book, known), NONE) - _unknown(book, now_ms), NONE)
+    return _free(book, book.tenants.get(tenant) or TenantBook(), now_ms)
+
+
+def _free(book: ShareBook, known: TenantBook, now_ms: int) -> Fraction:
+    return max(ONE - out_of(book, known) - _unknown(book, now_ms), NONE)
 
 
 # --- exchanges ------------------------------------------------------------------------------------
@@ -269,24 +196,27 @@ def _asked(book: ShareBook, event: SharesAsked, now_ms: int) -> list[Action]:
 
 def _greeting(book: ShareBook, event: SharesAsked, holder: Holder, now_ms: int) -> AnswerShares:
     """The first answer of a session says its name. Who is alone need not wait for another."""
-    answer = AnswerShares(event.node, holder.session, event.number, NOTHING, known=False)
     if len(book.holders) > 1:
-        return answer
+        said = SharesAnswer(WIRE_VERSION, holder.session, event.number, NOTHING, known=False)
+        return AnswerShares(event.node, said)
     return _whole(book, event.node, holder, now_ms, known=False)
 
 
 def _whole(book: ShareBook, node: str, holder: Holder, now_ms: int, *, known: bool) -> AnswerShares:
-    _may_have(holder.rest, WHOLE)
+    may_have(holder.rest, WHOLE)
     book.resting[node] = None
     holder.alone = True
     owed = []
     for tenant, each in book.tenants.items():
         lags = _lags(each, now_ms)
         if node in each.held:
-            _may_have(each.held[node].could, WHOLE)
+            _may_have(each, node, holder, WHOLE)
         if lags != NO_LAGS:
             owed.append(TenantShare(tenant, WHOLE, lags, WHOLE))
-    return AnswerShares(node, holder.session, holder.number, WHOLE, tuple(owed), lasting=True, known=known)
+    said = SharesAnswer(
+        WIRE_VERSION, holder.session, holder.number, WHOLE, tuple(owed), lasting=True, known=known
+    )
+    return AnswerShares(node, said)
 
 
 def _take_report(book: ShareBook, event: SharesAsked, holder: Holder, now_ms: int) -> bool:
@@ -315,7 +245,7 @@ def _take_report(book: ShareBook, event: SharesAsked, holder: Holder, now_ms: in
             said.share, _others_leave(book, known, node) if binding else before[said.tenant], known
         )
         gone = _lost(event, known, said.lags, now_ms)
-        _report(book, holder, node, said, share, now_ms)
+        _report(known, holder, node, said, share, now_ms)
         if binding:
             known.due_ms = tuple(
                 max(due, now_ms + lag) for due, lag in zip(known.due_ms, gone.each(), strict=True)
@@ -325,7 +255,7 @@ def _take_report(book: ShareBook, event: SharesAsked, holder: Holder, now_ms: in
         known = book.tenants[name]
         share = _believed(rest, before[name], known)
         gone = _lost(event, known, NO_LAGS, now_ms)
-        _report(book, holder, node, TenantShare(name, share), share, now_ms)
+        _report(known, holder, node, TenantShare(name, share), share, now_ms)
         freed |= _give_back(book, known, before[name] - share.value, gone, now_ms)
     if binding and rest.parts:
         _make_way(book, node, holder)
@@ -359,14 +289,16 @@ def _make_way(book: ShareBook, node: str, holder: Holder) -> None:
     """A node comes that has the whole of everything, and others have some: it must give that up."""
     for tenant, known in book.tenants.items():
         if node not in known.held and holder.rest_value > _others_leave(book, known, node):
-            known.held[node] = Held()
+            known.lift(node)
             holder.tenants[tenant] = None
 
 
 def _others_leave(book: ShareBook, known: TenantBook, node: str) -> Fraction:
-    others = [held.value for name, held in known.held.items() if name != node]
-    resting = (name for name in book.resting if name != node and name not in known.held)
-    return max(ONE - sum(others, NONE) - sum((book.holders[name].rest_value for name in resting), NONE), NONE)
+    if (held := known.held.get(node)) is not None:
+        own = held.counted
+    else:
+        own = book.holders[node].rest_value if node in book.resting else NONE
+    return max(ONE - out_of(book, known) + own, NONE)
 
 
 def _value(book: ShareBook, holder: Holder, node: str, tenant: str) -> Fraction:
@@ -375,28 +307,34 @@ def _value(book: ShareBook, holder: Holder, node: str, tenant: str) -> Fraction:
     return holder.rest_value if held is None else held.value
 
 
-def _report(book: ShareBook, holder: Holder, node: str, said: TenantShare, share: Share, now_ms: int) -> None:
-    held = book.tenants[said.tenant].held.get(node)
-    if held is None:
-        held = book.tenants[said.tenant].held[node] = Held(since_ms=now_ms)
+def _report(
+    known: TenantBook, holder: Holder, node: str, said: TenantShare, share: Share, now_ms: int
+) -> None:
+    is_new = node not in known.held
+    held = known.lift(node)
+    if is_new:
         holder.tenants[said.tenant] = None
-    if (share.parts > 0) != (held.could[0].parts > 0) or (said.want.parts and not held.want.parts):
+    if is_new or (share.parts > 0) != (held.could[0].parts > 0) or (said.want.parts and not held.want.parts):
         held.since_ms = now_ms
     held.could, held.want = [share], said.want
     if said.want.parts:
         held.wanted_ms = now_ms
+    known.put(node, halved=holder.halved)
 
 
-def _may_have(could: list[Share], share: Share) -> None:
-    if share not in could:
-        could.append(share)
+def _may_have(known: TenantBook, node: str, holder: Holder, share: Share) -> None:
+    held = known.held[node]
+    if share not in held.could:
+        known.lift(node)
+        may_have(held.could, share)
+        known.put(node, halved=holder.halved)
 
 
 def _give_back(book: ShareBook, known: TenantBook, part: Fraction, lags: Lags, now_ms: int) -> bool:
     """A part is free again, and what was taken of it is still owed: the free part's mean."""
     if part <= 0:
         return False
-    free = max(ONE - sum(_values(book, known), NONE), part)
+    free = max(ONE - out_of(book, known), part)
     rest = free - part
     known.due_ms = tuple(
         now_ms + ceil((rest * max(due - now_ms, 0) + part * lag) / free)
@@ -410,14 +348,17 @@ def _lags(known: TenantBook, now_ms: int) -> Lags:
 
 
 def _forget(book: ShareBook, holder: Holder, node: str, now_ms: int) -> None:
-    """Who neither has nor wants anything of a tenant is not in its book; a book of nobody is none."""
+    """Who wants nothing of a tenant, and has of it what it has of every other, is not in its book; a book of
+    nobody is none."""
     for name in list(holder.tenants):
         known = book.tenants[name]
         held = known.held[node]
-        if not held.value and not held.want.parts and not holder.rest_value:
-            del known.held[node], holder.tenants[name]
-            if not known.held and max(known.due_ms) <= now_ms:
-                del book.tenants[name]
+        if held.want.parts or held.counted != holder.rest_value:
+            continue
+        known.drop(node)
+        del holder.tenants[name]
+        if not known.held and max(known.due_ms) <= now_ms:
+            del book.tenants[name]
 
 
 # --- who gets how much ----------------------------------------------------------------------------
@@ -433,10 +374,10 @@ def _answer(book: ShareBook, node: str, holder: Holder, now_ms: int) -> list[Act
         held = known.held[node]
         targets = _targets(book, known, now_ms)
         grains = _more(known, targets, node, now_ms) or _kept(known, held, targets, now_ms)
-        share, target = _next(book, known, name, held, grains, now_ms)
+        share, target = _next(book, known, held, grains, now_ms)
         grown = share.value > held.could[0].value
         lags = _lags(known, now_ms) if grown else NO_LAGS
-        _may_have(held.could, share)
+        _may_have(known, node, holder, share)
         recalls = recalls or share.value < held.could[0].value
         # What it should have; in turns a node that has none comes to have one soon.
         due = max(targets.get(node, 0), bool(held.want.parts))
@@ -453,37 +394,34 @@ def _answer(book: ShareBook, node: str, holder: Holder, now_ms: int) -> list[Act
         if nudged_ms is None or now_ms - nudged_ms >= NUDGE_AGAIN_MS:
             book.holders[other].nudged_ms = now_ms
             actions.append(NudgeHolder(other))
-    answer = AnswerShares(
-        node,
-        holder.session,
-        holder.number,
-        NOTHING,
-        tuple(shares),
-        divided=book.divided,
-        unmet=unmet,
-        recalls=recalls,
+    said = SharesAnswer(
+        WIRE_VERSION, holder.session, holder.number, NOTHING, tuple(shares), divided=book.divided
     )
-    return [answer, *actions]
+    return [AnswerShares(node, said, unmet, recalls), *actions]
 
 
 def _kept(known: TenantBook, held: Held, targets: dict[str, int], now_ms: int) -> int:
     """What a node that wants nothing may keep of what it has, while nobody else is short of it."""
     if held.want.parts or now_ms - held.wanted_ms >= KEPT_MS:
         return 0
-    if any(known.held[node].value < Fraction(target, known.grains) for node, target in targets.items()):
+    if any(_compared(known, node, target) < 0 for node, target in targets.items()):
         return 0
     return min(floor(held.could[0].value * known.grains), max(known.grains // KEPT_PART, 1))
 
 
-def _next(
-    book: ShareBook, known: TenantBook, name: str, held: Held, target: int, now_ms: int
-) -> tuple[Share, Share]:
+def _compared(known: TenantBook, node: str, target: int) -> int:
+    """Less than 0 when the node holds less than so many grains, more when it holds more."""
+    part = known.held[node].counted
+    return part.numerator * known.grains - target * part.denominator
+
+
+def _next(book: ShareBook, known: TenantBook, held: Held, target: int, now_ms: int) -> tuple[Share, Share]:
     """What the node may have now, and what it should have."""
     has, wanted = held.could[0], Share(target, known.grains)
     if wanted.value <= has.value:
         return (has if wanted.value == has.value else wanted), wanted
     # What it was answered already and may have is not given to anybody else, so it can be given again.
-    possible = floor((held.value + free_part(book, name, now_ms)) * known.grains)
+    possible = floor((held.value + _free(book, known, now_ms)) * known.grains)
     most = Share(min(target, possible), known.grains)
     return (most if most.value > has.value else has), wanted
 
@@ -491,15 +429,18 @@ def _next(
 def _targets(book: ShareBook, known: TenantBook, now_ms: int) -> dict[str, int]:
     """Grains by node: everybody gets what it wants, or an equal part of what those who want less leave.
     Where there are fewer grains than nodes that want one, they take turns."""
-    wanting = {
-        node: held
-        for node, held in known.held.items()
-        if held.want.parts and node not in book.unbound and not book.holders[node].halved
-    }
     grains = known.grains
-    if len(wanting) > grains:
-        return dict.fromkeys(sorted(wanting, key=lambda node: _turn(wanting[node], node, now_ms))[:grains], 1)
-    wants = sorted((min(ceil(held.want.value * grains), grains), node) for node, held in wanting.items())
+    has = [
+        (known.held[node].since_ms, node)
+        for node in known.having
+        if known.held[node].want.parts and not book.holders[node].halved
+    ]
+    if len(has) + len(known.waiting) > grains:
+        return dict.fromkeys(_turns(known, sorted(has), now_ms), 1)
+    wants = sorted(
+        (min(-(-known.held[node].want.parts * grains // known.held[node].want.of), grains), node)
+        for _, node in (*has, *known.waiting)
+    )
     left, targets = grains, {}
     for place, (want, node) in enumerate(wants):
         targets[node] = min(want, left // (len(wants) - place))
@@ -517,17 +458,20 @@ def _more(known: TenantBook, targets: dict[str, int], node: str, now_ms: int) ->
     return wanted + (known.grains - sum(targets.values())) // (2 * len(targets))
 
 
-def _turn(held: Held, node: str, now_ms: int) -> tuple[int, int, str]:
+def _turns(known: TenantBook, has: Sequence[tuple[int, str]], now_ms: int) -> list[str]:
     """Who has one keeps it for a while, then it is the turn of those who wait, the longest first."""
-    has = held.value > 0
-    kept = has and now_ms - held.since_ms < HOLD_MS
-    return (0 if kept else 2 if has else 1), held.since_ms, node
+    kept: list[str] = []
+    over: list[str] = []
+    for since_ms, node in has:
+        (kept if now_ms - since_ms < HOLD_MS else over).append(node)
+    waiting = [node for _, node in known.waiting[: known.grains]]
+    return [*kept, *waiting, *over][: known.grains]
 
 
 def _above(book: ShareBook, known: TenantBook, targets: dict[str, int], node: str) -> Iterator[str]:
     """Who has more than its part, or may have."""
-    for other, held in known.held.items():
-        if other != node and held.value > Fraction(targets.get(other, 0), known.grains):
+    for other in known.having:
+        if other != node and _compared(known, other, targets.get(other, 0)) > 0:
             yield other
     yield from (other for other in book.resting if other != node and other not in known.held)
 
@@ -543,7 +487,7 @@ def _removed(book: ShareBook, node: str, now_ms: int) -> list[Action]:
     book.resting.pop(node, None)
     for name in holder.tenants:
         known = book.tenants[name]
-        part = known.held.pop(node).value
+        part = known.drop(node)
         _give_back(book, known, part, known.full, now_ms)
     if len(book.holders) < 2:
         book.divided = False
@@ -563,9 +507,10 @@ def _tick(book: ShareBook, now_ms: int) -> list[Action]:
         holder.rest = _halved(holder, holder.rest)
         for name in holder.tenants:
             known = book.tenants[name]
-            held = known.held[node]
-            before = held.value
+            before = known.held[node].value
+            held = known.lift(node)
             held.could = _halved(holder, held.could)
+            known.put(node, halved=True)
             woken |= _give_back(book, known, before - held.value, known.full, now_ms)
     return [WakeAsks()] if woken else []
 

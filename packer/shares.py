@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 
 # A tenant's limits are divided into this many grains at most. More would change little and make more turns.
 GRAINS_MAX = 64
@@ -32,6 +33,12 @@ MARGIN_MS = TERM_MS // 100 + 1_000
 NOTHING_RETRY_MS = 1_000
 
 
+@lru_cache(maxsize=GRAINS_MAX * GRAINS_MAX)
+def _part(parts: int, of: int) -> Fraction:
+    """Making one costs more than all that is asked of it."""
+    return Fraction(parts, of)
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """``parts`` of ``of`` equal parts."""
@@ -41,7 +48,7 @@ class Share:
 
     @property
     def value(self) -> Fraction:
-        return Fraction(self.parts, self.of)
+        return _part(self.parts, self.of)
 
     @property
     def is_whole(self) -> bool:

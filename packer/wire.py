@@ -374,7 +374,8 @@ class SharesAsk:
 
 @dataclass(frozen=True, slots=True)
 class SharesAnswer:
-    """All that the node may have from now on, or (``known`` False) only the name of a new session."""
+    """All that the node may have from now on. ``known`` False: the session is new, nothing else is said but
+    to a node that is alone."""
 
     version: int
     session: str

@@ -72,6 +72,7 @@ MODULE_TESTS = {
     "packer.rates": ("test_rates", "test_shares", "test_node_rates", "test_residency"),
     "packer.shares": ("test_shares", "test_node_shares"),
     "control.shares": ("test_shares", "test_node_shares"),
+    "control.share_book": ("test_shares", "test_node_shares"),
     "control.share_desk": ("test_node_shares",),
     "agent.shares": ("test_node_shares",),
     "packer.placement": ("test_placement", "test_residency"),

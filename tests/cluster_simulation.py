@@ -38,6 +38,8 @@ from agent import uplink
 from control import cluster as fleet_core
 from control import shares as share_core
 from control.catalog import Change, PutQuota, PutTenant, TenantRow, tenant_removal
+from control.share_book import ShareBook
+from control.share_book import check as check_shares
 from control.store import Store, StoreUnavailable
 from packer import residency
 from packer.http import ApiError
@@ -182,13 +184,11 @@ class Fleet:
 
         real_divide = share_core.step
 
-        def divide(
-            book: share_core.ShareBook, event: share_core.Event, now_ms: int
-        ) -> list[share_core.Action]:
+        def divide(book: ShareBook, event: share_core.Event, now_ms: int) -> list[share_core.Action]:
             actions = real_divide(book, event, now_ms)
             self.note(f"{type(event).__name__} {event} {actions}")
             try:
-                share_core.check(book)
+                check_shares(book)
             except Exception as error:
                 self.broke(error)
                 raise

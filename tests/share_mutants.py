@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-BOOK, DESK, SHARES, RATES, NODE = (
+BOOK, STATE, DESK, SHARES, RATES, NODE = (
     "control.shares",
+    "control.share_book",
     "control.share_desk",
     "packer.shares",
     "packer.rates",
@@ -58,13 +59,13 @@ SHARE_MUTANTS = (
     # --- the book
     Mutant(
         "what a node was answered is not counted until it says so",
-        BOOK,
+        STATE,
         "        return max(share.value for share in self.could)\n",
         "        return self.could[0].value\n",
     ),
     Mutant(
         "what a node is to give up is free at once",
-        BOOK,
+        STATE,
         "        return max(share.value for share in self.could)\n",
         "        return self.could[-1].value\n",
     ),
@@ -155,8 +156,8 @@ SHARE_MUTANTS = (
     Mutant(
         "who has the only grain keeps it for ever",
         BOOK,
-        "    kept = has and now_ms - held.since_ms < HOLD_MS\n",
-        "    kept = has\n",
+        "        (kept if now_ms - since_ms < HOLD_MS else over).append(node)\n",
+        "        kept.append(node)\n",
     ),
     Mutant(
         "all that nobody wants stays with control",

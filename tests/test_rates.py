@@ -30,7 +30,17 @@ from packer.events import (
     Ticked,
     TookLate,
 )
-from packer.rates import DAY_MS, MINUTE_MS, REQUEST_DEVICE_MS_MAX, REQUEST_TOKENS_MAX, Rate, span_text
+from packer.rates import (
+    DAY_MS,
+    MINUTE_MS,
+    REQUEST_DEVICE_MS_MAX,
+    REQUEST_TOKENS_MAX,
+    Rate,
+    TenantRates,
+    grains,
+    span_text,
+)
+from packer.shares import NO_LAGS, Share
 from packer.types import MIB, TenantQuota
 
 # --- one at a time --------------------------------------------------------------------------------
@@ -451,3 +461,27 @@ def answered(scene: Scene, actions: list[Action]) -> list[int]:
             case Grant():
                 todo += scene.feed(Finished(action.request, 1))
     return started
+
+
+# --- how finely a limit divides --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quota", "count"),
+    [
+        (TenantQuota(), 0),
+        (TenantQuota(requests_per_minute=6), 1),
+        (TenantQuota(requests_per_minute=600), 64),
+        (TenantQuota(requests_per_minute=600, concurrency=3), 3),
+        (TenantQuota(tokens_per_minute=1_000_000), 64),
+        (TenantQuota(restores_per_minute=2, tokens_per_minute=1_000), 2),
+    ],
+)
+def test_a_grain_lets_at_least_one_unit_of_every_limit_through(quota: TenantQuota, count: int) -> None:
+    assert grains(quota) == count
+    if count:
+        rates = TenantRates()
+        rates.set_limits(quota, 0)
+        rates.set_share(Share(1, count), NO_LAGS, 0, 0)
+        assert not rates.blocked(0, 0)
+        assert rates.slots != 0

@@ -9,14 +9,16 @@ fewer grains than nodes. Does not cover: the whole stack (``test_cluster_simulat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from random import Random
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from control.share_book import Held, ShareBook, check
 from control.shares import (
     FREE_AFTER_MS,
     HOLD_MS,
@@ -26,18 +28,17 @@ from control.shares import (
     HolderJoined,
     HolderRemoved,
     NudgeHolder,
-    ShareBook,
     SharesAsked,
     SharesAwaited,
     Ticked,
     Wish,
-    check,
     free_part,
     step,
 )
 from packer.rates import MINUTE_MS, Rate, TenantRates, burst_of, full_lags, grains
 from packer.shares import NO_LAGS, NOTHING, TERM_MS, WHOLE, Lags, NodeShares, Share, TenantShare
 from packer.types import TenantQuota
+from packer.wire import SharesAnswer
 
 # --- one rate in parts ----------------------------------------------------------------------------
 
@@ -151,27 +152,6 @@ def test_requests_in_flight_keep_what_they_stand_on() -> None:
     assert rates.slots == 0
 
 
-@pytest.mark.parametrize(
-    ("quota", "count"),
-    [
-        (TenantQuota(), 0),
-        (TenantQuota(requests_per_minute=6), 1),
-        (TenantQuota(requests_per_minute=600), 64),
-        (TenantQuota(requests_per_minute=600, concurrency=3), 3),
-        (TenantQuota(tokens_per_minute=1_000_000), 64),
-        (TenantQuota(restores_per_minute=2, tokens_per_minute=1_000), 2),
-    ],
-)
-def test_a_grain_lets_at_least_one_unit_of_every_limit_through(quota: TenantQuota, count: int) -> None:
-    assert grains(quota) == count
-    if count:
-        rates = TenantRates()
-        rates.set_limits(quota, 0)
-        rates.set_share(Share(1, count), NO_LAGS, 0, 0)
-        assert not rates.blocked(0, 0)
-        assert rates.slots != 0
-
-
 # --- the book -------------------------------------------------------------------------------------
 
 QUOTA = TenantQuota(requests_per_minute=600)
@@ -187,11 +167,11 @@ class Desk:
         for node in nodes:
             self.step(HolderJoined(node, fresh), now_ms)
 
-    def step(self, event: Event, now_ms: int) -> AnswerShares | None:
+    def step(self, event: Event, now_ms: int) -> SharesAnswer | None:
         actions: list[Action] = step(self.book, event, now_ms)
         check(self.book)
         self.nudged += [action.node for action in actions if isinstance(action, NudgeHolder)]
-        return next((action for action in actions if isinstance(action, AnswerShares)), None)
+        return next((action.said for action in actions if isinstance(action, AnswerShares)), None)
 
 
 @dataclass(slots=True)
@@ -226,7 +206,7 @@ class Box:
             self.begun,
         )
 
-    def take(self, asked: SharesAsked, answer: AnswerShares, sent_ms: int, now_ms: int) -> None:
+    def take(self, asked: SharesAsked, answer: SharesAnswer, sent_ms: int, now_ms: int) -> None:
         if not answer.known:
             self.session = answer.session
             if not answer.lasting:
@@ -248,7 +228,7 @@ class Box:
             self.held.halve()
             self.rates.set_share(self.held.share_of("t"), NO_LAGS, 0, now_ms)
 
-    def talk(self, desk: Desk, want: int, now_ms: int) -> AnswerShares:
+    def talk(self, desk: Desk, want: int, now_ms: int) -> SharesAnswer:
         """One exchange that nothing disturbs, and the first one of a session before it."""
         self.pass_to(now_ms)
         while True:
@@ -281,6 +261,36 @@ def test_a_node_that_is_alone_has_the_whole_with_the_first_word() -> None:
     box.talk(desk, 0, 5)
     box.pass_to(10**12)
     assert box.parts == 1, "and keeps it while control is away"
+
+
+def test_a_node_that_is_alone_keeps_no_tenant_in_the_book_that_is_gone() -> None:
+    """They stayed for ever: it has the whole of every tenant's limits, so none of them was given up."""
+    desk, (box,) = Desk("a"), boxes("a")
+    for _ in range(2):
+        box.talk(desk, 64, 0)
+    assert list(desk.book.tenants) == ["t"]
+    gone = replace(box.ask(0, 10), wishes=())
+    for number in (1, 2):
+        desk.step(replace(gone, number=gone.number + number), 10)
+    assert (desk.book.tenants, desk.book.holders["a"].tenants) == ({}, {})
+    assert free_part(desk.book, "t", 10) == 0, "and it has the whole all the same"
+    desk.step(HolderJoined("b", fresh=True), 20)
+    (other,) = boxes("b")
+    other.talk(desk, 64, 20)
+    assert other.parts == 0
+
+
+def test_an_exchange_looks_at_no_more_nodes_when_there_are_more() -> None:
+    """Of those who have some there are 64 at the most; of those who wait only the first are looked at."""
+    desk = Desk(*(f"n{number}" for number in range(100)))
+    fleet = boxes(*desk.book.holders)
+    for now_ms in (0, 1, 2):
+        for box in fleet:
+            box.talk(desk, 64, now_ms)
+    known = desk.book.tenants["t"]
+    assert (len(known.held), len(known.having), len(known.waiting)) == (100, 64, 36)
+    with mock.patch.object(Held, "value", property(lambda held: pytest.fail("it is kept up"))):
+        assert free_part(desk.book, "t", HOLD_MS) == 0
 
 
 def test_shares_follow_what_is_wanted_and_are_equal_when_all_want_everything() -> None:
@@ -462,7 +472,7 @@ class Underway:
     process: object
     asked: SharesAsked
     sent_ms: int
-    answer: AnswerShares | None = None
+    answer: SharesAnswer | None = None
 
 
 class Weather:

@@ -109,6 +109,7 @@ PURE_FILES = (
     "agent/cache_room.py",
     "control/cluster.py",
     "control/choosing.py",
+    "control/share_book.py",
     "control/shares.py",
     "control/lives.py",
     "packer/usage.py",

@@ -13,13 +13,13 @@ from aiohttp import web
 from control.catalog import NodeRow
 from control.routes.access import Access, Caller, Route
 from control.routes.nodes import NAME_CHARS_MAX, NUMBER_MAX, REPORTED_MAX, decode_message, row_of
-from control.shares import AnswerShares, SharesAsked, Wish
+from control.shares import SharesAsked, Wish
 from control.state import Control
 from packer.http import ApiError
 from packer.rates import full_lags, grains
 from packer.shares import GRAINS_MAX, NOTHING, Share, TenantShare
 from packer.types import MIB, BadValue, TenantQuota
-from packer.wire import WIRE_VERSION, SharesAnswer, SharesAsk, encode
+from packer.wire import SharesAnswer, SharesAsk, encode
 
 # Shares of 20,000 tenants are about 4 MB.
 SHARES_BYTES_MAX = 8 * MIB
@@ -45,7 +45,7 @@ async def answer_shares(control: Control, row: NodeRow, ask: SharesAsk) -> Share
     current = control.catalog.nodes.get(row.node)
     if answer is None or current is None or current.incarnation != row.incarnation:
         raise ApiError(403, "node_removed", f"The node {row.node!r} was removed from this cluster.")
-    return _said(answer)
+    return answer
 
 
 def _wish(control: Control, said: TenantShare) -> Wish | None:
@@ -57,19 +57,6 @@ def _wish(control: Control, said: TenantShare) -> Wish | None:
     count = grains(quota) if quota is not None else 0
     wished = said if count else replace(said, want=NOTHING)
     return Wish(wished, max(count, 1), full_lags(quota or TenantQuota()))
-
-
-def _said(answer: AnswerShares) -> SharesAnswer:
-    return SharesAnswer(
-        WIRE_VERSION,
-        answer.session,
-        answer.number,
-        answer.rest,
-        answer.shares,
-        answer.lasting,
-        answer.divided,
-        answer.known,
-    )
 
 
 def _check(ask: SharesAsk) -> None:
