@@ -218,8 +218,8 @@ async def running_node(
     """A node on one device (``cpu:SIZE``, ``cuda:0``) that knows ``rates`` and serves ``specs``."""
     words = ["run", "--data-dir", str(folder), "--name", NAME, "--device", device]
     words += ["--host-bytes", str(host_bytes), "--disk-bytes", str(disk_bytes)]
-    # Nobody measures beside the bench; it has done so already, the same way.
-    loaded = replace(config.load(words), calibrate=False)
+    # Nobody measures beside the bench, which has done so already, the same way, or fills what it emptied.
+    loaded = replace(config.load(words), calibrate=False, prefetch=False)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     journal = open_journal(folder)
     journal.save_calibration(dump_rates(rates))

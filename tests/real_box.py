@@ -190,8 +190,8 @@ class Box:
     ) -> Process:
         words = ["run", "--data-dir", str(self.folder / folder), "--control", control, "--name", name]
         words += ["--join-token-file", str(token_file), "--host-bytes", "64MiB", "--disk-bytes", "1GiB"]
-        # These tests count processes: none is kept ready for nobody.
-        words += ["--standbys", "0", "--listen", f"127.0.0.1:{port}", *more]
+        # These tests count processes and copies: none is there for nobody.
+        words += ["--standbys", "0", "--prefetch", "off", "--listen", f"127.0.0.1:{port}", *more]
         for device in devices:
             words += ["--device", device]
         return Process(self.agent_module, *words)

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,13 @@ from packer.events import (
     Evict,
     Evicted,
     Fill,
+    Filled,
+    FillFailed,
     Finished,
     Pack,
     Packed,
     Planned,
+    PrefetchChosen,
     RefusalReason,
     Restore,
     Restored,
@@ -58,6 +62,8 @@ class SlowHands:
         self.restores = 0
         self.post: Callable[[Event], None] = lambda event: None
         self.packs: set[asyncio.Task[None]] = set()
+        self.fills: list[Fill] = []
+        self.stopped = asyncio.Event()
 
     async def _work(self) -> None:
         await asyncio.sleep(self.dice.randrange(1, 8) * GRID_S)
@@ -92,10 +98,16 @@ class SlowHands:
         return Dropped(order.ref, order.tier)
 
     async def fill(self, order: Fill) -> Event | None:
-        raise AssertionError("nobody switched it on")
+        """Takes an hour, unless it is told to stop."""
+        self.fills.append(order)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopped.wait(), 3600)
+            return FillFailed(order.ref, "stopped", order.order, stopped=True)
+        return Filled(order.ref, order.order)
 
     def stop_fill(self, order: StopFill) -> None:
-        raise AssertionError("nothing is filled")
+        assert order.order == self.fills[-1].order
+        self.stopped.set()
 
     async def run(
         self, ref: ModelRef, device: str, request: EngineRequest, took: Callable[[int], None]
@@ -197,6 +209,34 @@ def test_two_hash_seeds_give_one_history(tmp_path: Path) -> None:
     ]
     assert len(digests[0]) == 64
     assert digests[0] == digests[1]
+
+
+async def _ahead(tmp_path: Path) -> None:
+    hands = SlowHands(random.Random(1))
+    loop = make_loop(hands, tmp_path, [])
+    loop.post(PrefetchChosen(True))
+    first, second = make_spec("one"), make_spec("two")
+    loop.post(Planned((TenantSpec("acme"),), (first, second)))
+    async with loop.lease(first, "r1", 20_000):
+        pass
+    await asyncio.sleep(5)
+    for budget_bytes in (0, 96 * MIB):
+        loop.post(DeviceSeen("cpu:0", budget_bytes))
+        loop.post(DeviceSeen("cpu:1", budget_bytes))
+        await asyncio.sleep(20)
+    assert [order.ref for order in hands.fills] == [first.ref]
+    async with loop.lease(second, "r2", 20_000):
+        assert hands.stopped.is_set()
+        hands.stopped.clear()
+        await asyncio.sleep(3600 + 600)
+    assert len(hands.fills) == 2
+    async with loop.lease(first, "r3", 20_000) as lease:
+        assert lease.tier is Tier.HOST
+    await loop.close()
+
+
+def test_a_copy_is_filled_while_nobody_waits_and_stops_when_somebody_does(tmp_path: Path) -> None:
+    run_virtual(_ahead(tmp_path))
 
 
 async def _join(tmp_path: Path) -> None:
