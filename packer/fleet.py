@@ -61,6 +61,9 @@ class Fleet:
     deadline_s: int = 600
     # What goes when room is needed: ours, or a well-known policy to compare with (``policies``).
     policy: str = "keep"
+    # Whether RAM is filled from disk ahead of need, as nodes do. It changes little but after a restart, and
+    # takes the simulator as long as everything else.
+    prefetch: bool = False
     tenants: tuple[TenantSpec, ...] = ()
 
     @property
@@ -97,6 +100,7 @@ SETTINGS = (
     "packs",
     "deadline_s",
     "policy",
+    "prefetch",
 )
 
 
@@ -141,10 +145,11 @@ def _with(fleet: Fleet, name: str, value: str, where: str) -> Fleet:
         if value not in POLICY_NAMES:
             raise BadValue(where, f"{value[:40]!r} is not one of {', '.join(POLICY_NAMES)}")
         return replace(fleet, policy=value)
-    if name == "packs":
+    if name in ("packs", "prefetch"):
         if value not in ("yes", "no"):
             raise BadValue(where, f"{value[:40]!r} is not yes or no")
-        return replace(fleet, packs=value == "yes")
+        yes = value == "yes"
+        return replace(fleet, packs=yes) if name == "packs" else replace(fleet, prefetch=yes)
     if name == "ratio":
         return replace(fleet, ratio=_real(value, where, 0.01, 1.0))
     if name == "ram_ratio":

@@ -1,12 +1,12 @@
 """The common case in a few microseconds: the model is there, nobody waits, the request may use it at once.
 
 Covers: granting such a request and ending it, with the very changes that the whole step would make. Does
-not cover: everything else. Both functions say None or False and change nothing as soon as anything is out
+not cover: everything else. The functions say None or False and change nothing as soon as anything is out
 of the ordinary, and the whole step (``residency.step_in_full``) is taken instead. That they agree in every
 field of the state is tested over many random histories (``tests/test_hits.py``).
 
 Who adds a rule to ``residency._requested`` or a consequence to the end of a lease must add it here, or make
-these two stand back when it applies.
+these functions stand back when it applies.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 from packer.intensity import note_use
 from packer.ledger import Lease, Model, Node, State, Waiter
 from packer.room import use_slice
-from packer.turns import arrive, note_use_of
+from packer.turns import arrive, note_device_time, note_use_of
 
 _RESIDENT = State.RESIDENT
 # More timers than this beyond two per waiting request: the whole step, which sweeps stale ones some time
 # later (``queueing.STALE_TIMERS_MAX``).
 TIMERS_LOOKED_PAST = 128
+# Later than any request: three hundred years.
+NEVER_MS = 10**13
 
 
 def is_quiet(node: Node, now_ms: int) -> bool:
@@ -81,6 +83,50 @@ def grant_at_once(node: Node, request: str, model: Model, now_ms: int, tokens: i
     node.granted += 1
     node.touched[model.spec.ref] = None
     return lease
+
+
+def calm_until_ms(node: Node) -> int:
+    """Before this moment nothing is due, and no end of a lease is followed by anything: 0 when somebody
+    waits, must go or may not stay. It holds until the next whole step."""
+    if (
+        node.draining
+        or node.chosen is not None
+        or node.condemned
+        or node.queue
+        or node.removed
+        or node.unpacked
+        or any(not device.healthy or device.account.excess_bytes for device in node.devices.values())
+        or any(not tenant.planned or tenant.device.excess_bytes for tenant in node.tenants.values())
+    ):
+        return 0
+    least_ms, most_ms = node.now_ms, NEVER_MS
+    if is_quiet(node, most_ms):
+        return most_ms
+    # When it stops being quiet is one of two moments, if it is quiet at all.
+    until_ms = min(node.wake_ms or most_ms, node.shares.halve_at_ms or most_ms)
+    return until_ms if until_ms > least_ms and is_quiet(node, until_ms - 1) else 0
+
+
+def use_at_once(node: Node, model: Model, now_ms: int, end_ms: int) -> bool:
+    """Grant a request and end it, when nothing at all happens in between and ``end_ms`` is calm; False and
+    nothing is changed: take ``grant_at_once``. For a simulation, which knows both moments beforehand.
+
+    What the two would do and undo again is left out: the lease, and whatever counts it.
+    """
+    tenant = model.tenant
+    rates = tenant.rates
+    if model.state is not _RESIDENT or not model.planned or rates.limited or rates.slots is not None:
+        return False
+    if not tenant.granted and not tenant.waiting:
+        arrive(node, tenant)
+    note_use(model.reuse, node.shared, now_ms)
+    if tenant.slice.reserved_bytes:
+        node.now_ms = now_ms
+        use_slice(node, model)
+        node.touched[model.spec.ref] = None
+    node.now_ms = end_ms
+    note_device_time(tenant, end_ms - now_ms)
+    return True
 
 
 def finish_quietly(node: Node, lease: Lease, device_ms: int, now_ms: int, tokens: int = 0) -> bool:

@@ -55,6 +55,9 @@ _PER_MS0, _PER_MS1, _PER_MS2, _PER_MS3, _PER_MS4, _PER_MS5, _PER_MS6, _PER_MS7 =
 )
 
 
+_ZEROS = (0.0,) * KERNELS
+
+
 @dataclass(slots=True, eq=False)
 class Shared:
     """What all models of a node do on the whole: the prior of each."""
@@ -64,7 +67,7 @@ class Shared:
     # As in ``Intensity``, summed over all models. What has elapsed is the uses less their levels, so a model
     # that is never used again counts as well.
     levels: list[float] = field(default_factory=lambda: [0.0] * KERNELS)
-    explained: list[float] = field(default_factory=lambda: [0.0] * KERNELS)
+    explained: tuple[float, ...] = _ZEROS
     shares: list[float] = field(default_factory=lambda: [PRIOR_SHARE] * KERNELS)
     # ``shares`` in uses of a model's own, as they are weighed.
     priors: tuple[float, ...] = (SHARED_USES * PRIOR_SHARE,) * KERNELS
@@ -79,10 +82,10 @@ class Intensity:
     first_ms: int = 0
     last_ms: int = 0
     # Uses so far, each decayed by its age, per kernel, as of the last use.
-    levels: list[float] = field(default_factory=lambda: [0.0] * KERNELS)
+    levels: tuple[float, ...] = _ZEROS
     # Share of past uses that each kernel explains, and how many uses it has had time to bring about.
-    explained: list[float] = field(default_factory=lambda: [0.0] * KERNELS)
-    elapsed: list[float] = field(default_factory=lambda: [0.0] * KERNELS)
+    explained: tuple[float, ...] = _ZEROS
+    elapsed: tuple[float, ...] = _ZEROS
     # Uses that no kernel explains.
     base_uses: float = 0.0
     # The mean rate over the horizon as (epoch, base, factor per kernel); see ``Ranking``.
@@ -114,7 +117,7 @@ def note_use(known: Intensity, shared: Shared, now_ms: int) -> None:
     d5 = l5 * exp(passed_ms * _PACE5)
     d6 = l6 * exp(passed_ms * _PACE6)
     d7 = l7 * exp(passed_ms * _PACE7)
-    known.levels = [d0 + 1.0, d1 + 1.0, d2 + 1.0, d3 + 1.0, d4 + 1.0, d5 + 1.0, d6 + 1.0, d7 + 1.0]
+    known.levels = (d0 + 1.0, d1 + 1.0, d2 + 1.0, d3 + 1.0, d4 + 1.0, d5 + 1.0, d6 + 1.0, d7 + 1.0)
     e0, e1, e2, e3, e4, e5, e6, e7 = known.elapsed
     e0 += l0 - d0
     e1 += l1 - d1
@@ -124,7 +127,7 @@ def note_use(known: Intensity, shared: Shared, now_ms: int) -> None:
     e5 += l5 - d5
     e6 += l6 - d6
     e7 += l7 - d7
-    known.elapsed = [e0, e1, e2, e3, e4, e5, e6, e7]
+    known.elapsed = (e0, e1, e2, e3, e4, e5, e6, e7)
     # What each kernel has to do with this use: its weight, as learned so far, times its excitation.
     x0, x1, x2, x3, x4, x5, x6, x7 = known.explained
     p0, p1, p2, p3, p4, p5, p6, p7 = shared.priors
@@ -148,9 +151,9 @@ def note_use(known: Intensity, shared: Shared, now_ms: int) -> None:
         s5 *= per
         s6 *= per
         s7 *= per
-        known.explained = [x0 + s0, x1 + s1, x2 + s2, x3 + s3, x4 + s4, x5 + s5, x6 + s6, x7 + s7]
+        known.explained = (x0 + s0, x1 + s1, x2 + s2, x3 + s3, x4 + s4, x5 + s5, x6 + s6, x7 + s7)
         x0, x1, x2, x3, x4, x5, x6, x7 = shared.explained
-        shared.explained = [x0 + s0, x1 + s1, x2 + s2, x3 + s3, x4 + s4, x5 + s5, x6 + s6, x7 + s7]
+        shared.explained = (x0 + s0, x1 + s1, x2 + s2, x3 + s3, x4 + s4, x5 + s5, x6 + s6, x7 + s7)
         known.base_uses += base * per
     known.uses += 1
     known.last_ms = now_ms
@@ -163,7 +166,7 @@ def note_use(known: Intensity, shared: Shared, now_ms: int) -> None:
 
 def _note_first(known: Intensity, shared: Shared, now_ms: int) -> None:
     """The first use of a model: nothing explains it, and nothing is learned from it yet."""
-    known.levels = [1.0] * KERNELS
+    known.levels = (1.0,) * KERNELS
     known.uses = 1
     known.first_ms = now_ms
     known.last_ms = max(now_ms, known.last_ms)
@@ -205,7 +208,7 @@ def decode_shared(numbers: Sequence[float], shift_ms: int = 0) -> Shared:
     if not 0 <= uses < 1e15 or not -1e15 < last_ms < 1e15 or max(numbers[2 : 2 + KERNELS]) > uses:
         raise ValueError("what a node has learned of uses has impossible counts or times")
     shared = Shared(int(uses), int(last_ms) + shift_ms)
-    shared.levels, shared.explained = list(numbers[2 : 2 + KERNELS]), list(numbers[2 + KERNELS :])
+    shared.levels, shared.explained = list(numbers[2 : 2 + KERNELS]), tuple(numbers[2 + KERNELS :])
     _learn_shared(shared, shared.last_ms)
     return shared
 
@@ -300,7 +303,7 @@ def decode(numbers: list[float], shift_ms: int = 0) -> Intensity:
         raise ValueError("a learned intensity with impossible counts or times")
     at = [4 + KERNELS * part for part in range(4)]
     known = Intensity(int(uses), int(first) + shift_ms, int(last) + shift_ms)
-    known.levels, known.explained, known.elapsed = (numbers[at[p] : at[p + 1]] for p in range(3))
+    known.levels, known.explained, known.elapsed = (tuple(numbers[at[p] : at[p + 1]]) for p in range(3))
     known.base_uses = base
     known.base_per_ms = (base + BASE_USES) / (known.last_ms - known.first_ms + BASE_MS)
     return known

@@ -11,13 +11,15 @@ was refused does not come back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import chain
 
 from packer import residency
-from packer.events import Finished, Grant, Refuse, Requested, Ticked
+from packer.events import Event, Finished, Grant, Refuse, Requested, Ticked
 from packer.fleet import Fleet
-from packer.hits import finish_quietly, grant_at_once
+from packer.hits import finish_quietly, grant_at_once, use_at_once
 from packer.ledger import Lease, State
 from packer.outcome import Outcome, Tally
 from packer.regret import UseLog, missing_bytes
@@ -28,6 +30,8 @@ from packer.types import Tier
 # The books are proved this often, besides at the end: a simulation of millions of steps need not look after
 # each, as production does.
 CHECK_STEPS = 4_096
+# After the last request comes nothing, for longer than any request takes.
+DAYS_MS = 10 * 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,9 @@ def first_box(boxes: list[Box], model: int, now_ms: int) -> int:
 class Simulation:
     """One replay: the clock and the tally of its boxes."""
 
-    def __init__(self, trace: Trace, fleet: Fleet, choose: Choice = first_box) -> None:
+    def __init__(
+        self, trace: Trace, fleet: Fleet, choose: Choice = first_box, remembered: Sequence[Event] = ()
+    ) -> None:
         self.trace = trace
         self.fleet = fleet
         self._choose = choose
@@ -79,7 +85,7 @@ class Simulation:
         self._homes = [0] * len(specs)
         self._checked_at = 0
         # Last: a box tells of itself from its first event on.
-        self.boxes = [Box(f"box{at}", at, fleet, specs, self) for at in range(fleet.boxes)]
+        self.boxes = [Box(f"box{at}", at, fleet, specs, self, remembered) for at in range(fleet.boxes)]
 
     # --- the clock --------------------------------------------------------------------------------
 
@@ -89,7 +95,9 @@ class Simulation:
         start_ms, service_ms = at_ms[0], self.fleet.service_ms
         boxes, single = self.boxes, len(self.boxes) == 1
         heap, box, hits = self._heap, self.boxes[0], self.tally.hits
-        for number, (at, model, duration_ms) in enumerate(zip(at_ms, models, durations, strict=True)):
+        following = chain(at_ms[1:], (at_ms[-1] + DAYS_MS,))
+        columns = zip(at_ms, models, durations, following, strict=True)
+        for number, (at, model, duration_ms, next_at) in enumerate(columns):
             now_ms = at - start_ms
             while heap and heap[0][0] <= now_ms:
                 self._next()
@@ -97,6 +105,16 @@ class Simulation:
                 duration_ms = service_ms
             if not single:
                 box = boxes[self._box_for(model, now_ms)]
+            end_ms = now_ms + duration_ms
+            # It ends before anything else happens: both at once.
+            if (
+                end_ms <= next_at - start_ms
+                and (not heap or end_ms < heap[0][0])
+                and end_ms < (box.calm_ms if box.calm_step == box.steps else box.look_how_calm())
+                and use_at_once(box.node, box.models[model], now_ms, end_ms)
+            ):
+                hits[model] += 1
+                continue
             lease = grant_at_once(box.node, str(number), box.models[model], now_ms)
             if lease is not None:
                 hits[model] += 1

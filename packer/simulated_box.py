@@ -10,7 +10,7 @@ device that device's link. Each pipe gives every transfer in it the same part of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Protocol
@@ -25,20 +25,26 @@ from packer.events import (
     Event,
     Evict,
     Evicted,
+    Fill,
+    Filled,
+    FillFailed,
     Grant,
     Pack,
     Packed,
     PackFound,
     Planned,
     PolicyChosen,
+    PrefetchChosen,
     RatesSeen,
     Refuse,
     Restore,
     Restored,
+    StopFill,
     TierBudgetSeen,
     Wake,
 )
 from packer.fleet import Fleet
+from packer.hits import calm_until_ms
 from packer.ledger import Model
 from packer.traces import Sized
 from packer.types import ModelRef, ModelSpec, Task, TenantSpec, Tier
@@ -53,9 +59,9 @@ _AT_ONCE = 10**13
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """One restore in a pipe."""
+    """One restore in a pipe, or a copy that is filled ahead of need."""
 
-    order: Restore
+    order: Restore | Fill
     started_ms: int
     moved_bytes: int  # of raw weights
     left_bytes: float  # as they lie in the tier
@@ -83,6 +89,11 @@ class Pipe:
             self.transfers = [each for each in self.transfers if each.left_bytes > 0.5]
             self.version += 1
         return done
+
+    def remove(self, order: Fill, now_ms: int) -> None:
+        self._advance(now_ms)
+        self.transfers = [each for each in self.transfers if each.order is not order]
+        self.version += 1
 
     def next_ms(self) -> int | None:
         """When the next transfer will have passed, if nothing changes."""
@@ -126,21 +137,32 @@ class Box:
     """A node of the fleet. ``models`` are its records in the order of the trace's catalog."""
 
     def __init__(
-        self, name: str, number: int, fleet: Fleet, specs: tuple[ModelSpec, ...], hands: Hands
+        self,
+        name: str,
+        number: int,
+        fleet: Fleet,
+        specs: tuple[ModelSpec, ...],
+        hands: Hands,
+        remembered: Sequence[Event] = (),
     ) -> None:
+        """``remembered``: what the node knows of an earlier life, as its journal tells it at the start."""
         self.name = name
         self.number = number
         self.node = residency.Node()
         self.fleet = fleet
         self.steps = 0
+        # Until when nothing is due, and after how many steps that was looked up; see ``hits``.
+        self.calm_ms = 0
+        self.calm_step = -1
         self._hands = hands
         self.disk = Pipe(fleet.disk_gbps * 1e6)
         self.line = Pipe(fleet.origin_gbps * 1e6)
         self.links = {f"gpu:{at}": Pipe(fleet.host_gbps * 1e6) for at in range(fleet.devices)}
-        self._begin(specs)
+        self._filling: Fill | None = None
+        self._begin(specs, remembered)
         self.models: list[Model] = [self.node.models[spec.ref] for spec in specs]
 
-    def _begin(self, specs: tuple[ModelSpec, ...]) -> None:
+    def _begin(self, specs: tuple[ModelSpec, ...], remembered: Sequence[Event]) -> None:
         fleet = self.fleet
         disk, link = round(fleet.disk_gbps * 1e9), round(fleet.host_gbps * 1e9)
         at_once = DecodeRates(_AT_ONCE, _AT_ONCE, _AT_ONCE)
@@ -159,6 +181,10 @@ class Box:
         self.feed(Planned(tenants, specs), 0)
         if fleet.policy != "keep":
             self.feed(PolicyChosen(fleet.policy), 0)
+        if fleet.prefetch:
+            self.feed(PrefetchChosen(True), 0)
+        for known in remembered:
+            self.feed(known, 0)
         left = fleet.disk_bytes if fleet.packs else 0
         for spec in specs:
             on_disk, in_ram = self._stored(spec)
@@ -171,6 +197,10 @@ class Box:
         fleet = self.fleet
         on_disk, in_ram = (max(1, round(spec.image_bytes * part)) for part in (fleet.ratio, fleet.ram_ratio))
         return on_disk, in_ram
+
+    def look_how_calm(self) -> int:
+        self.calm_ms, self.calm_step = calm_until_ms(self.node), self.steps
+        return self.calm_ms
 
     # --- steps ------------------------------------------------------------------------------------
 
@@ -199,6 +229,10 @@ class Box:
                 return Dropped(action.ref, action.tier, action.order)
             case Pack():
                 return self._packed(action.ref, action.device, action.order)
+            case Fill():
+                self._fill(action, now_ms)
+            case StopFill():
+                return self._stop_fill(now_ms)
             case Wake():
                 self._hands.wake(self, action.at_ms)
         return None
@@ -219,6 +253,22 @@ class Box:
         pipe.add(Transfer(order, now_ms, moved, moved * share), now_ms)
         self._hands.pipe_changed(self, pipe)
 
+    def _fill(self, order: Fill, now_ms: int) -> None:
+        spec = self.node.models[order.ref].spec
+        self._filling = order
+        self._hands.moved(Tier.DISK, spec.image_bytes)
+        left_bytes = spec.image_bytes * self.fleet.ratio
+        self.disk.add(Transfer(order, now_ms, spec.image_bytes, left_bytes), now_ms)
+        self._hands.pipe_changed(self, self.disk)
+
+    def _stop_fill(self, now_ms: int) -> Event | None:
+        order, self._filling = self._filling, None
+        if order is None:
+            return None  # it was done at that very moment
+        self.disk.remove(order, now_ms)
+        self._hands.pipe_changed(self, self.disk)
+        return FillFailed(order.ref, "stopped", order.order, stopped=True)
+
     def _pipe(self, order: Restore) -> Pipe:
         if order.from_tier is Tier.HOST:
             return self.links[order.device]
@@ -227,11 +277,16 @@ class Box:
     def pipe_due(self, pipe: Pipe, now_ms: int) -> None:
         """Something has passed: what every restore costs whatever its size comes on top."""
         for transfer in pipe.done(now_ms):
-            self._hands.restored_at(self, transfer, now_ms + self.fleet.fixed_ms)
+            if isinstance(transfer.order, Fill):
+                self._filling = None
+                self.feed(Filled(transfer.order.ref, transfer.order.order), now_ms)
+            else:
+                self._hands.restored_at(self, transfer, now_ms + self.fleet.fixed_ms)
         self._hands.pipe_changed(self, pipe)
 
     def restored(self, transfer: Transfer, now_ms: int) -> None:
         order = transfer.order
+        assert isinstance(order, Restore)
         filled = order.host_bytes > 0
         took_ms = now_ms - transfer.started_ms
         done = Restored(

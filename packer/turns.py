@@ -131,11 +131,17 @@ def note_use_of(lease: Lease, device_ms: int, tokens: int, now_ms: int) -> None:
         rates.tokens.reserved -= lease.tokens
         rates.tokens.take(now_ms, bounded(tokens, REQUEST_TOKENS_MAX))
         rates.device.take(now_ms, bounded(device_ms, REQUEST_DEVICE_MS_MAX))
+    note_device_time(tenant, device_ms)
+
+
+def note_device_time(tenant: Tenant, device_ms: int) -> None:
+    """A request took so long: its tenant's turns, and what the next ones are expected to take."""
     if device_ms > 0:
-        device_ms = min(device_ms, REQUEST_DEVICE_MS_MAX)
+        if device_ms > REQUEST_DEVICE_MS_MAX:
+            device_ms = REQUEST_DEVICE_MS_MAX
         quota.charge(tenant, device_ms)
-        kept_of_four = keep.KEPT_OF_FOUR
-        tenant.use_ms = device_ms if not tenant.use_ms else (kept_of_four * tenant.use_ms + device_ms) // 4
+        use_ms = tenant.use_ms
+        tenant.use_ms = (keep.KEPT_OF_FOUR * use_ms + device_ms) // 4 if use_ms else device_ms
 
 
 def note_late_use(tenant: Tenant, device_ms: int, now_ms: int) -> None:

@@ -444,7 +444,7 @@ FLEET_MUTANTS = (
     Mutant(
         "nothing is learned from a use",
         INTENSITY,
-        "        known.explained = [x0 + s0, x1 + s1, x2 + s2,",
+        "        known.explained = (x0 + s0, x1 + s1, x2 + s2,",
         "        _ = [x0 + s0, x1 + s1, x2 + s2,",
     ),
 )

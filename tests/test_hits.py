@@ -236,3 +236,63 @@ def test_it_stands_back_when_anything_is_out_of_the_ordinary() -> None:
     pair.tell(Planned((TenantSpec("t0"), TenantSpec("t1")), pair.specs[1:]))
     assert not hits.finish_quietly(pair.short, lease, 5, pair.now_ms)
     assert as_text(pair.short) == as_text(pair.whole)
+
+
+def books(node: residency.Node) -> str:
+    """The whole state, but for what the next proof has to look at."""
+    touched, node.touched = node.touched, {}
+    text = as_text(node)
+    node.touched = touched
+    return text
+
+
+@pytest.mark.parametrize(
+    "quota", [TenantQuota(), TenantQuota(device=ByteQuota(31 * MIB, 62 * MIB), weight=3)]
+)
+def test_a_use_that_is_over_before_anything_happens_leaves_what_its_two_ends_leave(
+    quota: TenantQuota,
+) -> None:
+    pair = Pair(130, quota)
+    for number in range(MODELS):
+        pair.do("ask", number, 100)
+    while pair.answers:
+        pair.do("answer", 0, 100)
+    for _ in range(MODELS):
+        pair.do("finish", 0, 100)
+    pair.do("tick", 0, 10_000)
+    assert books(pair.short) == books(pair.whole)
+    at_ms, taken = pair.now_ms, 0
+    for number in range(200):
+        at_ms += (number * 7919) % 90_000
+        end_ms = at_ms + (number * 31) % 900
+        ref = pair.specs[number % 3].ref
+        known = pair.short.models[ref]
+        calm = end_ms < hits.calm_until_ms(pair.short)
+        if calm and hits.use_at_once(pair.short, known, at_ms, end_ms):
+            taken += 1
+        else:
+            residency.step(pair.short, Requested(f"n{number}", ref, at_ms + 2_000), at_ms)
+            residency.step(pair.short, Finished(f"n{number}", end_ms - at_ms), end_ms)
+        residency.step(pair.whole, Requested(f"n{number}", ref, at_ms + 2_000), at_ms)
+        residency.step(pair.whole, Finished(f"n{number}", end_ms - at_ms), end_ms)
+        assert books(pair.short) == books(pair.whole)
+        for node in (pair.short, pair.whole):
+            residency.check(node, full=True)
+        at_ms = end_ms
+    assert taken > 150
+
+
+def test_it_is_never_calm_while_somebody_waits_or_must_go() -> None:
+    pair = Pair(130, TenantQuota())
+    pair.do("ask", 0, 0)
+    assert hits.calm_until_ms(pair.short) == 0, "a restore is under way for somebody"
+    while pair.answers:
+        pair.do("answer", 0, 100)
+    pair.do("finish", 0, 0)
+    pair.do("tick", 0, 10_000)
+    assert hits.calm_until_ms(pair.short) == hits.NEVER_MS
+    limited = Pair(130, TenantQuota(concurrency=2))
+    model = limited.short.models[limited.specs[1].ref]
+    assert not hits.use_at_once(limited.short, model, limited.now_ms, limited.now_ms), "it is not there"
+    pair.do("drain", 0, 0)
+    assert hits.calm_until_ms(pair.short) == 0

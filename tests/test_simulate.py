@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from bunkhouse.cli.main import bunk
 from control.simulate_command import EXIT_UNMET, EXIT_USAGE, main
 from control.simulated_router import Router
-from packer import residency
+from packer import remember, residency
+from packer import simulate as simulate_module
 from packer.fleet import Fleet, check_quotas, parse_fleet, parse_fleet_file
 from packer.outcome import Outcome, percentile
 from packer.simulate import Simulation, least_cold_ms, simulate
@@ -58,6 +59,35 @@ def test_a_cold_request_waits_for_its_bytes_and_a_warm_one_for_nothing() -> None
 def test_who_comes_during_a_restore_waits_for_the_rest_of_it() -> None:
     outcome = simulate(trace_of((0, "a"), (400, "a")), fleet_of(20))
     assert [cold_ms for _, _, cold_ms in outcome.cold] == [1_000, 600]
+
+
+@pytest.mark.parametrize("gap_ms", [40, 700, 30_000])
+def test_uses_that_are_granted_and_ended_at_once_change_no_figure(
+    gap_ms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "abacabadabacabae" * 12
+    trace = trace_of(*((at * gap_ms, name) for at, name in enumerate(names)))
+    fleet = fleet_of(25, ram=20, service_ms=200)
+    short = Simulation(trace, fleet)
+    found = short.run()
+    uses: list[int] = []
+    monkeypatch.setattr(simulate_module, "use_at_once", lambda *given: uses.append(1))
+    long = Simulation(trace, fleet)
+    assert (long.run(), long.boxes[0].steps) == (found, short.boxes[0].steps)
+    assert uses if gap_ms > 200 else not short.boxes[0].node.requests
+
+
+def test_a_box_fills_its_memory_ahead_of_need_with_what_was_used_before_it_was_started_again() -> None:
+    before = Simulation(
+        trace_of((0, "c"), *((at * 20_000, "ab"[at % 7 == 6]) for at in range(1, 70))), fleet_of(15)
+    )
+    before.run()
+    known = [remember.of_model(model, before.boxes[0].node.now_ms) for model in before.boxes[0].models]
+    after = trace_of((0, "c"), (20_000, "a"), (40_000, "b"))
+    plain = fleet_of(15, ram=50)
+    assert [cold_ms for *_, cold_ms in simulate(after, plain).cold] == [1_000, 1_000, 1_000]
+    filled = Simulation(after, fleet_of(15, ram=50, prefetch="yes"), remembered=known).run()
+    assert [cold_ms for *_, cold_ms in filled.cold] == [1_000, 250, 250]
 
 
 def test_two_restores_at_once_share_the_disk() -> None:
