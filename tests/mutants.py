@@ -453,8 +453,8 @@ MUTANTS = (
     Mutant(
         "what left the plan stays when its last lease ends quietly",
         "hits",
-        "        or node.removed\n",
-        "",
+        "        or node.removed\n        or node.unpacked\n        or node.condemned\n",
+        "        or node.unpacked\n        or node.condemned\n",
     ),
 )
 

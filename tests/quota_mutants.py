@@ -101,8 +101,8 @@ RATE_MUTANTS = (
     Mutant(
         "device time is not charged",
         "turns",
-        "        rates.device.take(now_ms, bounded(device_ms, REQUEST_DEVICE_MS_MAX))\n    if",
-        "    if",
+        "        rates.device.take(now_ms, bounded(device_ms, REQUEST_DEVICE_MS_MAX))\n    note_device_time",
+        "    note_device_time",
     ),
     Mutant(
         "what was reserved for a request that never ran stays reserved",
