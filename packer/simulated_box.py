@@ -183,8 +183,8 @@ class Box:
             self.feed(PolicyChosen(fleet.policy), 0)
         if fleet.prefetch:
             self.feed(PrefetchChosen(True), 0)
-        for known in remembered:
-            self.feed(known, 0)
+        for event in remembered:
+            self.feed(event, 0)
         left = fleet.disk_bytes if fleet.packs else 0
         for spec in specs:
             on_disk, in_ram = self._stored(spec)
