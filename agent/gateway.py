@@ -245,7 +245,14 @@ class Gateway:
             ask = decode_json(body, ChatAsk)
             orders = (chat_request(ask),)
             call = self._call(request, ask.model, Task.GENERATION)
-            return await self._generated(call, orders, ask, chat=True)
+            try:
+                return await self._generated(call, orders, ask, chat=True)
+            except EngineError as error:
+                if error.field != "max_tokens" or ask.max_completion_tokens is None:
+                    raise
+                newer = "max_completion_tokens"  # what the caller calls it
+                message = error.message.replace("max_tokens", newer)
+                raise EngineError(error.code, message, newer) from None
 
     # --- how ------------------------------------------------------------------------------------------
 

@@ -435,6 +435,21 @@ async def test_an_engines_error_names_the_callers_field(stream: bool) -> None:
     await node.happened("finished")
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_limit_is_named_as_the_caller_named_it(stream: bool, name: str) -> None:
+    node = FakeNode(script=too_long("max_tokens"))
+    async with served(node) as url, client(url, node.acme) as api:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await api.chat.completions.create(
+                model="acme/chat",
+                messages=[{"role": "user", "content": "a"}],
+                stream=stream,
+                extra_body={name: 9},
+            )
+    assert (caught.value.param, caught.value.code) == (name, "context_length_exceeded")
+
+
 @pytest.mark.parametrize(
     ("path", "model", "header", "body"),
     [
