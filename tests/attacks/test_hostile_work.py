@@ -26,18 +26,17 @@ from agent.spawning import Nursery
 from agent.workers import WorkerDead, WorkerFailure, WorkerHandle
 from packer.types import MIB, ModelRef, ModelSpec, Task
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
 
 
-@pytest_asyncio.fixture
-async def nursery(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nursery]:
-    monkeypatch.setattr(agent.due, "LEFT_SECONDS_MAX", 0.5)
-    monkeypatch.setattr(agent.workers, "PULSE_S", 1.0)
-    monkeypatch.setattr(agent.spawning, "HEAP_BYTES_MAX", 256 * MIB)
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def nursery() -> AsyncIterator[Nursery]:
     started = Nursery(threads=1)
-    await started.start()
-    yield started
-    await started.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent.spawning, "HEAP_BYTES_MAX", 256 * MIB)
+        await started.start()
+        yield started
+        await started.close()
 
 
 def tokenizer_with(directory: Path, **parts: Any) -> Path:
@@ -60,7 +59,11 @@ async def generate(worker: WorkerHandle, spec: ModelSpec, prompt: str) -> int:
     return len([frame async for frame in worker.run(spec.ref, request)])
 
 
-async def test_a_worker_that_computes_for_nobody_is_ended(nursery: Nursery, tmp_path: Path) -> None:
+async def test_a_worker_that_computes_for_nobody_is_ended(
+    nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent.due, "LEFT_SECONDS_MAX", 0.5)
+    monkeypatch.setattr(agent.workers, "PULSE_S", 1.0)
     words = {"type": "WordPiece", "unk_token": "u", "continuing_subword_prefix": "##"}
     words |= {"max_input_chars_per_word": 1_000_000, "vocab": {"u": 0, "x": 1, "##x": 2}}
     parts = {"model": words, "pre_tokenizer": None, "normalizer": None, "added_tokens": []}
