@@ -25,6 +25,7 @@ from agent.uplink import Uplink
 from control.config import Config
 from control.server import Server
 from packer.questions import Question, Reply
+from packer.usage import NO_USAGE, UsageBatch
 from packer.wire import NO_PLAN, Plan, PlanNumber, Record, Report
 
 # Nothing here takes longer unless something hangs.
@@ -41,6 +42,16 @@ class Delays:
     last_ms: list[float] = field(default_factory=list)
 
 
+class _NoUsage:
+    """Nobody asks these nodes for anything."""
+
+    async def batch(self) -> UsageBatch:
+        return NO_USAGE
+
+    async def acknowledge(self, seq: int) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class _Node:
     """What the uplink asks of a node, and when it had which plan."""
@@ -49,6 +60,7 @@ class _Node:
     taken_s: dict[int, float] = field(default_factory=dict)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     spool_id: str = "none"
+    usage: _NoUsage = field(default_factory=_NoUsage)
 
     def report(self) -> Report:
         return Report("http://127.0.0.1:9", 0, False, (), 0, 0, 0, 0, (), ())
