@@ -1,7 +1,7 @@
-"""What a worker's failures look like to those whose requests they end.
+"""What a worker's failures look like to those whose requests they end, and errors to tenants.
 
-Covers: frames of a worker on their way to a lease. Does not cover: the frames themselves (``workers``), or
-the status that a caller sees (``gateway``).
+Covers: frames of a worker on their way to a lease; what tenants may read of an error. Does not cover: the
+frames themselves (``workers``), or the status that a caller sees (``gateway``).
 """
 
 from __future__ import annotations
@@ -49,3 +49,10 @@ def worker_died(ref: ModelRef) -> Refused:
         f"the process that held {ref.model} is gone; the same request will work again",
         WORKER_DIED_RETRY_MS,
     )
+
+
+def public(error: Exception) -> str:
+    """What tenants may read of an error: an ``OSError``'s own text names the node's directories."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)

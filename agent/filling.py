@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from agent.devices import DeviceConfig
+from agent.explained import public
 from agent.journal_thread import JournalThread
 from agent.packs import PackDirectory
 from agent.segments import HostSegments
@@ -91,7 +92,7 @@ class Filling:
             await self._drop(order.ref)
             if not self._stopped:
                 log.warning("filling the host tier with %s: %s", order.ref, error)
-            return FillFailed(order.ref, str(error), order.order, self._stopped)
+            return FillFailed(order.ref, public(error), order.order, self._stopped)
         return Filled(order.ref, order.order)
 
     async def _in_a_process(self, order: Fill, copy: PackCopy, segment: Segment) -> None:

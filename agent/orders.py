@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from agent.devices import DeviceConfig, at_place
-from agent.explained import Explained, worker_died
+from agent.explained import Explained, public, worker_died
 from agent.facade import EngineFrame, EngineRequest
 from agent.filling import Filling, open_copy
 from agent.holdings import Holdings
@@ -276,7 +276,7 @@ class Orders:
             missing = isinstance(error, FileNotFoundError) and order.from_tier is Tier.DISK
             private = error.private if isinstance(error, OriginUnavailable) else str(error)
             log.warning("restore of %s from %s: %s", order.ref, order.from_tier.value, private)
-            return kept(_public(error), corrupt=missing)
+            return kept(public(error), corrupt=missing)
 
     async def _restore_obtained(self, order: Restore, pack: FetchedPack) -> Event | None:
         """From the pack that another node gave: it lies in its place already."""
@@ -453,7 +453,7 @@ class Orders:
                 await self._making.give_up(making)
             log.warning("no pack of %s: %s", ref, error)
             kept_bytes = self._making.partial_bytes(ref)
-            return PackFailed(ref, order.device, _public(error), order.order, kept_bytes)
+            return PackFailed(ref, order.device, public(error), order.order, kept_bytes)
         self._keep(self._making.end(making))
         read_bytes = done.host.stored_bytes
         return Packed(ref, order.device, done.disk_bytes, host_bytes, order.order, read_bytes)
@@ -464,7 +464,7 @@ class Orders:
             return await self._making.begin(self._spec_of(order.ref), order.disk_bytes)
         except OSError as error:
             log.warning("no pack of %s: %s", order.ref, error)
-            self._post_pack_failed(order, _public(error))
+            self._post_pack_failed(order, public(error))
             return None
 
     async def _finish_pack(
@@ -479,7 +479,7 @@ class Orders:
             await self._making.give_up(making, keep=isinstance(error, WorkerDead))
             log.warning("no pack of %s: %s", order.ref, error)
             obtained.end(packed=False)
-            self._post_pack_failed(order, _public(error))
+            self._post_pack_failed(order, public(error))
         else:
             ref, read_bytes = order.ref, done.host.stored_bytes
             self.post(Packed(ref, order.device, done.disk_bytes, host_bytes, order.pack_order, read_bytes))
@@ -568,10 +568,3 @@ async def _free(freeing: Freeing | None) -> None:
 async def _cancel(worker: WorkerHandle, ref: ModelRef) -> None:
     with suppress(WorkerDead, WorkerFailure):
         await worker.cancel(ref)
-
-
-def _public(error: Exception) -> str:
-    """What tenants may read of an error: an ``OSError``'s own text names the node's directories."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error)

@@ -439,6 +439,10 @@ async def test_what_is_told_to_stop_or_can_not_be_filled_leaves_no_segment(
     answer = await hands.orders.fill(order)
     assert isinstance(answer, FillFailed)
     hands.orders._unproven.discard(minilm.ref)
+    hands.packs.path(minilm.ref).unlink()
+    answer = await hands.orders.fill(order)
+    assert isinstance(answer, FillFailed)
+    assert answer.message == "No such file or directory", "tenants read it: it names no directory of the node"
 
 
 async def test_a_failed_load_leaves_no_part_behind(hands: Hands, minilm: Known) -> None:
