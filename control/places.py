@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from urllib.parse import urlsplit
+from functools import lru_cache
+from urllib.parse import SplitResult, urlsplit
 
 from aiohttp import DefaultResolver, web
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -20,6 +21,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from packer.types import BadValue
 
 GATEWAY_URL_CHARS_MAX = 256
+# Hosts that were read before, some 400 bytes each: every beat names the same ones again.
+HOSTS_KNOWN_MAX = 16_384
 # Names of this machine, which may lead to its loopback addresses.
 _LOCAL_NAME = "localhost"
 
@@ -33,26 +36,34 @@ def check_gateway_url(url: str) -> None:
 
 def check_url(url: str, field: str, schemes: tuple[str, ...]) -> None:
     """Raises ``BadValue`` that names ``field``."""
-    kind = "http(s)" if "http" in schemes else "https"
-    wrong = BadValue(
-        field, f"must be {kind}://host:port of at most {GATEWAY_URL_CHARS_MAX} characters, without a path"
-    )
-    if len(url) > GATEWAY_URL_CHARS_MAX or not url.isascii() or not url.isprintable() or " " in url:
-        raise wrong
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise wrong from None
-    if parts.scheme not in schemes or not parts.hostname or port == 0:
-        raise wrong
-    if parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc or "\\" in url:
-        raise wrong
+    parts = _parts(url, schemes)
+    if parts is None or parts.hostname is None:
+        kind = "http(s)" if "http" in schemes else "https"
+        raise BadValue(
+            field, f"must be {kind}://host:port of at most {GATEWAY_URL_CHARS_MAX} characters, without a path"
+        )
     address = literal(parts.hostname)
     if address is not None and serves_nobody(address):
         raise BadValue(field, f"{parts.hostname} is no address that a node can be called at")
 
 
+def _parts(url: str, schemes: tuple[str, ...]) -> SplitResult | None:
+    """A URL of the only form that is taken, or None."""
+    if len(url) > GATEWAY_URL_CHARS_MAX or not url.isascii() or not url.isprintable() or " " in url:
+        return None
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in schemes or not parts.hostname or port == 0:
+        return None
+    if parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc or "\\" in url:
+        return None
+    return parts
+
+
+@lru_cache(HOSTS_KNOWN_MAX)
 def literal(host: str) -> _Address | None:
     """The address that a host is written as; an IPv4 address in IPv6 is that IPv4 address."""
     try:

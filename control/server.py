@@ -42,6 +42,7 @@ from control.state import STOP_S, Control
 from packer.doors import STRANGERS_MAX, Doors
 from packer.durable import write_private
 from packer.http import ApiError, json_response, protect, runner
+from packer.tls_buffers import shrink_tls_buffers
 
 log = logging.getLogger("bunk.control")
 
@@ -156,6 +157,7 @@ class Server:
 
 async def serve(config: Config) -> None:
     """Run until SIGTERM or SIGINT."""
+    shrink_tls_buffers()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

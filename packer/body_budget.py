@@ -42,7 +42,7 @@ class _Body:
 
     owner: str
     most_bytes: int
-    limit: asyncio.Timeout
+    limit: asyncio.Timeout | None  # None: nothing of it is waited for
     begun_s: float
     promised_bytes: int = 0
     parts: list[bytes] = field(default_factory=list)
@@ -85,16 +85,16 @@ class BodyBudget:
         whole = request.content.is_eof()
         seconds = BODY_READ_SECONDS + (declared or limit_bytes) / BODY_BYTES_PER_SECOND_MIN
         now_s = asyncio.get_running_loop().time()
-        body = _Body(owner, most_bytes, asyncio.timeout(None if whole else seconds), now_s)
+        body = _Body(owner, most_bytes, None if whole else asyncio.timeout(seconds), now_s)
         try:
             self._promise(body, declared or 0)
             over = self.held_bytes + (declared or 0) - most_bytes
             if over > 0 and sum(each.size for each in self._slow(now_s)) < over:
                 raise self._full(body)
-            if whole:
+            if body.limit is None:
                 await self._read(request, body, limit_bytes)
             else:
-                await self._arrive(request, body, limit_bytes, seconds)
+                await self._arrive(request, body, body.limit, limit_bytes, seconds)
             # What is held here would be in memory until the answer, wanted or not.
             parts, body.parts = body.parts, []
             return body, parts[0] if len(parts) == 1 else b"".join(parts)
@@ -102,10 +102,12 @@ class BodyBudget:
             self.give(body)
             raise
 
-    async def _arrive(self, request: web.Request, body: _Body, limit_bytes: int, seconds: float) -> None:
+    async def _arrive(
+        self, request: web.Request, body: _Body, limit: asyncio.Timeout, limit_bytes: int, seconds: float
+    ) -> None:
         self._arriving[id(body)] = body
         try:
-            async with body.limit:
+            async with limit:
                 await self._read(request, body, limit_bytes)
         except TimeoutError:
             if body.given_up:
@@ -147,7 +149,8 @@ class BodyBudget:
             slow.parts.clear()
             self.held_bytes -= slow.size
             slow.size = 0
-            slow.limit.reschedule(now_s)
+            if slow.limit is not None:
+                slow.limit.reschedule(now_s)
 
     def _promise(self, body: _Body, count: int) -> None:
         """Count what a body will have at least as its owner's. Raises ``ApiError`` 429."""

@@ -15,7 +15,6 @@ import json
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +25,14 @@ from pathlib import Path
 import bench_harness
 import make_models
 from bench_gateway import Client
-from bench_suite import Judgement, Section, SuiteReport, Table, add_markdown, deliver, report_of
+from bench_suite import Judgement, Section, SuiteReport, Table, report_of, run_suite
 from plain_transformers import ask_fresh_process
 from stack import StackOptions, start_stack
 from tour_calls import wait_for_models
 
 TENANT = "default"
 CALLERS = 32
+ROUNDS = 5
 WRITERS = 8
 # Embeddings of a round, and tokens of each text.
 INPUTS, INPUTS_QUICK = 1_024, 256
@@ -218,17 +218,7 @@ def run(root: Path, quick: bool, rounds: int, log: Log) -> SuiteReport:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = bench_harness.parser(__doc__)
-    add_markdown(parser)
-    options = parser.parse_args(arguments)
-    rounds = options.rounds or (bench_harness.ROUNDS_QUICK if options.quick else 5)
-    if not 1 <= rounds <= bench_harness.ROUNDS_MAX:
-        parser.error(f"--rounds {options.rounds}: use 1 to {bench_harness.ROUNDS_MAX}")
-    with tempfile.TemporaryDirectory(prefix="bunkhouse-bench-") as folder:
-        report = run(
-            Path(folder), options.quick, rounds, lambda line: print(line, file=sys.stderr, flush=True)
-        )
-    return deliver(report, options, "scripts/bench_batching.py")
+    return run_suite(__doc__, run, "scripts/bench_batching.py", arguments, rounds=ROUNDS)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,9 +27,10 @@ from urllib.parse import urlsplit
 
 import bench_harness
 import make_models
-from bench_suite import Judgement, Section, SuiteReport, Table, add_markdown, deliver, report_of
+from bench_suite import Judgement, Section, SuiteReport, Table, report_of, run_suite
 from gateway_peers import AskedWorker, BareHandler, asked_worker, bare_handler
 from held_crowd import Held, HeldCrowd, stream_body
+from process_memory import processor_s
 from stack import Stack, StackOptions, start_stack
 from tour_calls import wait_for_models
 
@@ -167,12 +166,6 @@ def latency(site: Site, rounds: int, block: int, log: Log) -> Section:
 
 
 # --- requests per second and core -------------------------------------------------------------------
-
-
-def processor_s(pid: int) -> float:
-    """Processor time that a process has used."""
-    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def rate(site: Site, case: str, requests: int) -> tuple[float, float]:
@@ -358,17 +351,7 @@ def run(root: Path, quick: bool, rounds: int, log: Log) -> SuiteReport:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = bench_harness.parser(__doc__)
-    add_markdown(parser)
-    options = parser.parse_args(arguments)
-    rounds = options.rounds or (bench_harness.ROUNDS_QUICK if options.quick else bench_harness.ROUNDS)
-    if not 1 <= rounds <= bench_harness.ROUNDS_MAX:
-        parser.error(f"--rounds {options.rounds}: use 1 to {bench_harness.ROUNDS_MAX}")
-    with tempfile.TemporaryDirectory(prefix="bunkhouse-bench-") as folder:
-        report = run(
-            Path(folder), options.quick, rounds, lambda line: print(line, file=sys.stderr, flush=True)
-        )
-    return deliver(report, options, "scripts/bench_gateway.py")
+    return run_suite(__doc__, run, "scripts/bench_gateway.py", arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A bench of several sections: their tables, their goals, one report.
 
 Covers: goals that are judged by a figure (at least, at most, or could not be judged), tables for people and
-for the documentation from the same rows, the JSON file, and the exit code of ``--check``. Does not cover:
-interleaved rounds (``bench_harness``) or what is measured.
+for the documentation from the same rows, the JSON file, the exit code of ``--check``, and the ``main`` that
+such benches share. Does not cover: interleaved rounds (``bench_harness``) or what is measured.
 
 A goal that could not be judged is not reached: a peer that is not there has not been beaten.
 """
@@ -14,11 +14,16 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
+
+import bench_harness
+
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,3 +230,28 @@ def deliver(report: SuiteReport, options: argparse.Namespace, command: str) -> i
     if options.markdown is not None:
         write_markdown(report, options.markdown, options.date, command)
     return name_missed(report, sys.stderr) if options.check else 0
+
+
+def in_a_folder(measure: Callable[[Path, Log], SuiteReport]) -> SuiteReport:
+    """Measure in a folder that is gone afterwards; what is being done is said on standard error."""
+    with tempfile.TemporaryDirectory(prefix="bunkhouse-bench-") as folder:
+        return measure(Path(folder), lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def run_suite(
+    doc: str | None,
+    measure: Callable[[Path, bool, int, Log], SuiteReport],
+    command: str,
+    arguments: Sequence[str] | None,
+    rounds: int = bench_harness.ROUNDS,
+) -> int:
+    """The whole of a bench that has rounds and no options of its own; returns the exit code. ``rounds``: how
+    many without ``--quick`` and ``--rounds``."""
+    parser = bench_harness.parser(doc)
+    add_markdown(parser)
+    options = parser.parse_args(arguments)
+    asked = options.rounds or (bench_harness.ROUNDS_QUICK if options.quick else rounds)
+    if not 1 <= asked <= bench_harness.ROUNDS_MAX:
+        parser.error(f"--rounds {options.rounds}: use 1 to {bench_harness.ROUNDS_MAX}")
+    report = in_a_folder(lambda folder, log: measure(folder, options.quick, asked, log))
+    return deliver(report, options, command)

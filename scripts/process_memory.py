@@ -2,13 +2,14 @@
 
 Covers: finding the nursery and its workers below an agent's process id, reading how much of each worker
 is weights (arenas, and host segments that images lie in) and how much is not, and keeping the greatest values
-seen. Does not cover: what the agent's own ledger says, or memory on a GPU.
+seen; also a process's processor time. Does not cover: what the agent's own ledger says, or memory on a GPU.
 
 The kernel's own books are the point: they count what is there, not what somebody meant to hold.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -237,3 +238,9 @@ def _lesser(one: WorkerMemory, other: WorkerMemory) -> WorkerMemory:
         arena_bytes=min(one.arena_bytes, other.arena_bytes),
         private_bytes=min(one.private_bytes, other.private_bytes),
     )
+
+
+def processor_s(pid: int) -> float:
+    """Processor time that a process has used."""
+    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
