@@ -259,7 +259,7 @@ async def test_an_operator_key_is_not_for_calling_models(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "field"), [({}, None), ({"model": 5}, "model"), ([], None), ({"model": None}, "model")]
+    ("body", "field"), [({}, "model"), ({"model": 5}, "model"), ([], None), ({"model": None}, "model")]
 )
 async def test_a_call_without_a_model_names_the_field(fleet: Fleet, body: object, field: str | None) -> None:
     answer = await fleet.control.call("POST", "/v1/embeddings", body, key=fleet.key)
