@@ -19,13 +19,16 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from packer.operators import SIZED_BY_VALUES, Kind
+from packer.operators import OPERATORS, SIZED_BY_VALUES, Kind
 from packer.program import ITEMS_MAX, Argument, Dtype, Here, MemoryFormat, Node, Ref
 from packer.types import GIB
 
 # What one request may hold in intermediate results, and as how much any one of them may pass: an expanded
 # view takes no memory, but whoever reads it takes its time.
 RUN_BYTES_MAX = 2 * GIB
+# Of a pooling's window or result; they are walked over in half a second. An image of 16,384 by 16,384 has so
+# many.
+WINDOW_PLACES_MAX = 2**28
 # Powers and shifts of sizes: none that fits 64 bits needs more.
 _EXPONENT_MAX = 64
 
@@ -274,6 +277,14 @@ def _check_weight_norm(step: Step, positional: Sequence[Value]) -> None:
         raise Refusal("norms must have one value per row")
 
 
+def _check_windows(step: Step, positional: Sequence[Value]) -> None:
+    """Some kernels walk over all places of a window, or of a result that has no elements."""
+    for sizes in positional[1:]:
+        places = math.prod(max(abs(size), 1) for size in sizes) if isinstance(sizes, list) else 0
+        if places > WINDOW_PLACES_MAX:
+            raise Refusal(f"sides of {sizes} are {places} places, the limit is {WINDOW_PLACES_MAX}")
+
+
 def _check_pad(step: Step, positional: Sequence[Value]) -> None:
     """A side that is cut while the tensor goes on in a circle leaves places of the result unfilled."""
     if len(positional) > 2 and positional[2] == "circular" and any(size < 0 for size in positional[1]):
@@ -339,6 +350,7 @@ _CHECKS: Mapping[str, Callable[[Step, Sequence[Value]], None]] = {
     "aten._native_batch_norm_legit_no_training.default": _check_batch_norm,
     "aten._weight_norm.default": _check_weight_norm,
     "aten.pad.default": _check_pad,
+    **dict.fromkeys((name for name in OPERATORS if "pool" in name), _check_windows),
     **dict.fromkeys(
         (
             "aten.div.Tensor_mode",

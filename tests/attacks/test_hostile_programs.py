@@ -510,6 +510,25 @@ def test_a_circle_that_is_cut_gives_out_no_memory_that_nobody_filled(
         model.ask([X])
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "outputs", "sizes"),
+    [
+        ("adaptive_max_pool2d.default", [1, 2, 4], ["y", "at"], {"output_size": [2**31, 0]}),
+        ("adaptive_avg_pool3d.default", [1, 2, 2, 2], ["y"], {"output_size": [2**20, 2**20, 0]}),
+        ("max_pool1d.default", [1, 2, 4], ["y"], {"kernel_size": [2**32 + 1]}),
+    ],
+)
+def test_a_window_is_not_walked_over_for_hours(
+    tmp_path: Path, name: str, shape: list[int], outputs: Sequence[str], sizes: Mapping[str, list[int]]
+) -> None:
+    image = aten("reshape.default", "image", self="x", shape={"as_ints": shape})
+    given = {what: {"as_ints": each} for what, each in sizes.items()}
+    pool = node(f"torch.ops.aten.{name}", list(outputs), self="image", **given)
+    model = load_program(forge(tmp_path, [image, pool]))
+    with pytest.raises(EngineError, match=r"sides of .* are \d+ places"):
+        model.ask([X])
+
+
 def test_a_norm_per_row_is_taken(tmp_path: Path) -> None:
     g = aten("reshape.default", "g", self="p_w", shape={"as_ints": [1, 4]})
     model = load_program(
