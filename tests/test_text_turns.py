@@ -289,7 +289,7 @@ def test_failures_of_what_is_shared_cost_nobody_a_token(
 ) -> None:
     """Memory that is short in the middle of a pass, or while caches are put together or taken apart."""
     chance, failures = random.Random(seed), list[str]()
-    asked = [
+    asked: list[tuple[list[int], dict[str, Any]]] = [
         (
             prompt,
             {"max_tokens": chance.randrange(3, 16), "temperature": 1.1, "seed": number, "n": 1 + number % 2},
