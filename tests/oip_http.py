@@ -85,7 +85,7 @@ async def declare(
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     writer.write(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             said = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             length = int(said.partition("content-length: ")[2].split()[0])
             body = await reader.readexactly(length)

@@ -87,7 +87,7 @@ async def send_raw(url: str, method: str, path: str, key: str, body: bytes | Non
         f"{length}Connection: close\r\n\r\n"
     )
     writer.write(head.encode() + (body or b""))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         answer = (await reader.read()).decode()
     writer.close()
     head, _, text = answer.partition("\r\n\r\n")

@@ -139,14 +139,14 @@ def test_a_check_that_breaks_is_a_failed_check(tmp_path: Path) -> None:
 def test_the_command_prints_every_check_and_changes_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "agent", "check", "--data-dir", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [*command, "--json"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     checks = json.loads(done.stdout)["checks"]
     assert [check["name"] for check in checks[:3]] == ["disk space", "certificate", "calibration"]
     assert all(check["state"] == "ok" or check["hint"] for check in checks)
     assert done.returncode == any(check["state"] == "fail" for check in checks)
     assert list(tmp_path.iterdir()) == []
-    people = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    people = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert "certificate: this node has not joined" in people.stdout
 
 

@@ -52,18 +52,18 @@ def test_readme_commands_exist_parse_and_may_be_run(script: str) -> None:
     path = ROOT / script
     assert script in README
     assert os.access(path, os.X_OK), f"{script} is not executable"
-    subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
+    subprocess.run(["bash", "-n", str(path)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("script", ["scripts/quickstart", "scripts/test"])
 def test_readme_commands_explain_themselves_and_refuse_half_an_option(script: str) -> None:
     """Neither needs a virtualenv for that, so neither makes one."""
     shown = subprocess.run(
-        [str(ROOT / script), "--help"], capture_output=True, text=True, timeout=30, check=True
+        [str(ROOT / script), "--help"], capture_output=True, text=True, timeout=120, check=True
     )
     assert script in shown.stdout
     refused = subprocess.run(
-        [str(ROOT / script), "--venv"], capture_output=True, text=True, timeout=30, check=False
+        [str(ROOT / script), "--venv"], capture_output=True, text=True, timeout=120, check=False
     )
     assert refused.returncode == 1
     assert "--venv needs a directory" in refused.stderr
@@ -89,7 +89,7 @@ def test_old_or_missing_python_is_named_with_the_way_out(tmp_path: Path, name: s
         env={"PATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 1

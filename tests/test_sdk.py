@@ -506,4 +506,4 @@ def test_a_call_to_a_deaf_server_times_out() -> None:
             with pytest.raises(bunkhouse.TimedOut) as caught:
                 client.tenants()
     assert caught.value.sent
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # the limit is 0.2 s; without one it would be minutes

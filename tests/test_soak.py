@@ -11,7 +11,6 @@ import asyncio
 import os
 import random
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -28,8 +27,6 @@ AT_ONCE = 24
 # Every tier is too small for all models: some 70 MB of them, of which the devices hold 56 MiB.
 DEVICES = ("cpu:28MiB", "cpu:28MiB")
 BUDGETS = ("--host-bytes", "12MiB", "--disk-bytes", "40MiB")
-# Packs and evictions that the last answer set off are over by then, and reports are a moment behind.
-QUIET_S = 30.0
 # A connection that is kept alive, a thread of a pool that starts late, a page of a heap.
 DESCRIPTORS_SPARE = 8
 THREADS_SPARE = 4
@@ -75,11 +72,20 @@ def send(box: Box, called: list[Called], calls: int, seed: int) -> Tally:
 
 
 def when_quiet(box: Box) -> Books:
-    """What is held once nothing moves any more: the ledger's figure, which must be the kernel's."""
-    deadline_s = time.monotonic() + QUIET_S
-    while (held := kernel_books(box)) != (ledger := ledger_books(box)):
-        assert time.monotonic() < deadline_s, f"the kernel says {held}, the ledger {ledger}"
-    return held
+    """What is held once nothing moves any more: the ledger's figure, which must be the kernel's. Packs and
+    evictions that the last answer set off end a moment later, and reports are a moment behind."""
+    assert box.agent is not None
+    found: list[Books] = []
+
+    def equal() -> bool:
+        found[:] = kernel_books(box), ledger_books(box)
+        return found[0] == found[1]
+
+    try:
+        box.agent.until(equal)
+    finally:
+        print("the kernel says {}, the ledger {}".format(*found))
+    return found[0]
 
 
 def check_logs(box: Box) -> None:

@@ -154,7 +154,7 @@ COSTS = st.lists(st.integers(1, 3_000), min_size=1, max_size=4)
 TENANTS = st.lists(st.tuples(st.integers(1, 5), COSTS, COSTS), min_size=2, max_size=4)
 
 
-@settings(max_examples=60, deadline=None, phases=PHASES)
+@settings(max_examples=40, deadline=None, phases=PHASES)
 @given(TENANTS)
 def test_everybody_who_waits_gets_its_share_by_weight(
     drawn: list[tuple[int, list[int], list[int]]],
@@ -166,7 +166,7 @@ def test_everybody_who_waits_gets_its_share_by_weight(
             assert spread(one, two) <= bound(one, two)
 
 
-@settings(max_examples=60, deadline=None, phases=PHASES)
+@settings(max_examples=40, deadline=None, phases=PHASES)
 @given(TENANTS, st.lists(st.integers(0, 30), min_size=4, max_size=4))
 def test_who_comes_later_gets_its_share_from_then_on_and_nothing_for_the_time_before(
     drawn: list[tuple[int, list[int], list[int]]], joins: list[int]

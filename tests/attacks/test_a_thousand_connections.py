@@ -12,6 +12,7 @@ import asyncio
 import http.client
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from gateway_process import peak_bytes, process_of_two
 from held_crowd import Held, HeldCrowd, stream_body
 from running_control import PATIENCE_S
 
-from packer.doors import DESCRIPTORS_WANTED, OWNER_IDLE_MAX, want_descriptors
+from packer.doors import DESCRIPTORS_WANTED, HEAD_SECONDS, OWNER_IDLE_MAX, want_descriptors
 
 pytestmark = pytest.mark.processes
 
@@ -76,13 +77,15 @@ def crowded(url: str, key: str, path: str, body: bytes) -> Iterator[HeldCrowd]:
 def hold_and_ask(url: str, pid: int, hostile: str, other: str, path: str, body: bytes) -> None:
     neighbour = Neighbour(url, other)
     assert set(neighbour.ask()) == {200}
-    calm, before = descriptors(pid), peak_bytes(pid)
+    calm, before, began_s = descriptors(pid), peak_bytes(pid), time.monotonic()
     with crowded(url, hostile, path, body) as crowd:
         assert set(neighbour.ask()) == {200}
         kinds = [kind for kind, _ in crowd.sockets]
         assert kinds.count(Held.IDLE) > OWNER_IDLE_MAX
         wait_for(lambda: crowd.open(Held.IDLE) <= OWNER_IDLE_MAX)
-        assert crowd.open(Held.HALF_HEAD) == kinds.count(Held.HALF_HEAD)  # they have their 30 s
+        half_heads = crowd.open(Held.HALF_HEAD)
+        # They have their time, which may be over by now where a thousand connections take as long.
+        assert half_heads == kinds.count(Held.HALF_HEAD) or time.monotonic() - began_s > HEAD_SECONDS
         assert descriptors(pid) <= calm + CONNECTIONS - kinds.count(Held.IDLE) + OWNER_IDLE_MAX
         assert peak_bytes(pid) - before < GROWTH_BYTES_MAX
         assert set(neighbour.ask()) == {200}
