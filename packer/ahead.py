@@ -24,7 +24,7 @@ class Prefetching:
     started_ms: int = 0
     not_before_ms: int = 0
     wakes: bool = False  # somebody will look again then
-    looked: int = 0  # how far what is on disk was gone through
+    looked: int = 0  # how far what is on disk was gone through; 0: to its end
     # What stays free, as last worked out, and of a tier of which size; -1: what is on disk has changed.
     spare_bytes: int = 0
     spare_of: int = -1

@@ -30,6 +30,7 @@ from packer.events import (
     TierBudgetSeen,
     UsesRemembered,
 )
+from packer.intensity import Ranking
 from packer.ledger import CopyState
 from packer.prefetch import FIRST_MS, LOOK_MS, PAUSE_PARTS, RETRY_MS
 from packer.types import MIB, ByteQuota, ModelSpec, TenantQuota, Tier
@@ -207,6 +208,22 @@ def test_a_copy_that_nobody_has_read_makes_room_for_the_next_restore() -> None:
     for spec in (HOT, WARM):
         assert the(scene.ask(spec), Restore).from_tier is Tier.HOST
     assert not scene.node.prefetch.ahead
+
+
+def test_very_many_packs_are_gone_through_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "LOOKED_MAX", 1)
+    scene = restarted({COLD: 1, HOT: 40, WARM: 10})
+    monkeypatch.setattr(prefetch, "USES_PER_MS_MIN", scene_rate(scene, WARM) / 2)
+    assert not of(first(scene), Fill), "the first part has nothing worth it"
+    # Nobody comes: it wakes itself until all parts were looked at.
+    order = the(scene.later(LOOK_MS).feed(Ticked()), Fill)
+    assert order.ref == HOT.ref
+    filled(scene, order)
+    assert the(scene.later(LOOK_MS).feed(Ticked()), Fill).ref == WARM.ref
+
+
+def scene_rate(scene: Scene, spec: ModelSpec) -> float:
+    return Ranking(scene.node.shared, scene.now_ms).uses_per_ms(scene.node.models[spec.ref].reuse)
 
 
 def test_a_max_is_kept_and_a_smaller_tier_takes_it_back() -> None:
