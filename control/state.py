@@ -63,7 +63,7 @@ from packer.durable import write_private
 from packer.http import make_key
 from packer.types import ModelRef
 from packer.usage import UsageBatch, day_of
-from packer.wire import Beat, Plan, PlanNumber, Record
+from packer.wire import Beat, BeatAnswer, Plan, PlanNumber, Record
 
 log = logging.getLogger("bunk.control")
 
@@ -325,6 +325,10 @@ class Control:
         meta = self.meta
         facts = PlanFacts(meta.cluster, meta.epoch, meta.seq, self.start_name, self.ticket_keys)
         return self._plans.make(facts, node, have_peers, self.wall_ms())
+
+    def encode_answer(self, answer: BeatAnswer) -> bytes:
+        """See ``PlanMaker.encode``."""
+        return self._plans.encode(answer)
 
     # --- nodes ---
 

@@ -149,7 +149,7 @@ class SimulatedControl(Control):
         if row is None:
             raise ApiError(403, "unknown_node", "removed")
         if path == "/node/v1/beat":
-            return encode(await answer_beat(self, row, decode_message(data, Beat), None))
+            return self.encode_answer(await answer_beat(self, row, decode_message(data, Beat), None))
         if path == "/node/v1/shares":
             return encode(await answer_shares(self, row, decode_message(data, SharesAsk)))
         assert path == "/node/v1/sources"

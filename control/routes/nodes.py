@@ -284,7 +284,7 @@ async def beat(control: Control, request: web.Request, caller: Caller) -> web.Re
     async with control.bodies.body(request, caller.owner, BEAT_BYTES_MAX) as body:
         message = decode_message(body, Beat)
     answer = await answer_beat(control, row, message, request.remote, own_address(request))
-    return web.Response(body=encode(answer), content_type="application/json")
+    return web.Response(body=control.encode_answer(answer), content_type="application/json")
 
 
 async def answer_beat(
