@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,12 @@ import httpx2
 import openai
 import pytest
 from failing_stack import Stack, failing_stack
+from hasty_control import TICKET_LIFE_MS
 from losing_proxy import Line
 from process_memory import children
 from real_box import PATIENCE_S, wait_gone
+
+import bunkhouse
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
@@ -47,35 +51,53 @@ def back(stack: Stack) -> None:
 
 
 def test_while_control_is_dead_no_request_fails_and_its_use_is_told_afterwards(stack: Stack) -> None:
-    """Control hangs first, with beats that it has received and not stored, and is killed then."""
+    """Control hangs first, with beats that it has received and not stored, and is killed then. It is away for
+    longer than tickets live and than a node keeps all of its part of a limit."""
     stack.until_delivered()
+    stack.box.operator().set_quota("acme", requests_per_minute=60_000)
+    stack.until(lambda: room_of(stack.answered("acme/gen0")) > 0)
     answers, tokens = stack.counted("acme")
     charged = stack.charged("acme")
-    used = tokens
+    sdk = bunkhouse.Client(
+        stack.box.url, stack.box.keys["acme"], direct=True, retry=bunkhouse.RetryPolicy(tries_max=1)
+    )
+    got = [sdk.complete("acme/gen0", "x", max_tokens=1)]  # with a ticket from here on
+    ends_s = time.monotonic() + 2 * TICKET_LIFE_MS / 1000
     stack.control.handle.send_signal(signal.SIGSTOP)
-    tiers = []
-    for model in ("acme/gen1", "acme/gen2", "acme/gen0", "acme/gen0"):  # two of the three have room
-        got = stack.answered(model)
-        tiers.append(got.headers["x-bunkhouse-tier"])
-        tokens += got.json()["usage"]["total_tokens"]
+    # Two of the three have room.
+    served = [stack.answered(f"acme/{name}") for name in ("gen1", "gen2", "gen0", "gen0")]
+    tiers = [each.headers["x-bunkhouse-tier"] for each in served]
     assert tiers[-1] == "device"
     assert "origin" not in tiers
     assert set(tiers) != {"device"}
     stack.agent.wait_for("control is away")
     stack.control.kill()
+    while time.monotonic() < ends_s:
+        got.append(sdk.complete("acme/gen0", "x", max_tokens=1))
+    served.append(stack.answered("acme/gen0"))
+    assert 0 < room_of(served[-1]) < 0.7 * room_of(served[0]), "a part of its part went meanwhile"
+    used = sum(each.json()["usage"]["total_tokens"] for each in served)
+    used += sum(each.prompt_tokens + each.completion_tokens for each in got)
     with stack.api("acme") as api:
         stream = api.completions.create(
             model="acme/gen0", prompt="the bunk", max_tokens=8, stream=True, temperature=0,
             stream_options={"include_usage": True},
         )  # fmt: skip
         (last,) = [chunk.usage for chunk in stream if chunk.usage is not None]
-        tokens += last.total_tokens
+        used += last.total_tokens
         with pytest.raises(openai.AuthenticationError):
             api.with_options(api_key="bk_no").models.list()
     back(stack)
-    stack.until_used("acme", answers + len(tiers) + 1, tokens)
-    assert stack.charged("acme") == (charged[0] + len(tiers) + 1, charged[1] + tokens - used)
+    count = len(served) + len(got) + 1
+    stack.until_used("acme", answers + count, tokens + used)
+    assert stack.charged("acme") == (charged[0] + count, charged[1] + used)
+    stack.box.operator().set_quota("acme", requests_per_minute=None)
     stack.until_delivered()
+
+
+def room_of(got: httpx2.Response) -> int:
+    """How many requests the node may still let in at once, of a tenant with limits."""
+    return int(got.headers.get("x-ratelimit-remaining-requests", 0))
 
 
 def test_records_whose_receipt_is_lost_with_control_are_there_once(stack: Stack) -> None:
