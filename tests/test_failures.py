@@ -91,6 +91,7 @@ def test_while_control_is_dead_no_request_fails_and_its_use_is_told_afterwards(s
     count = len(served) + len(got) + 1
     stack.until_used("acme", answers + count, tokens + used)
     assert stack.charged("acme") == (charged[0] + count, charged[1] + used)
+    sdk.close()
     stack.box.operator().set_quota("acme", requests_per_minute=None)
     stack.until_delivered()
 

@@ -1,20 +1,23 @@
-"""Two real agents and control: a tenant's rate holds over both nodes and the router, whoever dies meanwhile.
+"""Two real agents and two routers: a tenant's rate holds over all four doors, whoever dies meanwhile.
 
 Covers: requests counted from outside against the limit and the time that passed, with control away, control
 back, and an agent that was killed; what the headers say. Does not cover: who gets which share
-(``test_shares``), or all that a network may do (``test_cluster_simulation``).
+(``test_shares``), or all that a network may do (``test_cluster_simulation``). The second router is another
+application with a listener of its own in control's process: routers count nothing, nodes do, so what is shown
+is that calls through several of them are not let in several times.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import httpx2
 import pytest
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box, running_box
+from real_box import PATIENCE_S, Box
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
@@ -70,13 +73,17 @@ class Crowd:
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
     folder = tmp_path_factory.mktemp("shares")
     make_gpt2(folder / "gen", 1, hidden=64, layers=2, heads=2)
-    with running_box(folder / "box", devices=("cpu:48MiB",)) as box:
+    box = Box(folder / "box", ("cpu:48MiB",), control_module="tests.two_doors_control")
+    with closing(box):
+        box.start_control()
+        routers = [box.url, second_router(box)]
+        box.start_agent()
         box.add_tenant("acme")
         box.tenant("acme").push("acme/gen", folder / "gen")
         planned = r"plan \d+\.\d+: 1 tenants, 1 versions"
         second, port = box.another_agent("cpu:48MiB", "--calibrate", "off", wait=planned)
         try:
-            crowd = Crowd(box, [box.gateway_url, f"http://127.0.0.1:{port}", box.url])
+            crowd = Crowd(box, [box.gateway_url, f"http://127.0.0.1:{port}", *routers])
             for url in crowd.urls:
                 assert crowd.call(url).status_code == 200, "nothing is limited yet"
             box.operator().set_quota("acme", requests_per_minute=PER_MINUTE)
@@ -88,10 +95,16 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
             second.stop()
 
 
-def test_one_limit_holds_over_both_nodes_and_the_router_whoever_is_away(crowd: Crowd) -> None:
+def second_router(box: Box) -> str:
+    """Where it listens; somewhere else after each start."""
+    assert box.control is not None
+    return box.control.wait_for(r"second router at (\S+)")[1]
+
+
+def test_one_limit_holds_over_both_nodes_and_both_routers_whoever_is_away(crowd: Crowd) -> None:
     box = crowd.box
-    crowd.rush(3 * 2 * BURST)
-    assert len(crowd.answers) == 3, "every door lets somebody in"
+    crowd.rush(4 * 2 * BURST)
+    assert len(crowd.answers) == 4, "every door lets somebody in"
     headers = [crowd.call(url).headers for url in crowd.urls]
     assert {each["x-ratelimit-limit-requests"] for each in headers} == {str(PER_MINUTE)}
     assert box.control is not None
@@ -99,6 +112,7 @@ def test_one_limit_holds_over_both_nodes_and_the_router_whoever_is_away(crowd: C
     for url in crowd.urls[:2]:
         crowd.until_let_in(url)
     box.start_control()
+    crowd.urls[3] = second_router(box)
     crowd.rush(BURST)
     assert box.agent is not None
     box.agent.kill()
