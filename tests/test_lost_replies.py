@@ -1,8 +1,8 @@
 """Every POST of a node whose answer is lost: it is sent again, and there is one effect.
 
-Covers: joining, renewing in time and late, beats with records, answers to questions, shares and sources, by
-real uplinks at a real control server whose connections break when it answers; and keys while a node's clock
-is off. Does not cover: management calls (``test_idempotency``), or histories of many losses
+Covers: joining, renewing in time and late, beats with records and with usage, answers to questions, shares
+and sources, by real uplinks at a real control server whose connections break when it answers; and keys while
+a node's clock is off. Does not cover: management calls (``test_idempotency``), or histories of many losses
 (``test_cluster_simulation``).
 """
 
@@ -30,10 +30,13 @@ from control.state import Control, wall_ms
 from packer.questions import Asks
 from packer.shares import NOTHING
 from packer.types import parse_ref
+from packer.usage import UsageBatch, UsageRow, Used, hour_of
 from packer.wire import WIRE_VERSION, OriginTurn, Record, SharesAnswer, SharesAsk, decode
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 EVENTS = tuple(Record(seq, seq, "restored", "acme", "acme/m@" + "0" * 16, f"#{seq}") for seq in (1, 2, 3))
+
+USED = UsageBatch(1, (UsageRow(hour_of(wall_ms()), "acme", "acme/m", Used(3)),))
 
 
 class Losses:
@@ -100,6 +103,10 @@ async def test_a_lost_answer_to_any_post_of_a_node_leaves_one_effect(
         await control.tenant("acme")
         version = await control.push("acme", "m", model_files())
         await owner.until_versions(1)
+        losses.next[beat] = 2
+        owner.usage.unconfirmed = USED
+        uplink.changed()
+        await until(lambda: not owner.usage.unconfirmed.rows)
         losses.next.update((shares, sources, replies))
         ask = SharesAsk(WIRE_VERSION, "", 1, NOTHING, begun=True)
         with pytest.raises(aiohttp.ClientError):
@@ -124,9 +131,11 @@ async def test_a_lost_answer_to_any_post_of_a_node_leaves_one_effect(
         with pytest.raises(aiohttp.ClientError):
             await uplink._ask_late()
         assert (await uplink._ask_late()).status == 200
-    assert losses.lost == Counter({join: 2, beat: 2, shares: 1, sources: 1, replies: 1, renew: 1, late: 1})
+    assert losses.lost == Counter({join: 2, beat: 4, shares: 1, sources: 1, replies: 1, renew: 1, late: 1})
     events = (await control.call("GET", "/api/v1/events?limit=1000")).json()["items"]
     assert [event["detail"] for event in events if event["kind"] == "restored"] == ["#1", "#2", "#3"]
+    (used,) = (await control.call("GET", "/api/v1/usage")).json()["items"]
+    assert used["requests"] == 3
     assert list(state.catalog.nodes) == ["box"]
     assert len(state.catalog.tokens) == 1
 
