@@ -64,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--trace", type=Path, required=True, metavar="FILE",
-        help="CSV or JSON lines, .gz too: time_s or time_ms, model; also tenant, duration_s, tokens, size",
+        help="CSV or JSON lines, .gz too: time_s or time_ms, model; tenant, duration_s, tokens, size, devices",
     )  # fmt: skip
     parser.add_argument(
         "--fleet", required=True, metavar="SPEC",
         help="8x141GB,ram=2TB,disk=8TB (boxes first: 4x8x141GB,...), or a .toml file",
     )  # fmt: skip
-    parser.add_argument("--models", type=Path, metavar="FILE", help="CSV or JSON lines: model, size")
+    parser.add_argument("--models", type=Path, metavar="FILE", help="CSV or JSON lines: model, size, devices")
     parser.add_argument("--size", metavar="SIZE", help="of every model that no list names")
     parser.add_argument("--boxes", metavar="A..B", help="try this many boxes, one after the other")
     parser.add_argument("--ram", metavar="SIZE,SIZE", help="try each amount of RAM per box")

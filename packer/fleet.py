@@ -14,6 +14,7 @@ One line: ``[BOXESx]DEVICESxSIZE`` and then settings, separated by commas. The s
 
     [models]
     "acme/chat" = "16GB"
+    "acme/large" = {size = "200GB", devices = 2}
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field, replace
 
 from packer.policies import POLICY_NAMES
 from packer.traces import Sized, Sizes
-from packer.types import GIB, BadValue, ByteQuota, TenantQuota, TenantSpec, parse_bytes
+from packer.types import DEVICES_PER_MODEL_MAX, GIB, BadValue, ByteQuota, TenantQuota, TenantSpec, parse_bytes
 
 BOXES_MAX = 1_000
 DEVICES_MAX = 64
@@ -215,10 +216,22 @@ def parse_fleet_file(text: str, file: str) -> FleetFile:
         tenant, slash, rest = name.partition("/")
         if not slash or not tenant or not rest:
             raise BadValue(where, 'name it by its tenant: "tenant/name" = "16GB"')
-        if not isinstance(size, str):
-            raise BadValue(where, 'is not a size: write for example "16GB"')
-        sizes.known[tenant, rest] = Sized(tenant, rest, _bytes(size, where, 1))
+        sizes.known[tenant, rest] = _sized(tenant, rest, size, where)
     return FleetFile(replace(fleet, tenants=specs), sizes)
+
+
+def _sized(tenant: str, name: str, value: object, where: str) -> Sized:
+    """A size, or a table of ``size`` and ``devices``."""
+    size, devices = value, 1
+    if isinstance(value, dict):
+        if unknown := [key for key in value if key not in ("size", "devices")]:
+            raise BadValue(f"{where}.{unknown[0][:40]}", "is unknown; there are size and devices")
+        size, devices = value.get("size"), value.get("devices", 1)
+    if not isinstance(size, str):
+        raise BadValue(where, 'is not a size: write for example "16GB" or {size = "16GB", devices = 2}')
+    if type(devices) is not int or not 1 <= devices <= DEVICES_PER_MODEL_MAX:
+        raise BadValue(f"{where}.devices", f"must be from 1 to {DEVICES_PER_MODEL_MAX}")
+    return Sized(tenant, name, _bytes(size, where, 1), devices=devices)
 
 
 def _fleet_of(value: object, file: str) -> Fleet:

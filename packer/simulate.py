@@ -217,7 +217,9 @@ def least_cold_ms(trace: Trace, fleet: Fleet) -> float:
     below = sum(missing_bytes(log, fleet.memory_bytes + ram_bytes))
     off_devices = sum(missing_bytes(log, fleet.memory_bytes)) if ram_bytes else below
     disk_ms = fleet.ratio / (fleet.disk_gbps * 1e6)
-    link_ms = min(fleet.ram_ratio / (fleet.host_gbps * 1e6), disk_ms)
+    # Shares of a gang pass through several links at once; of all models, as if each did.
+    links = max((sized.devices for sized in trace.catalog), default=1)
+    link_ms = min(fleet.ram_ratio / (fleet.host_gbps * 1e6) / links, disk_ms)
     return (off_devices - below) * link_ms + below * disk_ms + fleet.fixed_ms * len(sizes)
 
 

@@ -5,7 +5,8 @@ waits for what. Does not cover: the clock and the trace (``simulate``), or failu
 succeeds, evictions and drops at once.
 
 Restores share what they pass through: all reads of a box its disk, all fetches its line, all copies to one
-device that device's link. Each pipe gives every transfer in it the same part of its rate.
+device that device's link (of a gang each share its device's). Each pipe gives every transfer in it the same
+part of its rate.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from packer.events import (
     Wake,
 )
 from packer.fleet import Fleet
+from packer.gangs import devices_in, run_bytes
 from packer.hits import calm_until_ms
 from packer.ledger import Model
 from packer.traces import Sized
@@ -129,7 +131,18 @@ def spec_of(sized: Sized, number: int) -> ModelSpec:
     chunks = (chunk_bytes,) * full + ((rest,) if rest else ())
     ref = ModelRef(sized.tenant, sized.name, f"{number:016x}")
     return ModelSpec(
-        ref, "control:", (), "transformers", Task.GENERATION, size, chunks, sized.workspace_bytes, 0
+        ref,
+        "control:",
+        (),
+        "transformers",
+        Task.GENERATION,
+        size,
+        chunks,
+        sized.workspace_bytes,
+        0,
+        devices=sized.devices,
+        # Its layers are unknown: it is taken to be cut anywhere, as many layers nearly can.
+        cuts=tuple(range(1, len(chunks))) if sized.devices > 1 else (),
     )
 
 
@@ -159,6 +172,8 @@ class Box:
         self.line = Pipe(fleet.origin_gbps * 1e6)
         self.links = {f"gpu:{at}": Pipe(fleet.host_gbps * 1e6) for at in range(fleet.devices)}
         self._filling: Fill | None = None
+        # Shares of gangs that are still on their links, by their orders.
+        self._shares: dict[int, int] = {}
         self._begin(specs, remembered)
         self.models: list[Model] = [self.node.models[spec.ref] for spec in specs]
 
@@ -249,9 +264,9 @@ class Box:
         fleet = self.fleet
         share = {Tier.HOST: fleet.ram_ratio, Tier.DISK: fleet.ratio}.get(order.from_tier, 1.0)
         self._hands.moved(order.from_tier, moved)
-        pipe = self._pipe(order)
-        pipe.add(Transfer(order, now_ms, moved, moved * share), now_ms)
-        self._hands.pipe_changed(self, pipe)
+        for pipe, part in self._parts(order, spec, moved):
+            pipe.add(Transfer(order, now_ms, moved, part * share), now_ms)
+            self._hands.pipe_changed(self, pipe)
 
     def _fill(self, order: Fill, now_ms: int) -> None:
         spec = self.node.models[order.ref].spec
@@ -269,10 +284,15 @@ class Box:
         self._hands.pipe_changed(self, self.disk)
         return FillFailed(order.ref, "stopped", order.order, stopped=True)
 
-    def _pipe(self, order: Restore) -> Pipe:
-        if order.from_tier is Tier.HOST:
-            return self.links[order.device]
-        return self.disk if order.from_tier is Tier.DISK else self.line
+    def _parts(self, order: Restore, spec: ModelSpec, moved: int) -> list[tuple[Pipe, int]]:
+        """What passes through which pipe: from RAM each share of a gang through its device's link."""
+        if order.from_tier is not Tier.HOST:
+            return [(self.disk if order.from_tier is Tier.DISK else self.line, moved)]
+        links = [self.links[device] for device in devices_in(order.device)]
+        if len(links) == 1:
+            return [(links[0], moved)]
+        self._shares[order.order] = len(links)
+        return list(zip(links, run_bytes(spec), strict=True))
 
     def pipe_due(self, pipe: Pipe, now_ms: int) -> None:
         """Something has passed: what every restore costs whatever its size comes on top."""
@@ -280,8 +300,12 @@ class Box:
             if isinstance(transfer.order, Fill):
                 self._filling = None
                 self.feed(Filled(transfer.order.ref, transfer.order.order), now_ms)
-            else:
-                self._hands.restored_at(self, transfer, now_ms + self.fleet.fixed_ms)
+                continue
+            left = self._shares.pop(transfer.order.order, 1) - 1
+            if left:
+                self._shares[transfer.order.order] = left
+                continue
+            self._hands.restored_at(self, transfer, now_ms + self.fleet.fixed_ms)
         self._hands.pipe_changed(self, pipe)
 
     def restored(self, transfer: Transfer, now_ms: int) -> None:

@@ -5,9 +5,9 @@ them, which names file, line and field. Does not cover: opening files (``control
 replaying (``simulate``).
 
 Columns of a trace: ``time_s`` or ``time_ms`` (one of them), ``model``; if they are there also ``tenant``,
-``duration_s`` or ``duration_ms``, ``tokens``, and ``size`` (of the model). Other columns are passed over. A
-model without a tenant column is ``tenant/name`` or belongs to the tenant ``default``. Lines need not be in
-order of time.
+``duration_s`` or ``duration_ms``, ``tokens``, and ``size`` and ``devices`` (of the model). Other columns are
+passed over. A model without a tenant column is ``tenant/name`` or belongs to the tenant ``default``. Lines
+need not be in order of time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from packer.types import BadValue, parse_bytes
+from packer.types import DEVICES_PER_MODEL_MAX, BadValue, parse_bytes
 
 # A trace is held in memory at some 100 bytes a request; more requests than this are a wrong file.
 REQUESTS_MAX = 50_000_000
@@ -49,6 +49,7 @@ class Sized:
     name: str
     size_bytes: int
     workspace_bytes: int = 0
+    devices: int = 1  # of one box, that it needs together; see ``gangs``
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}"
@@ -179,12 +180,23 @@ def _one_of(row: Mapping[str, object], columns: Mapping[str, float], file: str, 
     return found[0] if found else None
 
 
+def _devices(row: Mapping[str, object], file: str, line: int) -> int:
+    """How many devices a model needs; 1 where nothing says more."""
+    text = row.get("devices")
+    if text in (None, ""):
+        return 1
+    number = _number(text, file, line, "devices", 0.0)
+    if number not in range(1, DEVICES_PER_MODEL_MAX + 1):
+        raise BadTrace(file, line, "devices", f"{str(text)[:40]} is not 1 to {DEVICES_PER_MODEL_MAX}")
+    return int(number)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
 def parse_models(lines: Iterable[str], file: str) -> Sizes:
-    """A list of models: columns ``model`` and ``size`` (``16GB``), if they are there ``tenant`` and
-    ``workspace``. Raises ``BadTrace``."""
+    """A list of models: columns ``model`` and ``size`` (``16GB``), if they are there ``tenant``,
+    ``workspace`` (on each device) and ``devices``. Raises ``BadTrace``."""
     sizes = Sizes()
     for line, row in _rows(lines, file):
         for column in ("model", "size"):
@@ -194,7 +206,8 @@ def parse_models(lines: Iterable[str], file: str) -> Sizes:
         workspace = _size(row["workspace"], file, line, "workspace") if row.get("workspace") else 0
         if (tenant, name) in sizes.known:
             raise BadTrace(file, line, "model", f"{tenant}/{name} is there twice")
-        sizes.known[tenant, name] = Sized(tenant, name, _size(row["size"], file, line, "size"), workspace)
+        size, devices = _size(row["size"], file, line, "size"), _devices(row, file, line)
+        sizes.known[tenant, name] = Sized(tenant, name, size, workspace, devices)
         if len(sizes.known) > MODELS_MAX:
             raise BadTrace(file, line, "model", f"more than {MODELS_MAX} models")
     return sizes
@@ -234,7 +247,8 @@ def parse_trace(lines: Iterable[str], file: str, sizes: Sizes, token_ms: float =
 
 def _sized(named: tuple[str, str], row: Mapping[str, object], sizes: Sizes, file: str, line: int) -> Sized:
     if row.get("size") not in (None, ""):
-        return Sized(*named, _size(row["size"], file, line, "size"))
+        size = _size(row["size"], file, line, "size")
+        return Sized(*named, size, devices=_devices(row, file, line))
     found = sizes.of(*named)
     if found is None:
         raise BadTrace(
