@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--trace", type=Path, required=True, metavar="FILE",
-        help="CSV or JSON lines, .gz too: time_s or time_ms, model; also tenant, duration_s, size, devices",
+        help="CSV or JSON lines, .gz too: time_s or time_ms, model; also tenant, duration_s, tokens, size, "
+        "devices",
     )  # fmt: skip
     parser.add_argument(
         "--fleet", required=True, metavar="SPEC",
