@@ -8,17 +8,22 @@ asking the nodes (``control.routes.forwarding``).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from control.cluster import NEAR_STATES, Cluster, NodeView
+from control.rooms import LOAD_BAND, bins_of, is_able, load_of, settle
+from control.vacancy import ring_point
 from packer.gangs import devices_in
-from packer.placement import Bin, Wanted, left_over, place
+from packer.placement import Wanted, left_over
 from packer.types import ModelRef
 from packer.wire import ModelReport
 
-# Nodes whose requests in flight differ by less are as busy as each other when a cold model is placed.
-LOAD_BAND = 8
+# Fleets up to this size are ranked whole, larger ones only for gangs. Else so many are looked at of those who
+# have the model on a device or are bringing it there, and of those who have it below.
+RANKED_MAX = 64
+# And so many of those who are least busy and have room for it. Three are asked at most.
+LOOKED_AT = 16
 # How far a model's bytes are from answering; see ``_distance``.
 COMING, NOWHERE = 1, 4
 
@@ -40,26 +45,64 @@ def choose_near(cluster: Cluster, ref: ModelRef, now_ms: int) -> Sequence[str]:
     ranked = []
     for name in names:
         view = cluster.nodes.get(name)
-        if view is None or not _able(view) or view.avoid_until_ms > now_ms:
+        if view is None or not is_able(view) or view.avoid_until_ms > now_ms:
             continue
         if (distance := _distance(cluster, view, ref, text, now_ms)) <= COMING:
-            ranked.append((distance, _load(view) // LOAD_BAND, _load(view), _spread(text, name), name))
+            ranked.append((distance, load_of(view) // LOAD_BAND, load_of(view), _spread(text, name), name))
     return [entry[-1] for entry in sorted(ranked)]
 
 
 def choose_node(
     cluster: Cluster, ref: ModelRef, share_bytes: int, now_ms: int, devices: int = 1
 ) -> Sequence[str]:
-    """Nodes that may answer for ``ref``, which needs so many bytes on each of ``devices``, best first. Not
-    among them: silent and draining nodes, those of which there are two, and those whose every device is
-    broken. Nodes with too few devices for a gang are asked only if there are no others, and say so.
+    """The nodes that may answer for ``ref``, which needs so many bytes on each of ``devices``, best first:
+    all of a small fleet, the first of a large one."""
+    looked_at = _looked_at(cluster, ref, share_bytes, now_ms, devices)
+    return rank(cluster, looked_at, ref, share_bytes, now_ms, devices)
+
+
+def _looked_at(
+    cluster: Cluster, ref: ModelRef, share_bytes: int, now_ms: int, devices: int
+) -> Sequence[NodeView]:
+    """Who can be among the first, without a look at every node."""
+    if len(cluster.nodes) <= RANKED_MAX or devices > 1:
+        return list(cluster.nodes.values())
+    text = str(ref)
+    sent = cluster.expected.get(ref)
+    names = dict.fromkeys([sent.node] if sent is not None else ())
+    names |= dict.fromkeys(islice(cluster.near.get(text, ()), RANKED_MAX))
+    names |= dict.fromkeys(islice(cluster.kept.get(text, ()), RANKED_MAX))
+
+    def reached(node: str) -> bool:
+        return cluster.nodes[node].avoid_until_ms <= now_ms
+
+    settle(cluster)
+    point = ring_point(text)
+    free = cluster.vacancy.first(share_bytes, point, LOOKED_AT, reached)
+    if len(free) < LOOKED_AT:  # the others could not be reached, and are asked last
+        free += cluster.vacancy.first(share_bytes, point, LOOKED_AT, lambda _: True)
+    names |= dict.fromkeys(free)
+    return [cluster.nodes[name] for name in names if name in cluster.nodes]
+
+
+def rank(
+    cluster: Cluster,
+    views: Iterable[NodeView],
+    ref: ModelRef,
+    share_bytes: int,
+    now_ms: int,
+    devices: int = 1,
+) -> Sequence[str]:
+    """Of these nodes those that may answer, best first. Not among them: silent and draining nodes, those of
+    which there are two, and those whose every device is broken. Nodes with too few devices for a gang are
+    asked only if there are no others, and say so.
 
     Where the bytes are counts first (device, then on its way, then host or disk by what a restore takes),
     then whether a device has room, then load, roughly, then the best fit, so that large holes stay whole.
     Ties are broken by a hash of model and node, so that cold models spread and each goes home.
     """
     text = str(ref)
-    able = [view for view in cluster.nodes.values() if _able(view)]
+    able = [view for view in views if is_able(view)]
     if devices > 1:
         able = [view for view in able if _has_devices(view, share_bytes, devices)] or able
     distances = {view.node: _distance(cluster, view, ref, text, now_ms) for view in able}
@@ -74,9 +117,9 @@ def choose_node(
                 view.avoid_until_ms > now_ms,
                 _cost(view, text, distances[view.node]),
                 room is None,
-                _load(view) // LOAD_BAND,
+                load_of(view) // LOAD_BAND,
                 room if room is not None and distances[view.node] == NOWHERE else 0,
-                _load(view),
+                load_of(view),
                 _spread(text, view.node),
                 view.node,
             )
@@ -99,13 +142,6 @@ def _spread(text: str, node: str) -> bytes:
     return hashlib.sha256(f"{text}|{node}".encode()).digest()
 
 
-def _able(view: NodeView) -> bool:
-    report = view.report
-    if view.silent or view.cloned or report is None or report.draining or not view.gateway_url:
-        return False
-    return not report.devices or any(device.healthy for device in report.devices)
-
-
 def _has_devices(view: NodeView, share_bytes: int, devices: int) -> bool:
     found = view.report.devices if view.report is not None else ()
     return sum(device.healthy and device.budget_bytes >= share_bytes for device in found) >= devices
@@ -123,27 +159,8 @@ def _cost(view: NodeView, text: str, distance: int) -> tuple[int, int, int]:
 def _left_over(
     cluster: Cluster, views: Sequence[NodeView], share_bytes: int, now_ms: int, devices: int
 ) -> dict[str, int]:
-    """Of every node with room for the model, what its best device, or devices, would have left. What was
-    sent there a moment ago and is in no report yet counts as there, where it fits best."""
-    bins = {
-        view.node: {
-            device.device: Bin(device.device, device.budget_bytes - device.used_bytes, (), view.node)
-            for device in view.report.devices
-            if device.healthy
-        }
-        for view in views
-        if view.report is not None
-    }
-    for ref, expected in cluster.expected.items():
-        view = cluster.nodes.get(expected.node)
-        known = view.by_ref.get(str(ref)) if view is not None else None
-        if expected.until_ms <= now_ms or not expected.nbytes or (known is not None and known.device_bytes):
-            continue
-        there = bins.get(expected.node, {})
-        placing = place(list(there.values()), Wanted(str(ref), expected.nbytes, expected.devices))
-        for at in placing.bins if placing is not None else ():
-            there[at] = replace(there[at], reserved_bytes=there[at].reserved_bytes + expected.nbytes)
-    every = [each for of_node in bins.values() for each in of_node.values()]
+    """Of every node with room for the model, what its best device, or devices, would have left."""
+    every = [each for view in views for each in bins_of(cluster, view, now_ms)]
     return left_over(every, Wanted(str(share_bytes), share_bytes, devices))
 
 
@@ -166,8 +183,3 @@ def _on_broken(view: NodeView, known: ModelReport) -> bool:
     devices = view.report.devices if view.report is not None else ()
     names = devices_in(known.device or "")
     return any(device.device in names and not device.healthy for device in devices)
-
-
-def _load(view: NodeView) -> int:
-    """Requests in flight: what the node said, and what this router has sent to it and seen end since."""
-    return max(view.in_flight, view.load_said + view.in_flight - view.in_flight_then)

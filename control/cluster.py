@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from control.vacancy import Vacancy
 from packer.types import ModelRef
 from packer.wire import PEERS_TRIED_MAX, ModelReport, Report
 
@@ -222,6 +223,7 @@ class NodeView:
     cloned: bool = False
     in_flight: int = 0  # requests that this router has sent and not seen end
     near: tuple[str, ...] = ()  # versions that it has on a device or is bringing there
+    kept: tuple[str, ...] = ()  # versions that it has in host memory or on disk
     # Requests in flight when it reported: what it said itself, and what this router had sent to it.
     load_said: int = 0
     in_flight_then: int = 0
@@ -249,7 +251,13 @@ class Cluster:
     in_flight: int = 0  # of all nodes
     # Nodes that have a version on a device or are bringing it there, as they said, by its text.
     near: dict[str, dict[str, None]] = field(default_factory=dict)
+    # Nodes that have some of a version's bytes below the device, likewise.
+    kept: dict[str, dict[str, None]] = field(default_factory=dict)
     expected: dict[ModelRef, Expected] = field(default_factory=dict)
+    expected_at: dict[str, dict[ModelRef, None]] = field(default_factory=dict)  # of these, by node
+    # Of nodes that take requests, as ``control.rooms`` keeps it; and of which nodes it is out of date.
+    vacancy: Vacancy = field(default_factory=Vacancy)
+    stale: dict[str, None] = field(default_factory=dict)
     turns: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # at the origin: (node, until ms)
 
 
@@ -262,7 +270,9 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
             removed = cluster.nodes.pop(node, None)
             if removed is not None:
                 cluster.in_flight -= removed.in_flight
-                _note_near(cluster, removed, ())
+                removed.near = _note_where(cluster.near, node, removed.near, ())
+                removed.kept = _note_where(cluster.kept, node, removed.kept, ())
+                cluster.stale[node] = None
             ended: list[Action] = [EndPoll(node)] if removed is not None and removed.waits else []
             return ended + _end_turns(cluster, node)
         case Cloned(node, two):
@@ -300,6 +310,7 @@ def _beat(cluster: Cluster, event: NodeBeat, now_ms: int) -> list[Action]:
     view.heard_ms = now_ms
     if not _is_late(view, event):
         actions += _take_report(cluster, view, event)
+    cluster.stale[view.node] = None
     if (event.have_epoch, event.have_seq) < cluster.newest:
         actions.append(SendPlan(view.node, *cluster.newest))
     elif event.waits:
@@ -310,6 +321,7 @@ def _beat(cluster: Cluster, event: NodeBeat, now_ms: int) -> list[Action]:
 def _cloned(cluster: Cluster, node: str, two: bool) -> list[Action]:
     view = cluster.nodes[node]
     view.cloned = two
+    cluster.stale[view.node] = None
     if not two:
         return []
     view.waits = False  # whoever is thought to wait is never silent, and both boxes may go without a word
@@ -329,7 +341,11 @@ def _take_report(cluster: Cluster, view: NodeView, event: NodeBeat) -> list[Acti
     view.peer_url = event.report.peer_url
     view.route_url = event.report.route_url
     view.report = event.report
-    _note_near(cluster, view, [m.ref for m in event.report.models if m.state in NEAR_STATES])
+    models = event.report.models
+    near = [model.ref for model in models if model.state in NEAR_STATES]
+    kept = [model.ref for model in models if model.host_bytes or model.disk_bytes]
+    view.near = _note_where(cluster.near, view.node, view.near, near)
+    view.kept = _note_where(cluster.kept, view.node, view.kept, kept)
     view.by_ref = {model.ref: model for model in event.report.models}
     view.load_said = sum(model.leases + model.waiting for model in event.report.models)
     view.in_flight_then = view.in_flight
@@ -337,15 +353,20 @@ def _take_report(cluster: Cluster, view: NodeView, event: NodeBeat) -> list[Acti
     return _note_packs(cluster, view)
 
 
-def _note_near(cluster: Cluster, view: NodeView, refs: Sequence[str]) -> None:
-    for ref in view.near:
-        nodes = cluster.near[ref]
-        del nodes[view.node]
-        if not nodes:
-            del cluster.near[ref]
-    view.near = tuple(dict.fromkeys(refs))
-    for ref in view.near:
-        cluster.near.setdefault(ref, {})[view.node] = None
+def _note_where(
+    where: dict[str, dict[str, None]], node: str, before: Sequence[str], refs: Sequence[str]
+) -> tuple[str, ...]:
+    """Note which versions a node has; what it says is most often what it said before."""
+    now = dict.fromkeys(refs)
+    for ref in before:
+        if ref not in now:
+            nodes = where[ref]
+            del nodes[node]
+            if not nodes:
+                del where[ref]
+    for ref in now:
+        where.setdefault(ref, {})[node] = None
+    return tuple(now)
 
 
 def _answer_polls(cluster: Cluster) -> list[Action]:
@@ -364,13 +385,31 @@ def _routed(cluster: Cluster, node: str, now_ms: int) -> None:
         if view.avoid_until_ms:
             # It could not be reached last time: this request finds out for all others.
             view.avoid_until_ms = now_ms + AVOID_MS
+        cluster.stale[view.node] = None
 
 
 def _expect(cluster: Cluster, ref: ModelRef, expected: Expected) -> None:
-    cluster.expected.pop(ref, None)
+    before = cluster.expected.get(ref)
+    if before is not None and replace(before, until_ms=expected.until_ms) == expected:
+        del cluster.expected[ref]  # it goes to the end: the oldest are first
+        cluster.expected[ref] = expected
+        return
+    _expect_no_more(cluster, ref)
     cluster.expected[ref] = expected
+    cluster.expected_at.setdefault(expected.node, {})[ref] = None
+    cluster.stale[expected.node] = None
     while len(cluster.expected) > EXPECTED_MAX:
-        del cluster.expected[next(iter(cluster.expected))]
+        _expect_no_more(cluster, next(iter(cluster.expected)))
+
+
+def _expect_no_more(cluster: Cluster, ref: ModelRef) -> None:
+    if (gone := cluster.expected.pop(ref, None)) is None:
+        return
+    there = cluster.expected_at[gone.node]
+    del there[ref]
+    if not there:
+        del cluster.expected_at[gone.node]
+    cluster.stale[gone.node] = None
 
 
 def _answered(cluster: Cluster, node: str, reached: bool, now_ms: int) -> None:
@@ -379,6 +418,7 @@ def _answered(cluster: Cluster, node: str, reached: bool, now_ms: int) -> None:
     if view.in_flight:  # a node that was removed and joined again does not know of earlier requests
         view.in_flight -= 1
         cluster.in_flight -= 1
+        cluster.stale[view.node] = None
     view.avoid_until_ms = 0 if reached else now_ms + AVOID_MS
 
 
@@ -392,6 +432,7 @@ def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
             continue  # its connection is open: it is there
         elif not view.silent and now_ms - view.heard_ms > SILENT_AFTER_MS:
             view.silent = True
+            cluster.stale[view.node] = None
             actions.append(NoteSilent(view.node, now_ms - view.heard_ms))
             actions += _end_turns(cluster, view.node)
     for ref in [ref for ref, (_, until_ms) in cluster.turns.items() if until_ms <= now_ms]:
@@ -401,7 +442,7 @@ def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
         ref, oldest = next(iter(cluster.expected.items()))
         if oldest.until_ms > now_ms:
             break
-        del cluster.expected[ref]
+        _expect_no_more(cluster, ref)
     return actions
 
 
@@ -415,8 +456,7 @@ def check(cluster: Cluster) -> None:
         raise FleetBroken(f"{len(cluster.expected)} expectations, {len(cluster.turns)} turns")
     if cluster.in_flight != (total := sum(view.in_flight for view in cluster.nodes.values())):
         raise FleetBroken(f"{cluster.in_flight} requests in flight in all, {total} by node")
-    if sum(map(len, cluster.near.values())) != sum(len(view.near) for view in cluster.nodes.values()):
-        raise FleetBroken("nodes that have a model near are counted otherwise than the models")
+    _check_places(cluster)
     for ref, (holder, _) in cluster.turns.items():
         view = cluster.nodes.get(holder)
         if view is None or view.silent:
@@ -434,6 +474,17 @@ def check(cluster: Cluster) -> None:
             raise FleetBroken(f"{view.node} waits for a plan, and is two boxes")
         if view.waits and view.have == cluster.newest and view.report is None:
             raise FleetBroken(f"{view.node} waits and was never heard")
+
+
+def _check_places(cluster: Cluster) -> None:
+    views = cluster.nodes.values()
+    for where, counted in (
+        (cluster.near, sum(len(view.near) for view in views)),
+        (cluster.kept, sum(len(view.kept) for view in views)),
+        (cluster.expected_at, len(cluster.expected)),
+    ):
+        if sum(map(len, where.values())) != counted:
+            raise FleetBroken("nodes that have a model, or soon will, are counted otherwise than the models")
 
 
 # --- sources of packs -----------------------------------------------------------------------------

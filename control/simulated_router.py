@@ -1,12 +1,12 @@
 """Control's own choice between boxes, for the simulator.
 
-Covers: what control would know of every box at this moment, and asking ``choosing.choose_node``. Does not
+Covers: what control would know of every box at this moment, and asking ``choosing.rank``. Does not
 cover: how late a real report may be (the simulator's boxes report at once), or the simulation itself.
 """
 
 from __future__ import annotations
 
-from control.choosing import choose_node
+from control.choosing import rank
 from control.cluster import Cluster, NodeView, Routed, step
 from packer.gangs import share_bytes
 from packer.ledger import State
@@ -31,7 +31,7 @@ class Router:
             view.report = _report(box)
             view.in_flight = view.in_flight_then = len(box.node.requests)
             view.by_ref = {str(spec.ref): _model_report(box, model)}
-        chosen = choose_node(cluster, spec.ref, share_bytes(spec), now_ms, spec.devices)[0]
+        chosen = rank(cluster, cluster.nodes.values(), spec.ref, share_bytes(spec), now_ms, spec.devices)[0]
         step(cluster, Routed(chosen, spec.ref), now_ms)
         return next(box.number for box in boxes if box.name == chosen)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mutants import Mutant
 
-CHOOSING = "control.choosing"
+CHOOSING, ROOMS = "control.choosing", "control.rooms"
 CLUSTER, WIRE, UPLINK, KEEPER = "control.cluster", "packer.wire", "agent.uplink", "agent.keeper"
 STATE, ROUTES, STORE, SOURCES = "control.state", "control.routes.nodes", "control.store", "agent.sources"
 RATES, PLACEMENT, INTENSITY, KEEP = "packer.rates", "packer.placement", "packer.intensity", "packer.keep"
@@ -97,7 +97,7 @@ FLEET_MUTANTS = (
     Mutant(
         "an expectation never ends",
         CLUSTER,
-        "        if oldest.until_ms > now_ms:\n            break\n        del cluster.expected[ref]",
+        "        if oldest.until_ms > now_ms:\n            break\n        _expect_no_more(cluster, ref)",
         "        break",
     ),
     Mutant(
@@ -120,13 +120,13 @@ FLEET_MUTANTS = (
     ),
     Mutant(
         "draining nodes are sent requests",
-        CHOOSING,
+        ROOMS,
         "report is None or report.draining or",
         "report is None or",
     ),
     Mutant(
         "what was sent since a report does not count",
-        CHOOSING,
+        ROOMS,
         "view.load_said + view.in_flight - view.in_flight_then",
         "view.load_said",
     ),
@@ -364,8 +364,8 @@ FLEET_MUTANTS = (
     Mutant(
         "a model that left a device is looked for there",
         CLUSTER,
-        "        del nodes[view.node]\n",
-        "        pass\n",
+        "            del nodes[node]\n",
+        "            pass\n",
     ),
     Mutant(
         "a model that is on its way somewhere is not looked for there",

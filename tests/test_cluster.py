@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from running_control import empty_report, model_report
 
-from control.choosing import LOAD_BAND, choose_near, choose_node, equally_good, is_there
+from control.choosing import choose_near, choose_node, equally_good, is_there
 from control.cluster import (
     AVOID_MS,
     EXPECTED_MAX,
@@ -41,6 +41,7 @@ from control.cluster import (
     knows,
     step,
 )
+from control.rooms import LOAD_BAND
 from packer.types import MIB, ModelRef
 from packer.wire import PEERS_TRIED_MAX, DeviceReport, ModelReport
 

@@ -110,7 +110,9 @@ PURE_FILES = (
     "control/cluster.py",
     "control/choosing.py",
     "control/share_book.py",
+    "control/rooms.py",
     "control/shares.py",
+    "control/vacancy.py",
     "control/lives.py",
     "packer/usage.py",
 )
