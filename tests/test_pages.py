@@ -24,6 +24,7 @@ from running_control import (
 import bunkhouse
 from bunkhouse import _request
 from control.server import PUBLIC_ROUTES
+from packer.usage import UsageBatch, UsageRow, Used, hour_of
 
 
 @pytest_asyncio.fixture
@@ -38,10 +39,13 @@ async def control(tmp_path: Path) -> AsyncIterator[Running]:
         await started.push("acme", "m", model_files(2))
         await started.push("beta", "m", model_files(1))
         await started.push("acme", "other", model_files(3))
-        for name in ("n1", "n2", "n3"):
+        for name, tenant in (("n1", "acme"), ("n2", "beta"), ("n3", "core")):
             node = await started.join(name)
             report = empty_report(node.gateway_url, (model_report(model["ref"]),))
             await node.beat(tmp_path, report=report)
+            used = UsageRow(hour_of(started.server.control.wall_ms()), tenant, f"{tenant}/m", Used(1))
+            told = await node.raw_beat(tmp_path, usage=UsageBatch(1, (used,)), spool="s")
+            assert told.status == 200
         await started.recorded("node_joined")
         yield started
 
@@ -54,6 +58,7 @@ LISTS = {
     "/api/v1/nodes",
     "/api/v1/ps",
     "/api/v1/events",
+    "/api/v1/usage",
 }
 
 
