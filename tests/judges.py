@@ -115,16 +115,16 @@ def judge_evictions_of_gangs(world: World, orders: list[Evict], kept: dict[str, 
     for order in orders:
         names = world.stays[order.ref].devices
         claimed = [name for name in names if name in claims]
-        for name in claimed:
-            ref = claims[name].ref
-            held = sum(claim.ref == ref for claim in claims.values())
-            world.reached["a gang was evicted for a claim"] += len(names) > 1
-            world.reached["evicted for a gang"] += world.models[ref].devices > 1
-            capped = any(tenant.quota.device.max is not None for tenant in world.tenants.values())
-            over = any(kept[each] > world.seen_budgets[each] for each in names)
-            if capped or over or order.ref in world.node.moves or order.ref in world.node.queue:
-                continue  # it may have had to go in any case
-            world.require(held == world.models[ref].devices, f"{order} goes for {ref}, which has {held}")
+        refs = [claims[name].ref for name in claimed]
+        counts = [sum(claim.ref == ref for claim in claims.values()) for ref in refs]
+        world.reached["a gang was evicted for a claim"] += bool(refs) and len(names) > 1
+        world.reached["evicted for a gang"] += any(world.models[ref].devices > 1 for ref in refs)
+        capped = any(tenant.quota.device.max is not None for tenant in world.tenants.values())
+        over = any(kept[each] > world.seen_budgets[each] for each in names)
+        elsewhere = order.ref in world.node.moves or order.ref in world.node.queue
+        if refs and not (capped or over or elsewhere):  # else it may have had to go in any case
+            whole = any(count == world.models[ref].devices for ref, count in zip(refs, counts, strict=True))
+            world.require(whole, f"{order} goes for {refs}, none of which has all its devices")
         if exact and len(claimed) == len(names) and not capped and not over:
             left = {name: world.seen_budgets[name] - kept[name] + freed[name] for name in names}
             needed = [
