@@ -18,6 +18,7 @@ from request_traces import GB, NoTrace, Trace, servegen
 from stack_pool import DISK_BYTES_PER_MS, OURS, Stack
 
 from packer import remember
+from packer.events import Event
 from packer.fleet import Fleet, parse_fleet
 from packer.simulate import Simulation
 from packer.traces import Sized
@@ -115,7 +116,10 @@ def on_the_core(trace: Trace, fleet: Fleet) -> Found:
     first.run()
     node, now_ms = first.boxes[0].node, trace.at_ms[half] - trace.at_ms[0]
     used = [model for model in node.models.values() if model.reuse.uses]
-    known = [remember.of_node(node, now_ms), *(remember.of_model(model, now_ms) for model in used)]
+    known: list[Event] = [
+        remember.of_node(node, now_ms),
+        *(remember.of_model(model, now_ms) for model in used),
+    ]
     second = Simulation(columns(trace, half, len(trace.at_ms)), fleet, remembered=known).run()
     until_ms = trace.at_ms[half] + AFTER_MS
     asked = sum(at_ms < until_ms for at_ms in trace.at_ms[half:])
