@@ -28,6 +28,7 @@ from packer.rates import REQUEST_DEVICE_MS_MAX, REQUEST_TOKENS_MAX, bounded
 PRIORITY_PATIENCE_MS = 30_000
 # How far a tenant's virtual time may be ahead of the node's when it comes back to the queue: what it used
 # earlier is held against it for two minutes of others' use, and less than a request may wait.
+# And how far behind the node's it may start, where who waits is so far behind, for want of restores perhaps.
 AHEAD_US_MAX = 120_000_000
 
 
@@ -56,8 +57,15 @@ def arrive(node: Node, tenant: Tenant) -> None:
         node.busy = busy
     if level_us > node.virtual_us:
         node.virtual_us = level_us
-    if node.virtual_us > tenant.virtual_us:
-        tenant.virtual_us = node.virtual_us
+    # Whoever is served may be a turn ahead of those who wait, since it was chosen before its last turn's cost
+    # was known. Who comes is level with the least served of them, and not behind all.
+    start_us = node.virtual_us
+    for known in node.busy:
+        if known.waiting and known.virtual_us < start_us:
+            start_us = known.virtual_us
+    start_us = max(start_us, node.virtual_us - AHEAD_US_MAX)
+    if start_us > tenant.virtual_us:
+        tenant.virtual_us = start_us
 
 
 def forgive(node: Node, tenant: Tenant) -> None:

@@ -181,6 +181,15 @@ def test_who_comes_later_gets_its_share_from_then_on_and_nothing_for_the_time_be
             assert spread(one, two) <= bound(one, two)
 
 
+def test_who_comes_while_a_long_turn_was_chosen_too_early_waits_for_no_others_to_catch_up_with_it() -> None:
+    """The second long turn in a row stands as a claim before the first one's cost is known."""
+    long = Thrasher("long", 1, [2295, 593, 440], [3, 3000])
+    late = Thrasher("late", 1, [1], [441], joins_at=20)
+    short, other = Thrasher("short", 1, [1], [223]), Thrasher("other", 1, [1385], [3, 1116])
+    Thrash([short, long, other, late]).run(70)
+    assert spread(short, late) <= bound(short, late)
+
+
 @pytest.mark.parametrize("weight", [1, 2, 5])
 def test_a_weight_is_a_share(weight: int) -> None:
     heavy, light = Thrasher("heavy", weight, [100], [50]), Thrasher("light", 1, [100], [50])
