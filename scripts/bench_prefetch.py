@@ -142,13 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed instead of three")
     options = parser.parse_args(arguments)
+    try:
+        traces = [servegen(1e-5, seed) for seed in range(1 if options.quick else SEEDS)]
+    except NoTrace as error:
+        print(f"bench_prefetch: {error}", file=sys.stderr)
+        return 2
     print("the production core: seed  prefetch  mean s  6 h after a restart, s  moved TB")
-    for seed in range(1 if options.quick else SEEDS):
-        try:
-            trace = servegen(1e-5, seed)
-        except NoTrace as error:
-            print(f"bench_prefetch: {error}", file=sys.stderr)
-            return 2
+    for seed, trace in enumerate(traces):
         for prefetch in (False, True):
             fleet = parse_fleet(f"{FLEET},prefetch={'yes' if prefetch else 'no'}")
             found = on_the_core(trace, fleet)
@@ -158,12 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     print("the most: seed  restart  share  mean s  6 h after, s  prefetched TB  moved TB")
-    for seed in range(1 if options.quick else SEEDS):
-        try:
-            trace = servegen(1e-5, seed)
-        except NoTrace as error:
-            print(f"bench_prefetch: {error}", file=sys.stderr)
-            return 2
+    for seed, trace in enumerate(traces):
         for restarts in (False, True):
             for share in SHARES:
                 found = replay(trace, 282, 512, share, restarts)
