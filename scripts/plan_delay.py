@@ -4,14 +4,14 @@ Covers: a control server and agents' real lines to it in one process, over TLS o
 operator's request, which control makes durable first, until each node has the new plan in hand. Does not
 cover: what a node does with it, and nodes by the thousand (``bench_control.py``).
 
-``python scripts/plan_delay.py [NODES] [CHANGES]`` prints percentiles.
+``python scripts/plan_delay.py [--nodes N] [--changes N]`` prints percentiles.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -30,7 +30,8 @@ from packer.wire import NO_PLAN, Plan, PlanNumber, Record, Report
 
 # Nothing here takes longer unless something hangs.
 PATIENCE_S = 60.0
-NODES, CHANGES = 4, 50
+# Control and its nodes share one process and its descriptors; more changes than that are a soak.
+NODES_MAX, CHANGES_MAX = 256, 10_000
 
 
 @dataclass(slots=True)
@@ -155,8 +156,14 @@ def percentile(values: list[float], share: float) -> float:
 
 
 def main() -> None:
-    given = [int(word) for word in sys.argv[1:3]]
-    nodes, changes = (given + [NODES, CHANGES][len(given) :])[:2]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--nodes", type=int, default=4, metavar="N")
+    parser.add_argument("--changes", type=int, default=50, metavar="N")
+    given = parser.parse_args()
+    nodes, changes = given.nodes, given.changes
+    for name, value, bound in (("--nodes", nodes, NODES_MAX), ("--changes", changes, CHANGES_MAX)):
+        if not 1 <= value <= bound:
+            parser.error(f"{name} {value}: use 1 to {bound}")
     logging.disable(logging.WARNING)
     with suppress(KeyboardInterrupt):
         delays = asyncio.run(measure(nodes, changes))
