@@ -22,13 +22,13 @@ from agent import config as configuration
 from agent.config import AgentConfig
 from agent.data_dir import hold_data_dir
 from agent.gateway import GatewayConfig, build_app
-from agent.identity import TOKEN_CHARS_MAX, BadIdentity
 from agent.node import RunningNode
 from agent.scrape_key import scrape_key
 from agent.workers import WorkerDead
 from packer import http
 from packer.doors import want_descriptors
 from packer.durable import write_private
+from packer.identity import TOKEN_CHARS_MAX, BadIdentity
 from packer.types import BadValue
 
 log = logging.getLogger("bunk.agent")

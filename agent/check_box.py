@@ -23,10 +23,10 @@ from pathlib import Path
 
 from agent.calibration import FRESH_MS, OTHERS_PERCENT_MAX, fingerprint
 from agent.devices import nvml_devices
-from agent.identity import Identity
 from agent.journal import JOURNAL
 from agent.packs import DISK_FREE_FLOOR_BYTES
 from packer.estimate import BadRates, Rates, choose_host_form, load_rates
+from packer.identity import Identity
 from packer.types import GIB, MIB
 from packer.wire import BadMessage
 

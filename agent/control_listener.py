@@ -1,7 +1,7 @@
 """The listener for control's router: the gateway behind TLS with certificates on both sides.
 
 Covers: listening, taking up new certificates, letting in control alone. Does not cover: what is answered
-(``agent/gateway.py``: keys are checked here as anywhere) or making contexts (``agent/identity.py``).
+(``agent/gateway.py``: keys are checked here as anywhere) or making contexts (``packer/identity.py``).
 
 Tenants call ``--listen``; what the router brings, their keys and prompts, crosses the network through here.
 """
@@ -17,8 +17,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from agent.config import AgentConfig
-from agent.identity import Identity
 from packer.certificates import CheckedObject, WrongSpeaker
+from packer.identity import Identity
 
 log = logging.getLogger("bunk.control_listener")
 

@@ -24,7 +24,6 @@ from agent.credentials import Credentials
 from agent.debts import Debts
 from agent.decisions import Decisions
 from agent.footprints import Footprints
-from agent.identity import BadIdentity, Identity, box_facts
 from agent.journal import JournalFailed, PackRow, open_journal
 from agent.keeper import Keeper
 from agent.loop import Loop
@@ -58,6 +57,7 @@ from packer.events import (
     RatesSeen,
     TierBudgetSeen,
 )
+from packer.identity import BadIdentity, Identity, box_facts
 from packer.questions import Asks, Question, Reply
 from packer.rates import RateView
 from packer.types import (

@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from agent.identity import Identity
 from agent.peer_http import PIECE_BYTES, BadHead, Connection, Gone, Head, parse_content_range, parse_status
 from agent.peer_identity import Cluster, NotAPeer, read_peer
 from packer.holes import Range, ranges_in
+from packer.identity import Identity
 from packer.index import HEADER_BYTES, PackError
 from packer.pack import PackReader
 from packer.seal import KEY_BYTES, SALT_BYTES

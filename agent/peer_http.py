@@ -1,7 +1,7 @@
 """The little HTTP that nodes speak to each other: heads of requests and answers, read within limits.
 
 Covers: a strict subset of HTTP/1.1: GET without a body, exact framing by Content-Length, one range.
-Does not cover: TLS (``agent/identity.py``), who may ask (``agent/peers.py``), or what is asked for
+Does not cover: TLS (``packer/identity.py``), who may ask (``agent/peers.py``), or what is asked for
 (``agent/peer_fetch.py``).
 
 It is not aiohttp because gigabytes pass here: blocking sockets on threads release the GIL while they

@@ -2,7 +2,7 @@
 
 Covers: reading the certificate that TLS has verified, and checking what TLS does not know: the cluster's
 present CAs, exactly one name of a node of this cluster, its key, its life at this moment. Does not cover:
-which nodes exist (the plan says so) or making TLS contexts (``agent/identity.py``).
+which nodes exist (the plan says so) or making TLS contexts (``packer/identity.py``).
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent.identity import Identity
 from agent.peer_http import PIECE_BYTES, BadHead, Connection, Gone, Head, parse_range, parse_request
 from agent.peer_identity import Cluster, NotAPeer, PeerIdentity, read_peer
+from packer.identity import Identity
 from packer.index import BASES_MAX, PackError
 from packer.pack import read_header
 from packer.types import GIB, MIB, BadValue, ModelRef, parse_ref

@@ -14,13 +14,13 @@ from concurrent.futures import TimeoutError as NoAnswer
 from contextlib import suppress
 
 from agent.config import AgentConfig
-from agent.identity import Identity
 from agent.journal import JournalFailed
 from agent.journal_thread import JournalThread
 from agent.packs import PackDirectory
 from agent.peer_fetch import PeerFetch
 from agent.peers import Allowed, PeerServer
 from agent.sources import AskControl, Sources
+from packer.identity import Identity
 from packer.seal import BadSeal
 from packer.types import ModelRef, OriginFile
 from packer.wire import Plan

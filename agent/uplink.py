@@ -1,7 +1,7 @@
 """The node's line to control: join, beat, plans, records, and fetching what control's store holds.
 
 Covers: everything that is said to control; the node always dials. Does not cover: keys and certificates
-(``agent/identity.py``) or what a plan means (``packer/residency.py``). While control is away nothing
+(``packer/identity.py``) or what a plan means (``packer/residency.py``). While control is away nothing
 here fails a request: the node serves with its last plan and this keeps trying, with growing pauses.
 """
 
@@ -21,12 +21,12 @@ from urllib.parse import quote
 
 import aiohttp
 
-from agent.control_answers import Answer, read_answer, refusal_of, text_of
 from agent.control_clock import ControlClock
-from agent.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
 from agent.origin import PIECE_BYTES, OriginUnavailable
 from agent.shares import Shares
 from agent.sources import ControlAway
+from packer.control_answers import Answer, read_answer, refusal_of, text_of
+from packer.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
 from packer.peer_lists import KnownPeers
 from packer.questions import QUESTIONS_MAX, Question, Replies, Reply
 from packer.types import ModelRef, ModelSpec

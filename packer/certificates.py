@@ -2,7 +2,7 @@
 
 Covers: the cluster's CA certificates as text, reading the one name in a certificate under the CAs that are
 trusted now, and TLS contexts that end the handshake with whoever is not the right one, before a byte is
-said. Does not cover: issuing (``control.authority``), keys and files of a node (``agent.identity``), or who
+said. Does not cover: issuing (``control.authority``), keys and files of a node (``packer.identity``), or who
 exists (the catalog, the plan).
 """
 

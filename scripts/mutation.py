@@ -94,7 +94,7 @@ MODULE_TESTS = {
         "attacks/test_foreign_plans",
         "test_identity",
     ),
-    "agent.identity": ("attacks/test_join", "attacks/test_posing", "test_identity"),
+    "packer.identity": ("attacks/test_join", "attacks/test_posing", "test_identity"),
     "control.lives": ("test_lives", "test_identity"),
     "control.ca": ("test_ca",),
     "control.authority": ("test_authority", "test_ca"),

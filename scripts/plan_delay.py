@@ -20,10 +20,10 @@ from pathlib import Path
 
 import aiohttp
 
-from agent.identity import Identity
 from agent.uplink import Uplink
 from control.config import Config
 from control.server import Server
+from packer.identity import Identity
 from packer.questions import Question, Reply
 from packer.usage import NO_USAGE, UsageBatch
 from packer.wire import NO_PLAN, Plan, PlanNumber, Record, Report

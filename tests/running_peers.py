@@ -16,12 +16,12 @@ from unittest import mock
 
 from pack_samples import KEY, REF, pack_bytes
 
-from agent.identity import Identity
 from agent.packs import PackDirectory
 from agent.peer_identity import Cluster
 from agent.peers import Allowed, PeerServer
 from control import authority as authority_module
 from control.authority import Authority, key_sha256_of
+from packer.identity import Identity
 from packer.types import ModelRef
 from packer.wire import WIRE_VERSION, JoinAnswer, PeerSpec
 

@@ -18,8 +18,8 @@ from aiohttp import web
 from running_control import PATIENCE_S, Running, empty_report, model_report
 
 from agent.control_listener import ControlListener
-from agent.identity import Identity
 from agent.uplink import Uplink
+from packer.identity import Identity
 from packer.questions import Question, Reply
 from packer.usage import NO_USAGE, UsageBatch
 from packer.wire import NO_PLAN, ModelReport, Plan, PlanNumber, Record, Report

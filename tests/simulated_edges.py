@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from simulated_control import Disk, DiskFaults
 
-from agent.control_answers import Answer
 from agent.journal import Journal, JournalFailed
 from agent.peer_fetch import FetchedPack
 from agent.sources import Sources
 from agent.uplink import ANSWER_TIMEOUT_S, Uplink
+from packer.control_answers import Answer
 from packer.types import ModelRef
 from packer.wire import WIRE_VERSION, BoxFacts, JoinAnswer, JoinAsk, PeerSpec, decode
 
@@ -40,7 +40,7 @@ class MemoryPath(type(Path())):  # type: ignore[misc]
 
 
 class Papers:
-    """Stands in for ``agent.identity.Identity``: certificates are not of this world."""
+    """Stands in for ``packer.identity.Identity``: certificates are not of this world."""
 
     def __init__(self) -> None:
         self.answer: JoinAnswer | None = None

@@ -30,7 +30,6 @@ from agent.accuracy import Accuracy
 from agent.counters import Counters
 from agent.debts import Debts
 from agent.devices import DeviceConfig
-from agent.identity import BadIdentity
 from agent.journal import Journal, JournalFailed, PackRow
 from agent.keeper import Keeper
 from agent.peer_fetch import FetchedPack
@@ -57,6 +56,7 @@ from packer.events import (
     RestoreFailed,
     TierBudgetSeen,
 )
+from packer.identity import BadIdentity
 from packer.types import HostForm, HostSizes, ModelRef, ModelSpec, TenantSpec, Tier
 from packer.wire import (
     NO_PLAN,

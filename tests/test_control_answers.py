@@ -1,6 +1,6 @@
 """What control answers to a node: bodies that come in pieces, end too early or never end, and refusals.
 
-Covers: ``agent/control_answers.py`` over a real socket. Does not cover: what the uplink makes of an answer
+Covers: ``packer/control_answers.py`` over a real socket. Does not cover: what the uplink makes of an answer
 (``test_uplink``).
 """
 
@@ -15,7 +15,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from agent.control_answers import Answer, read_answer, refusal_of, text_of
+from packer.control_answers import Answer, read_answer, refusal_of, text_of
 from packer.wire import BadMessage
 
 

@@ -27,9 +27,9 @@ from agent import __main__ as agent_main
 from agent import config as configuration
 from agent.config import TlsFiles
 from agent.control_listener import control_listener
-from agent.identity import Identity
 from control.ca import Ca, make_ca, private_pem
 from packer.certificates import pem_of
+from packer.identity import Identity
 from packer.types import BadValue
 
 

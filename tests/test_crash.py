@@ -19,8 +19,8 @@ import pytest
 from make_models import make_classifier, make_gpt2
 from real_box import PATIENCE_S, Box, Process, running_box, wait_gone
 
-from agent.identity import Identity
 from control.authority import Authority
+from packer.identity import Identity
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 

@@ -24,7 +24,6 @@ from running_control import PATIENCE_S, Running, empty_report, model_files, runn
 from running_peers import Site
 from running_uplinks import GATEWAY, Owner, beating, ended, make_uplink, token_file
 
-from agent.identity import RENEW_AT_SHARE, RENEW_JITTER_SHARE, BadIdentity, Identity
 from agent.uplink import NodeDeleted, Uplink
 from control import authority as authority_module
 from control.authority import LATE_RENEWAL_MAX
@@ -32,6 +31,7 @@ from control.ca import CLOCK_SKEW, NODE_CERTIFICATE_LIFE
 from control.lives import CLONE_MEMORY_MS
 from control.routes.nodes import answer_beat
 from packer.http import ApiError
+from packer.identity import RENEW_AT_SHARE, RENEW_JITTER_SHARE, BadIdentity, Identity
 from packer.wire import WIRE_VERSION, Beat, BoxFacts, SourcesAsk, encode
 
 

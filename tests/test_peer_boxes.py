@@ -22,8 +22,8 @@ from running_peers import dial, exchange, get
 from tiny_models import describe, opened
 
 from agent.arena import allocate_image
-from agent.identity import Identity
 from agent.journal import open_journal
+from packer.identity import Identity
 from packer.ingest import Ingest
 from packer.pack import read_header
 from packer.pack_file import base_name

@@ -20,9 +20,9 @@ from running_uplinks import OwnersUsage
 from virtual_clock import VirtualLoop, run_virtual
 
 from agent import uplink as module
-from agent.control_answers import Answer
 from agent.uplink import Uplink
 from packer import wire
+from packer.control_answers import Answer
 from packer.wire import (
     NO_PLAN,
     BadMessage,

@@ -17,12 +17,12 @@ from running_control import PATIENCE_S, model_files, running, until
 from running_uplinks import Owner, beating, make_uplink, token_file
 
 from agent import uplink as uplink_module
-from agent.control_answers import Answer
-from agent.identity import BadIdentity, Identity, may_serve
 from agent.sources import ControlAway
 from agent.uplink import NodeDeleted
 from control.ca import Ca
 from control.state import wall_ms
+from packer.control_answers import Answer
+from packer.identity import BadIdentity, Identity, may_serve
 from packer.types import ModelRef
 from packer.wire import BadMessage, OriginTurn, Record
 

@@ -18,13 +18,13 @@ from running_control import PATIENCE_S
 from running_peers import Site
 from running_uplinks import Owner, beating
 
-from agent.control_answers import Answer
 from agent.counters import Counters
-from agent.identity import Identity
 from agent.journal import open_journal
 from agent.journal_thread import JournalThread
 from agent.keeper import Keeper
 from agent.uplink import Uplink
+from packer.control_answers import Answer
+from packer.identity import Identity
 from packer.wire import WIRE_VERSION, Beat, BeatAnswer, Plan, encode
 
 HOUR_MS = 3_600_000

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from agent.identity import BadIdentity, Identity, read_token
 from agent.uplink import Uplink
 from control.authority import Authority, make_token
+from packer.identity import BadIdentity, Identity, read_token
 from packer.wire import Plan, PlanNumber, Record, Report
 
 
@@ -108,7 +108,7 @@ def test_a_file_that_holds_no_token_is_named(tmp_path: Path, text: str) -> None:
 
 def test_the_pin_is_the_whole_hash(tmp_path: Path) -> None:
     """A token whose pin is a prefix of the right one does not pass."""
-    from agent.identity import JoinToken, check_pin
+    from packer.identity import JoinToken, check_pin
 
     authority = Authority(tmp_path, "mine")
     ca_pem = (tmp_path / "ca.pem").read_bytes()

@@ -25,9 +25,9 @@ from pack_samples import KEY, REF
 from running_peers import PATH, SAMPLE, Node, PeerAnswer, Site, ask, dial, exchange, get
 
 from agent import peer_http, peers
-from agent.identity import Identity, verified_context
 from agent.peer_identity import Cluster, NotAPeer, read_peer
 from agent.peers import ROUTES, route_ref
+from packer.identity import Identity, verified_context
 from packer.types import ModelRef
 
 RANGE = "bytes=0-99"
