@@ -97,7 +97,7 @@ reading them knows `If-None-Match`, changing and deleting them `If-Match`. A POS
 answer again and has no second effect."""
 
 
-def describe(routes: Iterable[Route], version: str) -> bytes:
+def describe(routes: Iterable[Route[Control]], version: str) -> bytes:
     """The document as JSON. Raises ``ValueError`` for a part of a path that has no description."""
     operations = list(_operations(routes))
     names = [operation.name for _, _, _, operation in operations]
@@ -122,7 +122,7 @@ def describe(routes: Iterable[Route], version: str) -> bytes:
     return msgspec.json.encode(document)
 
 
-def document_route(routes: Sequence[Route]) -> Route:
+def document_route(routes: Sequence[Route[Control]]) -> Route[Control]:
     """The route of the document about ``routes`` and itself.
 
     It asks for a key, any one, as ``about`` does: an open port need not say which release it is.
@@ -151,7 +151,7 @@ def plain_path(path: str) -> str:
     return re.sub(r"\{(\w+):[^{}]*\}", r"{\1}", path)
 
 
-def _operations(routes: Iterable[Route]) -> Iterator[tuple[str, str, Access, Operation]]:
+def _operations(routes: Iterable[Route[Control]]) -> Iterator[tuple[str, str, Access, Operation]]:
     for route in routes:
         passes: Sequence[Passed] = route.passes
         if route.operation is not None:

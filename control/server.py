@@ -58,7 +58,7 @@ async def healthz(control: Control, request: web.Request, caller: Caller) -> web
     return json_response(Health())
 
 
-_ROUTES = (
+_ROUTES: tuple[Route[Control], ...] = (
     Route(
         "GET",
         "/healthz",
@@ -83,7 +83,7 @@ _ROUTES = (
     *router.ROUTES,
     *oip.ROUTES,
 )
-PUBLIC_ROUTES = (document_route(_ROUTES), *_ROUTES)
+PUBLIC_ROUTES: tuple[Route[Control], ...] = (document_route(_ROUTES), *_ROUTES)
 
 
 def build_public_app(control: Control) -> web.Application:

@@ -17,7 +17,6 @@ import logging
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,14 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import aiohttp
-from aiohttp import web
-
 from control import cluster as fleet
 from control.authority import Authority
 from control.catalog import (
     AgeUsage,
-    Catalog,
     Change,
     DropReplays,
     DropToken,
@@ -51,14 +46,13 @@ from control.node_tls import NodeLines
 from control.plan_making import PlanFacts, PlanMaker
 from control.questions import Questions
 from control.ref_lock import RefLock
-from control.router_counters import RouterCounters
+from control.routing import Routing, wall_ms
 from control.said import Said
 from control.share_desk import ShareDesk
 from control.shares import Ticked as SharesTicked
 from control.shown import ShownCertificates
 from control.store import Meta, SpooledRecords, Store, StoreUnavailable
 from control.ticket_office import TicketOffice
-from packer.body_budget import BodyBudget
 from packer.durable import write_private
 from packer.http import make_key
 from packer.types import ModelRef
@@ -79,10 +73,6 @@ RECORDS_PENDING_MAX = 100_000
 EXAMINATIONS_MAX = 2
 # A restored backup may be behind its nodes' plans by some starts of control, never by thousands.
 EPOCH_LEAP_MAX = 1_000
-# The same fault again within this time is counted, not said: requests to a dead node come by the thousand.
-FAULT_SAID_EVERY_S = 10.0
-# Places are routes and nodes; beyond this all are said anew.
-FAULTS_KEPT_MAX = 1_000
 
 
 class AlreadyRunning(Exception):
@@ -109,14 +99,12 @@ class PendingRecords:
     stored: asyncio.Future[Stored]
 
 
-class Control:
+class Control(Routing):
     """Everything that routes act on. Made by ``start``, given back by ``close``."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self.config = config
-        self.catalog = Catalog()
-        self.cluster = fleet.Cluster()
-        self.bodies = BodyBudget()
         self.writing = asyncio.Lock()
         self.turns = Turns()
         self.examinations = asyncio.Semaphore(EXAMINATIONS_MAX)
@@ -130,29 +118,21 @@ class Control:
         self._pending: list[PendingRecords] = []
         self._own_records: list[Record] = []
         self._usage_aged = 0  # the day on which old usage was looked at
-        # By place: the fault that was said last, when, and how often it came since.
-        self._faults: dict[str, tuple[str, float, int]] = {}
         self._records_due = asyncio.Event()
-        self._heard = asyncio.Event()
         self._polls: dict[str, asyncio.Future[bool]] = {}
         # By version: set when those who wait for a pack of it must ask again. No more than there are turns.
         self._source_waits: dict[ModelRef, asyncio.Event] = {}
-        self._kept: set[asyncio.Task[object]] = set()
         self._background: list[asyncio.Task[None]] = []
         self.questions = Questions(self._end_poll, self.now_ms)
         self._plans = PlanMaker(lambda: self.catalog)
         self.shares = ShareDesk(self.now_ms, self._end_poll)
         self.said = Said()
-        self.routed = RouterCounters()
-        self.stopping = False
         self.start_name = secrets.token_hex(8)
         self.ticket_keys: tuple[str, ...] = ()
         # Set by start().
         self.meta: Meta
         self.authority: Authority
         self.tickets: TicketOffice
-        self.session: aiohttp.ClientSession
-        self.lines: NodeLines
         self.shown: ShownCertificates
         self._store: Store
         self._read_store: Store
@@ -246,37 +226,6 @@ class Control:
         """Ask the database something on the reader's thread."""
         return await self._on(self._reader, lambda: call(self._read_store))
 
-    def keep(self, task: asyncio.Future[web.StreamResponse]) -> None:
-        """Let a handler's task run to its end although its caller may leave."""
-        if isinstance(task, asyncio.Task):
-            self._kept.add(task)
-            task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[object]) -> None:
-        self._kept.discard(task)
-        if not task.cancelled():
-            task.exception()  # the caller got it, or has left; it must not be reported as lost
-
-    def now_ms(self) -> int:
-        """The clock of the cluster core: steady, so that a clock that is set can not silence nodes."""
-        return time.monotonic_ns() // 1_000_000
-
-    def wall_ms(self) -> int:
-        """For what people read, and for the life of keys and tickets."""
-        return wall_ms()
-
-    def log_fault(self, where: str, error: Exception) -> None:
-        """Say it, but a fault that many requests meet (a node that is gone) only once in a while."""
-        text, now_s = f"{where}: {error}", time.monotonic()
-        said, said_s, more = self._faults.pop(where, ("", 0.0, 0))
-        if text == said and now_s - said_s < FAULT_SAID_EVERY_S:
-            self._faults[where] = (said, said_s, more + 1)
-            return
-        log.error("%s%s", text, f" (before that {more} more times: {said})" if more else "")
-        if len(self._faults) >= FAULTS_KEPT_MAX:
-            self._faults.clear()
-        self._faults[where] = (text, now_s, 0)
-
     # --- changes ---
 
     async def write(self, changes: Sequence[Change]) -> None:
@@ -355,8 +304,7 @@ class Control:
         actions = fleet.step(self.cluster, event, self.now_ms())
         due = any(isinstance(action, fleet.SendPlan) for action in actions)
         self.act([action for action in actions if not isinstance(action, fleet.SendPlan)])
-        self._heard.set()
-        self._heard = asyncio.Event()
+        self.wake_waiting()
         return due
 
     def note_said(self, node: str, beat: Beat, peer: str | None) -> None:
@@ -442,16 +390,6 @@ class Control:
             waiting = self._source_waits.setdefault(asked.ref, asyncio.Event())
             with suppress(TimeoutError):
                 await asyncio.wait_for(waiting.wait(), left_ms / 1000)
-
-    async def until_heard(self, true: Callable[[], bool], wait_s: float) -> bool:
-        """Wait until ``true`` holds; it is asked again after every beat."""
-        try:
-            async with asyncio.timeout(wait_s):
-                while not true():
-                    await self._heard.wait()
-        except TimeoutError:
-            return true()
-        return True
 
     # --- records ---
 
@@ -564,11 +502,6 @@ class Control:
         asyncio.get_running_loop().run_in_executor(
             None, lambda: shutil.rmtree(self.upload_dir / upload_id, ignore_errors=True)
         )
-
-
-def wall_ms() -> int:
-    """Wall clock, for what people read and for the life of keys and tokens."""
-    return time.time_ns() // 1_000_000
 
 
 def lock_data_dir(folder: Path) -> int:

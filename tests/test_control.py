@@ -29,7 +29,8 @@ from running_control import (
     until,
 )
 
-from control.state import AlreadyRunning, Control, wall_ms
+from control.routing import wall_ms
+from control.state import AlreadyRunning, Control
 from control.store import StoreUnavailable
 from packer.directory import manifest_digest
 from packer.types import MIB, OriginFile

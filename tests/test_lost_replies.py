@@ -25,8 +25,9 @@ from running_uplinks import Owner, beating, make_uplink, token_file
 from agent.sources import ControlAway
 from control.routes import access
 from control.routes.access import Route
+from control.routing import wall_ms
 from control.server import build_node_app
-from control.state import Control, wall_ms
+from control.state import Control
 from packer.questions import Asks
 from packer.shares import NOTHING
 from packer.types import parse_ref
@@ -39,6 +40,9 @@ EVENTS = tuple(Record(seq, seq, "restored", "acme", "acme/m@" + "0" * 16, f"#{se
 USED = UsageBatch(1, (UsageRow(hour_of(wall_ms()), "acme", "acme/m", Used(3)),))
 
 
+Guard = Callable[[Control, Route[Control]], Handler]
+
+
 class Losses:
     """``next``: how many answers of each path are lost from now on; ``lost``: how many were."""
 
@@ -46,8 +50,10 @@ class Losses:
         self.next: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
 
-    def guarded(self, real: Callable[[Control, Route], Handler]) -> Callable[[Control, Route], Handler]:
-        def guard(control: Control, route: Route) -> Handler:
+    def guarded(
+        self, real: Callable[[Control, Route[Control]], Handler]
+    ) -> Callable[[Control, Route[Control]], Handler]:
+        def guard(control: Control, route: Route[Control]) -> Handler:
             handler = real(control, route)
 
             async def losing(request: web.Request) -> web.StreamResponse:

@@ -20,7 +20,7 @@ from agent import uplink as uplink_module
 from agent.sources import ControlAway
 from agent.uplink import NodeDeleted
 from control.ca import Ca
-from control.state import wall_ms
+from control.routing import wall_ms
 from packer.control_answers import Answer
 from packer.identity import BadIdentity, Identity, may_serve
 from packer.types import ModelRef

@@ -13,7 +13,8 @@ from aiohttp import web
 
 from control.operations import Operation, Result
 from control.routes.access import Access, Caller, Route
-from control.state import Control, wall_ms
+from control.routing import wall_ms
+from control.state import Control
 from packer.http import json_response
 from packer.release import server_version
 

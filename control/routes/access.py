@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -25,7 +25,8 @@ from control.idempotency import BODY, LIFE_MS, Claim, claim_of
 from control.model_store import ModelStoreError
 from control.operations import IDEMPOTENCY_HEADER, MANAGEMENT, Operation, Passed
 from control.questions import OPERATOR_OWNER
-from control.state import Control, wall_ms
+from control.routing import Routing, wall_ms
+from control.state import Control
 from control.store import StoreUnavailable
 from packer.http import (
     ApiError,
@@ -58,6 +59,10 @@ class Access(StrEnum):
     NODE = "node"
 
 
+# What keys, or nothing, are shown for; the others want a certificate.
+KEY_ACCESSES = frozenset({Access.OPEN, Access.LOCAL, Access.OPERATOR, Access.CALLER, Access.TENANT})
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks: a key's tenant (None: an operator), or a node's row on the node listener.
@@ -87,11 +92,13 @@ class Caller:
         return self.tenant or OPERATOR_OWNER
 
 
-Handle = Callable[[Control, web.Request, Caller], Awaitable[web.StreamResponse]]
+# What a handler acts on: all of control, or no more than routing needs.
+S = TypeVar("S", bound=Routing, contravariant=True)
+Handle = Callable[[S, web.Request, Caller], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class Route(Generic[S]):
     """``stays``: the handler runs to its end although its caller has left, because it changes state.
 
     ``operation`` is what the OpenAPI document says of it; ``passes``: operations behind its wildcard. One of
@@ -101,7 +108,7 @@ class Route:
     method: str
     path: str
     access: Access
-    handle: Handle
+    handle: Handle[S]
     stays: bool = True
     operation: Operation | None = None
     passes: Sequence[Passed] = ()
@@ -112,33 +119,60 @@ class Route:
 
 
 def add_routes(
-    app: web.Application, control: Control, routes: Sequence[Route], *, heads: bool = False
+    app: web.Application, control: Control, routes: Sequence[Route[Control]], *, heads: bool = False
 ) -> None:
     """``heads``: every GET may be asked as HEAD; not for handlers that stream."""
     for route in routes:
-        handler = _guarded(control, route)
-        app.router.add_route(route.method, route.path, handler)
-        if heads and route.method == "GET":
-            app.router.add_route("HEAD", route.path, handler)
+        _add(app, route, _guarded(control, route), heads)
 
 
-def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+def add_passing_routes(
+    app: web.Application, routing: S, routes: Sequence[Route[S]], *, heads: bool = False
+) -> None:
+    """The same for a process that only passes calls on: keys are checked, and nothing is changed."""
+    for route in routes:
+        if route.stays or route.access not in KEY_ACCESSES:
+            raise ValueError(f"{route.method} {route.path} is not for a process that only passes calls on")
+        _add(app, route, _handler(routing, route, identify_key), heads)
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def _add(app: web.Application, route: Route[S], handler: Handler, heads: bool) -> None:
+    app.router.add_route(route.method, route.path, handler)
+    if heads and route.method == "GET":
+        app.router.add_route("HEAD", route.path, handler)
+
+
+def _guarded(control: Control, route: Route[Control]) -> Handler:
+    return _handler(control, replace(route, handle=_kept(route)) if route.stays else route, identify)
+
+
+def _kept(route: Route[Control]) -> Handle[Control]:
+    """The route's handler, in a task of its own."""
+
+    async def handle(control: Control, request: web.Request, caller: Caller) -> web.StreamResponse:
+        task = asyncio.ensure_future(_handled(control, request, caller, route))
+        control.keep(task)
+        return await asyncio.shield(task)
+
+    return handle
+
+
+def _handler(routing: S, route: Route[S], identify: Callable[[S, web.Request, Access], Caller]) -> Handler:
     async def handler(request: web.Request) -> web.StreamResponse:
-        caller = identify(control, request, route.access)
+        caller = identify(routing, request, route.access)
         if route.access not in (Access.OPEN, Access.LOCAL):
             enter(request, caller.owner)
         try:
-            if not route.stays:
-                return await route.handle(control, request, caller)
-            task = asyncio.ensure_future(_handled(control, request, caller, route))
-            control.keep(task)
-            return await asyncio.shield(task)
+            return await route.handle(routing, request, caller)
         except BadValue as error:
             raise ApiError(400, "invalid_value", error.message, field=error.field) from None
         except ConnectionError:
             raise  # the caller left; there is nobody to answer
         except (StoreUnavailable, ModelStoreError, OSError) as error:
-            control.log_fault(route.path, error)
+            routing.log_fault(route.path, error)
             raise ApiError(
                 503,
                 "store_unavailable",
@@ -153,7 +187,7 @@ def _guarded(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
 
 
 async def _handled(
-    control: Control, request: web.Request, caller: Caller, route: Route
+    control: Control, request: web.Request, caller: Caller, route: Route[Control]
 ) -> web.StreamResponse:
     """Handle a request that changes state; one that was sent before with its Idempotency-Key only once."""
     repeats = route.method == "POST" and route.path.startswith(MANAGEMENT)
@@ -184,16 +218,21 @@ async def _remember(control: Control, claim: Claim, answer: web.Response) -> Non
 
 def identify(control: Control, request: web.Request, access: Access) -> Caller:
     """The caller, if ``access`` lets them in. Raises ``ApiError`` 401 or 403."""
+    if access is Access.NODE:
+        return _identify_node(control, request)
+    return identify_key(control, request, access)
+
+
+def identify_key(routing: Routing, request: web.Request, access: Access) -> Caller:
+    """As ``identify``, of callers who show a key or nothing."""
     if access is Access.OPEN:
         return Caller()
     if access is Access.LOCAL:
         if not is_local(request):
             raise ApiError(403, "local_only", "This is answered to callers on this machine only.")
         return Caller()
-    if access is Access.NODE:
-        return _identify_node(control, request)
     text = bearer_text(request) or ""
-    known = check_key(control.catalog.key_specs, text, wall_ms())
+    known = check_key(routing.catalog.key_specs, text, routing.wall_ms())
     parsed = parse_key(text)
     if known is None or parsed is None:
         raise invalid_key()

@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from control.state import Control
+from control.routing import Routing
 from packer.crowd import in_time
 from packer.http import CROWD, PASSED_HEADERS, ApiError, openai_error
 from packer.oip import ERROR_CODE_HEADER
@@ -87,7 +87,7 @@ class _Refusal(msgspec.Struct):
     error: _Code
 
 
-async def hold(control: Control, node: str, response: aiohttp.ClientResponse) -> NodeAnswer:
+async def hold(control: Routing, node: str, response: aiohttp.ClientResponse) -> NodeAnswer:
     """Wait for a small answer to be whole; anything else may follow bit by bit."""
     answer = NodeAnswer(response)
     size = response.content_length
@@ -113,7 +113,7 @@ class _NodeBroke(Exception):
 
 
 async def pass_on(
-    control: Control, request: web.Request, node: str, answer: NodeAnswer, head_out: Callable[[], None]
+    control: Routing, request: web.Request, node: str, answer: NodeAnswer, head_out: Callable[[], None]
 ) -> web.StreamResponse:
     """Hand the answer on piece by piece, each as soon as it is here."""
     headers = _answer_headers(answer.response)

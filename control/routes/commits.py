@@ -29,7 +29,8 @@ from control.routes.models import (
     new_spec,
 )
 from control.routes.uploads import check_floor, offsets, part_path, upload_of
-from control.state import Control, wall_ms
+from control.routing import wall_ms
+from control.state import Control
 from packer.http import ApiError, json_response
 
 

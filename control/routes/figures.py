@@ -10,12 +10,12 @@ from aiohttp import web
 
 from control.operations import Operation, Result
 from control.routes.access import Access, Caller, Route
-from control.state import Control
+from control.routing import Routing
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def metrics(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def metrics(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     views = control.cluster.nodes.values()
     states = {
         "silent": sum(view.silent for view in views),

@@ -27,7 +27,7 @@ from control.node_session import Connection
 from control.node_tls import NoLine
 from control.routes.access import Caller
 from control.routes.answers import NodeAnswer, NodeFailed, hold, pass_on
-from control.state import Control
+from control.routing import Routing
 from packer.gangs import share_bytes
 from packer.http import (
     REQUEST_ID_HEADER,
@@ -168,17 +168,17 @@ class Begun:
     watch: Stopwatch
 
 
-async def ask_nodes(control: Control, caller: Caller, call: Call, watch: Stopwatch) -> Begun:
+async def ask_nodes(control: Routing, caller: Caller, call: Call, watch: Stopwatch) -> Begun:
     """Bring a call to a node that answers. The call's body is of no use any more after that."""
 
-    async def send(control: Control, node: str, call: Call) -> NodeAnswer:
+    async def send(control: Routing, node: str, call: Call) -> NodeAnswer:
         return await _send(control, node, call, watch)
 
     control.routed.calls += 1
     return Begun(*await first_answer(control, caller, call, send), watch)
 
 
-async def hand_on(control: Control, request: web.Request, begun: Begun) -> web.StreamResponse:
+async def hand_on(control: Routing, request: web.Request, begun: Begun) -> web.StreamResponse:
     """Hand the answer to the caller, to its end."""
 
     def head_out() -> None:
@@ -197,7 +197,7 @@ async def hand_on(control: Control, request: web.Request, begun: Begun) -> web.S
         control.act(fleet.step(control.cluster, ended, control.now_ms()))
 
 
-def check_room(control: Control) -> None:
+def check_room(control: Routing) -> None:
     """Refuse a request beyond what this router carries at one time, before its body is read."""
     if control.cluster.in_flight >= IN_FLIGHT_MAX:
         raise ApiError(
@@ -237,7 +237,7 @@ def request_headers(request: web.Request) -> dict[str, str]:
 
 
 async def first_answer(
-    control: Control, caller: Caller, call: Call, send: Callable[[Control, str, Call], Awaitable[H]]
+    control: Routing, caller: Caller, call: Call, send: Callable[[Routing, str, Call], Awaitable[H]]
 ) -> tuple[str, H]:
     """The node that answers and the head of its answer; tries the next while nothing was passed on.
 
@@ -287,7 +287,7 @@ async def first_answer(
 
 
 def _others(
-    control: Control, caller: Caller, spec: ModelSpec, asked: Sequence[str], code: str | None
+    control: Routing, caller: Caller, spec: ModelSpec, asked: Sequence[str], code: str | None
 ) -> list[str]:
     """All other nodes that may be asked, after a refusal with ``code`` if there was one."""
     nodes = [node for node in _known_first(control, caller, spec) if node not in asked]
@@ -296,7 +296,7 @@ def _others(
     return [node for node in nodes if choosing.is_there(control.cluster, node, spec.ref)]
 
 
-def _worth_another(control: Control, caller: Caller, spec: ModelSpec, node: str, answer: Head) -> bool:
+def _worth_another(control: Routing, caller: Caller, spec: ModelSpec, node: str, answer: Head) -> bool:
     if answer.status in ELSEWHERE_STATUSES:
         return True
     # Control knows the key and the model: a node that does not has an older plan.
@@ -305,7 +305,7 @@ def _worth_another(control: Control, caller: Caller, spec: ModelSpec, node: str,
 
 
 async def _try(
-    control: Control, node: str, call: Call, send: Callable[[Control, str, Call], Awaitable[H]]
+    control: Routing, node: str, call: Call, send: Callable[[Routing, str, Call], Awaitable[H]]
 ) -> H | None:
     """One node's answer; None when it could not be reached. Its end is told to the core if it is none."""
     spec = call.spec
@@ -329,19 +329,19 @@ async def _try(
             control.act(fleet.step(control.cluster, fleet.Answered(node, reached), control.now_ms()))
 
 
-def _settle(control: Control, refused: tuple[str, Head]) -> None:
+def _settle(control: Routing, refused: tuple[str, Head]) -> None:
     """An answer that is not passed on."""
     node, answer = refused
     answer.close()
     control.act(fleet.step(control.cluster, fleet.Answered(node, True), control.now_ms()))
 
 
-def seq_needed(control: Control, caller: Caller, spec: ModelSpec) -> int:
+def seq_needed(control: Routing, caller: Caller, spec: ModelSpec) -> int:
     catalog = control.catalog
     return max(catalog.model_seq.get(spec.ref, 0), catalog.key_seq.get(caller.key_id, 0))
 
 
-async def candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
+async def candidates(control: Routing, caller: Caller, spec: ModelSpec) -> list[str]:
     """The first nodes in order, of those that have heard of the model and the key; others if there are none.
 
     Waits until some node has confirmed a plan that has both: they may have been made a moment ago, or
@@ -364,14 +364,14 @@ async def candidates(control: Control, caller: Caller, spec: ModelSpec) -> list[
     return chosen
 
 
-def _known_first(control: Control, caller: Caller, spec: ModelSpec) -> list[str]:
+def _known_first(control: Routing, caller: Caller, spec: ModelSpec) -> list[str]:
     """All nodes in the core's order, those that have heard of the model and the key before the others."""
     seq = seq_needed(control, caller, spec)
     nodes = choosing.choose_node(control.cluster, spec.ref, share_bytes(spec), control.now_ms(), spec.devices)
     return sorted(nodes, key=lambda node: not fleet.knows(control.cluster, node, seq))
 
 
-async def _send(control: Control, node: str, call: Call, watch: Stopwatch) -> NodeAnswer:
+async def _send(control: Routing, node: str, call: Call, watch: Stopwatch) -> NodeAnswer:
     """Bring the call to a node and get the beginning of its answer."""
     begun_s = time.perf_counter()
     try:
@@ -402,7 +402,7 @@ async def _send(control: Control, node: str, call: Call, watch: Stopwatch) -> No
         watch.waited_since(begun_s)
 
 
-async def _request(control: Control, node: str, call: Call, connection: Connection) -> aiohttp.ClientResponse:
+async def _request(control: Routing, node: str, call: Call, connection: Connection) -> aiohttp.ClientResponse:
     try:
         line = control.lines.to(node)
     except NoLine as error:

@@ -31,8 +31,9 @@ from control.routes.nodes import (
     refuse_clone,
     row_of,
 )
+from control.routing import wall_ms
 from control.shares import HolderJoined
-from control.state import Control, wall_ms
+from control.state import Control
 from packer.certificates import CA_CHARS_MAX, Speaker, WrongSpeaker, read_late_speaker
 from packer.http import ApiError
 from packer.types import KIB, BadValue

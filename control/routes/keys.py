@@ -18,7 +18,8 @@ from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.routes.access import Access, Caller, Route, not_found, read_json, tenant_of
-from control.state import Control, wall_ms
+from control.routing import wall_ms
+from control.state import Control
 from packer.http import ApiError, json_response, make_key
 from packer.types import BadValue
 

@@ -43,7 +43,8 @@ from control.routes.access import (
     tenant_of,
 )
 from control.routes.tenants import drop_files
-from control.state import Control, wall_ms
+from control.routing import wall_ms
+from control.state import Control
 from packer.directory import BadDirectory, manifest_digest
 from packer.gangs import check_devices
 from packer.http import ApiError, json_response

@@ -41,8 +41,9 @@ from control.operations import Given, NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.places import check_gateway_url, check_url, dialled_url, own_address
 from control.routes.access import Access, Caller, Route, not_found, read_json
+from control.routing import wall_ms
 from control.shares import HolderRemoved
-from control.state import Control, Stored, TooManyRecords, wall_ms
+from control.state import Control, Stored, TooManyRecords
 from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
 from packer.questions import QUESTIONS_MAX, REPLIES_BYTES_MAX, Replies

@@ -28,7 +28,7 @@ from control.routes.forwarding import (
     request_headers,
 )
 from control.routes.router import resolve
-from control.state import Control
+from control.routing import Routing
 from packer.http import CROWD, JSON_BYTES_MAX, json_response
 from packer.oip import (
     HEADER_LENGTH,
@@ -71,20 +71,20 @@ STATS_BYTES_MAX = 8 * MIB
 # --- the server -----------------------------------------------------------------------------------
 
 
-async def server(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def server(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     return json_response(ServerMetadata(server_version()))
 
 
-async def live(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def live(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     return json_response(ServerLive())
 
 
-async def ready(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def ready(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     is_ready = _ready(control)
     return json_response(ServerReady(is_ready), 200 if is_ready else 503)
 
 
-def _ready(control: Control) -> bool:
+def _ready(control: Routing) -> bool:
     """Whether some node takes requests now."""
     return not control.stopping and any(_up(view) for view in control.cluster.nodes.values())
 
@@ -93,13 +93,13 @@ def _up(view: NodeView) -> bool:
     return view.report is not None and not view.silent and not view.report.draining
 
 
-async def list_models(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def list_models(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     async with control.bodies.body(request, caller.owner, QUESTION_BYTES_MAX) as body:
         check_index_ask(body)
     return json_response(index(_own(control, caller)))
 
 
-async def load(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def load(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     asked = parse_load_path(request.match_info["path"])
     if asked is None:
         raise unknown_route(request.method, request.path)
@@ -110,7 +110,7 @@ async def load(control: Control, request: web.Request, caller: Caller) -> web.Re
 # --- a model --------------------------------------------------------------------------------------
 
 
-async def about_model(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def about_model(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     path = _model_path(request)
     spec = resolve(control, caller, path.model)
     match path.asks:
@@ -124,11 +124,11 @@ async def about_model(control: Control, request: web.Request, caller: Caller) ->
     return json_response(model_metadata(spec, _own(control, caller)))
 
 
-async def all_stats(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def all_stats(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     return json_response(await _statistics(control, request, _own(control, caller)))
 
 
-async def infer(control: Control, request: web.Request, caller: Caller) -> web.StreamResponse:
+async def infer(control: Routing, request: web.Request, caller: Caller) -> web.StreamResponse:
     """Small bodies are held, so that another node can be tried; larger ones pass through, once."""
     watch = Stopwatch()
     path = _model_path(request)
@@ -156,14 +156,14 @@ def _model_path(request: web.Request) -> ModelPath:
     return path
 
 
-def _own(control: Control, caller: Caller) -> Sequence[ModelSpec]:
+def _own(control: Routing, caller: Caller) -> Sequence[ModelSpec]:
     return control.catalog.models_of(caller.tenant or "")
 
 
 # --- statistics -----------------------------------------------------------------------------------
 
 
-async def _statistics(control: Control, request: web.Request, specs: Sequence[ModelSpec]) -> StatsAnswer:
+async def _statistics(control: Routing, request: web.Request, specs: Sequence[ModelSpec]) -> StatsAnswer:
     """Of these versions, added up over the nodes that answered them, each since its agent started."""
     wanted = {str(spec.ref) for spec in specs}
     counted: list[tuple[int, NodeView]] = []
@@ -182,7 +182,7 @@ async def _statistics(control: Control, request: web.Request, specs: Sequence[Mo
     return StatsAnswer(list(rows.values()))
 
 
-async def _ask_stats(control: Control, view: NodeView, headers: dict[str, str]) -> StatsAnswer:
+async def _ask_stats(control: Routing, view: NodeView, headers: dict[str, str]) -> StatsAnswer:
     """What a node counted of the caller's models; nothing when it does not say in time."""
     body = bytearray()
     try:

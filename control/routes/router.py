@@ -22,7 +22,7 @@ from control.routes.forwarding import (
     hand_on,
     request_headers,
 )
-from control.state import Control
+from control.routing import Routing
 from packer.http import (
     JSON_BYTES_MAX,
     ApiError,
@@ -47,15 +47,15 @@ class Names(msgspec.Struct):
     model: str
 
 
-async def list_models(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def list_models(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     return json_response(model_list(control.catalog.models_of(caller.tenant or "")))
 
 
-async def show_model(control: Control, request: web.Request, caller: Caller) -> web.Response:
+async def show_model(control: Routing, request: web.Request, caller: Caller) -> web.Response:
     return json_response(model_card(resolve(control, caller, request.match_info["ref"])))
 
 
-def resolve(control: Control, caller: Caller, text: str) -> ModelSpec:
+def resolve(control: Routing, caller: Caller, text: str) -> ModelSpec:
     """The version that a call names, if it is the caller's; the one 404 for everything else."""
     try:
         model, version = parse_model(text)
@@ -67,7 +67,7 @@ def resolve(control: Control, caller: Caller, text: str) -> ModelSpec:
     return spec
 
 
-async def route(control: Control, request: web.Request, caller: Caller) -> web.StreamResponse:
+async def route(control: Routing, request: web.Request, caller: Caller) -> web.StreamResponse:
     """A call that names its model in its JSON body."""
     watch = Stopwatch()
     path = request.raw_path.partition("?")[0]

@@ -19,7 +19,8 @@ from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import Operation, Result, TenantText
 from control.pages import PAGED, Page, asked_page, page_of
 from control.routes.access import Access, Caller, Route, read_json, tenant_of
-from control.state import Control, wall_ms
+from control.routing import wall_ms
+from control.state import Control
 from packer.http import ApiError, json_response
 from packer.types import ModelSpec, TenantQuota, parse_tenant
 

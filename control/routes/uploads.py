@@ -36,7 +36,8 @@ from control.routes.models import (
     REFUSED_CODE,
     own_name,
 )
-from control.state import Control, wall_ms
+from control.routing import wall_ms
+from control.state import Control
 from packer.directory import FILES_MAX, BadDirectory, manifest_digest
 from packer.http import ApiError, json_response
 from packer.layout import IMAGE_BYTES_MAX
