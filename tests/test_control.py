@@ -29,7 +29,6 @@ from running_control import (
     until,
 )
 
-from control.routing import wall_ms
 from control.state import AlreadyRunning, Control
 from control.store import StoreUnavailable
 from packer.directory import manifest_digest
@@ -271,7 +270,7 @@ async def test_a_full_table_of_tokens_says_when_the_first_ends(
     monkeypatch.setattr("control.routes.nodes.TOKENS_MAX", 2)
     await control.call("POST", "/api/v1/nodes/tokens", {"ttl_s": 30})
     monkeypatch.setattr("control.routes.nodes.TOKENS_MAX", 1)
-    monkeypatch.setattr("control.routes.nodes.wall_ms", lambda: wall_ms() + 40_000)
+    monkeypatch.setattr("control.routes.nodes.wall_ms", lambda: control.server.control.wall_ms() + 40_000)
     full = await control.call("POST", "/api/v1/nodes/tokens", {})
     assert full.status == 429
     assert 1 < int(full.headers["Retry-After"]) <= 20
