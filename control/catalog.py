@@ -320,7 +320,7 @@ class Catalog:
     def _put_model(self, spec: ModelSpec, seq: int) -> None:
         known = self.models.get(spec.ref)
         if known is not None and known != spec == replace(
-            known, batching=spec.batching, devices=spec.devices
+            known, batching=spec.batching, devices=spec.devices, replicas=spec.replicas
         ):
             seq = self.model_seq[spec.ref]  # a node that has not heard of it yet answers as well
         self._drop_model(spec.ref)
@@ -419,7 +419,8 @@ def arriving(catalog: Catalog, spec: ModelSpec) -> ModelSpec:
     older = catalog.resolve(spec.ref.model, None)
     if older is not None and spec.ref not in catalog.models:
         fits = run_ends(spec.chunk_bytes, spec.cuts, older.devices)
-        spec = replace(spec, batching=older.batching, devices=older.devices if fits else 1)
+        devices = older.devices if fits else 1
+        spec = replace(spec, batching=older.batching, devices=devices, replicas=older.replicas)
     return replace(spec, latest=True)
 
 

@@ -24,7 +24,7 @@ from packer.wire import ModelReport
 RANKED_MAX = 64
 # And so many of those who are least busy and have room for it. Three are asked at most.
 LOOKED_AT = 16
-# How far a model's bytes are from answering; see ``_distance``.
+# How far a model's bytes are from answering; see ``distance_of``.
 COMING, NOWHERE = 1, 4
 
 
@@ -47,21 +47,21 @@ def choose_near(cluster: Cluster, ref: ModelRef, now_ms: int) -> Sequence[str]:
         view = cluster.nodes.get(name)
         if view is None or not is_able(view) or view.avoid_until_ms > now_ms:
             continue
-        if (distance := _distance(cluster, view, ref, text, now_ms)) <= COMING:
-            ranked.append((distance, load_of(view) // LOAD_BAND, load_of(view), _spread(text, name), name))
+        if (distance := distance_of(cluster, view, ref, text, now_ms)) <= COMING:
+            ranked.append((distance, load_of(view) // LOAD_BAND, load_of(view), spread_of(text, name), name))
     return [entry[-1] for entry in sorted(ranked)]
 
 
 def choose_node(
-    cluster: Cluster, ref: ModelRef, share_bytes: int, now_ms: int, devices: int = 1
+    cluster: Cluster, ref: ModelRef, share_bytes: int, now_ms: int, devices: int = 1, replicas: int = 1
 ) -> Sequence[str]:
     """The nodes that may answer for ``ref``, which needs so many bytes on each of ``devices``, best first:
     all of a small fleet, the first of a large one."""
-    looked_at = _looked_at(cluster, ref, share_bytes, now_ms, devices)
-    return rank(cluster, looked_at, ref, share_bytes, now_ms, devices)
+    few = looked_at(cluster, ref, share_bytes, now_ms, devices)
+    return rank(cluster, few, ref, share_bytes, now_ms, devices, replicas)
 
 
-def _looked_at(
+def looked_at(
     cluster: Cluster, ref: ModelRef, share_bytes: int, now_ms: int, devices: int
 ) -> Sequence[NodeView]:
     """Who can be among the first, without a look at every node."""
@@ -92,20 +92,23 @@ def rank(
     share_bytes: int,
     now_ms: int,
     devices: int = 1,
+    replicas: int = 1,
 ) -> Sequence[str]:
     """Of these nodes those that may answer, best first. Not among them: silent and draining nodes, those of
     which there are two, and those whose every device is broken. Nodes with too few devices for a gang are
     asked only if there are no others, and say so.
 
     Where the bytes are counts first (device, then on its way, then host or disk by what a restore takes),
-    then whether a device has room, then load, roughly, then the best fit, so that large holes stay whole.
+    then whether a device has room, then load, roughly, then, of what may have replicas, how much else of its
+    tenant is there (the bytes that two boxes would have left are hardly ever the same, so behind them it
+    would never count), then the best fit, so that large holes stay whole.
     Ties are broken by a hash of model and node, so that cold models spread and each goes home.
     """
     text = str(ref)
     able = [view for view in views if is_able(view)]
     if devices > 1:
-        able = [view for view in able if _has_devices(view, share_bytes, devices)] or able
-    distances = {view.node: _distance(cluster, view, ref, text, now_ms) for view in able}
+        able = [view for view in able if has_devices(view, share_bytes, devices)] or able
+    distances = {view.node: distance_of(cluster, view, ref, text, now_ms) for view in able}
     # Where it is on a device already, or coming there, its room is there too.
     cold = min(distances.values(), default=0) > COMING
     left = _left_over(cluster, able, share_bytes, now_ms, devices) if cold else {}
@@ -118,9 +121,10 @@ def rank(
                 _cost(view, text, distances[view.node]),
                 room is None,
                 load_of(view) // LOAD_BAND,
+                held_of(cluster, view, ref) if replicas > 1 and cold else 0,
                 room if room is not None and distances[view.node] == NOWHERE else 0,
                 load_of(view),
-                _spread(text, view.node),
+                spread_of(text, view.node),
                 view.node,
             )
         )
@@ -133,16 +137,25 @@ def equally_good(cluster: Cluster, nodes: Sequence[str], ref: ModelRef, now_ms: 
     text = str(ref)
     views = [cluster.nodes[node] for node in nodes if node in cluster.nodes]
     good = [view for view in views if view.avoid_until_ms <= now_ms]
-    there = [view.node for view in good if _distance(cluster, view, ref, text, now_ms) == 0]
+    there = [view.node for view in good if distance_of(cluster, view, ref, text, now_ms) == 0]
     return there or [view.node for view in good[:1]]
 
 
-def _spread(text: str, node: str) -> bytes:
+def held_of(cluster: Cluster, view: NodeView, ref: ModelRef) -> int:
+    """Other versions of the tenant that a node has on its devices, or was sent a moment ago."""
+    own, text = f"{ref.tenant}/", str(ref)
+    there = dict.fromkeys(other for other in view.near if other != text and other.startswith(own))
+    sent = cluster.expected_at.get(view.node, ())
+    there |= dict.fromkeys(str(other) for other in sent if other.tenant == ref.tenant and other != ref)
+    return len(there)
+
+
+def spread_of(text: str, node: str) -> bytes:
     """A tie-break that is another for each model, and stays."""
     return hashlib.sha256(f"{text}|{node}".encode()).digest()
 
 
-def _has_devices(view: NodeView, share_bytes: int, devices: int) -> bool:
+def has_devices(view: NodeView, share_bytes: int, devices: int) -> bool:
     found = view.report.devices if view.report is not None else ()
     return sum(device.healthy and device.budget_bytes >= share_bytes for device in found) >= devices
 
@@ -164,7 +177,7 @@ def _left_over(
     return left_over(every, Wanted(str(share_bytes), share_bytes, devices))
 
 
-def _distance(cluster: Cluster, view: NodeView, ref: ModelRef, text: str, now_ms: int) -> int:
+def distance_of(cluster: Cluster, view: NodeView, ref: ModelRef, text: str, now_ms: int) -> int:
     """0 on a device, 1 on its way there (``COMING``), 2 in host memory, 3 on disk, 4 ``NOWHERE``."""
     known = view.by_ref.get(text)
     if known is not None and known.state == "resident" and not _on_broken(view, known):

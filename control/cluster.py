@@ -3,8 +3,8 @@
 ``step(cluster, event, now_ms)`` changes the state and returns orders; it has no clock, no I/O and no
 chance. Covers: liveness, who waits for a plan, what was sent where, and where a node gets a pack from (a peer
 that has one, or its turn at the origin). Does not cover: which node is asked for a model
-(``control.choosing``), what goes into a plan (every node is told everything), delivery (``control.server``),
-or what a node decides by itself.
+(``control.choosing``, ``control.copies``), what goes into a plan (every node is told everything), delivery
+(``control.server``), or what a node decides by itself.
 
 Nothing here is written to disk: after a restart of control the nodes report again within seconds.
 """
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from control.vacancy import Vacancy
+from control.waits import OWED_MAX, REFUSED_STATUSES, Flow, Waits, count, end
 from packer.types import ModelRef
 from packer.wire import PEERS_TRIED_MAX, ModelReport, Report
 
@@ -89,12 +90,14 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A request for ``ref``, of ``share_bytes`` on each of ``devices``, was sent to ``node``."""
+    """A request for ``ref``, of ``share_bytes`` on each of ``devices``, was sent to ``node``. ``wait_ms``: it
+    waits there so long for others of a version that may have copies; None: of one that may have none."""
 
     node: str
     ref: ModelRef
     share_bytes: int = 0
     devices: int = 1
+    wait_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,13 @@ class Pointed:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A routed request ended, however; ``reached`` is False when the node could not be talked to."""
+    """A routed request ended, however; ``reached`` is False when the node could not be talked to. ``status``
+    of its answer, if there was one."""
 
     node: str
     reached: bool
+    ref: ModelRef | None = None
+    status: int = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +230,7 @@ class NodeView:
     in_flight: int = 0  # requests that this router has sent and not seen end
     near: tuple[str, ...] = ()  # versions that it has on a device or is bringing there
     kept: tuple[str, ...] = ()  # versions that it has in host memory or on disk
+    flows: dict[str, Flow] = field(default_factory=dict)  # requests for versions that may have copies
     # Requests in flight when it reported: what it said itself, and what this router had sent to it.
     load_said: int = 0
     in_flight_then: int = 0
@@ -259,6 +266,7 @@ class Cluster:
     vacancy: Vacancy = field(default_factory=Vacancy)
     stale: dict[str, None] = field(default_factory=dict)
     turns: dict[ModelRef, tuple[str, int]] = field(default_factory=dict)  # at the origin: (node, until ms)
+    waits: Waits = field(default_factory=Waits)  # of versions that may have copies
 
 
 def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
@@ -286,13 +294,14 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
         case Changed(epoch, seq):
             cluster.newest = (epoch, seq)
             return _answer_polls(cluster)
-        case Routed(node, ref, nbytes, devices):
+        case Routed(node, ref, nbytes, devices, wait_ms):
             _routed(cluster, node, now_ms)
-            _expect(cluster, ref, Expected(node, now_ms + EXPECTED_MS, nbytes, devices))
+            if wait_ms is None or not _has_copy(cluster, event, wait_ms, now_ms):
+                _expect(cluster, ref, Expected(node, now_ms + EXPECTED_MS, nbytes, devices))
         case Pointed(node, ref, nbytes, devices):
             _expect(cluster, ref, Expected(node, now_ms + EXPECTED_MS, nbytes, devices))
-        case Answered(node, reached):
-            _answered(cluster, node, reached, now_ms)
+        case Answered():
+            _answered(cluster, event, now_ms)
         case SourceAsked():
             return _answer_source(cluster, event, now_ms)
         case Ticked():
@@ -412,14 +421,44 @@ def _expect_no_more(cluster: Cluster, ref: ModelRef) -> None:
     cluster.stale[gone.node] = None
 
 
-def _answered(cluster: Cluster, node: str, reached: bool, now_ms: int) -> None:
-    if (view := cluster.nodes.get(node)) is None:
+def _has_copy(cluster: Cluster, event: Routed, wait_ms: int, now_ms: int) -> bool:
+    """Count a request for a version that may have copies. Whether the node had one by its own word: then
+    another node's, which may be on its way, stays expected."""
+    ref, text = event.ref, str(event.ref)
+    if (view := cluster.nodes.get(event.node)) is None:
+        return False
+    count(view.flows, text)
+    if event.node in cluster.near.get(text, ()):
+        cluster.waits.add(ref, wait_ms, now_ms)
+        sent = cluster.expected.get(ref)
+        return sent is not None and sent.node != event.node and sent.until_ms > now_ms
+    cluster.waits.paid(ref)
+    return False
+
+
+def _flow_ended(cluster: Cluster, view: NodeView, event: Answered, now_ms: int) -> None:
+    """A request for a version that may have copies ended. A node that refused to have one is asked for none
+    for a while, and is not expected to have one."""
+    ref, text, served = event.ref, str(event.ref), event.reached and event.status < 400
+    if ref is None or not end(view.flows, text, served, now_ms):
         return
+    refused = not event.reached or event.status in REFUSED_STATUSES
+    if refused and view.node not in cluster.near.get(text, ()) and cluster.near.get(text):
+        cluster.waits.decline(ref, view.node, now_ms)
+        if ref in cluster.expected_at.get(view.node, ()):
+            _expect_no_more(cluster, ref)
+
+
+def _answered(cluster: Cluster, event: Answered, now_ms: int) -> None:
+    if (view := cluster.nodes.get(event.node)) is None:
+        return
+    if view.flows:
+        _flow_ended(cluster, view, event, now_ms)
     if view.in_flight:  # a node that was removed and joined again does not know of earlier requests
         view.in_flight -= 1
         cluster.in_flight -= 1
         cluster.stale[view.node] = None
-    view.avoid_until_ms = 0 if reached else now_ms + AVOID_MS
+    view.avoid_until_ms = 0 if event.reached else now_ms + AVOID_MS
 
 
 def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
@@ -443,6 +482,7 @@ def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
         if oldest.until_ms > now_ms:
             break
         _expect_no_more(cluster, ref)
+    cluster.waits.forget(now_ms)
     return actions
 
 
@@ -452,8 +492,9 @@ class FleetBroken(AssertionError):
 
 def check(cluster: Cluster) -> None:
     """The invariants, after a step: bounds hold, and nothing is remembered of nodes that are no more."""
-    if len(cluster.expected) > EXPECTED_MAX or len(cluster.turns) > TURNS_MAX:
-        raise FleetBroken(f"{len(cluster.expected)} expectations, {len(cluster.turns)} turns")
+    sizes = len(cluster.expected), len(cluster.turns), len(cluster.waits.owed)
+    if any(size > most for size, most in zip(sizes, (EXPECTED_MAX, TURNS_MAX, OWED_MAX), strict=True)):
+        raise FleetBroken("{} expectations, {} turns, {} versions that waited".format(*sizes))
     if cluster.in_flight != (total := sum(view.in_flight for view in cluster.nodes.values())):
         raise FleetBroken(f"{cluster.in_flight} requests in flight in all, {total} by node")
     _check_places(cluster)
@@ -464,8 +505,9 @@ def check(cluster: Cluster) -> None:
         if not view.peer_url:
             raise FleetBroken(f"nodes wait for {ref} from {holder}, which gives nothing")
     for view in cluster.nodes.values():
-        if view.in_flight < 0:
-            raise FleetBroken(f"{view.in_flight} requests in flight to {view.node}")
+        counted = [flow.in_flight for flow in view.flows.values()]
+        if not sum(counted) <= view.in_flight >= 0 or min(counted, default=1) < 1:
+            raise FleetBroken(f"{view.in_flight} requests in flight to {view.node}, of these {counted}")
         if view.load_said < 0 or view.in_flight_then < 0:
             raise FleetBroken(f"{view.node} said {view.load_said} of {view.in_flight_then} requests")
         if view.have > cluster.newest:

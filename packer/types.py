@@ -339,6 +339,20 @@ def check_batching(batching: Batching) -> Batching:
 
 # Boxes have 8 GPUs, the largest 16. A model that needs more needs several nodes, which nothing here does.
 DEVICES_PER_MODEL_MAX = 16
+# A router looks at every holder for each call. A model that is busy on more nodes than this is a service of
+# its own, and wants nodes of its own.
+REPLICAS_PER_MODEL_MAX = 16
+
+
+def check_replicas(replicas: int) -> int:
+    """Returns it. Raises ``BadValue`` with the name of the management API."""
+    if not 1 <= replicas <= REPLICAS_PER_MODEL_MAX:
+        raise BadValue(
+            "replicas",
+            f"must be from 1 to {REPLICAS_PER_MODEL_MAX} nodes that may hold a copy each, not {replicas}; "
+            "delete the model to have no copy",
+        )
+    return replicas
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,3 +383,6 @@ class ModelSpec:
     # nowhere. See ``gangs``.
     devices: int = 1
     cuts: tuple[int, ...] = ()
+    # Nodes that control brings it to at one time, when one is too busy with it; see ``control.copies``. Nodes
+    # themselves have no use for it.
+    replicas: int = 1

@@ -352,8 +352,8 @@ FLEET_MUTANTS = (
     Mutant(
         "a refusal that another node makes up for stays in flight",
         ROUTER,
-        "    answer.close()\n    control.act(fleet.step(control.cluster, fleet.Answered(node, True)",
-        '    answer.close()\n    control.act(fleet.step(control.cluster, fleet.Answered("", True)',
+        "    ended = fleet.Answered(node, True, spec.ref, answer.status)\n",
+        '    ended = fleet.Answered("", True, spec.ref, answer.status)\n',
     ),
     Mutant(
         "a body that was begun is sent again",

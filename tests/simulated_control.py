@@ -206,7 +206,9 @@ class SimulatedControl(Control):
             return LOST
         finally:
             reply.close()
-            self.act(fleet.step(self.cluster, fleet.Answered(node, reached), self.now_ms()))
+            self.act(
+                fleet.step(self.cluster, fleet.Answered(node, reached, spec.ref, reply.status), self.now_ms())
+            )
 
 
 def copy_of(store: Store) -> Store:

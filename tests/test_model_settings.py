@@ -1,4 +1,4 @@
-"""A model's settings in control: how requests for it may share forward passes.
+"""A model's settings in control: how requests share forward passes, its devices, its replicas.
 
 Covers: changing them of one version and of all, their limits, what a new version has, the plan that nodes
 get, and the SDK's and the command's way there. Does not cover: what workers make of them (``test_compute``),
@@ -89,6 +89,10 @@ async def test_a_version_named_is_changed_alone_and_a_new_one_has_the_latest_s_s
         ({"batch_max": 8, "batch_delay_ms": -1}, "batch_delay_ms"),
         ({"batch_delay_ms": 5}, "batch_delay_ms"),  # with batch_max 1 nobody ever comes
         ({"batch_mux": 5}, None),
+        ({"replicas": 0}, "replicas"),
+        ({"replicas": 17}, "replicas"),
+        ({"replicas": "2"}, "replicas"),
+        ({"batch_max": 8, "replicas": -1}, "replicas"),
     ],
 )
 async def test_a_wrong_setting_names_its_field_and_changes_nothing(
@@ -201,4 +205,48 @@ def test_a_plan_of_an_earlier_release_means_one_device() -> None:
         b'"workspace_bytes":0,"created_ms":0}',
         ModelSpec,
     )
-    assert (spec.devices, spec.cuts) == (1, ())
+    assert (spec.devices, spec.cuts, spec.replicas) == (1, (), 1)
+
+
+# --- replicas ---------------------------------------------------------------------------------------
+
+
+async def test_replicas_reach_the_plan_and_what_comes_after_and_more_than_nodes_are_warned_of(
+    control: Running, tmp_path: Path
+) -> None:
+    assert (await control.push("acme", "m", model_files()))["replicas"] == 1
+    node = await control.join("box")
+    answer = await control.call("PATCH", PATH, {"replicas": 3})
+    assert (answer.status, answer.json()["replicas"], answer.json()["batch_max"]) == (200, 3, 1)
+    (warning,) = answer.json()["warnings"]
+    assert warning.startswith("replicas: 3 nodes may hold a copy each, and 1 joined")
+    plan = (await node.beat(tmp_path)).plan
+    assert plan is not None
+    assert [spec.replicas for spec in plan.models] == [3]
+    assert (await control.push("acme", "m", model_files(2)))["replicas"] == 3
+    shown = (await control.call("GET", PATH)).json()
+    assert (shown["replicas"], shown["warnings"]) == (3, [])
+    assert (await control.call("PATCH", PATH, {"replicas": 1})).json()["warnings"] == []
+
+
+async def test_the_client_and_the_command_set_replicas(control: Running) -> None:
+    await control.push("acme", "m", model_files())
+    async with AsyncClient(control.url, control.operator_key) as client:
+        changed = await client.set_model("acme/m", replicas=2)
+        assert (changed.replicas, len(changed.warnings)) == (2, 1)
+    environment = {"BUNKHOUSE_URL": control.url, "BUNKHOUSE_API_KEY": control.operator_key}
+
+    async def run(*words: str) -> tuple[int, str]:
+        result = await asyncio.to_thread(CliRunner().invoke, bunk, ["model", *words], env=environment)
+        return result.exit_code, result.output
+
+    code, said = await run("set", "acme/m", "--replicas", "4")
+    assert code == 0
+    assert "up to 4 nodes" in said
+    assert "warning: replicas" in said
+    code, said = await run("ls", "-o", "json")
+    assert [row["replicas"] for row in json.loads(said)["items"]] == [4]
+    for number in ("0", "17"):
+        code, said = await run("set", "acme/m", "--replicas", number)
+        assert code == 2
+        assert "--replicas" in said

@@ -109,6 +109,8 @@ PURE_FILES = (
     "agent/cache_room.py",
     "control/cluster.py",
     "control/choosing.py",
+    "control/copies.py",
+    "control/waits.py",
     "control/share_book.py",
     "control/rooms.py",
     "control/shares.py",

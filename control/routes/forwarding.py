@@ -21,13 +21,14 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from control import choosing
+from control import choosing, copies
 from control import cluster as fleet
 from control.node_session import Connection
 from control.node_tls import NoLine
 from control.routes.access import Caller
 from control.routes.answers import NodeAnswer, NodeFailed, hold, pass_on
 from control.routing import Routing
+from control.waits import REFUSED_STATUSES
 from packer.gangs import share_bytes
 from packer.http import (
     REQUEST_ID_HEADER,
@@ -163,6 +164,7 @@ H = TypeVar("H", bound=Head)
 class Begun:
     """A call that a node has begun to answer. ``hand_on`` must follow."""
 
+    spec: ModelSpec
     node: str
     answer: NodeAnswer
     watch: Stopwatch
@@ -175,7 +177,7 @@ async def ask_nodes(control: Routing, caller: Caller, call: Call, watch: Stopwat
         return await _send(control, node, call, watch)
 
     control.routed.calls += 1
-    return Begun(*await first_answer(control, caller, call, send), watch)
+    return Begun(call.spec, *await first_answer(control, caller, call, send), watch)
 
 
 async def hand_on(control: Routing, request: web.Request, begun: Begun) -> web.StreamResponse:
@@ -193,7 +195,7 @@ async def hand_on(control: Routing, request: web.Request, begun: Begun) -> web.S
     finally:
         answer.close()
         # That a caller leaves says nothing about the node.
-        ended = fleet.Answered(begun.node, not answer.broke)
+        ended = fleet.Answered(begun.node, not answer.broke, begun.spec.ref, answer.status)
         control.act(fleet.step(control.cluster, ended, control.now_ms()))
 
 
@@ -260,7 +262,7 @@ async def first_answer(
             if answer is None:
                 continue
             if refused is not None:
-                _settle(control, refused)
+                _settle(control, call.spec, refused)
                 refused = None
             if not _worth_another(control, caller, call.spec, node, answer):
                 return node, answer
@@ -269,12 +271,12 @@ async def first_answer(
             left = []
     except BaseException:
         if refused is not None:
-            _settle(control, refused)
+            _settle(control, call.spec, refused)
         raise
     if refused is not None and refused[1].code not in BEHIND_CODES:
         return refused
     if refused is not None:
-        _settle(control, refused)
+        _settle(control, call.spec, refused)
     raise ApiError(
         503,
         "no_node",
@@ -299,6 +301,9 @@ def _others(
 def _worth_another(control: Routing, caller: Caller, spec: ModelSpec, node: str, answer: Head) -> bool:
     if answer.status in ELSEWHERE_STATUSES:
         return True
+    # What a node would not take a further copy for, one that has it may answer all the same.
+    if answer.status in REFUSED_STATUSES and copies.is_further(control.cluster, spec, node):
+        return True
     # Control knows the key and the model: a node that does not has an older plan.
     seq = seq_needed(control, caller, spec)
     return answer.code in BEHIND_CODES and not fleet.knows(control.cluster, node, seq)
@@ -309,7 +314,8 @@ async def _try(
 ) -> H | None:
     """One node's answer; None when it could not be reached. Its end is told to the core if it is none."""
     spec = call.spec
-    routed = fleet.Routed(node, spec.ref, share_bytes(spec), spec.devices)
+    wait_ms = copies.wait_ms(control.cluster, spec, node, control.now_ms()) if spec.replicas > 1 else None
+    routed = fleet.Routed(node, spec.ref, share_bytes(spec), spec.devices, wait_ms)
     control.act(fleet.step(control.cluster, routed, control.now_ms()))
     answered, reached = False, True  # that a caller leaves, or sends too much, says nothing about the node
     try:
@@ -326,14 +332,16 @@ async def _try(
         raise
     finally:
         if not answered:
-            control.act(fleet.step(control.cluster, fleet.Answered(node, reached), control.now_ms()))
+            ended = fleet.Answered(node, reached, spec.ref)
+            control.act(fleet.step(control.cluster, ended, control.now_ms()))
 
 
-def _settle(control: Routing, refused: tuple[str, Head]) -> None:
+def _settle(control: Routing, spec: ModelSpec, refused: tuple[str, Head]) -> None:
     """An answer that is not passed on."""
     node, answer = refused
     answer.close()
-    control.act(fleet.step(control.cluster, fleet.Answered(node, True), control.now_ms()))
+    ended = fleet.Answered(node, True, spec.ref, answer.status)
+    control.act(fleet.step(control.cluster, ended, control.now_ms()))
 
 
 def seq_needed(control: Routing, caller: Caller, spec: ModelSpec) -> int:
@@ -351,7 +359,7 @@ async def candidates(control: Routing, caller: Caller, spec: ModelSpec) -> list[
 
     def known() -> bool:
         cluster, seq = control.cluster, seq_needed(control, caller, spec)
-        near = choosing.choose_near(cluster, spec.ref, control.now_ms())
+        near = copies.choose(cluster, spec, control.now_ms())
         chosen[:] = [node for node in near if fleet.knows(cluster, node, seq)]
         if chosen:
             return True
@@ -367,7 +375,7 @@ async def candidates(control: Routing, caller: Caller, spec: ModelSpec) -> list[
 def _known_first(control: Routing, caller: Caller, spec: ModelSpec) -> list[str]:
     """All nodes in the core's order, those that have heard of the model and the key before the others."""
     seq = seq_needed(control, caller, spec)
-    nodes = choosing.choose_node(control.cluster, spec.ref, share_bytes(spec), control.now_ms(), spec.devices)
+    nodes = copies.choose_all(control.cluster, spec, control.now_ms())
     return sorted(nodes, key=lambda node: not fleet.knows(control.cluster, node, seq))
 
 

@@ -53,6 +53,7 @@ from packer.types import (
     BATCH_DELAY_MS_MAX,
     BATCH_INPUTS_MAX,
     DEVICES_PER_MODEL_MAX,
+    REPLICAS_PER_MODEL_MAX,
     BadValue,
     Batching,
     ModelName,
@@ -60,6 +61,7 @@ from packer.types import (
     ModelSpec,
     OriginFile,
     check_batching,
+    check_replicas,
     parse_model,
 )
 
@@ -80,11 +82,18 @@ def _ranged(low: int, high: int) -> msgspec.Meta:
 
 
 class SettingsAsk(msgspec.Struct, forbid_unknown_fields=True):
-    """The settings to change; see ``packer.types.Batching`` and, of ``devices``, ``packer.gangs``."""
+    """The settings to change; see ``packer.types.Batching``, of ``devices`` ``packer.gangs`` and of
+    ``replicas`` ``control.copies``."""
 
     batch_max: Annotated[int, _ranged(1, BATCH_INPUTS_MAX)] | UnsetType = UNSET
     batch_delay_ms: Annotated[int, _ranged(0, BATCH_DELAY_MS_MAX)] | UnsetType = UNSET
     devices: Annotated[int, _ranged(1, DEVICES_PER_MODEL_MAX)] | UnsetType = UNSET
+    replicas: Annotated[int, _ranged(1, REPLICAS_PER_MODEL_MAX)] | UnsetType = UNSET
+
+    @property
+    def empty(self) -> bool:
+        settings = (self.batch_max, self.batch_delay_ms, self.devices, self.replicas)
+        return all(isinstance(each, UnsetType) for each in settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +112,9 @@ class ModelAnswer:
     batch_max: int
     batch_delay_ms: int
     devices: int
+    replicas: int
     files: Sequence[OriginFile]
+    warnings: Sequence[str] = ()  # about a change that was made, in its answer alone
 
 
 def model_answer(spec: ModelSpec) -> ModelAnswer:
@@ -122,6 +133,7 @@ def model_answer(spec: ModelSpec) -> ModelAnswer:
         spec.batching.inputs_max,
         spec.batching.delay_ms,
         spec.devices,
+        spec.replicas,
         spec.files,
     )
 
@@ -263,10 +275,10 @@ async def show(control: Control, request: web.Request, caller: Caller) -> web.Re
 
 def _state(
     control: Control, model: ModelName, version: str | None, spec: ModelSpec
-) -> tuple[ModelSpec, list[tuple[ModelRef, Batching, int]]]:
+) -> tuple[ModelSpec, list[tuple[ModelRef, Batching, int, int]]]:
     """What an ETag is made of: this version, and all others when the name means all of them."""
     versions = control.catalog.versions_of(model) if version is None else []
-    return spec, [(each.ref, each.batching, each.devices) for each in versions]
+    return spec, [(each.ref, each.batching, each.devices, each.replicas) for each in versions]
 
 
 async def change(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -274,8 +286,8 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
     with the next plan, and running workers go by it from then on."""
     named_model(control, request, caller)  # what is not there is not there, whatever is asked of it
     ask = await read_json(control, request, caller, SettingsAsk)
-    if all(isinstance(each, UnsetType) for each in (ask.batch_max, ask.batch_delay_ms, ask.devices)):
-        raise BadValue("batch_max", "give at least one of batch_max, batch_delay_ms and devices")
+    if ask.empty:
+        raise BadValue("batch_max", "give at least one of batch_max, batch_delay_ms, devices and replicas")
     async with control.writing:
         model, version, spec = named_model(control, request, caller)
         state = _state(control, model, version, spec)
@@ -284,7 +296,12 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
             version = spec.ref.version
         # Two settings may only be right together, so each version is checked with both.
         changed = [
-            replace(old, batching=_merged(old.batching, ask), devices=_devices(old, ask))
+            replace(
+                old,
+                batching=_merged(old.batching, ask),
+                devices=_devices(old, ask),
+                replicas=_replicas(old, ask),
+            )
             for old in ([spec] if version else control.catalog.versions_of(model))
         ]
         await control.write(
@@ -298,9 +315,9 @@ async def change(control: Control, request: web.Request, caller: Caller) -> web.
         tenant=model.tenant,
         model=str(spec.ref) if version else str(model),
         detail=f"batch_max {answer.batch_max}, delay {answer.batch_delay_ms} ms, devices {answer.devices}, "
-        f"by key {caller.key_id}",
+        f"replicas {answer.replicas}, by key {caller.key_id}",
     )
-    return etags.tagged(state, answer)
+    return etags.tagged(state, replace(answer, warnings=_warnings(control, ask)))
 
 
 def _merged(old: Batching, ask: SettingsAsk) -> Batching:
@@ -316,6 +333,19 @@ def _merged(old: Batching, ask: SettingsAsk) -> Batching:
 def _devices(old: ModelSpec, ask: SettingsAsk) -> int:
     """Raises ``BadValue``. A node takes it up when the version next comes to its devices."""
     return old.devices if isinstance(ask.devices, UnsetType) else check_devices(old, ask.devices)
+
+
+def _replicas(old: ModelSpec, ask: SettingsAsk) -> int:
+    """Raises ``BadValue``."""
+    return old.replicas if isinstance(ask.replicas, UnsetType) else check_replicas(ask.replicas)
+
+
+def _warnings(control: Control, ask: SettingsAsk) -> Sequence[str]:
+    """More replicas than nodes are no mistake, since nodes come and go, but worth a word."""
+    nodes = len(control.catalog.nodes)
+    if isinstance(ask.replicas, UnsetType) or ask.replicas <= max(nodes, 1):
+        return ()
+    return (f"replicas: {ask.replicas} nodes may hold a copy each, and {nodes} joined until now",)
 
 
 async def delete(control: Control, request: web.Request, caller: Caller) -> web.Response:

@@ -18,12 +18,11 @@ from typing import Annotated
 
 from aiohttp import web
 
-from control import choosing
+from control import copies
 from control.operations import Given, ModelText, NodeText, Operation, Result, worded
 from control.routes.access import Access, Caller, Route, not_found
 from control.state import Control
 from packer.decisions import Decision, DeviceRoom, Forecast, Victim
-from packer.gangs import share_bytes
 from packer.http import ApiError, json_response
 from packer.questions import Asks, Reply, RequestStory
 from packer.types import BadValue, ModelSpec, parse_model
@@ -157,8 +156,7 @@ def _nodes(control: Control, request: web.Request, spec: ModelSpec | None = None
             raise ApiError(503, "node_silent", f"Nothing is heard of the node {asked!r} now.", retry_ms=2_000)
         return [asked]
     if spec is not None:
-        now_ms, share = control.now_ms(), share_bytes(spec)
-        heard = list(choosing.choose_node(control.cluster, spec.ref, share, now_ms, spec.devices)) or heard
+        heard = list(copies.choose_all(control.cluster, spec, control.now_ms())) or heard
     if not heard:
         raise ApiError(503, "no_node", "No node is up.", hint="See: bunk node ls", retry_ms=2_000)
     return heard

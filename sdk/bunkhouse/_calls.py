@@ -126,12 +126,17 @@ def model(ref: str) -> Call[Model]:
 
 
 def set_model(
-    ref: str, batch_max: int | None, batch_delay_ms: int | None, devices: int | None
+    ref: str, batch_max: int | None, batch_delay_ms: int | None, devices: int | None, replicas: int | None
 ) -> Call[Model]:
-    given = {"batch_max": batch_max, "batch_delay_ms": batch_delay_ms, "devices": devices}
+    given = {
+        "batch_max": batch_max,
+        "batch_delay_ms": batch_delay_ms,
+        "devices": devices,
+        "replicas": replicas,
+    }
     body: dict[str, object] = {name: value for name, value in given.items() if value is not None}
     if not body:
-        raise BadValue("batch_max", "give at least one of batch_max, batch_delay_ms and devices")
+        raise BadValue("batch_max", "give at least one of batch_max, batch_delay_ms, devices and replicas")
     request = json_request("PATCH", f"/api/v1/models/{model_path(ref)}", body, repeatable=True)
     return Call(request, _decode.one(_decode.model))
 

@@ -257,14 +257,16 @@ class Client:
         batch_max: int | None = None,
         batch_delay_ms: int | None = None,
         devices: int | None = None,
+        replicas: int | None = None,
     ) -> Model:
         """Change settings of a version, or with ``tenant/name`` of all of them; None leaves one as it is.
 
         ``batch_max`` inputs of waiting requests share a forward pass; with 1 (as pushed) an answer is what
         the model gives alone, to the bit. The first input of a pass waits ``batch_delay_ms`` for company.
-        ``devices`` of one node hold it together, from when it next comes to them.
+        ``devices`` of one node hold it together, from when it next comes to them. ``replicas``: nodes that
+        may hold a copy each, when one is too busy with it.
         """
-        return self._run(_calls.set_model(model, batch_max, batch_delay_ms, devices))
+        return self._run(_calls.set_model(model, batch_max, batch_delay_ms, devices, replicas))
 
     def delete_model(self, model: str) -> None:
         """Delete a version, or with ``tenant/name`` all of them."""

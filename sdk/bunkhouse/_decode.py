@@ -243,6 +243,8 @@ def model(row: Fields) -> Model:
         batch_max=row.number("batch_max", 1),
         batch_delay_ms=row.number("batch_delay_ms", 0),
         devices=row.number("devices", 1),
+        replicas=row.number("replicas", 1),
+        warnings=tuple(str(each) for each in row.list("warnings")),
     )
 
 

@@ -80,7 +80,8 @@ class Model:
     """One immutable version of a model. ``ref`` is ``tenant/name@version``.
 
     ``batch_max`` inputs share a forward pass; the first of them waits ``batch_delay_ms`` for company.
-    ``devices`` of one node hold it together.
+    ``devices`` of one node hold it together; ``replicas`` nodes may hold a copy each. ``warnings``: about a
+    change that was made, in what ``set_model`` returns alone.
     """
 
     ref: str
@@ -98,6 +99,8 @@ class Model:
     batch_max: int = 1
     batch_delay_ms: int = 0
     devices: int = 1
+    replicas: int = 1
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import click
 
 from bunkhouse._client import Client
 from bunkhouse._errors import BadValue
-from bunkhouse._types import Progress, ProgressCallback
+from bunkhouse._types import Model, Progress, ProgressCallback
 from bunkhouse.cli.api import Delay, api_command, confirm, yes_option
 from bunkhouse.cli.tables import Output, moment, printable, size
 
@@ -59,8 +59,15 @@ _devices_option = click.option(
     metavar="K",
     help="Devices of one node that hold it together, for a model too large for one of them.",
 )
+_replicas_option = click.option(
+    "--replicas",
+    type=click.IntRange(1, 16),  # refused before anything is uploaded
+    metavar="N",
+    help="Nodes that may hold a copy each, when one is too busy with it.",
+)
 
 
+@_replicas_option
 @_devices_option
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Leave out files that match (repeatable).")
 @click.option("--from", "origin", metavar="URL", help="Register a directory that the server reads: file:///…")
@@ -74,6 +81,7 @@ def _model_push(
     origin: str | None,
     ignore: tuple[str, ...],
     devices: int | None,
+    replicas: int | None,
 ) -> None:
     """Upload DIRECTORY as a new version of MODEL (tenant/name), or register it with --from.
 
@@ -93,10 +101,17 @@ def _model_push(
         except KeyboardInterrupt:
             click.echo("run it again to go on from here", err=True)
             raise
-    if devices is not None and devices != pushed.devices:
-        pushed = client.set_model(pushed.ref, devices=devices)
+    if devices not in (None, pushed.devices) or replicas not in (None, pushed.replicas):
+        pushed = client.set_model(pushed.ref, devices=devices, replicas=replicas)
+    _warn(pushed)
     on = "a device" if pushed.devices == 1 else f"{pushed.devices} devices"
-    out.document(pushed, f"{pushed.ref}  {pushed.task}, {size(pushed.image_bytes)} on {on}")
+    nodes = f" of up to {pushed.replicas} nodes" if pushed.replicas > 1 else ""
+    out.document(pushed, f"{pushed.ref}  {pushed.task}, {size(pushed.image_bytes)} on {on}{nodes}")
+
+
+def _warn(changed: Model) -> None:
+    for warning in changed.warnings:
+        click.echo(printable(f"warning: {warning}"), err=True)
 
 
 @click.argument("name", metavar="[TENANT]", required=False)
@@ -110,6 +125,8 @@ def _model_ls(client: Client, out: Output, name: str | None) -> None:
             ("TASK", lambda row: row.task),
             ("IMAGE", lambda row: size(row.image_bytes)),
             ("WORKSPACE", lambda row: size(row.workspace_bytes)),
+            ("DEVICES", lambda row: row.devices),
+            ("REPLICAS", lambda row: row.replicas),
             ("ORIGIN", lambda row: row.origin),
             ("CREATED", lambda row: moment(row.created_ms)),
         ],
@@ -127,6 +144,7 @@ def _model_ls(client: Client, out: Output, name: str | None) -> None:
     "--batch-delay", type=Delay(), metavar="TIME", help="How long an input waits for company, as 5ms."
 )
 @_devices_option
+@_replicas_option
 @click.argument("name", metavar="MODEL")
 def _model_set(
     client: Client,
@@ -135,17 +153,23 @@ def _model_set(
     batch_max: int | None,
     batch_delay: int | None,
     devices: int | None,
+    replicas: int | None,
 ) -> None:
     """Change settings of tenant/name@version, or with tenant/name of all its versions.
 
     Nothing is loaded again: nodes go by the new settings within moments, and by another number of devices
-    when the model next comes to them.
+    when the model next comes to them. Copies above a lower number of replicas go when others need the room.
     """
-    if batch_max is None and batch_delay is None and devices is None:
-        raise BadValue("--batch-max", "give at least one of --batch-max, --batch-delay and --devices")
-    changed = client.set_model(name, batch_max=batch_max, batch_delay_ms=batch_delay, devices=devices)
+    if batch_max is None and batch_delay is None and devices is None and replicas is None:
+        words = "--batch-max, --batch-delay, --devices and --replicas"
+        raise BadValue("--batch-max", f"give at least one of {words}")
+    changed = client.set_model(
+        name, batch_max=batch_max, batch_delay_ms=batch_delay, devices=devices, replicas=replicas
+    )
+    _warn(changed)
     text = f"{name}  batch max {changed.batch_max}, batch delay {changed.batch_delay_ms} ms"
-    out.document(changed, text + (f", {changed.devices} devices" if changed.devices > 1 else ""))
+    text += f", {changed.devices} devices" if changed.devices > 1 else ""
+    out.document(changed, text + (f", up to {changed.replicas} nodes" if changed.replicas > 1 else ""))
 
 
 @yes_option

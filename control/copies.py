@@ -1,0 +1,122 @@
+"""Versions that several nodes may hold a copy of: which holder is asked, and when one more is. Pure.
+
+Covers: the order of nodes for a version with ``replicas``, who would take its next copy, and what that has to
+be worth. Does not cover: versions with one replica (``control.choosing``), what is measured for it
+(``control.waits``), or when copies go: nodes evict what is worth least to them, as everything else.
+
+A node is what fails as one, and holds a version once at most, so copies are always apart. With so many
+replicas ordered, control sends for one more copy when what requests have waited for each other at the present
+holders would have paid for its restore (whoever goes on renting until the rent has reached the price pays at
+most twice what the best would have). That request pays for the restore by its own wait; if the node refuses,
+a holder answers it. One copy comes at a time. Among holders the one is asked where the fewest wait; where
+nobody waits, always the same one: so copies that are no longer needed are not used, and age out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from control.choosing import (
+    COMING,
+    choose_near,
+    choose_node,
+    distance_of,
+    has_devices,
+    looked_at,
+    rank,
+    spread_of,
+)
+from control.cluster import Cluster, NodeView
+from control.rooms import LOAD_BAND, is_able, load_of
+from packer.gangs import share_bytes
+from packer.types import ModelRef, ModelSpec
+
+# A copy is not sent for before so much was waited in all, however cheap it is: two requests of one moment
+# are no load.
+WAITED_MS_MIN = 100
+# What a restore is taken to be where no node has said.
+RESTORE_MS = 2_000
+
+
+def choose(cluster: Cluster, spec: ModelSpec, now_ms: int) -> Sequence[str]:
+    """The nodes that have the version on a device or coming there, the best first; before them the one to
+    bring a further copy to, if it is time. Empty: it is cold."""
+    if spec.replicas == 1:
+        return choose_near(cluster, spec.ref, now_ms)
+    text, ranked = str(spec.ref), []
+    for view, distance in holders(cluster, spec.ref, text, now_ms):
+        flow = view.flows.get(text)
+        waiting = flow.waiting(spec.batching.inputs_max) if flow is not None else 0
+        ranked.append((distance, waiting, load_of(view) // LOAD_BAND, spread_of(text, view.node), view.node))
+    ranked.sort()
+    nodes = [entry[-1] for entry in ranked]
+    # Nobody would wait at the first, or a copy is on its way (those come last).
+    if not ranked or ranked[0][1] == 0 or ranked[-1][0] == COMING:
+        return nodes
+    further = _further(cluster, spec, nodes, now_ms)
+    return nodes if further is None else [further, *nodes]
+
+
+def choose_all(cluster: Cluster, spec: ModelSpec, now_ms: int) -> Sequence[str]:
+    """All nodes that may answer for a version, or of a large fleet the first, best first."""
+    share = share_bytes(spec)
+    every = choose_node(cluster, spec.ref, share, now_ms, spec.devices, spec.replicas)
+    if spec.replicas == 1:
+        return every
+    first = choose(cluster, spec, now_ms)
+    return [*first, *(node for node in every if node not in first)]
+
+
+def holders(cluster: Cluster, ref: ModelRef, text: str, now_ms: int) -> Sequence[tuple[NodeView, int]]:
+    """Nodes that can be asked and have the version on a device, or coming there, and how far it is."""
+    names = dict(cluster.near.get(text, {}))
+    if (sent := cluster.expected.get(ref)) is not None:
+        names[sent.node] = None
+    found = []
+    for name in names:
+        view = cluster.nodes.get(name)
+        if view is None or not is_able(view) or view.avoid_until_ms > now_ms:
+            continue
+        if (distance := distance_of(cluster, view, ref, text, now_ms)) <= COMING:
+            found.append((view, distance))
+    return found
+
+
+def _further(cluster: Cluster, spec: ModelSpec, held: Sequence[str], now_ms: int) -> str | None:
+    """The node to bring one more copy to now."""
+    owed = cluster.waits.owed.get(spec.ref)
+    if len(held) >= spec.replicas or owed is None or owed.waited(now_ms) < WAITED_MS_MIN:
+        return None
+    share = share_bytes(spec)
+    free = [
+        view
+        for view in looked_at(cluster, spec.ref, share, now_ms, spec.devices)
+        if view.node not in held
+        and view.avoid_until_ms <= now_ms
+        and owed.declined.get(view.node, 0) <= now_ms
+        and has_devices(view, share, spec.devices)
+    ]
+    for node in rank(cluster, free, spec.ref, share, now_ms, spec.devices, spec.replicas)[:1]:
+        known = cluster.nodes[node].by_ref.get(str(spec.ref))
+        price_ms = known.restore_ms_estimate if known is not None else 0
+        return node if owed.waited(now_ms) >= (price_ms or RESTORE_MS) else None
+    return None
+
+
+def wait_ms(cluster: Cluster, spec: ModelSpec, node: str, now_ms: int) -> int:
+    """How long a request that is sent to a node now waits there for others of the same version, as far as a
+    further copy would have spared it: nothing where it has to be restored, or a copy is on its way."""
+    text = str(spec.ref)
+    view = cluster.nodes.get(node)
+    flow = view.flows.get(text) if view is not None else None
+    if flow is None or not flow.answers:
+        return 0
+    if any(distance == COMING for _, distance in holders(cluster, spec.ref, text, now_ms)):
+        return 0
+    return flow.wait_ms(spec.batching.inputs_max)
+
+
+def is_further(cluster: Cluster, spec: ModelSpec, node: str) -> bool:
+    """Whether a node would have been another holder beside one that there is."""
+    there = cluster.near.get(str(spec.ref), ())
+    return spec.replicas > 1 and bool(there) and node not in there

@@ -1,0 +1,130 @@
+"""How long requests wait at the nodes that hold a version of which there may be several copies. Pure values.
+
+Covers: what is measured of such a version at a node (how many requests of this router are there, and how far
+apart their answers come), and the waiting of a version that another copy has to pay for. Does not cover: what
+follows from it (``control.copies``), or when it is told (``control.cluster``).
+
+Only this router's own requests count, since nobody else's ends are known here at once. Of several routers
+each sees its part of the requests and its part of the answers: the product, which is the wait, is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import exp2
+
+from packer.types import ModelRef
+
+# What was waited counts half after this long: waiting that comes so thinly that a restore is never made up
+# for within minutes is cheaper than a copy.
+WAITED_HALF_MS = 60_000
+# Versions whose waiting is remembered; the oldest go first. One is about 300 bytes.
+OWED_MAX = 1_000
+# A node that would not take a copy is not asked for one again for this long.
+DECLINED_MS = 60_000
+# Nodes that declined a version, the oldest go first.
+DECLINED_MAX = 64
+# Answers by which the pace is measured; older ones count half, quarter and so on.
+PACED_ANSWERS_MAX = 64
+# Answers of a node that has no room, no right or no time for a version.
+REFUSED_STATUSES = frozenset({429, 502, 503, 507})
+
+
+@dataclass(slots=True)
+class Flow:
+    """Requests for one version at one node, from the first that is in flight to the last."""
+
+    in_flight: int = 0
+    answered_ms: int | None = None  # when one ended and others were still in flight
+    busy_ms: int = 0  # between such ends
+    answers: int = 0
+
+    def end(self, served: bool, now_ms: int) -> None:
+        """One ended. A refusal says nothing about how fast answers come."""
+        self.in_flight -= 1
+        if not served:
+            return
+        if self.answered_ms is not None:
+            self.busy_ms += now_ms - self.answered_ms
+            self.answers += 1
+        self.answered_ms = now_ms
+        if self.answers >= PACED_ANSWERS_MAX:
+            self.busy_ms //= 2
+            self.answers //= 2
+
+    def waiting(self, together: int) -> int:
+        """Requests that must end before one more is answered, where so many are worked on together."""
+        return max(0, self.in_flight + 1 - together)
+
+    def wait_ms(self, together: int) -> int:
+        """How long one more waits for others of the same version. Nothing is known before the second end."""
+        return self.waiting(together) * self.busy_ms // self.answers if self.answers else 0
+
+
+def count(flows: dict[str, Flow], text: str) -> None:
+    flows.setdefault(text, Flow()).in_flight += 1
+
+
+def end(flows: dict[str, Flow], text: str, served: bool, now_ms: int) -> bool:
+    """Whether the request was counted: a version may have got its replicas while it was in flight."""
+    if (flow := flows.get(text)) is None:
+        return False
+    flow.end(served, now_ms)
+    if not flow.in_flight:
+        del flows[text]
+    return True
+
+
+@dataclass(slots=True)
+class Owed:
+    """What requests for a version have waited since its last copy was sent for, and who declined one."""
+
+    waited_ms: float = 0.0
+    at_ms: int = 0
+    declined: dict[str, int] = field(default_factory=dict)  # until when, the oldest first
+
+    def waited(self, now_ms: int) -> float:
+        """As it counts now."""
+        return self.waited_ms * exp2(-max(now_ms - self.at_ms, 0) / WAITED_HALF_MS)
+
+    def add(self, wait_ms: int, now_ms: int) -> None:
+        self.waited_ms, self.at_ms = self.waited(now_ms) + wait_ms, now_ms
+
+    def decline(self, node: str, now_ms: int) -> None:
+        self.declined.pop(node, None)
+        self.declined[node] = now_ms + DECLINED_MS
+        while len(self.declined) > DECLINED_MAX:
+            del self.declined[next(iter(self.declined))]
+
+    def is_over(self, now_ms: int) -> bool:
+        """Whether nothing would change if it were forgotten."""
+        return self.waited(now_ms) < 1 and all(until_ms <= now_ms for until_ms in self.declined.values())
+
+
+@dataclass(slots=True)
+class Waits:
+    """What every version has waited that may have copies."""
+
+    owed: dict[ModelRef, Owed] = field(default_factory=dict)
+
+    def _of(self, ref: ModelRef, now_ms: int) -> Owed:
+        owed = self.owed.setdefault(ref, Owed(at_ms=now_ms))
+        while len(self.owed) > OWED_MAX:
+            del self.owed[next(iter(self.owed))]
+        return owed
+
+    def add(self, ref: ModelRef, wait_ms: int, now_ms: int) -> None:
+        if wait_ms > 0:
+            self._of(ref, now_ms).add(wait_ms, now_ms)
+
+    def paid(self, ref: ModelRef) -> None:
+        """A copy was sent for."""
+        if (owed := self.owed.get(ref)) is not None:
+            owed.waited_ms = 0.0
+
+    def decline(self, ref: ModelRef, node: str, now_ms: int) -> None:
+        self._of(ref, now_ms).decline(node, now_ms)
+
+    def forget(self, now_ms: int) -> None:
+        for ref in [ref for ref, owed in self.owed.items() if owed.is_over(now_ms)]:
+            del self.owed[ref]
