@@ -105,13 +105,14 @@ def _further(cluster: Cluster, spec: ModelSpec, held: Sequence[str], now_ms: int
 
 def wait_ms(cluster: Cluster, spec: ModelSpec, node: str, now_ms: int) -> int:
     """How long a request that is sent to a node now waits there for others of the same version, as far as a
-    further copy would have spared it: nothing where it has to be restored, or a copy is on its way."""
+    further copy would have spared it: nothing where there are as many as may be, or one is on its way."""
     text = str(spec.ref)
     view = cluster.nodes.get(node)
     flow = view.flows.get(text) if view is not None else None
     if flow is None or not flow.answers:
         return 0
-    if any(distance == COMING for _, distance in holders(cluster, spec.ref, text, now_ms)):
+    held = holders(cluster, spec.ref, text, now_ms)
+    if len(held) >= spec.replicas or any(distance == COMING for _, distance in held):
         return 0
     return flow.wait_ms(spec.batching.inputs_max)
 

@@ -1,0 +1,274 @@
+"""Versions that may have copies: which holder is asked, when a further node is, and which one.
+
+Covers: the pure rules, driven by callers that come again as soon as they are answered. Does not cover: how the
+setting gets here (``test_model_settings``), real routes and nodes (``test_copies_running``), or many strange
+histories (``test_copies_simulation``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import pytest
+from running_control import model_report
+from test_cluster import OTHER, REF, beat, cluster_of
+
+from control import copies
+from control.choosing import choose_near
+from control.cluster import EXPECTED_MS, Answered, Cluster, NodeBeat, NodeRemoved, Routed, Ticked, check, step
+from control.waits import DECLINED_MAX, DECLINED_MS, OWED_MAX, WAITED_HALF_MS, Owed
+from packer.gangs import share_bytes
+from packer.types import MIB, Batching, ModelRef, ModelSpec, Task
+
+SPEC = ModelSpec(REF, "control:", (), "e", Task.EMBEDDING, 10 * MIB, (10 * MIB,), 0, 1, replicas=2)
+SERVICE_MS = 100
+RESTORE_MS = 3_000
+
+
+def holds(node: str, *others: str, state: str = "resident", used: int = 0, **report: int) -> NodeBeat:
+    near = [model_report(other, "resident") for other in others]
+    return beat(node, model_report(str(REF), state, **report), *near, used=used)
+
+
+def lacks(node: str, *others: str, used: int = 0) -> NodeBeat:
+    return holds(node, *others, state="absent", used=used, restore_ms_estimate=RESTORE_MS)
+
+
+@dataclass(slots=True)
+class World:
+    """Nodes that answer one request after the other, and callers who come again at once."""
+
+    cluster: Cluster
+    spec: ModelSpec = SPEC
+    now_ms: int = 0
+    queues: dict[str, int] = field(default_factory=dict)
+    sent: Counter[str] = field(default_factory=Counter)
+
+    def send(self) -> str:
+        node = copies.choose_all(self.cluster, self.spec, self.now_ms)[0]
+        self.route(node)
+        return node
+
+    def route(self, node: str) -> None:
+        wait_ms = copies.wait_ms(self.cluster, self.spec, node, self.now_ms)
+        routed = Routed(node, REF, share_bytes(self.spec), self.spec.devices, wait_ms)
+        step(self.cluster, routed, self.now_ms)
+        self.queues[node] = self.queues.get(node, 0) + 1
+        self.sent[node] += 1
+        check(self.cluster)
+
+    def end(self, node: str, reached: bool = True, status: int = 200) -> None:
+        self.queues[node] -= 1
+        step(self.cluster, Answered(node, reached, REF, status), self.now_ms)
+        check(self.cluster)
+
+    def run(self, callers: int, rounds: int) -> Counter[str]:
+        """Who was asked, while nodes that have the version on a device answer one request each per round."""
+        self.sent.clear()
+        while sum(self.queues.values()) < callers:
+            self.send()
+        for _ in range(rounds):
+            self.now_ms += SERVICE_MS
+            ready = [n for n in self.cluster.near.get(str(REF), ()) if self.queues.get(n)]
+            for node in ready:
+                self.end(node)
+            for _ in ready:
+                self.send()
+        return Counter(self.sent)
+
+    def rest(self) -> None:
+        for node, count in self.queues.items():
+            for _ in range(count):
+                self.end(node)
+
+
+def world(*events: NodeBeat, spec: ModelSpec = SPEC) -> World:
+    return World(cluster_of(*events), spec)
+
+
+def test_one_replica_stays_where_it_is_however_long_its_callers_wait() -> None:
+    one = world(holds("a"), lacks("b"), lacks("c"), spec=replace(SPEC, replicas=1))
+    assert set(one.run(callers=16, rounds=100)) == {"a"}
+
+
+def test_a_copy_is_sent_for_once_what_was_waited_has_paid_for_it_and_then_both_answer() -> None:
+    two = world(holds("a"), lacks("b"), lacks("c"))
+    # Three others are before each, who are done in 300 ms: the tenth or so has paid for 3,000 ms.
+    assert set(two.run(callers=4, rounds=9)) == {"a"}
+    sent = two.run(callers=4, rounds=40)
+    (further,) = set(sent) - {"a"}
+    assert sent[further] == 1, "all others go on at the holder until the copy is there"
+    step(two.cluster, holds(further), two.now_ms)
+    shared = two.run(callers=4, rounds=40)
+    assert set(shared) == {"a", further}
+    assert abs(shared["a"] - shared[further]) <= 2
+    # Both are as busy as may be: there are as many as were ordered.
+    assert set(two.run(callers=60, rounds=200)) == {"a", further}
+
+
+def test_more_replicas_come_one_at_a_time() -> None:
+    three = world(holds("a"), lacks("b"), lacks("c"), spec=replace(SPEC, replicas=3))
+    three.run(callers=20, rounds=60)
+    (first,) = set(three.queues) - {"a"}
+    step(three.cluster, holds(first), three.now_ms)
+    three.run(callers=20, rounds=60)
+    assert set(three.queues) == {"a", "b", "c"}
+
+
+def test_callers_who_never_meet_make_no_copy_and_use_one_of_two() -> None:
+    alone = world(holds("a"), lacks("b"), lacks("c"))
+    assert set(alone.run(callers=1, rounds=200)) == {"a"}
+    both = world(holds("a"), holds("b"), lacks("c"))
+    assert len(both.run(callers=1, rounds=50)) == 1
+    assert set(both.run(callers=2, rounds=50)) == {"a", "b"}
+    both.rest()
+    assert len(both.run(callers=1, rounds=50)) == 1, "the other one ages out"
+
+
+def test_requests_that_share_a_pass_do_not_wait_for_each_other() -> None:
+    together = replace(SPEC, batching=Batching(8))
+    assert set(world(holds("a"), lacks("b"), spec=together).run(callers=8, rounds=200)) == {"a"}
+    assert len(world(holds("a"), lacks("b"), spec=together).run(callers=16, rounds=200)) == 2
+
+
+def test_waiting_that_comes_too_thinly_makes_no_copy() -> None:
+    thin = world(holds("a"), lacks("b"), lacks("c"))
+    for _ in range(100):
+        thin.run(callers=4, rounds=3)
+        thin.rest()
+        thin.now_ms += 2 * WAITED_HALF_MS
+        for event in (Ticked(), holds("a"), lacks("b"), lacks("c")):
+            step(thin.cluster, event, thin.now_ms)
+    assert set(thin.queues) == {"a"}
+    thin.now_ms += 20 * WAITED_HALF_MS
+    step(thin.cluster, Ticked(), thin.now_ms)
+    assert not thin.cluster.waits.owed, "and is forgotten"
+
+
+def test_a_cold_version_and_one_on_its_way_are_waited_for_at_one_node() -> None:
+    cold = world(lacks("a"), lacks("b"), lacks("c"))
+    first = cold.send()
+    assert {cold.send() for _ in range(20)} == {first}
+    step(cold.cluster, holds(first, state="restoring"), 1)
+    assert {cold.send() for _ in range(20)} == {first}
+
+
+def overdue(*events: NodeBeat, spec: ModelSpec = SPEC) -> World:
+    """A further copy is due at the next request."""
+    found = world(*events, spec=spec)
+    for _ in range(4):
+        found.route("a")
+    for _ in range(2):
+        found.now_ms += SERVICE_MS
+        found.end("a")
+    found.cluster.waits.add(REF, 10 * RESTORE_MS, found.now_ms)
+    return found
+
+
+def test_a_node_that_refuses_a_copy_is_not_asked_again_for_a_while_and_another_is() -> None:
+    due = overdue(holds("a"), lacks("b"), lacks("c"))
+    first = due.send()
+    assert first != "a"
+    due.end(first, status=429)
+    assert due.send() == "a", "it has to be paid for anew"
+    due.cluster.waits.add(REF, 10 * RESTORE_MS, due.now_ms)
+    second = due.send()
+    assert second not in ("a", first)
+    due.end(second, reached=False)
+    due.cluster.waits.add(REF, 10 * RESTORE_MS, due.now_ms)
+    assert due.send() == "a"
+    due.now_ms += DECLINED_MS
+    due.cluster.waits.add(REF, 10 * RESTORE_MS, due.now_ms)
+    assert due.send() in "bc"
+
+
+def test_a_bad_request_is_no_refusal_of_the_copy() -> None:
+    due = overdue(holds("a"), lacks("b"), lacks("c"))
+    due.end(due.send(), status=400)
+    assert not due.cluster.waits.owed[REF].declined
+
+
+def test_where_a_restore_takes_longer_than_was_waited_nobody_goes() -> None:
+    due = overdue(holds("a"), *(holds(n, state="absent", restore_ms_estimate=99_000) for n in "bc"))
+    assert due.send() == "a"
+    due.cluster.waits.add(REF, 99_000, due.now_ms)
+    assert due.send() != "a"
+
+
+def test_the_next_copy_goes_where_least_of_its_tenant_is_but_first_where_its_bytes_are() -> None:
+    mine = [str(ModelRef("acme", f"m{i}", "a" * 16)) for i in range(3)]
+    foreign = [str(ModelRef("globex", f"m{i}", "a" * 16)) for i in range(9)]
+    # The fullest would be the best fit.
+    assert overdue(holds("a"), lacks("b", *mine, used=50 * MIB), lacks("c", *foreign)).send() == "c"
+    assert overdue(holds("a"), lacks("b", *foreign, used=50 * MIB), lacks("c", *mine)).send() == "b"
+    on_disk = holds("b", *mine, state="absent", disk_bytes=1, restore_ms_estimate=RESTORE_MS)
+    assert overdue(holds("a"), on_disk, lacks("c")).send() == "b"
+    # Not where there is no room for it.
+    assert overdue(holds("a"), lacks("b", *mine), lacks("c", used=90 * MIB)).send() == "b"
+    # What was sent there a moment ago counts, though no report has it.
+    due = overdue(holds("a"), lacks("b", mine[0]), lacks("c", *mine[1:]))
+    for name in ("x", "y"):
+        step(due.cluster, Routed("b", ModelRef("acme", name, "a" * 16), MIB), 0)
+    assert due.send() == "c"
+
+
+def test_a_copy_of_a_gang_goes_where_there_are_enough_devices() -> None:
+    gang = replace(SPEC, devices=2, chunk_bytes=(5 * MIB, 5 * MIB), cuts=(1,))
+    two = lacks("c")
+    device = two.report.devices[0]
+    pair = replace(two, report=replace(two.report, devices=(device, replace(device, device="cpu:1"))))
+    assert overdue(holds("a"), lacks("b"), pair, spec=gang).send() == "c"
+    assert overdue(holds("a"), lacks("b"), lacks("c"), spec=gang).send() == "a"
+
+
+def test_when_a_holder_is_lost_the_other_answers_and_a_lost_copy_may_be_replaced() -> None:
+    both = world(holds("a"), holds("b"), lacks("c"))
+    assert set(both.run(callers=8, rounds=20)) == {"a", "b"}
+    both.end("a", reached=False)
+    assert list(copies.choose(both.cluster, SPEC, both.now_ms))[0] == "b"
+    step(both.cluster, NodeRemoved("a"), both.now_ms)
+    del both.queues["a"]
+    assert "c" in both.run(callers=8, rounds=100)
+
+
+def test_a_copy_on_its_way_is_still_expected_while_the_holder_answers() -> None:
+    due = overdue(holds("a"), lacks("b"), lacks("c"))
+    further = due.send()
+    due.route("a")
+    assert due.cluster.expected[REF].node == further
+    assert set(choose_near(due.cluster, REF, due.now_ms)) == {"a", further}
+    due.now_ms += EXPECTED_MS
+    due.route("a")
+    assert due.cluster.expected[REF].node == "a", "it never came"
+
+
+def test_holders_above_the_number_answer_and_no_more_are_made() -> None:
+    above = world(holds("a"), holds("b"), lacks("c"), spec=replace(SPEC, replicas=2))
+    above.spec = replace(SPEC, replicas=1)
+    assert set(above.run(callers=9, rounds=99)) == {"a", "b"}
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    cluster = cluster_of(*(beat(n, model_report(str(OTHER), "resident")) for n in "abc"))
+    for number in range(OWED_MAX + 5):
+        cluster.waits.add(ModelRef("acme", f"m{number}", "a" * 16), 5, number)
+    check(cluster)
+    owed = Owed()
+    for number in range(DECLINED_MAX + 5):
+        owed.decline(f"n{number}", number)
+    assert list(owed.declined) == [f"n{number}" for number in range(5, DECLINED_MAX + 5)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_setting_may_change_while_requests_are_in_flight(known: bool) -> None:
+    """Those that were not counted end as those that were: nothing stays, and nothing goes below zero."""
+    late = world(holds("a"), lacks("b"))
+    for _ in range(3):
+        step(late.cluster, Routed("a", REF, MIB), 0)
+    late.queues["a"] = 3
+    for _ in range(2 if known else 0):
+        late.route("a")
+    late.rest()
+    assert late.cluster.nodes["a"].flows == {}
+    assert late.cluster.in_flight == 0
