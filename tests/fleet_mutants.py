@@ -133,7 +133,7 @@ FLEET_MUTANTS = (
     Mutant(
         "a node that can be reached again is avoided on",
         CLUSTER,
-        "    view.avoid_until_ms = 0 if reached else now_ms + AVOID_MS\n",
+        "    view.avoid_until_ms = 0 if event.reached else now_ms + AVOID_MS\n",
         "    view.avoid_until_ms = view.avoid_until_ms if reached else now_ms + AVOID_MS\n",
     ),
     # --- the wire

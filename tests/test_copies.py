@@ -1,8 +1,8 @@
 """Versions that may have copies: which holder is asked, when a further node is, and which one.
 
-Covers: the pure rules, driven by callers that come again as soon as they are answered. Does not cover: how the
-setting gets here (``test_model_settings``), real routes and nodes (``test_copies_running``), or many strange
-histories (``test_copies_simulation``).
+Covers: the pure rules, driven by callers that come again as soon as they are answered. Does not cover: how
+the setting gets here (``test_model_settings``), real routes and nodes (``test_copies_running``), or many
+strange histories (``test_cluster_simulation``).
 """
 
 from __future__ import annotations
