@@ -7,7 +7,7 @@ beside the wait for it. Does not cover: what the events say (``openai_shapes``) 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -72,6 +72,33 @@ class _End:
     error: Exception | None
 
 
+class _Silence:
+    """One timer for all of a stream: a frame only writes down when it came. ``due`` becomes true when nothing
+    came for so long."""
+
+    __slots__ = ("_handle", "_heard_s", "_loop", "_seconds", "_wake")
+
+    def __init__(self, seconds: float, wake: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seconds = seconds
+        self._wake = wake
+        self._heard_s = self._loop.time()
+        self._handle = self._loop.call_later(seconds, self._look)
+
+    def heard(self) -> None:
+        self._heard_s = self._loop.time()
+
+    def end(self) -> None:
+        self._handle.cancel()
+
+    def _look(self) -> None:
+        left_s = self._heard_s + self._seconds - self._loop.time()
+        if left_s <= 0:
+            self._wake()
+            self._heard_s, left_s = self._loop.time(), self._seconds
+        self._handle = self._loop.call_later(left_s, self._look)
+
+
 async def with_silences(
     source: AsyncGenerator[T, None], silence_seconds: float
 ) -> AsyncGenerator[T | None, None]:
@@ -80,7 +107,7 @@ async def with_silences(
     The source runs in one task from its first line to its last, so that what it holds (a lease) is
     entered and left in the same task; leaving this iterator cancels it and waits for its end.
     """
-    queue: asyncio.Queue[T | _End] = asyncio.Queue(FRAMES_PENDING_MAX)
+    queue: asyncio.Queue[T | _End | None] = asyncio.Queue(FRAMES_PENDING_MAX)
 
     async def fill() -> None:
         error: Exception | None = None
@@ -92,20 +119,22 @@ async def with_silences(
             error = caught
         await queue.put(_End(error))
 
+    def wake() -> None:
+        if queue.empty():  # else there is something to say
+            queue.put_nowait(None)
+
     task = asyncio.create_task(fill())
+    silence = _Silence(silence_seconds, wake)
     try:
         while True:
-            try:
-                async with asyncio.timeout(silence_seconds):
-                    item = await queue.get()
-            except TimeoutError:
-                yield None
-                continue
+            item = await queue.get()
+            silence.heard()
             if isinstance(item, _End):
                 if item.error is not None:
                     raise item.error
                 return
             yield item
     finally:
+        silence.end()
         task.cancel()
         await asyncio.wait([task])

@@ -19,6 +19,7 @@ from agent.child import kept_environment
 from agent.devices import DeviceConfig
 from agent.frames import BadFrame, Exited, Ready, Receiver, Spawn, Spawned, close_fds, nursery_replies_decoder
 from agent.sending import send
+from agent.standbys import Standbys
 from agent.workers import WorkerDead, WorkerHandle
 from packer.types import GIB
 
@@ -69,15 +70,13 @@ class Nursery:
     """The process that forks workers. ``threads``: compute threads of each worker (0: all cores).
 
     ``standbys``: workers kept ready per device that was once asked for, for whichever tenant comes next:
-    forked, with the device's libraries loaded and its context made. A standby is bound once and for life,
-    and holds nothing of anybody before.
+    forked, with the device's libraries loaded and its context made.
     """
 
     def __init__(self, threads: int = 0, standbys: int = 0) -> None:
         self._threads = threads or len(os.sched_getaffinity(0))
         self.died = asyncio.Event()
         self.pid = 0
-        self._closing = False
         self._process: asyncio.subprocess.Process | None = None
         self._sock: socket.socket | None = None
         self._receiver: Receiver | None = None
@@ -86,9 +85,7 @@ class Nursery:
         self._ids = itertools.count(1)
         self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
         self._watching: asyncio.Task[None] | None = None
-        self._standbys = standbys
-        self._ready_workers: dict[str, list[WorkerHandle]] = {}
-        self._refilling: dict[str, asyncio.Task[None]] = {}
+        self._standbys: Standbys[WorkerHandle] = Standbys(lambda device: self.fork("", device), standbys)
 
     async def start(self) -> None:
         """Returns when workers can be forked. Raises ``WorkerDead`` when the process does not come up."""
@@ -121,45 +118,27 @@ class Nursery:
             raise WorkerDead("the nursery ended while it started; its messages are in the agent's log")
 
     def keep_standbys(self, device: DeviceConfig) -> None:
-        """See to it that the workers kept ready for a device are there, soon. None are for places of
-        several: nobody knows which devices the next gang gets."""
-        if device.count > 1:
-            return
-        have = self._ready_workers.setdefault(device.device, [])
-        if len(have) < self._standbys and device.device not in self._refilling and not self._closing:
-            self._refilling[device.device] = asyncio.create_task(self._refill(device))
+        """See to it that the workers kept ready for a device are there, soon, and stay."""
+        self._standbys.keep(device)
 
     async def refilled(self, device: str) -> None:
         """Returns when the standbys of a device are there, or could not be forked."""
-        while device in self._refilling:
-            await asyncio.wait([self._refilling[device]])
+        await self._standbys.refilled(device)
 
     def standby_pids(self, device: str) -> list[int]:
-        return [worker.pid for worker in self._ready_workers.get(device, ())]
-
-    async def _refill(self, device: DeviceConfig) -> None:
-        have = self._ready_workers[device.device]
-        try:
-            have[:] = [worker for worker in have if not worker.died.is_set()]
-            while len(have) < self._standbys:
-                have.append(await self.fork("", device))
-        except WorkerDead as error:
-            log.warning("%s", error)  # the next tenant's worker is forked when it is needed
-        finally:
-            del self._refilling[device.device]
+        return self._standbys.pids(device)
 
     async def spawn(self, tenant: str, device: DeviceConfig) -> WorkerHandle:
         """A worker for a tenant on a device: the standby, or a fork of its own. Raises ``WorkerDead``."""
-        have = self._ready_workers.get(device.device, [])
-        while have:
-            worker = have.pop()
+        while (worker := self._standbys.take(device.device)) is not None:
             try:
                 await worker.bind(tenant)
             except WorkerDead:
                 continue
-            self.keep_standbys(device)
-            return worker
-        worker = await self.fork(tenant, device)
+            self._standbys.taken(device.device)
+            break
+        else:
+            worker = await self.fork(tenant, device)
         self.keep_standbys(device)
         return worker
 
@@ -229,6 +208,7 @@ class Nursery:
         await process.wait()
         self._let_go()
         self.died.set()
+        self._standbys.stop()
         self._ready.set()
         for spawned in self._spawning.values():
             if not spawned.done():
@@ -236,13 +216,7 @@ class Nursery:
 
     async def close(self) -> None:
         """End the nursery, and every worker that is left with it."""
-        self._closing = True
-        for refill in list(self._refilling.values()):
-            refill.cancel()
-        await asyncio.gather(*self._refilling.values(), return_exceptions=True)
-        for worker in [worker for ready in self._ready_workers.values() for worker in ready]:
-            await worker.close()
-        self._ready_workers.clear()
+        await self._standbys.close()
         self._let_go()
         if self._process is None or self._watching is None:
             return

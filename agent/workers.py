@@ -152,6 +152,7 @@ class WorkerHandle:
         self.device = device
         self.pid = 0
         self.died = asyncio.Event()
+        self.on_death: Callable[[], None] = lambda: None
         # Told of each measured request: its model, and the bytes that it took beside the weights.
         self.on_workspace: Callable[[ModelRef, int], None] = lambda ref, workspace_bytes: None
         # Told of device time that requests took whose callers had left, in milliseconds.
@@ -519,6 +520,7 @@ class WorkerHandle:
         if self._stream is not None:
             self._stream.close()
         self.died.set()
+        self.on_death()
         for reply in self._replies.values():
             if not reply.done():
                 reply.set_exception(WorkerDead(f"worker {self.pid} is gone"))

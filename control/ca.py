@@ -41,6 +41,8 @@ NODE_CERTIFICATE_LIFE = timedelta(hours=24)
 CLOCK_SKEW = timedelta(minutes=30)
 PRESENT, NEXT = "ca", "next-ca"
 ROTATION = "rotation.json"
+# There while the first CA is made: what lies beside it was never used by anybody.
+MAKING = "ca.making"
 
 
 class BrokenCa(OSError):
@@ -156,7 +158,7 @@ def _paths(directory: Path, stem: str) -> tuple[Path, Path]:
 
 
 def keep_ca(directory: Path, stem: str, ca: Ca) -> None:
-    """The key goes last: with it in place the pair is complete, without it both are made anew."""
+    """The key goes last: with it in place the pair is complete."""
     key_path, certificate_path = _paths(directory, stem)
     key_path.unlink(missing_ok=True)
     write_private(certificate_path, ca.pem.encode())
@@ -164,15 +166,19 @@ def keep_ca(directory: Path, stem: str, ca: Ca) -> None:
 
 
 def load_ca(directory: Path, stem: str) -> Ca | None:
-    """None when there is none, or when its making was cut short. Raises ``BrokenCa``: what was complete once
-    is never made anew in silence, since every node would have to join again."""
-    key_path, certificate_path = _paths(directory, stem)
-    if not key_path.exists():
+    """None when there is none. Raises ``BrokenCa``: what was complete once is never made anew in silence:
+    every node would have to join again."""
+    paths = _paths(directory, stem)
+    lacking = [str(path) for path in paths if not path.exists()]
+    if len(lacking) == len(paths):
         return None
-    ca = _read_pair(key_path, certificate_path)
+    ca = _read_pair(*paths)
     if ca is None:
+        strange = f"{paths[0]} and {paths[1]} do not belong together"
+        found = f"{lacking[0]} is missing" if lacking else strange
         raise BrokenCa(
-            f"{key_path} and {certificate_path} are not a key and its certificate; restore both from a backup"
+            f"the cluster's CA can not be read: {found}; restore both from a backup. Without one, remove "
+            "what is left of both and start control again: it makes a new CA, and every node must join again"
         )
     return ca
 
@@ -244,10 +250,15 @@ def load_cas(directory: Path, common_name: str, now: datetime) -> Cas:
 
 
 def _present(directory: Path, common_name: str, now: datetime) -> Ca:
-    present = load_ca(directory, PRESENT)
+    making = directory / MAKING
+    present = _read_pair(*_paths(directory, PRESENT)) if making.exists() else load_ca(directory, PRESENT)
     if present is None:
+        write_private(making, b"")
         present = make_ca(common_name, now)
         keep_ca(directory, PRESENT, present)
+    if making.exists():
+        making.unlink()
+        sync_folder(directory)
     return present
 
 

@@ -328,6 +328,11 @@ def too_large(limit_bytes: int) -> ApiError:
 
 
 _AT = re.compile(r" - at `\$\.?(.*)`$")
+# A high surrogate without a low one behind it, or a low one without a high one before it.
+_HALF = re.compile(
+    rb"(?<!\\)(?:\\\\)*(?=(\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
+    rb"(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}))"
+)
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")
 
 
@@ -353,7 +358,14 @@ def decode_json(body: bytes, kind: type[T]) -> T:
     except RecursionError:
         raise ApiError(400, "invalid_json", "The request's body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeError) as error:
+        # The decoder looks for the other half and says that the text ends there.
+        half = _HALF.search(body)
         message = str(error)[: 2 * ECHO_CHARS_MAX]
+        if half is not None:
+            message = (
+                f"{half[1].decode()} at byte {half.start(1)} is half of a surrogate pair, which is no "
+                "character; send both halves, or the character as UTF-8."
+            )
         raise ApiError(400, "invalid_json", f"The request's body is not JSON: {message}") from None
 
 

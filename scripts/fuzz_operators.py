@@ -73,7 +73,7 @@ def shown(value: Any) -> str:
 def call(step: operations.Step, positional: list[Any], keywords: Mapping[str, Any]) -> list[torch.Tensor]:
     """As ``agent.engines.export`` does. Raises whatever a worker would turn into an answer."""
     if step.makes_tensors:
-        positional = operations.prepared(step, positional)
+        positional = operations.prepared(step, positional, keywords)
         operations.check_size(step, positional, keywords, 0)
     return list(operations.tensors_in(step.call(*positional, **keywords)))
 

@@ -180,15 +180,38 @@ def test_a_stage_that_can_not_be_read_between_two_moves_ends_them(tmp_path: Path
     assert load_cas(tmp_path, "x", NOW).present.pem == cas.next.pem
 
 
-@pytest.mark.parametrize(("name", "how"), [("ca.pem", how) for how in DAMAGE] + [("ca.key", "half-written")])
+@pytest.mark.parametrize("name", ["ca.key", "ca.pem"])
+@pytest.mark.parametrize("how", DAMAGE)
 def test_a_present_ca_that_is_broken_is_never_replaced(tmp_path: Path, name: str, how: str) -> None:
     """A new one would cut off every node; an operator restores the files."""
     load_cas(tmp_path, "x", NOW)
     damage(tmp_path / name, how)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(BrokenCa, match="restore both from a backup"):
+    with pytest.raises(BrokenCa, match=r"restore both from a backup.*every node must join again"):
         load_cas(tmp_path, "x", NOW)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("left", [(), ("ca.pem",), ("ca.pem", "ca.key")])
+def test_a_first_ca_whose_making_a_crash_cut_short_is_made_again(
+    tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    """Nobody has used it: control does not listen before its making is over."""
+    with (
+        mock.patch("pathlib.Path.unlink", side_effect=OSError("crashed")),
+        mock.patch("control.ca.keep_ca"),
+        pytest.raises(OSError, match="crashed"),
+    ):
+        load_cas(tmp_path, "x", NOW)
+    ca = make_ca("x", NOW)
+    for name in left:
+        (tmp_path / name).write_bytes(private_pem(ca.key) if name == "ca.key" else ca.pem.encode())
+    found = load_cas(tmp_path, "x", NOW).present
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ca.key", "ca.pem"]
+    assert load_cas(tmp_path, "x", NOW).present.pem == found.pem
+    (tmp_path / "ca.key").unlink()
+    with pytest.raises(BrokenCa, match=r"ca\.key is missing"):
+        load_cas(tmp_path, "x", NOW)
 
 
 async def test_control_starts_without_its_next_ca_and_says_so(tmp_path: Path) -> None:

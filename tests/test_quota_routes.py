@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from running_control import Running, empty_report, running, tenant_report
 
+from packer.lending import LendingView
 from packer.rates import RateView
 from packer.types import GIB, TenantQuota
 from packer.wire import DeviceReport, Report
@@ -114,3 +115,25 @@ async def test_promises_that_one_node_can_not_keep_together_are_warned_of(
     ], "no figure: a share of its own would tell what all others have reserved"
     await control.call("PATCH", globex, {"device": {"reserved": 90 * GIB}})
     assert (await control.call("GET", PATH, key=key)).json()["warnings"] == own
+
+
+async def test_a_tenant_hears_nothing_of_lending_that_others_promises_follow_from(
+    control: Running, tmp_path: Path
+) -> None:
+    """The node is promised to twice what it has: it keeps half of the reserve, and says figures of that."""
+    key = await control.tenant("acme")
+    await control.call("PATCH", PATH, {"device": {"reserved": 8 * GIB}})
+    node = await control.join("n1")
+    said = LendingView(debt_ms=-5, lent_bytes=3 * GIB, borrowed_bytes=5 * GIB, protected=True)
+    report = replace(tenant_report("acme", device_bytes=9 * GIB), lending=said)
+    await node.beat(tmp_path, report=empty_report("http://127.0.0.1:9", (), tenants=(report,)))
+    (usage,) = (await control.call("GET", PATH)).json()["usage"]
+    assert msgspec.convert(usage["lending"], LendingView) == said
+    (usage,) = (await control.call("GET", PATH, key=key)).json()["usage"]
+    assert usage["lending"] == {
+        "debt_ms": -5,
+        "lent_bytes": None,
+        "borrowed_bytes": GIB,
+        "excused_ms": 0,
+        "protected": True,
+    }

@@ -224,7 +224,7 @@ class ExportModel(WholeRequests):
         if step.makes_tensors:
             # The same at every run of this program, because it is a matter of dtypes.
             self._is_sized_by_values |= meter is not None and has_mask(step, positional)
-            positional = prepared(step, positional)
+            positional = prepared(step, positional, keywords)
             if meter is not None:
                 check_size(step, positional, keywords, meter.alive_bytes)
         result = step.call(*positional, **keywords)

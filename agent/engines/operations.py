@@ -29,6 +29,10 @@ RUN_BYTES_MAX = 2 * GIB
 # Of a pooling's window or result; they are walked over in half a second. An image of 16,384 by 16,384 has so
 # many.
 WINDOW_PLACES_MAX = 2**28
+# Of a transposed convolution: places of its result before the padding is cut off, times the steps of its
+# strides. Some kernels walk over so much whatever the input is; these take a second. A stride of 8 by 8 may
+# make 8,192 by 8,192 places.
+STRIDE_STEPS_MAX = 2**32
 # Powers and shifts of sizes: none that fits 64 bits needs more.
 _EXPONENT_MAX = 64
 
@@ -201,15 +205,25 @@ def tensors_in(values: object) -> Iterator[torch.Tensor]:
 # --- what torch's kernels do not look at ----------------------------------------------------------------
 
 
-def prepared(step: Step, positional: list[Value]) -> list[Value]:
+def prepared(step: Step, positional: list[Value], keywords: Mapping[str, Value]) -> list[Value]:
     """Positional arguments that are safe to hand over. Raises ``Refusal``."""
     target = step.node.target
     check = _CHECKS.get(target)
     if check is not None:
-        check(step, positional)
+        check(step, _in_order(step, positional, keywords))
     if target in ("aten.index.Tensor", "aten.index_put.default"):
         positional = [positional[0], _places(positional[1]), *positional[2:]]
     return positional
+
+
+def _in_order(step: Step, positional: list[Value], keywords: Mapping[str, Value]) -> list[Value]:
+    """The arguments by place, None for what was left out before one that was given by its name."""
+    operation = step.node.operator
+    named = (
+        [parameter.name for parameter in operation.parameters if not parameter.keyword] if operation else []
+    )
+    last = max((at for at, name in enumerate(named) if name in keywords), default=-1)
+    return [*positional, *(keywords.get(name) for name in named[len(positional) : last + 1])]
 
 
 def has_mask(step: Step, positional: Sequence[Value]) -> bool:
@@ -285,6 +299,37 @@ def _check_windows(step: Step, positional: Sequence[Value]) -> None:
             raise Refusal(f"sides of {sizes} are {places} places, the limit is {WINDOW_PLACES_MAX}")
 
 
+def _check_transposed(step: Step, positional: Sequence[Value]) -> None:
+    given: list[Value] = [*positional, *[None] * (8 - len(positional))]
+    stride, rest = given[3], given[5:]
+    if step.node.target == "aten.convolution.default":
+        dilation, transposed, around, _ = rest[:4]
+    else:
+        around, _, dilation = rest[:3]
+        transposed = True
+    if not transposed:
+        return
+    sides, kernel = positional[0].shape[2:], positional[1].shape[2:]
+    places = steps = 1
+    for at, (side, width) in enumerate(zip(sides[-len(kernel) :], kernel, strict=False)):
+        by = _of_side(stride, at, 1)
+        places *= max((side - 1) * by, 0) + max(width - 1, 0) * _of_side(dilation, at, 1) + 1
+        places += _of_side(around, at, 0)
+        steps *= by
+    if places > WINDOW_PLACES_MAX or places * steps > STRIDE_STEPS_MAX:
+        raise Refusal(
+            f"strides of {steps} places in all make {places} places before padding; the limits are "
+            f"{WINDOW_PLACES_MAX} places, and {STRIDE_STEPS_MAX} of places times strides"
+        )
+
+
+def _of_side(sizes: Value, at: int, otherwise: int) -> int:
+    """Of one size for all sides, or a size for each; torch refuses negative ones itself."""
+    if not isinstance(sizes, list) or not sizes:
+        return otherwise
+    return max(int(sizes[at] if at < len(sizes) else sizes[0]), otherwise)
+
+
 def _check_pad(step: Step, positional: Sequence[Value]) -> None:
     """A side that is cut while the tensor goes on in a circle leaves places of the result unfilled."""
     if len(positional) > 2 and positional[2] == "circular" and any(size < 0 for size in positional[1]):
@@ -350,6 +395,8 @@ _CHECKS: Mapping[str, Callable[[Step, Sequence[Value]], None]] = {
     "aten._native_batch_norm_legit_no_training.default": _check_batch_norm,
     "aten._weight_norm.default": _check_weight_norm,
     "aten.pad.default": _check_pad,
+    "aten.convolution.default": _check_transposed,
+    **dict.fromkeys((name for name in OPERATORS if "conv_transpose" in name), _check_transposed),
     **dict.fromkeys((name for name in OPERATORS if "pool" in name), _check_windows),
     **dict.fromkeys(
         (

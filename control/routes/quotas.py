@@ -23,7 +23,6 @@ from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import Operation, Result
 from control.routes.access import Access, Caller, Route, read_json, tenant_of
 from control.state import Control
-from packer.lending import LendingView
 from packer.rates import RateView
 from packer.types import BadValue, ByteQuota, TenantQuota
 from packer.wire import TenantReport
@@ -70,6 +69,22 @@ class QuotaAsk(msgspec.Struct, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Lending:
+    """How a tenant stands with its reserved device bytes on one node.
+
+    A node of which more is promised than it has keeps a scaled reserve for each tenant: what it lends and
+    what is borrowed there follow from others' promises. So a tenant's key is not told what is lent (null),
+    and as borrowed what is beyond the reserve that its quota says.
+    """
+
+    debt_ms: int
+    lent_bytes: int | None
+    borrowed_bytes: int
+    excused_ms: int
+    protected: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What one node last reported of one tenant."""
 
@@ -85,7 +100,7 @@ class Usage:
     tokens: int
     device_ms: int
     rates: Sequence[RateView]
-    lending: LendingView
+    lending: Lending
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +144,27 @@ def _merge_bytes(tier: str, old: ByteQuota, ask: BytesAsk | UnsetType) -> ByteQu
 
 
 def _answer(control: Control, caller: Caller, tenant: str) -> QuotaAnswer:
+    quota = control.catalog.quotas[tenant]
     usage = [
-        _usage(view.node, report)
+        _usage(view.node, report, _lending(report, caller, quota))
         for view in control.cluster.nodes.values()
         if view.report is not None
         for report in view.report.tenants
         if report.tenant == tenant
     ]
-    quota = control.catalog.quotas[tenant]
     return QuotaAnswer(tenant, quota, usage, overpromised(control, caller, tenant, quota))
 
 
-def _usage(node: str, report: TenantReport) -> Usage:
+def _lending(report: TenantReport, caller: Caller, quota: TenantQuota) -> Lending:
+    said = report.lending
+    lent_bytes: int | None = said.lent_bytes
+    borrowed_bytes = said.borrowed_bytes
+    if not caller.is_operator:
+        lent_bytes, borrowed_bytes = None, max(report.device_bytes - quota.device.reserved, 0)
+    return Lending(said.debt_ms, lent_bytes, borrowed_bytes, said.excused_ms, said.protected)
+
+
+def _usage(node: str, report: TenantReport, lending: Lending) -> Usage:
     return Usage(
         node,
         report.tenant,
@@ -154,7 +178,7 @@ def _usage(node: str, report: TenantReport) -> Usage:
         report.tokens,
         report.device_ms,
         report.rates,
-        report.lending,
+        lending,
     )
 
 

@@ -321,7 +321,7 @@ def _rate_use(row: Fields) -> RateUse:
 def _lending(row: Fields) -> Lending:
     return Lending(
         debt_ms=row.number("debt_ms", 0),
-        lent_bytes=row.number("lent_bytes", 0),
+        lent_bytes=row.maybe_number("lent_bytes"),
         borrowed_bytes=row.number("borrowed_bytes", 0),
         excused_ms=row.number("excused_ms", 0),
         protected=row.flag("protected"),

@@ -177,11 +177,12 @@ class Lending:
     """How a tenant stands with its reserved device bytes on one node.
 
     ``debt_ms``: what its restores took beyond what they would have taken alone on its reserve; negative is
-    credit, for which ``lent_bytes`` of it are in others' hands. ``protected``: nothing may be lent now.
+    credit, for which ``lent_bytes`` of it are in others' hands; None: only the operator's key is told.
+    ``protected``: nothing may be lent now.
     """
 
     debt_ms: int = 0
-    lent_bytes: int = 0
+    lent_bytes: int | None = None
     borrowed_bytes: int = 0  # held beyond the reserve
     excused_ms: int = 0  # lost to faults and to what can not be divided, and not counted as debt
     protected: bool = False

@@ -24,7 +24,7 @@ from json_pieces import JSON_PIECES
 
 import packer.body_budget
 from packer.body_budget import OWNER_BODIES_BYTES_MAX
-from packer.http import JSON_BYTES_MAX
+from packer.http import JSON_BYTES_MAX, ApiError, decode_json
 
 VALID: dict[str, dict[str, object]] = {
     "/v1/embeddings": {"model": "acme/embed", "input": ["a"], "encoding_format": "float"},
@@ -184,6 +184,31 @@ HOSTILE = {
     "mixed inputs": b'{"model": "acme/embed", "input": ["a", 1]}',
     "empty tokens": b'{"model": "acme/embed", "input": [[]]}',
 }
+
+
+HALF: dict[bytes, str] = {
+    rb'{"model": "\ud800"}': r"\ud800 at byte 11",
+    rb'{"model": "\uDBFF", "input": "a"}': r"\uDBFF at byte 11",
+    rb'{"model": "a\udc00b"}': r"\udc00 at byte 12",
+    rb'{"model": "\ud83d\ude00\\\ud83d\n"}': r"\ud83d at byte 25",
+    rb'{"model": "\ud800\ud800\udc00"}': r"\ud800 at byte 11",
+}
+
+
+@pytest.mark.parametrize("body", list(HALF))
+def test_half_of_a_surrogate_pair_is_called_that(body: bytes) -> None:
+    """The decoder says that the text is cut short, which nobody would find in it."""
+    with pytest.raises(ApiError) as error:
+        decode_json(body, dict)
+    assert HALF[body] in error.value.message
+    assert "half of a surrogate pair" in error.value.message
+    assert "truncated" not in error.value.message
+
+
+@pytest.mark.parametrize("body", [rb'{"a": "\\ud800', rb'{"a": "\ud83d\ude00', rb'{"a": "\\\\udc00"'])
+def test_what_is_cut_short_is_called_that(body: bytes) -> None:
+    with pytest.raises(ApiError, match="truncated"):
+        decode_json(body, dict)
 
 
 @pytest.mark.parametrize("path", list(VALID))
