@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from agent.background import Background
 from agent.facade import EngineFrame, EngineRequest, Refused
 from packer import residency
 from packer.decisions import Forecast
@@ -131,7 +132,7 @@ class Loop:
         self._draining = False
         self._waiting: dict[str, asyncio.Future[tuple[Grant, int]]] = {}
         self._asked: dict[str, Forecast] = {}
-        self._orders: set[asyncio.Task[None]] = set()
+        self._orders = Background()
         self._wake: asyncio.TimerHandle | None = None
         self._wake_at_ms: int | None = None
         self._ring: deque[tuple[int, Event, list[Action]]] = deque(maxlen=RING_STEPS_MAX)
@@ -206,9 +207,7 @@ class Loop:
             future.set_result(answer)
 
     def _start(self, order: Awaitable[Event | None]) -> None:
-        task = asyncio.ensure_future(self._carry_out(order))
-        self._orders.add(task)
-        task.add_done_callback(self._orders.discard)
+        self._orders.start(self._carry_out(order))
 
     async def _carry_out(self, order: Awaitable[Event | None]) -> None:
         try:
@@ -281,6 +280,4 @@ class Loop:
     async def close(self) -> None:
         if self._wake is not None:
             self._wake.cancel()
-        for task in list(self._orders):
-            task.cancel()
-        await asyncio.gather(*self._orders, return_exceptions=True)
+        await self._orders.close()

@@ -25,9 +25,10 @@ from agent.debts import Debts
 from agent.decisions import Decisions
 from agent.footprints import Footprints
 from agent.journal import JournalFailed, PackRow, open_journal
+from agent.journal_thread import JournalThread
 from agent.keeper import Keeper
 from agent.loop import Loop
-from agent.orders import JournalThread, Orders
+from agent.orders import Orders
 from agent.origin import OriginUnavailable
 from agent.packs import PackDirectory
 from agent.regret import RegretMeter
@@ -180,7 +181,7 @@ class RunningNode:
         journal = self._journal.journal
         self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
         self.footprints.take_stored(journal.footprints())
-        self.orders.on_workspace = self._on_workspace
+        self.orders.roster.on_workspace = self._on_workspace
         self._spending = Spending(journal.spent(), self._owed_rates, wall_ms)
         self._debts = Debts(journal.debts(), self._owed_cold_ms, monotonic_ms)
         self._remembering = Remembering(
@@ -317,7 +318,7 @@ class RunningNode:
     # --- devices ----------------------------------------------------------------------------------
 
     def _look_at_devices(self) -> None:
-        pids, idle_pids = self.orders.worker_pids(), self.orders.worker_pids(idle=True)
+        pids, idle_pids = self.orders.roster.pids(), self.orders.roster.pids(idle=True)
         for name, device in self._devices.items():
             state = devices.look(device, pids[name], idle_pids[name])
             if self._foreign.get(name) != state:
@@ -348,8 +349,8 @@ class RunningNode:
     async def _settle(self, plan: Plan) -> None:
         if (form := self._choose_host_form(plan)) is not self.host_form:
             await self._use_form(form)
-        await self.orders.keep_only(frozenset(spec.ref for spec in plan.models))
-        await self.orders.close_tenants(frozenset(tenant.tenant for tenant in plan.tenants))
+        self.orders.keep_only(frozenset(spec.ref for spec in plan.models))
+        await self.orders.roster.close_tenants(frozenset(tenant.tenant for tenant in plan.tenants))
 
     async def _keep_footprints(self) -> None:
         rows = self.footprints.take_unsaved()

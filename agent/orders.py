@@ -1,32 +1,34 @@
 """Carrying out the core's orders: workers, packs, host segments, origins.
 
 Covers: one coroutine per kind of order; each returns the event that says how it went. Does not cover:
-deciding anything (``packer/residency.py``) or moving a byte (the worker does). A worker that dies
-answers all its orders at once, through ``WorkerDied``.
+deciding anything (``packer/residency.py``), which workers there are (``agent/roster.py``) or moving a byte
+(the worker does). A worker that dies answers all its orders at once, through ``WorkerDied``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from agent.devices import DeviceConfig, at_place
+from agent.background import Background
+from agent.devices import DeviceConfig
 from agent.explained import Explained, public, worker_died
 from agent.facade import EngineFrame, EngineRequest
 from agent.filling import Filling, open_copy
 from agent.holdings import Holdings
 from agent.journal import JournalFailed, PackRow
-from agent.journal_thread import JournalThread as JournalThread
+from agent.journal_thread import JournalThread
 from agent.origin import ControlFetch, OriginUnavailable, open_origin
 from agent.pack_making import Making, PackMaking
 from agent.packs import PackDirectory
 from agent.peer_fetch import FetchedPack
 from agent.repairs import Repairs
+from agent.roster import Roster
 from agent.segments import Freeing, HostSegments
 from agent.sources import Obtained, Sources
 from agent.spawning import Nursery
@@ -55,17 +57,11 @@ from packer.events import (
     ServingBegun,
     ServingEnded,
     StopFill,
-    TookLate,
-    WorkerDied,
 )
-from packer.gangs import devices_in
 from packer.types import HostForm, ModelRef, ModelSpec, Tier
 
 log = logging.getLogger("bunk.orders")
 
-# A parked worker keeps its module skeletons and costs some 60 MiB of private memory; beyond this many
-# on one node the one that has been empty longest is closed.
-WORKERS_PARKED_MAX = 16
 # A worker that has not answered an order by then hangs and is killed; its death answers all its orders.
 # 100 GiB from a slow origin at 100 MB/s takes 18 minutes; giving memory back takes milliseconds.
 MOVE_TIMEOUT_S = 1_800.0
@@ -99,8 +95,7 @@ class Orders:
         self._making = PackMaking(
             packs, journal, self.holdings, clock_ms, lambda ref: self.post(PackBegun(ref, 0))
         )
-        self._nursery = nursery
-        self._devices = devices
+        self.roster = Roster(nursery, devices, segments, lambda event: self.post(event))
         self._packs = packs
         self._segments = segments
         self._journal = journal
@@ -113,17 +108,10 @@ class Orders:
         self.repairs.doubt = self._doubt
         unproven = self._unproven
         self._ahead = Filling(nursery, packs, segments, journal, spec_of, lambda ref: ref not in unproven)
-        # Told of each measured request: model, device, the worker's process, bytes beside the weights.
-        self.on_workspace: Callable[[ModelRef, str, int, int], None] = lambda *seen: None
         # Where packs come from; None: origins only.
         self.sources: Sources | None = None
-        self._workers: dict[tuple[str, str], WorkerHandle] = {}
-        self._spawning: dict[tuple[str, str], asyncio.Task[WorkerHandle]] = {}
-        # What each worker holds, oldest-emptied first: only for choosing which parked worker to close.
-        self._held: dict[tuple[str, str], set[ModelRef]] = {}
-        self._watches: set[asyncio.Task[None]] = set()
+        self._background = Background()
         # None before the first plan.
-        self._tenants: frozenset[str] | None = None
         self._planned: frozenset[ModelRef] | None = None
 
     async def start(self, rows: Sequence[PackRow]) -> dict[ModelRef, int]:
@@ -132,94 +120,18 @@ class Orders:
         await self.holdings.find(rows, partial_packs)
         return partial_packs
 
-    # --- workers ----------------------------------------------------------------------------------
-
-    def worker_pids(self, idle: bool = False) -> dict[str, list[int]]:
-        """Process ids by device, standbys included. ``idle``: of those that hold no model."""
-        pids = {device: self._nursery.standby_pids(device) for device in self._devices}
-        for at, worker in self._workers.items():
-            if not idle or not self._held.get(at):
-                for device in devices_in(at[1]):
-                    pids[device].append(worker.pid)
-        return pids
-
-    async def _worker(self, tenant: str, device: str) -> WorkerHandle:
-        """The tenant's worker on a device, or on a place of several, forked when there is none. Raises
-        ``WorkerDead``."""
-        at = (tenant, device)
-        if at in self._workers:
-            return self._workers[at]
-        if at not in self._spawning:
-            self._spawning[at] = asyncio.create_task(self._spawn(at))
-        return await asyncio.shield(self._spawning[at])
-
-    async def _spawn(self, at: tuple[str, str]) -> WorkerHandle:
-        try:
-            await self._close_parked()
-            worker = await self._nursery.spawn(at[0], at_place(self._devices, at[1]))
-            worker.on_workspace = lambda ref, nbytes: self.on_workspace(ref, at[1], worker.pid, nbytes)
-            worker.on_late = lambda device_ms: self.post(TookLate(at[0], device_ms))
-            self._workers[at] = worker
-            self._keep(self._watch(at, worker))
-            return worker
-        finally:
-            del self._spawning[at]
-
-    @asynccontextmanager
-    async def _in_time(self, worker: WorkerHandle, timeout_s: float) -> AsyncIterator[None]:
-        """Kill a worker that does not answer in time. Raises ``WorkerDead``."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                yield
-        except TimeoutError:
-            log.error("worker %d of %s hangs; killing it", worker.pid, worker.tenant)
-            worker.kill()
-            raise WorkerDead(f"worker {worker.pid} did not answer in {timeout_s:g} s") from None
-
-    async def _watch(self, at: tuple[str, str], worker: WorkerHandle) -> None:
-        await worker.died.wait()
-        if self._workers.get(at) is worker:
-            del self._workers[at]
-            self._held.pop(at, None)
-            for freeing in self._segments.give_all_back(*at):
-                await asyncio.to_thread(freeing.free)
-        self.post(WorkerDied(*at))
-
-    async def _close_parked(self) -> None:
-        parked = [at for at, held in self._held.items() if not held and at in self._workers]
-        for at in parked[: max(0, len(parked) - WORKERS_PARKED_MAX + 1)]:
-            # What was parked may be gone or wanted again since another one was closed.
-            if at in self._workers and not self._held.get(at):
-                await self._workers[at].close()
-
-    async def keep_only(self, planned: frozenset[ModelRef]) -> None:
-        """Stop bringing in what is not in the plan any more, and remove what is half packed of it."""
+    def keep_only(self, planned: frozenset[ModelRef]) -> None:
+        """Stop bringing in what is not in the plan any more. The core, which has what is half packed of it in
+        its books, orders the drop."""
         self._planned = planned
-        for (tenant, device), held in list(self._held.items()):
-            worker = self._workers.get((tenant, device))
-            for ref in held:
-                if worker is not None and ref not in planned:
-                    self._keep(_cancel(worker, ref))
-        # The core, which has them in its books, orders the drop of what is half packed.
+        self.roster.keep_only(planned)
 
     def _is_planned(self, ref: ModelRef) -> bool:
         return self._planned is None or ref in self._planned
 
-    async def close_tenants(self, kept: frozenset[str]) -> None:
-        """Close the workers of tenants that are no more: the empty ones now, others once they are."""
-        self._tenants = kept
-        for at in [at for at in self._workers if self._is_orphaned(at)]:
-            await self._workers[at].close()
-
-    def _is_orphaned(self, at: tuple[str, str]) -> bool:
-        return self._tenants is not None and at[0] not in self._tenants and not self._held.get(at)
-
     async def close(self) -> None:
-        for worker in list(self._workers.values()):
-            await worker.close()
-        for watch in list(self._watches):
-            watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
+        await self.roster.close()
+        await self._background.close()
 
     # --- orders -----------------------------------------------------------------------------------
 
@@ -254,15 +166,14 @@ class Orders:
         # A part whose image was to be moved into a segment may lie in either: then none of it is kept.
         kept_chunks = 0 if order.from_tier is Tier.HOST else order.first_chunk
         kept = partial(failed, kept_chunks=kept_chunks)
-        # Held from here on, so that a worker that is just being forked for it is not taken for a parked one.
-        self._held.setdefault((order.ref.tenant, order.device), set()).add(order.ref)
+        self.roster.hold(order.ref, order.device)
         try:
-            worker = await self._worker(order.ref.tenant, order.device)
+            worker = await self.roster.find_or_fork(order.ref, order.device)
         except WorkerDead as error:
-            self._forget_held(order.ref, order.device)
+            self.roster.let_go(order.ref, order.device)
             return failed(f"no worker: {error}")
         try:
-            async with self._in_time(worker, MOVE_TIMEOUT_S):
+            async with self.roster.in_time(worker, MOVE_TIMEOUT_S):
                 return await move(worker)
         except WorkerDead:
             return None
@@ -307,7 +218,7 @@ class Orders:
         await self._note_image(order, worker, mapped=False)
         if making is not None:
             making.loaded = True
-            self._keep(self._finish_pack(order, making, obtained, worker, done))
+            self._background.start(self._finish_pack(order, making, obtained, worker, done))
         return Restored(
             order.ref,
             order.device,
@@ -411,11 +322,11 @@ class Orders:
         await _free(self._segments.give_back(ref, image_bytes))
 
     async def evict(self, order: Evict) -> Event | None:
-        worker = self._workers.get((order.ref.tenant, order.device))
+        worker = self.roster.find(order.ref, order.device)
         if worker is None:
             return None
         try:
-            async with self._in_time(worker, EVICT_TIMEOUT_S):
+            async with self.roster.in_time(worker, EVICT_TIMEOUT_S):
                 await worker.evict(order.ref, order.keep_chunks)
         except WorkerDead:
             return None
@@ -426,7 +337,7 @@ class Orders:
             return None
         await self._give_back(order.ref, order.keep_chunks)
         if not order.keep_chunks:
-            self._forget_held(order.ref, order.device)
+            self.roster.let_go(order.ref, order.device)
         return Evicted(order.ref, order.device, order.order)
 
     async def fill(self, order: Fill) -> Event:
@@ -439,13 +350,13 @@ class Orders:
 
     async def pack(self, order: Pack) -> Event:
         ref = order.ref
-        worker = self._workers.get((ref.tenant, order.device))
+        worker = self.roster.find(ref, order.device)
         making: Making | None = None
         try:
             if worker is None:
                 raise WorkerDead("the worker is gone")
             making = await self._making.begin(self._spec_of(ref), order.disk_bytes, resume=False)
-            async with self._in_time(worker, MOVE_TIMEOUT_S):
+            async with self.roster.in_time(worker, MOVE_TIMEOUT_S):
                 done = await worker.pack(ref, making.files(order.disk_bytes))
             host_bytes = await self._making.publish(making, done, self.host_form)
         except (WorkerDead, WorkerFailure, OSError) as error:
@@ -454,7 +365,7 @@ class Orders:
             log.warning("no pack of %s: %s", ref, error)
             kept_bytes = self._making.partial_bytes(ref)
             return PackFailed(ref, order.device, public(error), order.order, kept_bytes)
-        self._keep(self._making.end(making))
+        self._background.start(self._making.end(making))
         read_bytes = done.host.stored_bytes
         return Packed(ref, order.device, done.disk_bytes, host_bytes, order.order, read_bytes)
 
@@ -471,7 +382,7 @@ class Orders:
         self, order: Restore, making: Making, obtained: Obtained, worker: WorkerHandle, load: LoadDone
     ) -> None:
         try:
-            async with self._in_time(worker, MOVE_TIMEOUT_S):
+            async with self.roster.in_time(worker, MOVE_TIMEOUT_S):
                 done = await worker.packed(load)
             host_bytes = await self._making.publish(making, done, self.host_form)
         except (WorkerDead, WorkerFailure, OSError) as error:
@@ -520,7 +431,7 @@ class Orders:
     def run(
         self, ref: ModelRef, device: str, request: EngineRequest, took: Callable[[int], None]
     ) -> AsyncIterator[EngineFrame]:
-        worker = self._workers.get((ref.tenant, device))
+        worker = self.roster.find(ref, device)
         if worker is None:
             raise worker_died(ref)
         return Explained(ref, worker.run(ref, request, took, self._spec_of(ref).batching))
@@ -530,41 +441,18 @@ class Orders:
         that a whole load was to replace may be there still. False: the worker is gone with everything."""
         self.post(ServingEnded(order.ref, order.device, order.order))
         try:
-            async with self._in_time(worker, EVICT_TIMEOUT_S):
+            async with self.roster.in_time(worker, EVICT_TIMEOUT_S):
                 await worker.evict(order.ref, kept_chunks)
         except (WorkerDead, WorkerFailure):
             worker.kill()
             return False
         await self._give_back(order.ref, kept_chunks)
         if not kept_chunks:
-            self._forget_held(order.ref, order.device)
+            self.roster.let_go(order.ref, order.device)
         return True
-
-    def _forget_held(self, ref: ModelRef, device: str) -> None:
-        at = (ref.tenant, device)
-        held = self._held.get(at)
-        if held is None:
-            return
-        held.discard(ref)
-        if not held:
-            # Re-insert so that the dictionary's order is the order of becoming empty.
-            self._held[at] = self._held.pop(at)
-            if at in self._workers and self._is_orphaned(at):
-                self._keep(self._workers[at].close())
-
-    def _keep(self, work: Coroutine[object, None, None]) -> None:
-        """Run beside everything else; asyncio itself holds tasks only weakly."""
-        task = asyncio.ensure_future(work)
-        self._watches.add(task)
-        task.add_done_callback(self._watches.discard)
 
 
 async def _free(freeing: Freeing | None) -> None:
     """Returns when the memory is free, without holding up the loop meanwhile."""
     if freeing is not None:
         await asyncio.to_thread(freeing.free)
-
-
-async def _cancel(worker: WorkerHandle, ref: ModelRef) -> None:
-    with suppress(WorkerDead, WorkerFailure):
-        await worker.cancel(ref)

@@ -15,12 +15,13 @@ import asyncio
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from agent.background import Background
 from agent.journal import JournalFailed, PackRow
 from agent.journal_thread import JournalThread
 from agent.packs import PackDirectory
@@ -113,12 +114,10 @@ class Sources:
         self.lender: Lender | None = None
         # The files that the plan names for a version; None: it is in no plan.
         self.files_of: Callable[[ModelRef], Sequence[OriginFile] | None] = lambda ref: None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         await asyncio.to_thread(self._fetch.close)
 
     def refuse(self, ref: ModelRef, pack: FetchedPack, why: str = "corrupt") -> None:
@@ -273,13 +272,13 @@ class Sources:
 
     def _hold_turn(self, ref: ModelRef, wait_ms: int) -> Callable[[bool], None]:
         """Keep the turn until the function returned here is called."""
-        holding = self._keep(self._renew(ref, wait_ms))
+        holding = self._background.start(self._renew(ref, wait_ms))
 
         def end(packed: bool) -> None:
             holding.cancel()
             # With a pack, this node's next report ends the turn; ended before it, another would read. A pack
             # that was dropped at once is in no report, and nobody shall wait for it.
-            self._keep(self._give_back(ref, REPORTED_S if packed else 0.0))
+            self._background.start(self._give_back(ref, REPORTED_S if packed else 0.0))
 
         return end
 
@@ -297,12 +296,6 @@ class Sources:
         await asyncio.sleep(after_s)
         with suppress(ControlAway):  # then it ends by itself
             await self._ask(ref, 0, ended=True)
-
-    def _keep(self, work: Coroutine[object, None, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 def _base(arriving: Path, number: int) -> Path:

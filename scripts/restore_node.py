@@ -157,7 +157,7 @@ class BenchNode:
     # --- what it holds ---
 
     def worker_pids(self) -> list[int]:
-        return [pid for pids in self.node.orders.worker_pids().values() for pid in pids]
+        return [pid for pids in self.node.orders.roster.pids().values() for pid in pids]
 
     def written_bytes(self) -> int:
         """What the workers that live now have caused to be written to any disk."""

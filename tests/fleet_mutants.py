@@ -241,8 +241,8 @@ FLEET_MUTANTS = (
     Mutant(
         "a turn whose pack was dropped at once runs out",
         SOURCES,
-        "            self._keep(self._give_back(ref, REPORTED_S if packed else 0.0))\n",
-        "            if not packed:\n                self._keep(self._give_back(ref, 0.0))\n",
+        "            self._background.start(self._give_back(ref, REPORTED_S if packed else 0.0))\n",
+        "            if not packed:\n                self._background.start(self._give_back(ref, 0.0))\n",
     ),
     Mutant(
         "a turn at the origin is given back before the report",

@@ -19,8 +19,9 @@ from running_workers import DEVICE, config_in
 from agent.counters import PENDING_RECORDS_MAX, Counters, PendingRecord
 from agent.devices import DeviceConfig
 from agent.journal import Journal, JournalFailed, PackRow, load_node_key
+from agent.journal_thread import JournalThread
 from agent.node import RunningNode
-from agent.orders import JournalThread, Orders
+from agent.orders import Orders
 from agent.origin import OriginUnavailable
 from agent.packs import PackDirectory
 from agent.segments import HostSegments
@@ -136,7 +137,7 @@ def make_orders(folder: Path, journal: Journal, worker: WorkerHandle) -> Orders:
         lambda ref: replace(SPEC, ref=ref),
         lambda: int(time.time()),
     )
-    orders._workers[(REF.tenant, DEVICE.device)] = worker
+    orders.roster.workers[(REF.tenant, DEVICE.device)] = worker
     return orders
 
 

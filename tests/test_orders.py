@@ -14,7 +14,8 @@ from running_workers import DEVICE
 
 from agent.facade import EngineFault, EngineFrame, EngineRequest, Refused
 from agent.journal import Journal, load_node_key
-from agent.orders import JournalThread, Orders
+from agent.journal_thread import JournalThread
+from agent.orders import Orders
 from agent.packs import PackDirectory
 from agent.segments import HostSegments
 from agent.spawning import Nursery
@@ -52,7 +53,7 @@ async def run(folder: Path, failure: WorkerFailure) -> None:
     packs = PackDirectory(folder / "packs")
     devices = {DEVICE.device: DEVICE}
     orders = Orders(Nursery(1), devices, packs, HostSegments(), thread, fetch, lambda ref: SPEC, lambda: 0)
-    orders._workers[(REF.tenant, DEVICE.device)] = Failing(failure)
+    orders.roster.workers[(REF.tenant, DEVICE.device)] = Failing(failure)
     try:
         async for _ in orders.run(REF, DEVICE.device, EngineRequest("embed"), lambda ms: None):
             raise AssertionError("nothing can be answered")

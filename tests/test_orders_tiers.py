@@ -101,7 +101,7 @@ class Hands:
         return frames[0].body + "".join(str(frame.header.get("delta", "")) for frame in frames).encode()
 
     def pids(self) -> list[int]:
-        return self.orders.worker_pids()[DEVICE.device]
+        return self.orders.roster.pids()[DEVICE.device]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -500,7 +500,7 @@ async def test_a_version_that_left_the_plan_leaves_no_partial_pack(hands: Hands,
     plan(hands, minilm)
     await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
     assert hands.packs.partial_bytes(minilm.ref)
-    await hands.orders.keep_only(frozenset())
+    hands.orders.keep_only(frozenset())
     assert await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4)) == Dropped(minilm.ref, Tier.DISK, 4)
     assert not list(hands.packs.path(minilm.ref).parent.iterdir())
     assert hands.orders._journal.journal.partial_packs() == []

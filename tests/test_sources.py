@@ -235,7 +235,7 @@ async def test_a_turn_is_kept_until_the_load_is_over(scene: Scene, monkeypatch: 
     await until(lambda: control.asked[-1] == ((), True))
     count = len(control.asked)
     obtained.end(packed=False)
-    await until(lambda: not sources._tasks)
+    await until(lambda: not sources._background.tasks)
     assert len(control.asked) == count
 
 
@@ -251,12 +251,12 @@ async def test_a_turn_that_brought_a_pack_is_given_back_after_the_report(
     for _ in range(20):  # everything that does not wait for time has run by then
         await asyncio.sleep(0)
     assert control.asked == [((), False)]
-    assert len(sources._tasks) >= 1
+    assert len(sources._background.tasks) >= 1
     monkeypatch.setattr(module, "REPORTED_S", 0.0)
     again = Control([granted()])
     sources = scene.sources(again)
     (await sources.obtain(REF, LIMIT_BYTES)).end(packed=True)
-    await until(lambda: not sources._tasks)
+    await until(lambda: not sources._background.tasks)
     assert again.asked == [((), False), ((), True)]
 
 
@@ -270,10 +270,10 @@ async def test_close_ends_turns_and_transfers(scene: Scene) -> None:
     peers = Peers()
     sources = scene.sources(Control([granted()]), peers)
     await sources.obtain(REF, LIMIT_BYTES)
-    assert len(sources._tasks) == 1
+    assert len(sources._background.tasks) == 1
     await sources.close()
     assert peers.closed
-    assert not [task for task in asyncio.all_tasks() if task in sources._tasks]
+    assert not [task for task in asyncio.all_tasks() if task in sources._background.tasks]
 
 
 def test_what_is_refused_are_the_nodes_that_gave_it(tmp_path: Path) -> None:
