@@ -400,6 +400,7 @@ class RunningNode:
 
     def _apply(self, plan: Plan) -> None:
         self.sharing.planned(plan)
+        self._identity.let_in({router.node: router.key_sha256 for router in plan.routers})
         self.credentials.planned(plan.cluster, plan.node, plan.keys, plan.ticket_keys)
         # Versions that left the plan stay known until the core has let go of them.
         self._specs |= {spec.ref: spec for spec in plan.models}

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 
-from control import rotate_command, simulate_command
+from control import rotate_command, router_command, simulate_command
 from control.config import parse_config
 from control.server import serve
 from control.state import AlreadyRunning
@@ -22,6 +22,8 @@ def main() -> None:
         raise SystemExit(simulate_command.main(sys.argv[2:]))
     if sys.argv[1:2] == ["rotate-ca"]:
         raise SystemExit(rotate_command.main(sys.argv[2:]))
+    if sys.argv[1:2] == ["router"]:
+        raise SystemExit(router_command.main(sys.argv[2:]))
     config = parse_config(sys.argv[1:])
     # Everything that control writes is its own: the CA's key, the operator's key, tenants' models.
     os.umask(0o077)

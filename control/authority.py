@@ -25,10 +25,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from control.ca import NODE_CERTIFICATE_LIFE, Cas, enter_stage, load_cas, next_stage, private_pem
-from control.catalog import NodeRow, TokenRow
+from control.catalog import Joiner, NodeRow, RouterRow, TokenRow
 from packer.certificates import (
     CONTROL,
     NODE_PREFIX,
+    ROUTER_PREFIX,
     Speaker,
     WrongSpeaker,
     pem_of,
@@ -123,10 +124,12 @@ def check_redemption(
     secret: str,
     node: str,
     key_sha256: str,
-    known: NodeRow | None,
+    known: NodeRow | RouterRow | None,
     now_ms: int,
+    joiner: Joiner = Joiner.NODE,
 ) -> None:
-    """Decide whether ``token`` may make ``node`` with this public key join. Raises ``JoinRefused``.
+    """Decide whether ``token`` may make ``node``, a ``joiner``, with this public key join. Raises
+    ``JoinRefused``.
 
     A token is good once, but for the key that redeemed it again: an answer can be lost on its way.
     """
@@ -134,7 +137,12 @@ def check_redemption(
     right = hmac.compare_digest(hash_secret(secret), stored)
     if token is None or not right or now_ms >= token.expires_ms:
         raise JoinRefused(
-            "the join token is unknown, expired or revoked; make a new one with `bunk node token create`"
+            f"the join token is unknown, expired or revoked; make a new one with `bunk {joiner} token create`"
+        )
+    if token.joiner is not joiner:
+        raise JoinRefused(
+            f"the join token is for a {token.joiner}, not for a {joiner}; make one with "
+            f"`bunk {joiner} token create`"
         )
     if token.used_key_sha256 is not None:
         if token.used_key_sha256 != key_sha256:
@@ -151,11 +159,11 @@ def check_redemption(
         if known is None:
             raise JoinRefused("the node that redeemed this token was removed; make a new token")
     if token.node is not None and token.node != node:
-        raise JoinRefused(f"the join token is for a node named {token.node!r}, not {node!r}")
+        raise JoinRefused(f"the join token is for a {joiner} named {token.node!r}, not {node!r}")
     if known is not None and known.key_sha256 != key_sha256:
         raise JoinRefused(
-            f"a node named {node!r} exists with another key; remove it first with `bunk node rm {node}`, "
-            "or choose another --name",
+            f"a {joiner} named {node!r} exists with another key; remove it first with "
+            f"`bunk {joiner} rm {node}`, or choose another --name",
             conflict=True,
         )
 
@@ -165,10 +173,11 @@ def check_redemption(
 
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
-    """Whom a client certificate speaks for."""
+    """Whom a client certificate speaks for: a node, or a router."""
 
     node: str
     key_sha256: str
+    router: str = ""
 
 
 class Authority:
@@ -236,6 +245,17 @@ class Authority:
         leaf = issuer.sign(key, common_name, [san], usages, NODE_CERTIFICATE_LIFE, self.now())
         return pem_of(leaf) + issuer.pem
 
+    def issue_router(self, request: x509.CertificateSigningRequest, router: str) -> str:
+        """As ``issue_node``, for a router that is a process of its own: a client here and of nodes, no
+        server to anybody who goes by this CA."""
+        san = x509.UniformResourceIdentifier(speaker_uri(self.cluster, ROUTER_PREFIX + router))
+        common_name = f"router {router}"[:COMMON_NAME_CHARS_MAX]
+        key = request.public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)  # ``read_request`` takes no others
+        issuer, usages = self._cas.issuer, [ExtendedKeyUsageOID.CLIENT_AUTH]
+        leaf = issuer.sign(key, common_name, [san], usages, NODE_CERTIFICATE_LIFE, self.now())
+        return pem_of(leaf) + issuer.pem
+
     def identify(self, certificate_der: bytes | None, now: datetime) -> NodeIdentity:
         """Whom a client certificate that TLS has verified speaks for; raises ``NotANode``.
 
@@ -247,12 +267,12 @@ class Authority:
                 known = read_speaker(certificate_der, self.cluster, self.cas, now.timestamp())
         except WrongSpeaker as error:
             raise NotANode(str(error)) from None
-        if not known.node:
+        if not known.node and not known.router:
             raise NotANode("the certificate is not a node's")
         if len(self._speakers) >= SPEAKERS_MAX:
             self._speakers.clear()
         self._speakers[certificate_der or b""] = known
-        return NodeIdentity(known.node, known.key_sha256)
+        return NodeIdentity(known.node, known.key_sha256, known.router)
 
     def server_context(self, hosts: Sequence[str]) -> ssl.SSLContext:
         """TLS 1.3 for the node listener; a client certificate is verified when one is sent."""

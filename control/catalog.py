@@ -12,6 +12,7 @@ applies it here afterwards, so nothing is ever visible that a crash could take b
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 import msgspec
 
@@ -28,6 +29,7 @@ VERSIONS_PER_TENANT_MAX = 2_000
 VERSIONS_MAX = 20_000
 UPLOADS_PER_TENANT_MAX = 16  # open at once; an abandoned one is swept after config's upload life
 NODES_MAX = 10_000  # twice what one control process was seen to keep up with (scripts/bench_control.py)
+ROUTERS_MAX = 64  # every plan names them; one carries thousands of requests a second
 # Where nodes are whose tokens name no pool.
 POOL_DEFAULT = "default"
 TOKENS_MAX = 10_000  # join tokens alive at once: a whole fleet may join within the hour of its tokens
@@ -96,8 +98,26 @@ class NodeRow:
 
 
 @dataclass(frozen=True, slots=True)
+class RouterRow:
+    """A joined router that is a process of its own. ``incarnation`` differs when it joins again."""
+
+    router: str
+    incarnation: str
+    key_sha256: str
+    joined_ms: int
+
+
+class Joiner(StrEnum):
+    """What a join token is for."""
+
+    NODE = "node"
+    ROUTER = "router"
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A join token. ``used_key_sha256`` is the public key that redeemed it, which may do so again."""
+    """A join token. ``used_key_sha256`` is the public key that redeemed it, which may do so again. ``node``
+    and ``used_node`` are names of whatever it is for."""
 
     token_id: str
     secret_sha256: str
@@ -107,6 +127,7 @@ class TokenRow:
     used_key_sha256: str | None = None
     used_node: str | None = None
     pool: str = POOL_DEFAULT
+    joiner: Joiner = Joiner.NODE
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +203,16 @@ class DropNode:
 
 
 @dataclass(frozen=True, slots=True)
+class PutRouter:
+    row: RouterRow
+
+
+@dataclass(frozen=True, slots=True)
+class DropRouter:
+    router: str
+
+
+@dataclass(frozen=True, slots=True)
 class PutToken:
     row: TokenRow
 
@@ -222,6 +253,8 @@ Change = (
     | DropUpload
     | PutNode
     | DropNode
+    | PutRouter
+    | DropRouter
     | PutToken
     | DropToken
     | PutReplay
@@ -232,13 +265,13 @@ Change = (
 
 def changes_plan(change: Change) -> bool:
     """Whether nodes must hear of it. Operator keys, uploads and join tokens are not in a plan; nodes are,
-    because they give packs to each other and to nobody else."""
+    because they give packs to each other and to nobody else, and routers, because no others may call."""
     match change:
         case PutKey(row):
             return row.tenant is not None
         case PutTenant() | DropTenant() | DropKey() | PutQuota() | PutModel() | DropModel():
             return True
-        case PutNode() | DropNode():
+        case PutNode() | DropNode() | PutRouter() | DropRouter():
             return True
         case _:
             return False
@@ -255,6 +288,7 @@ class Catalog:
     uploads: dict[str, UploadRow] = field(default_factory=dict)
     nodes: dict[str, NodeRow] = field(default_factory=dict)
     tokens: dict[str, TokenRow] = field(default_factory=dict)
+    routers: dict[str, RouterRow] = field(default_factory=dict)
     # Derived, kept by ``apply``: the keys of each tenant, the latest version of each model, all versions
     # of each tenant, the bytes of all specs in a plan, and the plan's number at which a key or version was
     # last put.
@@ -302,6 +336,10 @@ class Catalog:
                 self.nodes[row.node] = row
             case DropNode(node):
                 self.nodes.pop(node, None)
+            case PutRouter(row):
+                self.routers[row.router] = row
+            case DropRouter(router):
+                self.routers.pop(router, None)
             case PutToken(row):
                 self.tokens[row.token_id] = row
             case DropToken(token_id):
@@ -391,6 +429,10 @@ class Catalog:
     def plan_peers(self) -> tuple[PeerSpec, ...]:
         """All nodes of the cluster, in a stable order."""
         return tuple(PeerSpec(row.node, row.key_sha256) for _, row in sorted(self.nodes.items()))
+
+    def plan_routers(self) -> tuple[PeerSpec, ...]:
+        """All routers that are processes of their own, in a stable order."""
+        return tuple(PeerSpec(row.router, row.key_sha256) for _, row in sorted(self.routers.items()))
 
 
 # A version whose files lie in control's own store.

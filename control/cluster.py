@@ -74,6 +74,20 @@ class NodeBeat:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeTold:
+    """What control says of a node, to a router that hears no node itself. ``report`` None: control has not
+    heard it since it started. ``load``: requests in flight there, which the report does not say."""
+
+    node: str
+    report: Report | None
+    have_epoch: int
+    have_seq: int
+    load: int
+    silent: bool = False
+    cloned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PollEnded:
     """The node's long poll ended without a plan (time is up, or the line broke)."""
 
@@ -142,6 +156,7 @@ Event = (
     | NodeRemoved
     | Cloned
     | NodeBeat
+    | NodeTold
     | PollEnded
     | Changed
     | Routed
@@ -227,6 +242,7 @@ class NodeView:
     life: str = ""  # of the process whose report this is
     number: int = 0
     cloned: bool = False
+    told: bool = False  # control says how it is, and that it is silent: time alone says nothing
     in_flight: int = 0  # requests that this router has sent and not seen end
     near: tuple[str, ...] = ()  # versions that it has on a device or is bringing there
     kept: tuple[str, ...] = ()  # versions that it has in host memory or on disk
@@ -287,6 +303,8 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
             return _cloned(cluster, node, two)
         case NodeBeat():
             return _beat(cluster, event, now_ms)
+        case NodeTold():
+            _told(cluster, event)
         case PollEnded(node):
             if (view := cluster.nodes.get(node)) is not None:
                 view.waits = False
@@ -327,6 +345,22 @@ def _beat(cluster: Cluster, event: NodeBeat, now_ms: int) -> list[Action]:
     return actions
 
 
+def _told(cluster: Cluster, event: NodeTold) -> None:
+    """A control that was started again knows nothing of a node until it beats: what it said before counts
+    until then, and the plan that it has is one of the new control's, which counts on."""
+    view = cluster.nodes.get(event.node)
+    if view is None:
+        return
+    view.told, view.silent, view.cloned = True, event.silent, event.cloned
+    cluster.stale[view.node] = None
+    if event.report is None:
+        view.have = (cluster.newest[0], min(view.have[1], cluster.newest[1])) if view.report else (0, 0)
+        return
+    _take_places(cluster, view, event.report)
+    view.have = (event.have_epoch, event.have_seq)
+    view.load_said = event.load
+
+
 def _cloned(cluster: Cluster, node: str, two: bool) -> list[Action]:
     view = cluster.nodes[node]
     view.cloned = two
@@ -346,20 +380,24 @@ def _is_late(view: NodeView, event: NodeBeat) -> bool:
 def _take_report(cluster: Cluster, view: NodeView, event: NodeBeat) -> list[Action]:
     view.life, view.number = event.life, event.number
     view.have = (event.have_epoch, event.have_seq)
-    view.gateway_url = event.report.gateway_url
-    view.peer_url = event.report.peer_url
-    view.route_url = event.report.route_url
-    view.report = event.report
-    models = event.report.models
+    _take_places(cluster, view, event.report)
+    view.load_said = sum(model.leases + model.waiting for model in event.report.models)
+    view.avoid_until_ms = 0
+    return _note_packs(cluster, view)
+
+
+def _take_places(cluster: Cluster, view: NodeView, report: Report) -> None:
+    view.gateway_url = report.gateway_url
+    view.peer_url = report.peer_url
+    view.route_url = report.route_url
+    view.report = report
+    models = report.models
     near = [model.ref for model in models if model.state in NEAR_STATES]
     kept = [model.ref for model in models if model.host_bytes or model.disk_bytes]
     view.near = _note_where(cluster.near, view.node, view.near, near)
     view.kept = _note_where(cluster.kept, view.node, view.kept, kept)
-    view.by_ref = {model.ref: model for model in event.report.models}
-    view.load_said = sum(model.leases + model.waiting for model in event.report.models)
+    view.by_ref = {model.ref: model for model in models}
     view.in_flight_then = view.in_flight
-    view.avoid_until_ms = 0
-    return _note_packs(cluster, view)
 
 
 def _note_where(
@@ -469,7 +507,7 @@ def _tick(cluster: Cluster, now_ms: int) -> list[Action]:
             view.heard_ms = now_ms
         elif view.waits:
             continue  # its connection is open: it is there
-        elif not view.silent and now_ms - view.heard_ms > SILENT_AFTER_MS:
+        elif not (view.silent or view.told) and now_ms - view.heard_ms > SILENT_AFTER_MS:
             view.silent = True
             cluster.stale[view.node] = None
             actions.append(NoteSilent(view.node, now_ms - view.heard_ms))

@@ -118,6 +118,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
         "(default %(default)s)",
     )
     # Only for the list of commands: ``control.__main__`` sends these to their own modules.
+    commands.add_parser("router", help="run one more router, on any box (--help for more)", add_help=False)
     commands.add_parser("simulate", help="replay a trace on a fleet that you describe (--help for more)")
     commands.add_parser("rotate-ca", help="replace the cluster's CA while its nodes go on", add_help=False)
     given = parser.parse_args(arguments)

@@ -111,6 +111,7 @@ PATH_PARTS: Mapping[str, Given] = {
         Given("tenant", TenantText, "A tenant's name.", Where.PATH, True),
         Given("key_id", KeyIdText, "A key's id, which is no secret.", Where.PATH, True),
         Given("node", NodeText, "A node's name.", Where.PATH, True),
+        Given("router", NodeText, "A router's name.", Where.PATH, True),
         Given("upload_id", UploadIdText, "An upload's id.", Where.PATH, True),
         Given(
             "ref",

@@ -77,4 +77,14 @@ class PlanMaker:
         catalog = self._catalog()
         self._peers.take(catalog.plan_peers())
         parts = catalog.plan_parts()
-        return Plan(WIRE_VERSION, facts.cluster, "", facts.epoch, facts.seq, *parts, start=facts.start)
+        routers = catalog.plan_routers()
+        return Plan(
+            WIRE_VERSION,
+            facts.cluster,
+            "",
+            facts.epoch,
+            facts.seq,
+            *parts,
+            start=facts.start,
+            routers=routers,
+        )

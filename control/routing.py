@@ -50,6 +50,9 @@ class Routing:
         """Carry out what the cluster core ordered."""
         raise NotImplementedError
 
+    def check_ready(self) -> None:
+        """Raises ``ApiError`` while it is not known who may call."""
+
     def now_ms(self) -> int:
         """The clock of the cluster core: steady, so that a clock that is set can not silence nodes."""
         return time.monotonic_ns() // 1_000_000

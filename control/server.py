@@ -32,6 +32,7 @@ from control.routes import (
     ps,
     quotas,
     router,
+    routers,
     shares,
     tenants,
     uploads,
@@ -75,6 +76,7 @@ _ROUTES: tuple[Route[Control], ...] = (
     *commits.ROUTES,
     *models.ROUTES,
     *nodes.ROUTES,
+    *routers.ROUTES,
     *ps.ROUTES,
     *usage.ROUTES,
     *plans.ROUTES,
@@ -97,7 +99,9 @@ def build_public_app(control: Control) -> web.Application:
 def build_node_app(control: Control) -> web.Application:
     """What nodes call; served with TLS only (``control.shown``)."""
     app = web.Application()
-    add_routes(app, control, (*joining.NODE_ROUTES, *nodes.NODE_ROUTES, *shares.NODE_ROUTES))
+    add_routes(
+        app, control, (*joining.NODE_ROUTES, *nodes.NODE_ROUTES, *shares.NODE_ROUTES, *routers.NODE_ROUTES)
+    )
     # Nodes are known by their certificates; many may share an address, and come back all at once.
     protect(app, render_error, doors=Doors(address_strangers=STRANGERS_MAX))
     app.on_shutdown.append(lambda _: control.end_polls())

@@ -39,13 +39,15 @@ from control.catalog import (
     changes_plan,
 )
 from control.config import Config
+from control.feed_desk import FeedDesk
 from control.idempotency import LIFE_MS, Turns
 from control.model_store import ModelStore
 from control.node_session import open_session
-from control.node_tls import NodeLines
+from control.node_tls import ControlPapers, NodeLines
 from control.plan_making import PlanFacts, PlanMaker
 from control.questions import Questions
 from control.ref_lock import RefLock
+from control.routers_said import RoutersSaid
 from control.routing import Routing, wall_ms
 from control.said import Said
 from control.share_desk import ShareDesk
@@ -127,6 +129,8 @@ class Control(Routing):
         self._plans = PlanMaker(lambda: self.catalog)
         self.shares = ShareDesk(self.now_ms, self._end_poll)
         self.said = Said()
+        self.feed = FeedDesk(lambda: self.catalog, self.cluster, self.now_ms)
+        self.routers = RoutersSaid()
         self.start_name = secrets.token_hex(8)
         self.ticket_keys: tuple[str, ...] = ()
         # Set by start().
@@ -156,7 +160,7 @@ class Control(Routing):
             log.error("%s", self.authority.found)
             self.record("ca_broken", detail=self.authority.found)
         self.lines = NodeLines(
-            self.authority, lambda: self.catalog, self.cluster, plain=self.config.plain_routes
+            ControlPapers(self.authority), lambda: self.catalog, self.cluster, plain=self.config.plain_routes
         )
         self.shown = ShownCertificates(self.authority, self.config, self.lines, self.now_ms())
         self.tickets = TicketOffice(folder, self.meta.cluster)
@@ -239,6 +243,7 @@ class Control(Routing):
         await self._on(self._writer, lambda: self._store.write(changes, seq))
         for change in changes:
             self.catalog.apply(change, seq)
+        self.feed.note(changes)
         if news:
             self.meta = replace(self.meta, seq=seq)
             self.act(fleet.step(self.cluster, fleet.Changed(self.meta.epoch, seq), self.now_ms()))
@@ -294,6 +299,7 @@ class Control(Routing):
                         waiting.set()
                 case fleet.NoteSilent(node, silent_ms):
                     log.warning("node %s is silent for %d ms", node, silent_ms)
+                    self.feed.note_node(node)
                     self.record("node_silent", detail=f"{node}: nothing heard for {silent_ms} ms")
                 case fleet.NoteBack(node):
                     log.info("node %s is back", node)
@@ -304,6 +310,7 @@ class Control(Routing):
         actions = fleet.step(self.cluster, event, self.now_ms())
         due = any(isinstance(action, fleet.SendPlan) for action in actions)
         self.act([action for action in actions if not isinstance(action, fleet.SendPlan)])
+        self.feed.note_node(event.node)
         self.wake_waiting()
         return due
 
@@ -318,6 +325,7 @@ class Control(Routing):
         log.error("two boxes use the identity of node %s: %s", node, boxes)
         self.record("node_cloned", detail=f"{node}: two boxes use its identity: {boxes}")
         self.act(fleet.step(self.cluster, fleet.Cloned(node, True), self.now_ms()))
+        self.feed.note_node(node)
 
     def _release_clones(self) -> None:
         for node, view in self.cluster.nodes.items():
@@ -325,6 +333,7 @@ class Control(Routing):
                 log.info("one box is left with the identity of node %s", node)
                 self.record("node_alone", detail=f"{node}: one box is left with its identity")
                 self.act(fleet.step(self.cluster, fleet.Cloned(node, False), self.now_ms()))
+                self.feed.note_node(node)
 
     def tell_turn(self, node: str) -> str:
         """What an answer tells the node, to be repeated with its next beats."""
@@ -367,6 +376,7 @@ class Control(Routing):
                 poll.set_result(False)
         self.wake_sources()
         self.shares.close()
+        self.feed.close()
 
     def wake_sources(self) -> None:
         """Let every node that waits for a pack be answered again: one of them may be no more."""
@@ -470,11 +480,14 @@ class Control(Routing):
     def advance_rotation(self) -> None:
         """Another stage of replacing the CA, when it is time; every node hears of what it must trust."""
         asked = [view.node for view in self.cluster.nodes.values() if not view.silent]
-        happened = self.authority.advance(self.said.all_trust(asked, self.authority.ca_sha256))
+        trusted = self.said.all_trust(asked, self.authority.ca_sha256)
+        trusted = trusted and self.routers.all_trust(self.authority.ca_sha256, self.now_ms())
+        happened = self.authority.advance(trusted)
         if happened is not None:
             log.info("rotation of the CA: %s", happened)
             self.record("ca_rotated", detail=happened)
             self.shown.renew()
+            self.feed.wake()
             for node in list(self._polls):
                 self._end_poll(node)
 

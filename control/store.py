@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import msgspec
@@ -41,7 +41,15 @@ EVENTS_PAGE_MAX = 1_000
 
 migrations = Migrations("control")
 
-Row = rows.TenantRow | rows.KeyRow | rows.UploadRow | rows.NodeRow | rows.TokenRow | rows.ReplayRow
+Row = (
+    rows.TenantRow
+    | rows.KeyRow
+    | rows.UploadRow
+    | rows.NodeRow
+    | rows.RouterRow
+    | rows.TokenRow
+    | rows.ReplayRow
+)
 
 
 @migrations()
@@ -102,6 +110,16 @@ def m004_pools(db: Database) -> None:
 def m005_usage(db: Database) -> None:
     """What tenants used, and which of nodes' batches of it are counted."""
     usage_tables.create_tables(db)
+
+
+@migrations()
+def m006_routers(db: Database) -> None:
+    """Routers that are processes of their own, and tokens for them."""
+    db.execute(
+        "create table routers (router text primary key, incarnation text not null unique, "
+        "key_sha256 text not null, joined_ms integer not null) strict"
+    )
+    db.execute("alter table tokens add column joiner text not null default 'node'")
 
 
 class StoreUnavailable(Exception):
@@ -236,11 +254,13 @@ class Store:
             "select node, incarnation, key_sha256, gateway_url, joined_ms, acked_seq, spool, pool from nodes"
         ):
             yield rows.PutNode(rows.NodeRow(*row))
-        for row in query(
+        for *row, joiner in query(
             "select token_id, secret_sha256, node, created_ms, expires_ms, used_key_sha256, used_node, "
-            "pool from tokens"
+            "pool, joiner from tokens"
         ):
-            yield rows.PutToken(rows.TokenRow(*row))
+            yield rows.PutToken(replace(rows.TokenRow(*row), joiner=rows.Joiner(joiner)))
+        for row in query("select router, incarnation, key_sha256, joined_ms from routers"):
+            yield rows.PutRouter(rows.RouterRow(*row))
 
     # --- writes ---
 
@@ -283,6 +303,10 @@ class Store:
                 self._put("nodes", row)
             case rows.DropNode(node):
                 self._db.execute("delete from nodes where node = ?", (node,))
+            case rows.PutRouter(row):
+                self._put("routers", row)
+            case rows.DropRouter(router):
+                self._db.execute("delete from routers where router = ?", (router,))
             case rows.PutToken(row):
                 self._put("tokens", row)
             case rows.DropToken(token_id):

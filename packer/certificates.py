@@ -21,8 +21,9 @@ from cryptography.hazmat.primitives import serialization
 # Two while they overlap; a certificate of ours has about 700 characters.
 CAS_MAX = 4
 CA_CHARS_MAX = 16 * 1024
-# What follows the cluster in the one URI of a certificate: a node's name behind this, or control itself.
+# What follows the cluster in the one URI of a certificate: a name behind one of these, or control itself.
 NODE_PREFIX = "node/"
+ROUTER_PREFIX = "router/"
 CONTROL = "control"
 
 
@@ -32,7 +33,8 @@ class WrongSpeaker(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """Who shows a certificate: ``name`` is ``node/n1`` or ``control``. Times are Unix seconds."""
+    """Who shows a certificate: ``name`` is ``node/n1``, ``router/r1`` or ``control``. Times are Unix
+    seconds."""
 
     name: str
     key_sha256: str
@@ -43,6 +45,11 @@ class Speaker:
     def node(self) -> str:
         """The node's name; empty when it is no node."""
         return self.name.removeprefix(NODE_PREFIX) if self.name.startswith(NODE_PREFIX) else ""
+
+    @property
+    def router(self) -> str:
+        """The name of a router that is a process of its own; empty when it is none."""
+        return self.name.removeprefix(ROUTER_PREFIX) if self.name.startswith(ROUTER_PREFIX) else ""
 
 
 def speaker_uri(cluster: str, name: str) -> str:
@@ -106,7 +113,7 @@ def read_late_speaker(
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     prefix = speaker_uri(cluster, "")
     if len(uris) != 1 or len(list(names)) != 1 or not uris[0].startswith(prefix):
-        raise WrongSpeaker("the certificate is not of this cluster (not of a node, not of control)")
+        raise WrongSpeaker("the certificate is not of this cluster (not of a node, a router or control)")
     return Speaker(
         uris[0].removeprefix(prefix),
         key_sha256,

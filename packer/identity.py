@@ -17,7 +17,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +63,7 @@ class JoinToken:
     secret: str
 
 
-def read_token(path: Path) -> JoinToken:
+def read_token(path: Path, what: str = "node") -> JoinToken:
     """Parse ``<pin>.<id>.<secret>`` from a file; raises ``BadIdentity``."""
     try:
         text = path.read_text()[: TOKEN_CHARS_MAX + 1].strip()
@@ -71,7 +71,7 @@ def read_token(path: Path) -> JoinToken:
         raise BadIdentity(f"--join-token-file: {error}") from None
     parts = text.split(".")
     if len(parts) != 3 or not all(parts) or len(text) > TOKEN_CHARS_MAX:
-        raise BadIdentity(f"{path} holds no join token; make one with: bunk node token create")
+        raise BadIdentity(f"{path} holds no join token; make one with: bunk {what} token create")
     return JoinToken(*parts)
 
 
@@ -93,6 +93,14 @@ def check_pin(token: JoinToken, ca_pem: bytes) -> str:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Under:
+    """What a caller was checked under."""
+
+    answer: JoinAnswer | None
+    routers: Mapping[str, str]
+
+
 class Identity:
     """Files of one node: ``node.key``, ``identity.json`` (the last ``JoinAnswer``)."""
 
@@ -104,6 +112,7 @@ class Identity:
         self._key_path = directory / "node.key"
         self._answer_path = directory / "identity.json"
         self.answer: JoinAnswer | None = None
+        self._routers: Mapping[str, str] = {}  # by name, the keys of those that may call here
         self._watchers: list[Callable[[], None]] = []
         self._file_lock = threading.Lock()
         self._saved_now = False  # a certificate came since this process started
@@ -246,8 +255,14 @@ class Identity:
         return self._certified(context)
 
     def control_context(self) -> CheckedContext:
-        """TLS 1.3 for a listener that only control may call: it has no certificate yet (``certify``)."""
-        return checked_context(self._check_control, server=True)
+        """TLS 1.3 for a listener that only control and routers may call: it has no certificate yet
+        (``certify``)."""
+        return checked_context(self._check_caller, server=True)
+
+    def let_in(self, routers: Mapping[str, str]) -> None:
+        """These routers, by name and with these keys, may call beside control from now on; no others may."""
+        if routers != self._routers:
+            self._routers = dict(routers)
 
     def certify(self, context: ssl.SSLContext) -> None:
         """Take up the present certificate and CAs; connections that are open go on with the old ones."""
@@ -255,22 +270,28 @@ class Identity:
         context.load_verify_locations(cadata=self.answer.ca_pem)
         self._certified(context)
 
-    def _check_control(self, certificate_der: bytes | None) -> float:
+    def _check_caller(self, certificate_der: bytes | None) -> float:
         if self.answer is None:
             raise WrongSpeaker("this node has not joined")
         cas = parse_cas(self.answer.ca_pem)
         speaker = read_speaker(certificate_der, self.answer.cluster, cas, self.now_s())
-        if speaker.name != CONTROL:
-            raise WrongSpeaker("only control may call here")
+        known = self._routers.get(speaker.router) if speaker.router else None
+        if speaker.name != CONTROL and known != speaker.key_sha256:
+            raise WrongSpeaker("only control and the cluster's routers may call here")
         return speaker.ends_s
 
     def check_still(self, tls: CheckedObject) -> None:
-        """Ask again on an open connection of control's, whose CA may be trusted no more. Raises
-        ``WrongSpeaker``. Signatures are verified anew only when this node's papers changed since: each
-        request asks."""
-        if tls.checked_under is not self.answer:
-            tls.ends_s = self._check_control(tls.getpeercert(binary_form=True))
-            tls.checked_under = self.answer
+        """Ask again on an open connection of control or a router, which may be removed, or whose CA may be
+        trusted no more. Raises ``WrongSpeaker``. Signatures are verified anew only when this node's papers or
+        the routers changed since: each request asks."""
+        under = tls.checked_under
+        if (
+            not isinstance(under, _Under)
+            or under.answer is not self.answer
+            or under.routers is not self._routers
+        ):
+            tls.ends_s = self._check_caller(tls.getpeercert(binary_form=True))
+            tls.checked_under = _Under(self.answer, self._routers)
         if self.now_s() >= tls.ends_s:
             raise WrongSpeaker("the certificate has expired")
 

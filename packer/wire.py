@@ -125,6 +125,9 @@ class Plan:
     peers_base: str = ""
     peers_gone: tuple[str, ...] = ()
     peers_sha256: str = ""  # what the whole list is known by; empty: made by an earlier release
+    routers: tuple[
+        PeerSpec, ...
+    ] = ()  # processes of their own that may call this node as control's router does
 
     @property
     def number(self) -> PlanNumber:

@@ -45,7 +45,7 @@ IDENTITY_MUTANTS = (
     Mutant(
         "any node's certificate opens the listener for control",
         IDENTITY,
-        "        if speaker.name != CONTROL:\n",
+        "        if speaker.name != CONTROL and known != speaker.key_sha256:\n",
         "        if not speaker.name:\n",
     ),
     Mutant(

@@ -8,7 +8,7 @@ application that control's router reaches over mutual TLS. Does not cover: model
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,6 +54,7 @@ class Owner:
     route_url: str = ""
     control_ms: int = 0
     usage: OwnersUsage = field(default_factory=OwnersUsage)
+    let_in: Callable[[Mapping[str, str]], None] = lambda routers: None
 
     def report(self) -> Report:
         return empty_report(GATEWAY, self.models, route_url=self.route_url)
@@ -66,6 +67,7 @@ class Owner:
     async def accept_plan(self, plan: Plan) -> None:
         assert plan.number > self.have_plan()
         self.plan = plan
+        self.let_in({router.node: router.key_sha256 for router in plan.routers})
         self.news.set()
 
     async def spooled(self, limit: int) -> tuple[Record, ...]:
@@ -143,6 +145,7 @@ async def joined_agent(
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handle)
     uplink = make_uplink(control, folder, owner, await token_file(control, folder, name), name)
+    owner.let_in = uplink._identity.let_in
     listener = ControlListener(uplink._identity, ("127.0.0.1", 0), None)
     listener.guard(app)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)

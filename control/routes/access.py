@@ -19,8 +19,8 @@ from typing import Generic, TypeVar
 import msgspec
 from aiohttp import web
 
-from control.authority import NotANode
-from control.catalog import Change, NodeRow, TenantRow
+from control.authority import NodeIdentity, NotANode
+from control.catalog import Change, NodeRow, RouterRow, TenantRow
 from control.idempotency import BODY, LIFE_MS, Claim, claim_of
 from control.model_store import ModelStoreError
 from control.operations import IDEMPOTENCY_HEADER, MANAGEMENT, Operation, Passed
@@ -57,6 +57,7 @@ class Access(StrEnum):
     CALLER = "caller"
     TENANT = "tenant"
     NODE = "node"
+    ROUTER = "router"
 
 
 # What keys, or nothing, are shown for; the others want a certificate.
@@ -65,7 +66,7 @@ KEY_ACCESSES = frozenset({Access.OPEN, Access.LOCAL, Access.OPERATOR, Access.CAL
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: a key's tenant (None: an operator), or a node's row on the node listener.
+    """Who asks: a key's tenant (None: an operator), or a node's or a router's row on the node listener.
 
     ``claim``: of a POST with an Idempotency-Key.
     """
@@ -73,6 +74,7 @@ class Caller:
     tenant: str | None = None
     key_id: str = ""
     node: NodeRow | None = None
+    router: RouterRow | None = None
     claim: Claim | None = None
 
     def remembering(self, answer: web.Response) -> list[Change]:
@@ -89,6 +91,8 @@ class Caller:
         """What the bytes of the caller's bodies are counted under (see ``packer.body_budget``)."""
         if self.node is not None:
             return f"node!{self.node.node}"  # no tenant's name has a '!'
+        if self.router is not None:
+            return f"router!{self.router.router}"
         return self.tenant or OPERATOR_OWNER
 
 
@@ -220,6 +224,8 @@ def identify(control: Control, request: web.Request, access: Access) -> Caller:
     """The caller, if ``access`` lets them in. Raises ``ApiError`` 401 or 403."""
     if access is Access.NODE:
         return _identify_node(control, request)
+    if access is Access.ROUTER:
+        return _identify_router(control, request)
     return identify_key(control, request, access)
 
 
@@ -231,6 +237,7 @@ def identify_key(routing: Routing, request: web.Request, access: Access) -> Call
         if not is_local(request):
             raise ApiError(403, "local_only", "This is answered to callers on this machine only.")
         return Caller()
+    routing.check_ready()
     text = bearer_text(request) or ""
     known = check_key(routing.catalog.key_specs, text, routing.wall_ms())
     parsed = parse_key(text)
@@ -250,15 +257,9 @@ def identify_key(routing: Routing, request: web.Request, access: Access) -> Call
 
 
 def _identify_node(control: Control, request: web.Request) -> Caller:
-    transport = request.transport
-    tls = transport.get_extra_info("ssl_object") if transport is not None else None
-    certificate = tls.getpeercert(binary_form=True) if tls is not None else None
-    try:
-        identity = control.authority.identify(certificate, control.authority.now())
-    except NotANode as error:
-        raise ApiError(
-            401, "node_certificate_required", f"Only nodes may call this: {error}.", hint="Join first."
-        ) from None
+    identity = _certified(control, request, "nodes")
+    if not identity.node:
+        raise ApiError(403, "not_a_node", "Only nodes may call this, and a router is none.")
     row = control.catalog.nodes.get(identity.node)
     if row is None or row.key_sha256 != identity.key_sha256:
         raise ApiError(
@@ -268,6 +269,37 @@ def _identify_node(control: Control, request: web.Request) -> Caller:
             hint="Join again with a new token from: bunk node token create",
         )
     return Caller(node=row)
+
+
+def _identify_router(control: Control, request: web.Request) -> Caller:
+    identity = _certified(control, request, "routers")
+    if not identity.router:
+        raise ApiError(403, "not_a_router", "Only routers may call this, and a node is none.")
+    row = control.catalog.routers.get(identity.router)
+    if row is None or row.key_sha256 != identity.key_sha256:
+        raise router_removed(identity.router)
+    return Caller(router=row)
+
+
+def router_removed(router: str) -> ApiError:
+    return ApiError(
+        403,
+        "router_removed",
+        f"The router {router!r} was removed from this cluster.",
+        hint="Join again with a new token from: bunk router token create",
+    )
+
+
+def _certified(control: Control, request: web.Request, who: str) -> NodeIdentity:
+    transport = request.transport
+    tls = transport.get_extra_info("ssl_object") if transport is not None else None
+    certificate = tls.getpeercert(binary_form=True) if tls is not None else None
+    try:
+        return control.authority.identify(certificate, control.authority.now())
+    except NotANode as error:
+        raise ApiError(
+            401, "node_certificate_required", f"Only {who} may call this: {error}.", hint="Join first."
+        ) from None
 
 
 # --- for handlers ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from aiohttp import web
 from control import choosing
 from control import cluster as fleet
 from control.operations import Given, ModelText, Operation, Result
-from control.routes.access import Access, Caller, Route
+from control.routes.access import Access, Caller, Handle, Route, S
 from control.routes.forwarding import candidates, seq_needed
 from control.routes.router import resolve
 from control.state import Control
@@ -78,19 +78,24 @@ async def show_route(control: Control, request: web.Request, caller: Caller) -> 
     return json_response(DirectAnswer(str(spec.ref), items, min(REFRESH_MS, life_ms), life_ms))
 
 
-ROUTES = (
-    Route(
-        "GET",
-        "/api/v1/route",
-        Access.TENANT,
-        show_route,
-        stays=False,
-        operation=Operation(
-            "showRoute",
-            "Nodes that answer for a model themselves, with a ticket for each; possibly none.",
-            [Result(200, "Nodes that are as good as each other.", DirectAnswer)],
-            takes=(Given("model", ModelText, "The model, tenant/name[@version].", required=True),),
-            refusals={404: "There is no such model, or it is not yours."},
+def routes(handle: Handle[S]) -> tuple[Route[S], ...]:
+    """``handle``: control's own, or that of a router that asks control."""
+    return (
+        Route(
+            "GET",
+            "/api/v1/route",
+            Access.TENANT,
+            handle,
+            stays=False,
+            operation=Operation(
+                "showRoute",
+                "Nodes that answer for a model themselves, with a ticket for each; possibly none.",
+                [Result(200, "Nodes that are as good as each other.", DirectAnswer)],
+                takes=(Given("model", ModelText, "The model, tenant/name[@version].", required=True),),
+                refusals={404: "There is no such model, or it is not yours."},
+            ),
         ),
-    ),
-)
+    )
+
+
+ROUTES = routes(show_route)

@@ -53,23 +53,16 @@ async def join(control: Control, request: web.Request, caller: Caller) -> web.Re
     node = parse_node(ask.name)
     check_gateway_url(ask.gateway_url)
     gateway_url = dialled_url(ask.gateway_url, request.remote, own_address(request))
-    csr = _request_in(control, ask.csr_pem)
+    csr = request_in(control, ask.csr_pem)
     key_sha256 = key_sha256_of(csr)
     async with control.writing:
         token = control.catalog.tokens.get(ask.token_id)
         known = control.catalog.nodes.get(node)
         try:
             check_redemption(token, ask.token_secret, node, key_sha256, known, wall_ms())
-            _check_key_is_free(control, node, key_sha256)
+            check_key_is_free(control, f"node {node}", key_sha256)
         except JoinRefused as error:
-            if error.conflict:
-                control.record("join_refused", detail=f"{node} from {request.remote}: {error}")
-            raise ApiError(
-                409 if error.conflict else 401,
-                "join_conflict" if error.conflict else "join_refused",
-                f"Join refused: {error}.",
-                should_retry=False,
-            ) from None
+            raise refused_join(control, error, f"{node} from {request.remote}") from None
         if known is None and len(control.catalog.nodes) >= NODES_MAX:
             raise ApiError(
                 507, "too_many_nodes", f"There are {NODES_MAX} nodes, the limit; remove one first."
@@ -80,21 +73,38 @@ async def join(control: Control, request: web.Request, caller: Caller) -> web.Re
         used = replace(token, used_key_sha256=key_sha256, used_node=node)
         await add_node(control, replace(row, gateway_url=gateway_url), [PutToken(used)])
     control.record("node_joined", detail=f"{node} from {request.remote}, token {token.token_id}")
-    return _certificate_answer(control, control.authority.issue_node(csr, node), node)
+    return certificate_answer(control, control.authority.issue_node(csr, node), node)
 
 
-def _check_key_is_free(control: Control, node: str, key_sha256: str) -> None:
-    """Raises ``JoinRefused`` when another node has this key: the box was made from a copy of that one."""
-    holder = next((row.node for row in control.catalog.nodes.values() if row.key_sha256 == key_sha256), node)
-    if holder != node:
+def refused_join(control: Control, error: JoinRefused, who: str) -> ApiError:
+    """What who may not join is told; operators are told of a conflict."""
+    if error.conflict:
+        control.record("join_refused", detail=f"{who}: {error}")
+    return ApiError(
+        409 if error.conflict else 401,
+        "join_conflict" if error.conflict else "join_refused",
+        f"Join refused: {error}.",
+        should_retry=False,
+    )
+
+
+def check_key_is_free(control: Control, who: str, key_sha256: str) -> None:
+    """Raises ``JoinRefused`` when somebody else has this key: the box was made from a copy of that one.
+    ``who``: the kind and the name."""
+    catalog = control.catalog
+    holders = [f"node {row.node}" for row in catalog.nodes.values() if row.key_sha256 == key_sha256]
+    holders += [f"router {row.router}" for row in catalog.routers.values() if row.key_sha256 == key_sha256]
+    holder = next((holder for holder in holders if holder != who), None)
+    if holder is not None:
+        kind, _, name = holder.partition(" ")
         raise JoinRefused(
-            f"this box has the key of the node {holder!r}: its data directory was copied. Remove the folder "
-            "'identity' in the copy and start bunk-agent again with the same token",
+            f"this box has the key of the {kind} {name!r}: its data directory was copied. Remove the folder "
+            "'identity' in the copy and start it again with the same token",
             conflict=True,
         )
 
 
-def _request_in(control: Control, csr_pem: str) -> x509.CertificateSigningRequest:
+def request_in(control: Control, csr_pem: str) -> x509.CertificateSigningRequest:
     try:
         return control.authority.read_request(csr_pem)
     except BadCertificateRequest as error:
@@ -106,6 +116,7 @@ async def add_node(control: Control, row: NodeRow, changes: Sequence[Change]) ->
     await control.write([*changes, PutNode(row)])
     joined = fleet.NodeJoined(row.node, row.gateway_url)
     control.act(fleet.step(control.cluster, joined, control.now_ms()))
+    control.feed.note_node(row.node)
     control.shares.step(HolderJoined(row.node, fresh=True))
 
 
@@ -113,12 +124,12 @@ async def renew(control: Control, request: web.Request, caller: Caller) -> web.R
     row = row_of(control, caller)
     async with control.bodies.body(request, caller.owner, JOIN_BYTES_MAX) as body:
         ask = decode_message(body, RenewAsk)
-    csr = _request_in(control, ask.csr_pem)
+    csr = request_in(control, ask.csr_pem)
     if key_sha256_of(csr) != row.key_sha256:
         raise ApiError(
             409, "other_key", "A certificate is renewed for the node's own key; join again to change the key."
         )
-    return _certificate_answer(control, control.authority.issue_node(csr, row.node), row.node)
+    return certificate_answer(control, control.authority.issue_node(csr, row.node), row.node)
 
 
 async def renew_late(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -126,8 +137,8 @@ async def renew_late(control: Control, request: web.Request, caller: Caller) -> 
     last certificate and a request signed by its key, and what is given is of use to that key alone."""
     async with control.bodies.body(request, "join!", JOIN_BYTES_MAX) as body:
         ask = decode_message(body, LateRenewAsk)
-    csr = _request_in(control, ask.csr_pem)
-    speaker = _last_speaker(control, ask.certificate_pem)
+    csr = request_in(control, ask.csr_pem)
+    speaker = last_speaker(control, ask.certificate_pem)
     row = control.catalog.nodes.get(speaker.node)
     if row is None or not row.key_sha256 == speaker.key_sha256 == key_sha256_of(csr):
         # Whoever lacks the key learns no more than whoever names a node that never was.
@@ -138,16 +149,21 @@ async def renew_late(control: Control, request: web.Request, caller: Caller) -> 
             hint="Join again with a new token from: bunk node token create",
         )
     refuse_clone(control, row.node)
+    late_s = refuse_too_late(control, speaker, "node")
+    control.record("node_renewed_late", detail=f"{row.node} from {request.remote}, {late_s:.0f} s late")
+    return certificate_answer(control, control.authority.issue_node(csr, row.node), row.node)
+
+
+def refuse_too_late(control: Control, speaker: Speaker, what: str) -> float:
+    """Seconds since the certificate ended. Raises ``ApiError`` when they are too many."""
     late_s = control.authority.now().timestamp() - speaker.ends_s
     if late_s > LATE_RENEWAL_MAX.total_seconds():
-        raise _refused(
-            f"the certificate ended {late_s / 86_400:.0f} days ago, more than {LATE_RENEWAL_MAX.days} days"
-        )
-    control.record("node_renewed_late", detail=f"{row.node} from {request.remote}, {late_s:.0f} s late")
-    return _certificate_answer(control, control.authority.issue_node(csr, row.node), row.node)
+        days = f"{late_s / 86_400:.0f} days ago, more than {LATE_RENEWAL_MAX.days} days"
+        raise _refused(f"the certificate ended {days}", what)
+    return late_s
 
 
-def _last_speaker(control: Control, certificate_pem: str) -> Speaker:
+def last_speaker(control: Control, certificate_pem: str) -> Speaker:
     if len(certificate_pem) > CA_CHARS_MAX:
         raise BadValue("certificate_pem", f"at most {CA_CHARS_MAX} characters")
     try:
@@ -161,17 +177,17 @@ def _last_speaker(control: Control, certificate_pem: str) -> Speaker:
         raise _refused(str(error)) from None
 
 
-def _refused(why: str) -> ApiError:
+def _refused(why: str, what: str = "node") -> ApiError:
     return ApiError(
         403,
         "renewal_refused",
         f"No other certificate is given: {why}.",
-        hint="Join again with a new token from: bunk node token create",
+        hint=f"Join again with a new token from: bunk {what} token create",
         should_retry=False,
     )
 
 
-def _certificate_answer(control: Control, chain_pem: str, node: str) -> web.Response:
+def certificate_answer(control: Control, chain_pem: str, node: str) -> web.Response:
     answer = JoinAnswer(WIRE_VERSION, control.meta.cluster, node, chain_pem, control.authority.ca_pem)
     return web.Response(body=encode(answer), content_type="application/json")
 

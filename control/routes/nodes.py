@@ -31,6 +31,7 @@ from control.catalog import (
     Change,
     DropNode,
     DropToken,
+    Joiner,
     NodeRow,
     PutToken,
     TokenRow,
@@ -134,10 +135,22 @@ async def make_join_token(control: Control, request: web.Request, caller: Caller
     ask = await read_json(control, request, caller, TokenAsk)
     node = parse_node(ask.name) if ask.name is not None else None
     pool = parse_node(ask.pool, "pool") if ask.pool is not None else POOL_DEFAULT
+    return await give_token(control, caller, node, ask.ttl_s, pool=pool)
+
+
+async def give_token(
+    control: Control,
+    caller: Caller,
+    name: str | None,
+    ttl_s: int,
+    pool: str = POOL_DEFAULT,
+    joiner: Joiner = Joiner.NODE,
+) -> web.Response:
+    """A new join token for a ``joiner``, by that name alone if one is given."""
     token = make_token(control.authority.pin)
     now_ms = wall_ms()
-    ends_ms = now_ms + ask.ttl_s * 1000
-    row = TokenRow(token.token_id, hash_secret(token.secret), node, now_ms, ends_ms, pool=pool)
+    ends_ms = now_ms + ttl_s * 1000
+    row = TokenRow(token.token_id, hash_secret(token.secret), name, now_ms, ends_ms, pool=pool, joiner=joiner)
     async with control.writing:
         ended = [old for old in control.catalog.tokens.values() if old.expires_ms <= now_ms]
         live = [old.expires_ms for old in control.catalog.tokens.values() if old.expires_ms > now_ms]
@@ -150,9 +163,9 @@ async def make_join_token(control: Control, request: web.Request, caller: Caller
                 should_retry=False,
             )
         changes: list[Change] = [DropToken(old.token_id) for old in ended]
-        answer = json_response(TokenAnswer(token.text, row.token_id, node, row.expires_ms, pool), 201)
+        answer = json_response(TokenAnswer(token.text, row.token_id, name, row.expires_ms, pool), 201)
         await control.write([*changes, PutToken(row), *caller.remembering(answer)])
-    control.record("token_created", detail=f"{row.token_id}, by key {caller.key_id}")
+    control.record("token_created", detail=f"{row.token_id} for a {joiner}, by key {caller.key_id}")
     return answer
 
 
@@ -240,11 +253,14 @@ async def remove_node(
             raise not_found("node", node)
         check(row)
         changes: list[Change] = [
-            DropToken(token.token_id) for token in control.catalog.tokens.values() if token.used_node == node
+            DropToken(token.token_id)
+            for token in control.catalog.tokens.values()
+            if token.used_node == node and token.joiner is Joiner.NODE
         ]
         await control.write([*changes, DropNode(node)])
         control.said.forget(node)
         control.act(fleet.step(control.cluster, fleet.NodeRemoved(node), control.now_ms()))
+        control.feed.note_node(node)
         control.wake_sources()
         control.shares.step(HolderRemoved(node))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 import pytest_asyncio
-from aiohttp import web
+from listed_routes import routes_of, sent_method
 from running_control import FakeNode, Running, model_files, running, until
 
 from control.authority import Authority
@@ -36,6 +36,9 @@ OPEN_NODE = {
     ("POST", "/node/v1/join"),
     # TLS can not verify a certificate that has ended; what it demands instead is in ``test_late_renewals``.
     ("POST", "/node/v1/renew-late"),
+    # The same for routers (``test_routers``).
+    ("POST", "/router/v1/join"),
+    ("POST", "/router/v1/renew-late"),
 }
 # What a tenant's key may call at all; everything else of the management API is the operator's.
 TENANT_ROUTES = {
@@ -97,6 +100,7 @@ class Site:
             "upload_id": self.upload_id,
             "key_id": self.acme.split("_")[1],
             "node": "n1",
+            "router": "r1",
             "ref": self.ref,
             "name": "m",
             "version": version,
@@ -114,21 +118,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield Site(control, acme, globex, row.upload_id, model["ref"], await control.join("n1"), tmp_path)
 
 
-def routes_of(app: web.Application) -> set[tuple[str, str]]:
-    return {
-        (route.method, route.resource.canonical)
-        for route in app.router.routes()
-        # A HEAD is its GET without the body: one handler behind one check (``test_pages_and_tags``).
-        if route.resource is not None and route.method != "HEAD"
-    }
-
-
 def public_routes(site: Site) -> list[tuple[str, str]]:
     return sorted(routes_of(build_public_app(site.control.server.control)))
-
-
-def sent_method(method: str) -> str:
-    return "POST" if method == "*" else method
 
 
 async def test_the_lists_name_routes_that_exist(site: Site) -> None:

@@ -1,0 +1,254 @@
+"""A router's line to control: its certificate, and what is new, by long polls. The router always dials.
+
+Covers: joining, asking for the feed and handing answers to the view, renewal, being removed. Does not cover:
+what answers mean (``control.router_view``) or serving tenants (``control.router_process``). While control is
+away nothing here fails a request: this keeps trying, with growing pauses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import aiohttp
+from aiohttp import AddrInfoType
+
+from control.places import dialled_url
+from control.router_view import RouterView
+from control.router_wire import RouterAnswer, RouterAsk
+from packer.control_answers import Answer, read_answer, refusal_of
+from packer.identity import BadIdentity, Identity
+from packer.joining import ANSWER_TIMEOUT_S, JSON, RETRY_FIRST_S, Forgotten, Joiner, Joining, pause
+from packer.release import server_version
+from packer.wire import WIRE_VERSION, BadMessage, decode, encode
+
+log = logging.getLogger("bunk.router")
+
+ROUTER = Joiner("router", "/router/v1", "bunk-control router")
+# A long poll: short enough that middleboxes keep the connection, long enough to be nearly free.
+POLL_WAIT_MS = 20_000
+# Between two questions when there is always something new, so that a busy fleet's news come in bundles.
+REST_S = 0.02
+# A control that takes no connection by then is not there.
+CONNECT_TIMEOUT_S = 5.0
+# Before a certificate that control has just given and does not accept is asked for again.
+REFUSED_PAUSE_S = 1.0
+# One that ends so soon may have ended by control's clock; it is renewed as one that has (``CLOCK_SKEW``).
+EXPIRY_MARGIN_S = 1_800.0
+# Control's answer to a tenant who asks where to call nodes. Without it the tenant calls through here.
+ROUTE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a router says of itself, for people."""
+
+    url: str
+    in_flight: int
+    calls: int
+
+
+class RouterRemoved(BadIdentity):
+    """An operator removed this router: it must stop serving."""
+
+
+class _Renewed(Exception):
+    """The session must be made anew with another certificate."""
+
+
+class _Refused(Exception):
+    """Control does not accept the certificate."""
+
+
+class RouterLine:
+    """Runs until cancelled. ``news`` is called when there was some."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        control_url: str,
+        name: str,
+        token_file: Path | None,
+        view: RouterView,
+        figures: Callable[[], Figures],
+        news: Callable[[], None],
+    ) -> None:
+        self._identity = identity
+        self._url = control_url.rstrip("/")
+        self._joining = Joining(ROUTER, identity, control_url, name, token_file)
+        self._view = view
+        self._figures = figures
+        self._news = news
+        self._session: aiohttp.ClientSession | None = None
+        self._life = secrets.token_hex(8)
+        self._asked = 0
+        self._refused = False
+        self._control_at = ""  # control's address, as this box last connected to it
+        self.connected = False
+
+    async def run(self) -> None:
+        """Join if need be, then ask for ever. Raises ``BadIdentity`` when only a person can help, of which
+        ``RouterRemoved`` means that the router must stop serving as well."""
+        while True:
+            try:
+                await self._certified()
+                await self._talk()
+            except _Renewed:
+                log.info("certificate or CAs renewed")
+            except _Refused as error:
+                log.warning("control does not accept this router's certificate: %s", error)
+                self._refused = True
+                await asyncio.sleep(REFUSED_PAUSE_S)
+            except Forgotten as error:
+                aside = self._identity.forget()
+                kept = f"; its former identity is kept in {aside}" if aside else ""
+                if not self._joining.has_token:
+                    raise RouterRemoved(
+                        f"control removed this router ({error}){kept}; join again with a new token from "
+                        "`bunk router token create`, in the same --data-dir if you like"
+                    ) from None
+                log.warning("control removed this router (%s); joining afresh with the token%s", error, kept)
+            finally:
+                self.connected = False
+
+    async def _certified(self) -> None:
+        """Returns with a certificate that control may accept."""
+        late = self._refused or self._identity.expired(EXPIRY_MARGIN_S)
+        if self._identity.answer is None or (late and not await self._joining.renew_late()):
+            await self._joining.join()
+        self._refused = False
+
+    async def _talk(self) -> None:
+        connector = aiohttp.TCPConnector(ssl=self._identity.context(), limit=0, socket_factory=self._socket)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
+        async with aiohttp.ClientSession(
+            connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()
+        ) as session:
+            self._session = session
+            try:
+                await self._poll()
+            finally:
+                self._session = None
+
+    async def _poll(self) -> None:
+        pause_s, more = RETRY_FIRST_S, False
+        while True:
+            try:
+                answer = await self._ask(POLL_WAIT_MS if self.connected and not more else 0)
+                more = answer.more
+            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
+                if self.connected:
+                    log.warning("control is away, routing on as it said last: %s", error)
+                self.connected = False
+                self._view.lose_pieces()
+                more = False
+                if self._identity.expired(EXPIRY_MARGIN_S):
+                    raise _Renewed from None  # leads to the check for expiry in run()
+                pause_s = await pause(pause_s)
+                continue
+            pause_s = RETRY_FIRST_S
+            if not self.connected:
+                log.info("connected to control at %s", self._url)
+                self.connected = True
+            if self._identity.renew_due() and await self._joining.renew(self._post_now):
+                raise _Renewed
+            if not more:
+                self._news()
+                await asyncio.sleep(REST_S)
+
+    async def _ask(self, wait_ms: int) -> RouterAnswer:
+        self._asked += 1
+        view, figures = self._view, self._figures()
+        ask = RouterAsk(
+            WIRE_VERSION,
+            self._life,
+            self._asked,
+            view.have,
+            wait_ms,
+            view.epoch,
+            view.start,
+            figures.url,
+            figures.in_flight,
+            figures.calls,
+            self._identity.ca_sha256,
+            round(self._identity.now_s() * 1000),
+            server_version(),
+        )
+        answer = await self._post("/router/v1/view", ask, wait_ms / 1000 + ANSWER_TIMEOUT_S)
+        if answer.status != 200:
+            self._complain(answer)
+        got = decode(answer.body, RouterAnswer)
+        mine = self._identity.answer
+        if mine is None or got.cluster != mine.cluster or (got.life, got.asked) != (ask.life, ask.number):
+            raise BadMessage("control's answer is to another question")
+        view.take(got)
+        if got.ca_pem and self._identity.adopt_cas(got.ca_pem):
+            raise _Renewed
+        return got
+
+    def _complain(self, answer: Answer) -> NoReturn:
+        code, text = refusal_of(answer.body)
+        if code == "router_removed":
+            raise Forgotten(text)
+        if answer.status in (401, 403):
+            raise _Refused(text)
+        raise aiohttp.ClientError(f"control answered {answer.status}: {text}")
+
+    async def _post_now(self, path: str, message: object) -> Answer:
+        return await self._post(path, message, ANSWER_TIMEOUT_S)
+
+    async def _post(self, path: str, message: object, timeout_s: float) -> Answer:
+        assert self._session is not None
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        async with self._session.post(
+            f"{self._url}{path}", data=encode(message), headers=JSON, timeout=timeout, allow_redirects=False
+        ) as answer:
+            return await read_answer(answer)
+
+    # --- tenants' questions that control answers --------------------------------------------------
+
+    async def route(self, query: str, authorization: str) -> Answer | None:
+        """What control answers to a tenant who asks where to call nodes; None while it is away."""
+        session = self._session
+        if session is None or not self.connected:
+            return None
+        timeout = aiohttp.ClientTimeout(total=ROUTE_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        headers = {"Authorization": authorization}
+        try:
+            url = f"{self._url}/router/v1/route?{query}"
+            async with session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as answer:
+                return await read_answer(answer)
+        except (aiohttp.ClientError, TimeoutError, OSError, BadMessage, RuntimeError) as error:
+            # RuntimeError: the session is just being made anew.
+            log.debug("control does not say where nodes are called: %s", error)
+            return None
+
+    # --- where control is -------------------------------------------------------------------------
+
+    def _socket(self, address: AddrInfoType) -> socket.socket:
+        family, kind, protocol, _, place = address
+        self._control_at = str(place[0])
+        return socket.socket(family, kind, protocol)
+
+    def dialled(self, url: str) -> str:
+        """A node's URL as this box reaches it: one that means control's own machine has its address here."""
+        return dialled_url(url, self._control_at or None, own_address_to(self._control_at))
+
+
+def own_address_to(host: str) -> str | None:
+    """This box's address as ``host`` sees it; nothing is sent."""
+    if not host:
+        return None
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None

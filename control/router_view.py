@@ -1,0 +1,228 @@
+"""What a router knows of the cluster: words of control's feed, brought into a catalog and the cluster core.
+
+Covers: which answers count, gathering what comes in pieces until it is whole, and taking it up at one time.
+Does not cover: asking (``control.router_line``), numbers (``control.feed``), or choosing nodes.
+
+While control is away nothing is taken back: the router goes on with what it knew last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import msgspec
+
+from control import cluster as fleet
+from control.catalog import Catalog, DropKey, DropModel, DropNode, KeyRow, NodeRow, PutKey, PutModel, PutNode
+from control.cluster import Cluster
+from control.places import check_url
+from control.router_wire import (
+    KEY,
+    MODEL,
+    NO_MORE,
+    NODE,
+    PLACES,
+    KeyTold,
+    ModelTold,
+    NodeTold,
+    Place,
+    PlacesTold,
+    RouterAnswer,
+)
+from packer.types import BadValue, parse_ref
+from packer.wire import BadMessage, ModelReport, Report, decode
+
+_NO_PLACES = PlacesTold(())
+
+
+class StaleAnswer(BadMessage):
+    """An answer that does not follow on what this router knows; the text says why. Nothing of it counts."""
+
+
+@dataclass(slots=True)
+class _Node:
+    """The last word about a node, of both kinds; they come apart."""
+
+    told: NodeTold
+    places: PlacesTold = field(default_factory=lambda: _NO_PLACES)
+
+
+class RouterView:
+    """``dialled``: a node's URL as this box reaches it."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        cluster: Cluster,
+        now_ms: Callable[[], int],
+        dialled: Callable[[str], str] = lambda url: url,
+    ) -> None:
+        self._catalog = catalog
+        self._cluster = cluster
+        self._now_ms = now_ms
+        self._dialled = dialled
+        self._nodes: dict[str, _Node] = {}
+        self._coming: dict[str, msgspec.Raw] = {}
+        self._anew = False  # what is coming is all that there is
+        self.have = 0
+        self.epoch = 0
+        self.start = ""
+        self.whole_ms: int | None = None  # when this last was all that control knew
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was ever whole."""
+        return self.whole_ms is not None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing of what it has heard."""
+        return not self._anew and not self._coming
+
+    def take(self, answer: RouterAnswer) -> None:
+        """Raises ``BadMessage``; nothing has changed then."""
+        if answer.epoch < self.epoch:
+            raise StaleAnswer(f"control's answer is of epoch {answer.epoch}, this router knows {self.epoch}")
+        follows = (answer.start, answer.epoch, answer.base) == (self.start, self.epoch, self.have)
+        if answer.base and not follows:
+            raise StaleAnswer("control's answer follows on what this router does not have")
+        if answer.number < answer.base:
+            raise StaleAnswer("control's answer goes back")
+        words = {word.name: word.text for word in answer.words}
+        if not answer.base:
+            self._coming, self._anew = words, True
+        else:
+            self._coming.update(words)
+        self.start, self.epoch, self.have = answer.start, answer.epoch, answer.number
+        if answer.more:
+            return
+        coming, anew = self._coming, self._anew
+        self._coming, self._anew = {}, False
+        try:
+            taken = _Taken(coming)
+        except BadMessage:
+            self.have = 0  # all of it again
+            raise
+        fleet.step(self._cluster, fleet.Changed(answer.epoch, answer.seq), self._now_ms())
+        self._take_up(taken, anew)
+        self.whole_ms = self._now_ms()
+
+    def lose_pieces(self) -> None:
+        """What came in pieces is not whole, and the rest may never come: all of it again."""
+        if self._coming:
+            self.have, self._coming, self._anew = 0, {}, False
+
+    # --- one whole change -------------------------------------------------------------------------
+
+    def _take_up(self, taken: _Taken, anew: bool) -> None:
+        catalog = self._catalog
+        if anew:
+            taken.gone += [f"{KEY}/{key_id}" for key_id in catalog.keys if key_id not in taken.keys]
+            taken.gone += [f"{MODEL}/{ref}" for ref in catalog.models if str(ref) not in taken.models]
+            taken.gone += [f"{NODE}/{node}" for node in self._nodes if node not in taken.nodes]
+        for name in taken.gone:
+            self._drop(name)
+        for key_id, key in taken.keys.items():
+            row = KeyRow(key_id, key.secret_sha256, key.tenant, "", 0, key.expires_ms)
+            catalog.apply(PutKey(row), key.seq)
+        for model in taken.models.values():
+            catalog.apply(PutModel(model.spec), model.seq)
+        for node in dict.fromkeys((*taken.nodes, *taken.places)):
+            self._put_node(node, taken)
+
+    def _drop(self, name: str) -> None:
+        kind, _, rest = name.partition("/")
+        if kind == KEY:
+            self._catalog.apply(DropKey(rest), 0)
+        elif kind == MODEL:
+            with suppress(BadValue):
+                self._catalog.apply(DropModel(parse_ref(rest)), 0)
+        elif kind == NODE:
+            self._nodes.pop(rest, None)
+            self._catalog.apply(DropNode(rest), 0)
+            fleet.step(self._cluster, fleet.NodeRemoved(rest), self._now_ms())
+
+    def _put_node(self, name: str, taken: _Taken) -> None:
+        known = self._nodes.get(name)
+        told = taken.nodes.get(name) or (known.told if known is not None else None)
+        if told is None:
+            return  # where things are on a node that nobody told of
+        before = known.places if known is not None else _NO_PLACES
+        self._nodes[name] = node = _Node(told, taken.places.get(name, before))
+        self._catalog.apply(PutNode(NodeRow(name, "", told.key_sha256, told.gateway_url, 0)), 0)
+        now_ms = self._now_ms()
+        fleet.step(self._cluster, fleet.NodeJoined(name, told.gateway_url), now_ms)
+        report = self._report(node) if told.heard else None
+        event = fleet.NodeTold(
+            name, report, told.have_epoch, told.have_seq, told.load, told.silent, told.cloned
+        )
+        fleet.step(self._cluster, event, now_ms)
+
+    def _report(self, node: _Node) -> Report:
+        told = node.told
+        return Report(
+            gateway_url=self._url(told.gateway_url),
+            started_ms=0,
+            draining=told.draining,
+            devices=told.devices,
+            host_budget_bytes=0,
+            host_used_bytes=0,
+            disk_budget_bytes=0,
+            disk_used_bytes=0,
+            models=tuple(_model(place) for place in node.places.models),
+            tenants=(),
+            route_url=self._url(told.route_url),
+        )
+
+    def _url(self, url: str) -> str:
+        """Empty for what no node is called at: control checked it, and so does whoever dials."""
+        url = self._dialled(url) if url else ""
+        with suppress(BadValue):
+            check_url(url, "url", ("http", "https"))
+            return url
+        return ""
+
+
+class _Taken:
+    """Words decoded, before anything is changed. Raises ``BadMessage``."""
+
+    def __init__(self, words: dict[str, msgspec.Raw]) -> None:
+        self.keys: dict[str, KeyTold] = {}
+        self.models: dict[str, ModelTold] = {}
+        self.nodes: dict[str, NodeTold] = {}
+        self.places: dict[str, PlacesTold] = {}
+        self.gone: list[str] = []
+        for name, raw in words.items():
+            text = bytes(raw)
+            kind, _, rest = name.partition("/")
+            if text == bytes(NO_MORE):
+                self.gone.append(name)
+            elif kind == KEY:
+                self.keys[rest] = decode(text, KeyTold)
+            elif kind == MODEL:
+                self.models[rest] = decode(text, ModelTold)
+            elif kind == NODE:
+                self.nodes[rest] = decode(text, NodeTold)
+            elif kind == PLACES:
+                self.places[rest] = decode(text, PlacesTold)
+            # What a newer control tells of beside this is nothing to this router.
+
+
+def _model(place: Place) -> ModelReport:
+    return ModelReport(
+        ref=place.ref,
+        state=place.state,
+        device=place.device,
+        leases=0,
+        waiting=0,
+        device_bytes=place.device_bytes,
+        host_bytes=place.host_bytes,
+        disk_bytes=place.disk_bytes,
+        requests=place.requests,
+        answers=0,
+        restores=(),
+        last_used_ms=0,
+        restore_ms_estimate=place.restore_ms,
+    )

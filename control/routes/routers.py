@@ -1,0 +1,328 @@
+"""Routers that are processes of their own: tokens and the list for operators; joining and the feed for them.
+
+Covers both sides, because a router's name means the same on each. The second table is served on the node
+listener only. Does not cover: what a router is told (``control.router_wire``), how the feed is numbered
+(``control.feed``), or what a router does (``control.router_process``).
+
+A router's certificate opens these routes and no node's; a node's opens none of these.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import msgspec
+from aiohttp import web
+
+from control import etags
+from control.authority import (
+    TOKEN_TTL_S_DEFAULT,
+    TOKEN_TTL_S_MAX,
+    JoinRefused,
+    check_redemption,
+    key_sha256_of,
+    parse_node,
+)
+from control.catalog import ROUTERS_MAX, Change, DropRouter, DropToken, Joiner, PutRouter, PutToken, RouterRow
+from control.etags import CHANGED, IF_MATCH
+from control.operations import NodeText, Operation, Result
+from control.pages import PAGED, Page, asked_page, page_of
+from control.router_wire import NO_MORE, RouterAnswer, RouterAsk, Told
+from control.routers_said import SILENT_AFTER_MS
+from control.routes.access import Access, Caller, Route, identify_key, not_found, read_json, router_removed
+from control.routes.direct import show_route
+from control.routes.joining import (
+    JOIN_BYTES_MAX,
+    certificate_answer,
+    check_key_is_free,
+    last_speaker,
+    refuse_too_late,
+    refused_join,
+    request_in,
+)
+from control.routes.nodes import (
+    NAME_CHARS_MAX,
+    NUMBER_MAX,
+    POLL_MS_MAX,
+    TokenAnswer,
+    decode_message,
+    give_token,
+)
+from control.routing import wall_ms
+from control.state import Control
+from packer.http import ApiError, json_response
+from packer.types import KIB, BadValue
+from packer.wire import WIRE_VERSION, JoinAsk, LateRenewAsk, PlanNumber, RenewAsk, encode
+
+# A question is a few numbers and names.
+ASK_BYTES_MAX = 4 * KIB
+URL_CHARS_MAX = 256
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+class RouterTokenAsk(msgspec.Struct, forbid_unknown_fields=True):
+    ttl_s: Annotated[int, msgspec.Meta(ge=1, le=TOKEN_TTL_S_MAX)] = TOKEN_TTL_S_DEFAULT
+    name: NodeText | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterShown:
+    """``behind``: words of the feed that it has not confirmed; None while it is not heard."""
+
+    router: str
+    state: str  # "up", "silent", "unheard" (not since control started)
+    url: str  # where it serves tenants, as it says
+    peer: str  # the address that it calls from
+    joined_ms: int
+    heard_ago_ms: int | None
+    behind: int | None
+    in_flight: int
+    calls: int
+    release: str
+    clock_skew_ms: int | None  # its clock less control's, when it was last heard
+
+
+async def make_token(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    ask = await read_json(control, request, caller, RouterTokenAsk)
+    name = parse_node(ask.name) if ask.name is not None else None
+    return await give_token(control, caller, name, ask.ttl_s, joiner=Joiner.ROUTER)
+
+
+async def list_all(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    rows = sorted(control.catalog.routers.values(), key=lambda row: row.router)
+    asked = asked_page(request, None, parts=1)
+    return json_response(page_of(asked, rows, lambda row: (row.router,), lambda row: _shown(control, row)))
+
+
+def _shown(control: Control, row: RouterRow) -> RouterShown:
+    said = control.routers.of(row.router)
+    if said is None:
+        return RouterShown(row.router, "unheard", "", "", row.joined_ms, None, None, 0, 0, "", None)
+    ago_ms = control.now_ms() - said.heard_ms
+    state = "silent" if ago_ms > SILENT_AFTER_MS else "up"
+    ask = said.ask
+    current = ask.start == control.start_name
+    return RouterShown(
+        row.router,
+        state,
+        ask.url,
+        said.peer,
+        row.joined_ms,
+        ago_ms,
+        control.feed.behind(ask.have) if current and state == "up" else None,
+        ask.in_flight,
+        ask.calls,
+        ask.release,
+        said.clock_skew_ms,
+    )
+
+
+async def remove(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """Its certificate is refused from now on, here at once and by each node with its next plan."""
+    router = request.match_info["router"]
+    async with control.writing:
+        row = control.catalog.routers.get(router)
+        if row is None:
+            raise not_found("router", router)
+        etags.check_match(request, row.incarnation, lambda: _shown(control, row))
+        spent = [
+            token
+            for token in control.catalog.tokens.values()
+            if token.joiner is Joiner.ROUTER and token.used_node == router
+        ]
+        changes: list[Change] = [DropToken(token.token_id) for token in spent]
+        await control.write([*changes, DropRouter(router)])
+        control.routers.forget(router)
+        if not control.catalog.routers:
+            control.feed.shut()
+        control.feed.wake()
+    control.record("router_removed", detail=f"{router}, by key {caller.key_id}")
+    return web.Response(status=204)
+
+
+# --- joining --------------------------------------------------------------------------------------
+
+
+async def join(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    async with control.bodies.body(request, "join!", JOIN_BYTES_MAX) as body:
+        ask = decode_message(body, JoinAsk)
+    router = parse_node(ask.name)
+    csr = request_in(control, ask.csr_pem)
+    key_sha256 = key_sha256_of(csr)
+    async with control.writing:
+        token = control.catalog.tokens.get(ask.token_id)
+        known = control.catalog.routers.get(router)
+        try:
+            check_redemption(
+                token, ask.token_secret, router, key_sha256, known, wall_ms(), joiner=Joiner.ROUTER
+            )
+            check_key_is_free(control, f"router {router}", key_sha256)
+        except JoinRefused as error:
+            raise refused_join(control, error, f"router {router} from {request.remote}") from None
+        if known is None and len(control.catalog.routers) >= ROUTERS_MAX:
+            raise ApiError(
+                507, "too_many_routers", f"There are {ROUTERS_MAX} routers, the limit; remove one first."
+            )
+        assert token is not None  # a token that is absent was refused above
+        row = known or RouterRow(router, secrets.token_hex(8), key_sha256, wall_ms())
+        used = replace(token, used_key_sha256=key_sha256, used_node=router)
+        await control.write([PutToken(used), PutRouter(row)])
+    control.record("router_joined", detail=f"{router} from {request.remote}, token {token.token_id}")
+    return certificate_answer(control, control.authority.issue_router(csr, router), router)
+
+
+async def renew(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    row = _row_of(caller)
+    async with control.bodies.body(request, caller.owner, JOIN_BYTES_MAX) as body:
+        ask = decode_message(body, RenewAsk)
+    csr = request_in(control, ask.csr_pem)
+    if key_sha256_of(csr) != row.key_sha256:
+        raise ApiError(
+            409, "other_key", "A certificate is renewed for the router's own key; join again to change it."
+        )
+    _check_still(control, row)
+    return certificate_answer(control, control.authority.issue_router(csr, row.router), row.router)
+
+
+async def renew_late(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """As a node's (``joining.renew_late``)."""
+    async with control.bodies.body(request, "join!", JOIN_BYTES_MAX) as body:
+        ask = decode_message(body, LateRenewAsk)
+    csr = request_in(control, ask.csr_pem)
+    speaker = last_speaker(control, ask.certificate_pem)
+    row = control.catalog.routers.get(speaker.router)
+    if row is None or not row.key_sha256 == speaker.key_sha256 == key_sha256_of(csr):
+        raise router_removed(speaker.router)
+    late_s = refuse_too_late(control, speaker, "router")
+    control.record("router_renewed_late", detail=f"{row.router} from {request.remote}, {late_s:.0f} s late")
+    return certificate_answer(control, control.authority.issue_router(csr, row.router), row.router)
+
+
+def _row_of(caller: Caller) -> RouterRow:
+    assert caller.router is not None  # Access.ROUTER gives every handler one
+    return caller.router
+
+
+def _check_still(control: Control, row: RouterRow) -> None:
+    """Raises ``ApiError`` 403 when it was removed meanwhile."""
+    current = control.catalog.routers.get(row.router)
+    if current is None or current.incarnation != row.incarnation:
+        raise router_removed(row.router)
+
+
+# --- the feed -------------------------------------------------------------------------------------
+
+
+async def view(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """What is new; a long poll."""
+    row = _row_of(caller)
+    async with control.bodies.body(request, caller.owner, ASK_BYTES_MAX) as body:
+        ask = decode_message(body, RouterAsk)
+    answer = await answer_view(control, row, ask, request.remote)
+    return web.Response(body=encode(answer), content_type="application/json")
+
+
+async def answer_view(control: Control, row: RouterRow, ask: RouterAsk, peer: str | None) -> RouterAnswer:
+    _check_ask(ask)
+    _check_still(control, row)
+    if ask.epoch > control.meta.epoch:
+        # This database is a backup that was put back, and the router would take no word of it.
+        await control.leap_epoch(PlanNumber(ask.epoch, 0))
+    control.routers.note(row.router, ask, peer, control.now_ms(), control.wall_ms())
+
+    def may_wait() -> bool:
+        current = control.catalog.routers.get(row.router)
+        trusts = ask.ca_sha256 == control.authority.ca_sha256
+        return trusts and current is not None and current.incarnation == row.incarnation
+
+    have = ask.have if ask.start == control.start_name else 0
+    piece = await control.feed.piece(have, min(ask.wait_ms, POLL_MS_MAX), may_wait)
+    _check_still(control, row)
+    words = tuple(
+        Told(word.name, msgspec.Raw(word.text) if word.text is not None else NO_MORE) for word in piece.words
+    )
+    return RouterAnswer(
+        WIRE_VERSION,
+        control.meta.cluster,
+        control.start_name,
+        control.meta.epoch,
+        control.meta.seq,
+        ask.life,
+        ask.number,
+        piece.base,
+        piece.number,
+        piece.more,
+        words,
+        control.wall_ms(),
+        control.authority.ca_pem if ask.ca_sha256 != control.authority.ca_sha256 else "",
+    )
+
+
+def _check_ask(ask: RouterAsk) -> None:
+    numbers = (ask.number, ask.have, ask.wait_ms, ask.epoch, ask.in_flight, ask.calls, ask.sent_ms)
+    if any(not 0 <= number <= NUMBER_MAX for number in numbers):
+        raise BadValue("ask", f"numbers must be from 0 to {NUMBER_MAX}")
+    if max(map(len, (ask.life, ask.start, ask.ca_sha256, ask.release))) > NAME_CHARS_MAX:
+        raise BadValue("life, start, ca_sha256, release", f"at most {NAME_CHARS_MAX} characters")
+    if len(ask.url) > URL_CHARS_MAX:
+        raise BadValue("url", f"at most {URL_CHARS_MAX} characters")
+
+
+async def pass_route(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    """Where a tenant's program may call nodes itself: asked through a router, answered by control, which
+    alone signs tickets. The router shows the tenant's own key, so it gets none for whom it does not serve."""
+    tenant = identify_key(control, request, Access.TENANT)
+    return await show_route(control, request, tenant)
+
+
+ROUTES: tuple[Route[Control], ...] = (
+    Route(
+        "GET",
+        "/api/v1/routers",
+        Access.OPERATOR,
+        list_all,
+        operation=Operation(
+            "listRouters",
+            "All routers that are processes of their own, by name, as each last said it.",
+            [Result(200, "A page.", Page[RouterShown])],
+            takes=PAGED,
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/routers/tokens",
+        Access.OPERATOR,
+        make_token,
+        operation=Operation(
+            "createRouterToken",
+            "Create a token that one router may join with. The answer has the only copy of it.",
+            [Result(201, "The token.", TokenAnswer)],
+            RouterTokenAsk,
+        ),
+    ),
+    Route(
+        "DELETE",
+        r"/api/v1/routers/{router:(?!tokens$)[^/]+}",
+        Access.OPERATOR,
+        remove,
+        operation=Operation(
+            "removeRouter",
+            "Remove a router: its certificate is refused from now on.",
+            [Result(204, "It is removed.")],
+            takes=[IF_MATCH],
+            refusals=CHANGED,
+        ),
+    ),
+)
+
+NODE_ROUTES: tuple[Route[Control], ...] = (
+    Route("POST", "/router/v1/join", Access.OPEN, join),
+    Route("POST", "/router/v1/renew", Access.ROUTER, renew),
+    Route("POST", "/router/v1/renew-late", Access.OPEN, renew_late),
+    Route("POST", "/router/v1/view", Access.ROUTER, view, stays=False),
+    Route("GET", "/router/v1/route", Access.ROUTER, pass_route, stays=False),
+)

@@ -1,0 +1,208 @@
+"""How a box gets its certificate from control, and another one in time: nodes and routers alike.
+
+Covers: the join with a token, whose pin is checked first, renewal over a session that is open, and renewal of
+a certificate that has ended. Does not cover: keys and files (``packer.identity``), whom control certifies
+(``control.routes``), or what is said afterwards (``agent.uplink``, ``control.router_line``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from packer.control_answers import Answer, read_answer, refusal_of, text_of
+from packer.identity import (
+    BadIdentity,
+    Identity,
+    check_pin,
+    read_token,
+    unverified_context,
+    verified_context,
+)
+from packer.wire import (
+    WIRE_VERSION,
+    BadMessage,
+    JoinAnswer,
+    JoinAsk,
+    LateRenewAsk,
+    RenewAsk,
+    decode,
+    encode,
+)
+
+log = logging.getLogger("bunk.joining")
+
+# Pauses between tries while control is away double, with jitter: a fleet must not come back in one wave.
+RETRY_FIRST_S = 0.2
+RETRY_MAX_S = 10.0
+# An answer that takes longer than this is a dead connection.
+ANSWER_TIMEOUT_S = 15.0
+CAS_BYTES_MAX = 64 * 1024  # two CAs while they overlap, 700 bytes each
+JSON = {"Content-Type": "application/json"}
+
+
+class Forgotten(Exception):
+    """Control does not know this box: it was removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joiner:
+    """What joins: ``what`` as in `bunk WHAT token create`, ``prefix`` of its routes at control, ``command``
+    as a person starts it."""
+
+    what: str
+    prefix: str
+    command: str
+
+
+class Joining:
+    """Of one box. ``token_file`` None: it must have joined before."""
+
+    def __init__(
+        self, joiner: Joiner, identity: Identity, control_url: str, name: str, token_file: Path | None
+    ) -> None:
+        self._joiner = joiner
+        self._identity = identity
+        self._url = control_url.rstrip("/")
+        self._name = name
+        self._token_file = token_file
+
+    @property
+    def has_token(self) -> bool:
+        return self._token_file is not None and self._token_file.exists()
+
+    async def join(self, gateway_url: str = "") -> None:
+        """Until control has let it in, however long it is away. Raises ``BadIdentity`` when only a person can
+        help."""
+        if self._token_file is None:
+            what, command = self._joiner.what, self._joiner.command
+            raise BadIdentity(f"this {what} has not joined: start {command} with --join-token-file")
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                return await self._join(self._token_file, gateway_url)
+            except aiohttp.ClientConnectorCertificateError as error:
+                hint = "start control with --node-host and the name or address in --control"
+                log.warning(
+                    "join: control at %s is not certified under this name; %s: %s", self._url, hint, error
+                )
+            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
+                log.warning("join: control at %s does not answer: %s", self._url, error)
+            pause_s = await pause(pause_s)
+
+    async def _join(self, token_file: Path, gateway_url: str) -> None:
+        token = read_token(token_file, self._joiner.what)
+        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            async with session.get(f"{self._url}/node/v1/ca", ssl=unverified_context()) as answer:
+                shown = await read_answer(answer, CAS_BYTES_MAX)
+            pinned_pem = check_pin(token, shown.body)
+            csr_pem = self._identity.csr_pem(self._name)
+            ask = JoinAsk(WIRE_VERSION, token.token_id, token.secret, csr_pem, self._name, gateway_url)
+            async with session.post(
+                f"{self._url}{self._joiner.prefix}/join",
+                data=encode(ask),
+                ssl=verified_context(pinned_pem),
+                headers=JSON,
+            ) as answer:
+                got = await read_answer(answer)
+        if got.status >= 500:
+            raise aiohttp.ClientError(f"control answered {got.status}")
+        if got.status >= 300:
+            what = self._joiner.what
+            raise BadIdentity(f"control refused to let this {what} join ({got.status}): {text_of(got.body)}")
+        joined = decode(got.body, JoinAnswer)
+        self._identity.save(joined)
+        # A spent token is of no use to anybody but a thief.
+        if token_file.is_file() and not token_file.is_symlink():  # and not /dev/stdin
+            token_file.unlink(missing_ok=True)
+        log.info("joined cluster %s as %s", joined.cluster, joined.node)
+
+    # --- a certificate that has ended -------------------------------------------------------------
+
+    async def renew_late(self) -> bool:
+        """Until control gives a certificate to whose own has ended, however long it is away; False when a
+        join must follow instead. Raises ``Forgotten`` and ``BadIdentity``."""
+        pause_s, said = RETRY_FIRST_S, False
+        while True:
+            try:
+                answer = await self._ask_late()
+                if answer.status == 200:
+                    self._identity.save(decode(answer.body, JoinAnswer))
+                    log.info("the certificate had ended; control gave a new one")
+                    return True
+                code, text = refusal_of(answer.body)
+                if code == f"{self._joiner.what}_removed":
+                    raise Forgotten(text)
+                if code == "renewal_refused":
+                    if self.has_token:
+                        return False
+                    what, command = self._joiner.what, self._joiner.command
+                    raise BadIdentity(
+                        f"this {what}'s certificate has ended and control gives no other ({text}): make a "
+                        f"join token with `bunk {what} token create` and start {command} with "
+                        "--join-token-file"
+                    )
+                raise aiohttp.ClientError(f"control answered {answer.status}: {text}")
+            except aiohttp.ClientConnectorCertificateError as error:
+                hint = (
+                    f"if its CA was replaced while this {self._joiner.what} was away, join with a new token"
+                )
+                log.warning(
+                    "control at %s shows a certificate of another CA (%s); %s", self._url, error, hint
+                )
+            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
+                if not said:
+                    log.warning("the certificate has ended and control does not renew it yet: %s", error)
+                said = True
+            pause_s = await pause(pause_s)
+
+    async def _ask_late(self) -> Answer:
+        """Without the certificate: TLS would refuse it. Control checks what the message shows instead."""
+        mine = self._identity.answer
+        assert mine is not None
+        ask = LateRenewAsk(WIRE_VERSION, self._identity.csr_pem(mine.node), mine.certificate_pem)
+        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.post(
+                f"{self._url}{self._joiner.prefix}/renew-late",
+                data=encode(ask),
+                ssl=verified_context(mine.ca_pem),
+                headers=JSON,
+            ) as answer,
+        ):
+            return await read_answer(answer)
+
+    # --- in time ----------------------------------------------------------------------------------
+
+    async def renew(self, post: Callable[[str, object], Awaitable[Answer]]) -> bool:
+        """Asked again later when it fails; control is there, it just answered something else."""
+        try:
+            ask = RenewAsk(WIRE_VERSION, self._identity.csr_pem(self._name))
+            answer = await post(f"{self._joiner.prefix}/renew", ask)
+            if answer.status != 200:
+                raise aiohttp.ClientError(f"control answered {answer.status}: {text_of(answer.body)}")
+            self._identity.save(decode(answer.body, JoinAnswer))
+        except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
+            left_s = self._identity.expires_s() - self._identity.now_s()
+            log.warning("the certificate, which ends in %d s, is not renewed yet: %s", left_s, error)
+            return False
+        return True
+
+
+async def pause(pause_s: float) -> float:
+    """Wait about ``pause_s``; returns the next, longer pause."""
+    await asyncio.sleep(pause_s * jitter())
+    return min(RETRY_MAX_S, pause_s * 2)
+
+
+def jitter() -> float:
+    """The share of a pause that is waited; tests make it the same every time."""
+    return random.uniform(0.5, 1.5)

@@ -1,0 +1,258 @@
+"""Routers that are processes of their own: what their certificate opens and what it does not, and who else
+gets what is theirs.
+
+Covers: every route of the router's application without the right key; the routes for routers at control
+without, with a node's, with a removed and with another router's certificate; a router's certificate at
+everything that is for nodes; tokens of the wrong kind; hostile questions. Does not cover: a router that does
+its work (``test_router_process``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+from listed_routes import routes_of, sent_method
+from running_control import Answer, FakeNode, Running, model_files, running
+from running_routers import joined_router
+
+from control.router_process import build_router_app
+from control.router_wire import RouterAnswer, RouterAsk
+from control.server import build_node_app
+from packer.wire import WIRE_VERSION, JoinAnswer, JoinAsk, RenewAsk, decode, encode
+
+# What anybody may call at a router, and what needs a caller on its machine.
+OPEN = {("GET", "/healthz"), ("GET", "/v2/health/live"), ("GET", "/v2/health/ready")}
+LOCAL = {("GET", "/metrics")}
+JOINING = {("POST", "/router/v1/join"), ("POST", "/router/v1/renew-late")}
+
+
+@dataclass(slots=True)
+class FakeRouter(FakeNode):
+    """Speaks the router's side of the wire with a key of its own."""
+
+    async def join(self, token: str) -> Answer:
+        _, token_id, secret = token.split(".")
+        self.ca_pem = (await self.call("GET", "/node/v1/ca", verify=False)).body.decode()
+        ask = JoinAsk(WIRE_VERSION, token_id, secret, self.csr_pem(), self.name, "")
+        joined = await self.call("POST", "/router/v1/join", encode(ask))
+        if joined.status == 200:
+            self.chain_pem = decode(joined.body, JoinAnswer).certificate_pem
+        return joined
+
+    async def ask(self, folder: Path | None, **changes: Any) -> Answer:
+        ask = replace(RouterAsk(WIRE_VERSION, "a life", 1, 0, 0), **changes)
+        return await self.call("POST", "/router/v1/view", encode(ask), folder=folder)
+
+
+async def joined(control: Running, name: str) -> FakeRouter:
+    token = (await control.call("POST", "/api/v1/routers/tokens", {})).json()["token"]
+    router = FakeRouter(control.bound.node_url, name, "")
+    assert (await router.join(token)).status == 200
+    return router
+
+
+@dataclass(slots=True)
+class Site:
+    control: Running
+    acme: str
+    globex: str
+    ref: str
+    node: FakeNode
+    thief: FakeRouter  # a router whose certificate somebody has
+    folder: Path
+
+
+@pytest_asyncio.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with running(tmp_path / "control") as control:
+        acme, globex = await control.tenant("acme"), await control.tenant("globex")
+        model = await control.push("acme", "m", model_files())
+        node, thief = await control.join("n1"), await joined(control, "thief")
+        yield Site(control, acme, globex, model["ref"], node, thief, tmp_path)
+
+
+# --- tenants at a router --------------------------------------------------------------------------
+
+
+def filled(path: str, ref: str, method: str) -> str:
+    rests = {
+        "/v1/{path}": "embeddings",
+        "/v2/models/{path}": "acme/m" + ("/infer" if method == "POST" else ""),
+        "/v2/repository/models/{path}": "acme/m/load",
+    }
+    return path.replace("{path}", rests.get(path, "")).replace("{ref}", ref)
+
+
+async def test_no_route_of_a_router_answers_without_a_tenants_key(site: Site) -> None:
+    """One answer for all: nothing tells an unknown key from a wrong, a revoked or an operator's one."""
+    revoked = await site.control.key("acme")
+    for _ in range(2):  # nobody waits for a node then
+        await site.node.beat(site.folder)
+    async with joined_router(site.control, site.folder / "r1") as router:
+        await site.control.call("DELETE", f"/api/v1/keys/{revoked.split('_')[1]}")
+        await router.until_heard()
+        keys: list[Mapping[str, str]] = [
+            {},
+            {"Authorization": "Bearer nonsense"},
+            {"Authorization": f"Bearer {site.acme[:-1]}"},
+            {"Authorization": f"Bearer {revoked}"},
+            {"Authorization": f"Bearer {site.control.operator_key}"},
+        ]
+        routes = routes_of(build_router_app(router.router))
+        assert routes > OPEN | LOCAL
+        for method, path in sorted(routes - OPEN - LOCAL):
+            asked = filled(path, site.ref, method)
+            answers = [
+                await router.call(sent_method(method), asked, {"model": site.ref}, headers=headers)
+                for headers in keys
+            ]
+            assert {answer.status for answer in answers} == {401}, path
+            assert len({answer.body for answer in answers}) == 1, path
+            right = await router.call(sent_method(method), asked, {"model": site.ref}, key=site.acme)
+            assert right.status not in (401, 403), path
+
+
+async def test_a_router_has_none_of_the_management_api(site: Site) -> None:
+    async with joined_router(site.control, site.folder / "r1") as router:
+        for path in ("/api/v1/tenants", "/api/v1/nodes", "/api/v1/routers", "/node/v1/ca", "/router/v1/view"):
+            for key in (None, site.acme, site.control.operator_key):
+                headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+                async with site.control.session.get(router.url + path, headers=headers) as answer:
+                    assert answer.status == 404
+                    assert (await answer.json())["error"]["code"] == "unknown_route"
+
+
+async def test_a_foreign_model_answers_at_a_router_as_one_that_does_not_exist(site: Site) -> None:
+    async with joined_router(site.control, site.folder / "r1") as router:
+        for method, path in (
+            ("GET", "/api/v1/route?model={}"),
+            ("GET", "/v1/models/{}"),
+            ("GET", "/v2/models/{}"),
+            ("POST", "/v1/embeddings"),
+        ):
+            foreign, gone = [
+                await router.call(method, path.format(ref), {"model": ref}, key=site.globex)
+                for ref in ("acme/m", "acme/x")
+            ]
+            assert foreign.status == gone.status == 404, path
+            assert foreign.body.replace(b"acme/m", b"acme/x") == gone.body, path
+
+
+# --- at control -----------------------------------------------------------------------------------
+
+
+async def statuses(site: Site, who: FakeNode, folder: Path | None, prefix: str) -> set[tuple[int, str]]:
+    """What the routes below ``prefix`` answer to whoever shows that certificate."""
+    found = set()
+    routes = routes_of(build_node_app(site.control.server.control)) - JOINING
+    opened = {("GET", "/node/v1/ca"), ("POST", "/node/v1/join"), ("POST", "/node/v1/renew-late")}
+    for method, path in sorted(routes - opened):
+        if path.startswith(prefix):
+            answer = await who.call(method, path.replace("{", "").replace("}", ""), b"{}", folder=folder)
+            found.add((answer.status, answer.error["code"]))
+    assert found
+    return found
+
+
+async def test_certificates_open_what_is_their_own_alone(site: Site) -> None:
+    """A router's nothing that is for nodes, a node's nothing that is for routers, none nothing."""
+    assert await statuses(site, site.thief, site.folder, "/node/") == {(403, "not_a_node")}
+    assert await statuses(site, site.node, site.folder, "/router/") == {(403, "not_a_router")}
+    assert await statuses(site, site.thief, None, "/router/") == {(401, "node_certificate_required")}
+
+
+async def test_the_certificate_of_a_removed_router_is_refused(site: Site) -> None:
+    assert (await site.thief.ask(site.folder)).status == 200
+    assert (await site.control.call("DELETE", "/api/v1/routers/thief")).status == 204
+    assert await statuses(site, site.thief, site.folder, "/router/") == {(403, "router_removed")}
+    await joined(site.control, "thief")  # the name is taken by another box: the first one's is dead
+    assert await statuses(site, site.thief, site.folder, "/router/") == {(403, "router_removed")}
+
+
+async def test_a_router_is_told_no_more_than_routing_needs(site: Site) -> None:
+    """No operator's key, no secret, no quota, no place of weights, no digest of a file."""
+    await site.control.call("PATCH", "/api/v1/tenants/acme/quota", {"requests_per_minute": 4321})
+    answer = await site.thief.ask(site.folder)
+    told = decode(answer.body, RouterAnswer)
+    kinds = {word.name.partition("/")[0] for word in told.words}
+    assert kinds == {"key", "model", "node", "places"}
+    text = answer.body.decode()
+    state = site.control.server.control
+    model = state.catalog.models[next(iter(state.catalog.models))]
+    unwanted = [site.control.operator_key.split("_")[1], site.acme.split("_", 2)[2], "4321", "control:"]
+    unwanted += [file.sha256 for file in model.files] + [file.path for file in model.files]
+    assert [word for word in unwanted if word in text] == []
+
+
+async def test_a_router_gets_tickets_only_with_a_tenants_key(site: Site) -> None:
+    path = f"/router/v1/route?model={site.ref}"
+    for headers in ({}, {"Authorization": f"Bearer {site.acme[:-1]}x"}):
+        answer = await site.thief.call("GET", path, folder=site.folder, headers=headers)
+        assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    operator = {"Authorization": f"Bearer {site.control.operator_key}"}
+    answer = await site.thief.call("GET", path, folder=site.folder, headers=operator)
+    assert (answer.status, answer.error["code"]) == (403, "tenant_key_required")
+    foreign = {"Authorization": f"Bearer {site.globex}"}
+    assert (await site.thief.call("GET", path, folder=site.folder, headers=foreign)).status == 404
+
+
+async def test_tokens_and_keys_are_good_for_one_kind_alone(site: Site) -> None:
+    """Whoever finds a node's token, or the copy of a node, makes no router of it, which would see every
+    tenant's keys; and the other way round."""
+    url, gateway = site.control.bound.node_url, "http://127.0.0.1:9"
+    for kind, token_of, stolen in ((FakeRouter, "nodes", site.node), (FakeNode, "routers", site.thief)):
+        token = (await site.control.call("POST", f"/api/v1/{token_of}/tokens", {})).json()["token"]
+        answer = await kind(url, "other", gateway).join(token)
+        assert (answer.status, answer.error["code"]) == (401, "join_refused")
+        other = "routers" if token_of == "nodes" else "nodes"
+        token = (await site.control.call("POST", f"/api/v1/{other}/tokens", {})).json()["token"]
+        answer = await kind(url, "other", gateway, key=stolen.key).join(token)
+        assert (answer.status, answer.error["code"]) == (409, "join_conflict")
+    catalog = site.control.server.control.catalog
+    assert set(catalog.nodes) | set(catalog.routers) == {"n1", "thief"}
+
+
+async def test_a_token_can_not_take_over_a_router(site: Site) -> None:
+    token = (await site.control.call("POST", "/api/v1/routers/tokens", {})).json()["token"]
+    other = FakeRouter(site.control.bound.node_url, "thief", "")
+    assert (await other.join(token)).status == 409
+    assert (await site.thief.ask(site.folder)).status == 200
+    assert (await site.control.recorded("join_refused"))["detail"].startswith("router thief from ")
+
+
+async def test_a_renewal_is_for_the_routers_own_key(site: Site) -> None:
+    other = FakeRouter(site.control.bound.node_url, "thief", "")
+    ask = encode(RenewAsk(WIRE_VERSION, other.csr_pem()))
+    answer = await site.thief.call("POST", "/router/v1/renew", ask, folder=site.folder)
+    assert (answer.status, answer.error["code"]) == (409, "other_key")
+
+
+async def test_hostile_questions_are_refused_by_field(site: Site) -> None:
+    names = "life, start, ca_sha256, release"
+    for change, field in (
+        ({"have": -1}, "ask"),
+        ({"epoch": 2**60}, "ask"),
+        ({"wait_ms": -1}, "ask"),
+        ({"life": "x" * 65}, names),
+        ({"release": "x" * 65}, names),
+        ({"url": "x" * 257}, "url"),
+    ):
+        answer = await site.thief.ask(site.folder, **change)
+        assert (answer.status, answer.error["field"]) == (400, field)
+    large = json.dumps({"life": "x" * 9_000}).encode()
+    for body in (b"", b"{", b"[]", b'{"version": 99}', b"[" * 2_000, large):
+        for path in ("/router/v1/view", "/router/v1/renew", "/router/v1/join"):
+            answer = await site.thief.call("POST", path, body, folder=site.folder)
+            assert answer.status in (400, 413), (path, answer.body)
+
+
+async def test_a_router_can_not_drive_controls_epoch_away(site: Site) -> None:
+    """It may be ahead of a backup that was put back, by some starts and not by millions."""
+    epoch = site.control.server.control.meta.epoch
+    assert (await site.thief.ask(site.folder, epoch=epoch + 1_000_000)).status == 200
+    assert site.control.server.control.meta.epoch == epoch

@@ -1,0 +1,75 @@
+"""A router that is a process of its own, run inside the test's loop, with a line to a running control.
+
+Covers: joining with a token, its listener, a client for it. Does not cover: a router as a real process
+(``test_routers_running``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from running_control import Answer, Running, until
+
+from control.config import Address
+from control.router_process import Router, RouterConfig
+from control.server import Bound
+
+
+@dataclass(slots=True)
+class RunningRouter:
+    """``call`` sends to the router as ``Running.call`` does to control, without a key unless one is given."""
+
+    router: Router
+    url: str
+    _running: Running
+
+    async def call(self, method: str, path: str, body: object = None, **options: Any) -> Answer:
+        here = replace(self._running, bound=Bound(self.url, self._running.bound.node_url))
+        return await here.call(method, path, body, **{"key": None, **options})
+
+    async def until_heard(self) -> None:
+        """It has taken up all that control can tell."""
+        control = self._running.server.control
+
+        def heard() -> bool:
+            view, feed = self.router.view, control.feed
+            feed.settle()
+            return view.start == control.start_name and feed.behind(view.have) == 0 and view.is_whole
+
+        await until(heard)
+
+
+async def router_token(control: Running, folder: Path, **ask: object) -> Path:
+    answer = await control.call("POST", "/api/v1/routers/tokens", ask)
+    assert answer.status == 201, answer.body
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "router.token"
+    path.write_text(answer.json()["token"])
+    return path
+
+
+def router_config(control: Running, folder: Path, name: str, token: Path | None) -> RouterConfig:
+    return RouterConfig(folder, control.bound.node_url, name, Address("127.0.0.1", 0), token)
+
+
+@asynccontextmanager
+async def serving(router: Router, control: Running) -> AsyncIterator[RunningRouter]:
+    url = await router.start()
+    try:
+        yield RunningRouter(router, url, control)
+    finally:
+        await router.stop()
+
+
+@asynccontextmanager
+async def joined_router(control: Running, folder: Path, name: str = "r1") -> AsyncIterator[RunningRouter]:
+    """Joined, and told all that control knows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    token = await router_token(control, folder)
+    async with serving(Router(router_config(control, folder, name, token)), control) as running:
+        await running.until_heard()
+        yield running
