@@ -110,6 +110,8 @@ PURE_FILES = (
     "control/cluster.py",
     "control/choosing.py",
     "control/copies.py",
+    "control/events.py",
+    "control/feed.py",
     "control/waits.py",
     "control/share_book.py",
     "control/rooms.py",
