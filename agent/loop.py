@@ -1,7 +1,8 @@
 """The one loop that owns a node's state: inbox -> residency.step -> dispatch.
 
-Covers: feeding events to the core one at a time, checking its invariants after every step, starting
-what it orders and feeding the answers back, waking it on time, and the leases that callers hold.
+Covers: feeding events to the core one at a time, checking its invariants after every step (which of them
+when says ``packer/invariants.py``), starting what it orders and feeding the answers back, waking it on time,
+and the leases that callers hold.
 Does not cover: any decision (``packer/residency.py``) or how an order is carried out
 (``agent/orders.py``): nothing slow ever runs here.
 
@@ -162,7 +163,7 @@ class Loop:
         actions = residency.step(self.core, event, now_ms)
         self._ring.append((now_ms, event, actions))
         self.steps += 1
-        residency.check(self.core)
+        residency.check_after(self.core, event, actions)
         self._observe(now_ms, event, actions)
         for action in actions:
             self._dispatch(action, event)

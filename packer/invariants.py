@@ -9,23 +9,48 @@ at the models that the step touched and at a few others in turn, and carries the
 before, so that its time does not grow with the number of models; a change that forgot to say what it
 touched is found within one turn around. ``check(node, full=True)`` makes all sums anew and recounts the
 requests; facts that may touch everything (a plan, a device, a budget) cause it by themselves.
+
+``check_after(node, event, actions)`` is what a running node calls. After a request that was granted at once,
+or an end of a lease, from which nothing else follows, it looks at what such a step alone changes: the lease,
+what it stands for, and the counts of requests. The models that these steps touched are proven by ``check``
+with the next step of any other kind, or after ``QUIET_STEPS_MAX`` of them. The simulations call ``check``
+after every step.
 """
 
 from __future__ import annotations
 
 from packer import gangs, queueing
 from packer.chosen import Chosen
+from packer.events import Action, Event, Finished, Grant, Requested
 from packer.ledger import Copy, CopyState, Device, Lease, Model, Node, State, prefix_bytes
 from packer.lending import MARGIN_PERCENT
 from packer.proof import Proof, Shares, Sums
 from packer.quota import Account, InvariantBroken, Tenant
 from packer.types import ModelRef, Tier
 
-__all__ = ["InvariantBroken", "check"]
+__all__ = ["InvariantBroken", "check", "check_after"]
 
 # Untouched models looked at per step. A thousand models are gone round in 500 steps.
 ROUND_MODELS = 2
+# Grants at once and quiet ends in a row before everything that they touched is looked at: some ten requests,
+# and far fewer steps than the ring of the loop keeps.
+QUIET_STEPS_MAX = 32
 NOTHING = Shares()
+
+
+def check_after(node: Node, event: Event, actions: list[Action]) -> None:
+    """``check`` after a step that took in the event, put off while steps only grant requests at once and end
+    leases. Raises ``InvariantBroken``."""
+    kind, proof = type(event), node.proof
+    quiet = (kind is Requested and len(actions) == 1 and type(actions[0]) is Grant) or (
+        kind is Finished and not actions
+    )
+    if not quiet or proof is None or node.unproven or proof.quiet_steps >= QUIET_STEPS_MAX:
+        check(node)
+        return
+    proof.quiet_steps += 1
+    assert isinstance(event, Requested | Finished)
+    _check_request(node, event.request, granted=kind is Requested)
 
 
 def check(node: Node, full: bool = False) -> None:
@@ -40,6 +65,7 @@ def check(node: Node, full: bool = False) -> None:
         refs += [ref for ref in _next_round(node, node.proof) if ref not in node.touched]
     node.touched.clear()
     proof = node.proof
+    proof.quiet_steps = 0
     tenants: dict[str, Tenant] = dict(node.tenants) if full else {}
     for ref in refs:
         model = node.models.get(ref)
@@ -61,6 +87,30 @@ def check(node: Node, full: bool = False) -> None:
     _check_removed(node)
     _check_waiting(node, proof)
     _check_moves(node)
+
+
+def _check_request(node: Node, request: str, granted: bool) -> None:
+    """What a grant or an end of a lease changes: the request is counted once, and granted what is there."""
+    lease = node.requests.get(request)
+    if len(node.requests) != node.waiting + node.granted or node.granted < 0:
+        raise InvariantBroken(
+            f"{node.waiting} requests count as waiting and {node.granted} as granted; "
+            f"{len(node.requests)} are known"
+        )
+    if not granted:
+        _require(lease is None, f"{request} has ended and is known")
+        return
+    if type(lease) is not Lease:
+        raise InvariantBroken(f"{request} was granted and holds no lease")
+    model, tenant = lease.model, lease.model.tenant
+    device, slots = model.device, tenant.rates.slots
+    there = model.state is State.RESIDENT or model.serving
+    if not there or device is None or device.models.get(model.ref) is not model or not device.healthy:
+        raise InvariantBroken(f"{model.ref} is {model.state} and was granted to {request}")
+    if lease.residency != model.residency or model.leases < 1 or tenant.granted < 1:
+        raise InvariantBroken(f"{request} is granted {model.ref} and does not count")
+    _require(slots is None or tenant.in_flight <= slots, f"{model.ref.tenant} is above its {slots} requests")
+    _require(tenant.rates.tokens.reserved >= lease.tokens, f"the tokens of {request} are reserved for nobody")
 
 
 def _require(holds: bool, what: str) -> None:

@@ -53,3 +53,5 @@ class Proof:
     waiting: int = 0
     round: list[ModelRef] = field(default_factory=list)
     place: int = 0
+    # Steps since then that ``invariants.check_after`` did not look at whole.
+    quiet_steps: int = 0

@@ -2,7 +2,7 @@
 
 Covers: what every event means for the state, in one place. Does not cover: the books (``ledger``), whose
 turn it is (``queueing``), who must go (``room``, ``upkeep``), quotas (``quota``), what the agent reads of
-the state (``views``), or the proof after every step (``invariants.check``).
+the state (``views``), or the proof after every step (``invariants.check_after``).
 
 Promises, besides those of ``check``: pure and deterministic (no clock, no I/O, no randomness, no set is
 ever iterated); a late answer (to an order that a worker's death has ended) changes nothing; ``Finished``
@@ -66,7 +66,7 @@ from packer.events import (
 )
 from packer.forecast import forecast
 from packer.intensity import note_use
-from packer.invariants import check
+from packer.invariants import check, check_after
 from packer.ledger import (
     CopyState,
     Failure,
@@ -104,6 +104,7 @@ __all__ = [
     "Node",
     "TenantView",
     "check",
+    "check_after",
     "debts",
     "device_bytes_used",
     "model_view",

@@ -8,6 +8,7 @@ trouble (``simulation``) and over calm ones made of hits. Does not cover: whethe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -37,7 +38,8 @@ from packer.events import (
     Ticked,
     TierBudgetSeen,
 )
-from packer.ledger import Lease
+from packer.invariants import QUIET_STEPS_MAX
+from packer.ledger import Lease, State
 from packer.types import MIB, ByteQuota, ModelRef, ModelSpec, Task, TenantQuota, TenantSpec, Tier
 
 MODELS = 4
@@ -127,6 +129,8 @@ class Pair:
     def tell(self, event: Event) -> None:
         actions = residency.step(self.short, event, self.now_ms)
         assert actions == residency.step_in_full(self.whole, event, self.now_ms)
+        for node in (self.short, self.whole):
+            residency.check_after(node, event, actions)
         residency.check(self.short)
         residency.check(self.whole)
         assert as_text(self.short) == as_text(self.whole)
@@ -296,3 +300,77 @@ def test_it_is_never_calm_while_somebody_waits_or_must_go() -> None:
     assert not hits.use_at_once(limited.short, model, limited.now_ms, limited.now_ms), "it is not there"
     pair.do("drain", 0, 0)
     assert hits.calm_until_ms(pair.short) == 0
+
+
+def calm_pair() -> Pair:
+    """Everything is there, nobody waits, and the last proof has seen it all."""
+    pair = Pair(130, TenantQuota())
+    for number in range(MODELS):
+        pair.do("ask", number, 100)
+    while pair.answers:
+        pair.do("answer", 0, 100)
+    for _ in range(MODELS):
+        pair.do("finish", 0, 100)
+    pair.do("tick", 0, 10_000)
+    return pair
+
+
+def steps_until_found(node: residency.Node, events: Sequence[Event], now_ms: int) -> int:
+    """After how many of the steps the proof says that something is wrong."""
+    for number, event in enumerate(events, start=1):
+        actions = residency.step(node, event, now_ms)
+        try:
+            residency.check_after(node, event, actions)
+        except residency.InvariantBroken:
+            return number
+    raise AssertionError("never found")
+
+
+def warm_requests(ref: ModelRef, count: int) -> list[Event]:
+    asks = [Requested(f"w{number}", ref, 1 << 40) for number in range(count)]
+    return [event for asked in asks for event in (asked, Finished(asked.request, 3))]
+
+
+def test_wrong_bytes_of_a_model_in_use_are_found_within_a_few_warm_requests() -> None:
+    pair = calm_pair()
+    node, ref = pair.short, pair.specs[0].ref
+    node.models[ref].device_bytes += 1
+    found = steps_until_found(node, warm_requests(ref, 50), pair.now_ms)
+    assert 1 < found <= QUIET_STEPS_MAX + 1
+
+
+def test_any_other_step_has_what_warm_requests_touched_proven_at_once() -> None:
+    pair = calm_pair()
+    node, ref = pair.short, pair.specs[0].ref
+    node.models[ref].device_bytes += 1
+    assert steps_until_found(node, [*warm_requests(ref, 1), Ticked()], pair.now_ms) == 3
+
+
+@pytest.mark.parametrize("wrong", ["granted", "leases", "state", "residency", "device"])
+def test_what_a_grant_itself_gets_wrong_is_found_at_once(wrong: str) -> None:
+    pair = calm_pair()
+    node, model = pair.short, pair.short.models[pair.specs[0].ref]
+    asked = Requested("w", model.ref, 1 << 40)
+    actions = residency.step(node, asked, pair.now_ms)
+    residency.check_after(node, asked, actions)
+    match wrong:
+        case "granted":
+            node.granted += 1
+        case "leases":
+            model.leases = 0
+        case "state":
+            model.state = State.EVICTING
+        case "residency":
+            model.residency += 1
+        case "device":
+            model.device = None
+    with pytest.raises(residency.InvariantBroken):
+        residency.check_after(node, asked, actions)
+
+
+def test_an_end_that_forgets_its_lease_is_found_at_once() -> None:
+    pair = calm_pair()
+    node, ref = pair.short, pair.specs[0].ref
+    residency.step(node, Requested("w", ref, 1 << 40), pair.now_ms)
+    with pytest.raises(residency.InvariantBroken, match="has ended and is known"):
+        residency.check_after(node, Finished("w", 3), [])

@@ -286,10 +286,10 @@ def test_what_can_never_fit_is_refused_with_the_arithmetic(tmp_path: Path) -> No
 async def _broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = make_loop(SlowHands(random.Random(1)), tmp_path, [])
 
-    def wrong(core: residency.Node) -> None:
+    def wrong(core: residency.Node, event: Event, actions: list[Action]) -> None:
         raise residency.InvariantBroken("planted")
 
-    monkeypatch.setattr(residency, "check", wrong)
+    monkeypatch.setattr(residency, "check_after", wrong)
     with pytest.raises(residency.InvariantBroken):
         loop.post(Finished("nobody"))
     assert loop.broken.done()
