@@ -61,6 +61,7 @@ from packer.http import (
 )
 from packer.oip import tenants_response
 from packer.types import ModelSpec, Task
+from packer.whole_answer import WholeAnswer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -213,7 +214,7 @@ class Gateway:
             answer = await _written(
                 len(frame.body), embedding_answer, ask, call.model_id, _count(order), frame
             )
-        return web.Response(body=answer, content_type="application/json")
+        return WholeAnswer(request.app, answer, "application/json")
 
     async def classify(self, request: web.Request) -> web.Response:
         async with self._bodies.body(request, request[KEY].tenant) as body:
@@ -231,7 +232,7 @@ class Gateway:
                 _count(order),
                 frame,
             )
-        return web.Response(body=answer, content_type="application/json")
+        return WholeAnswer(request.app, answer, "application/json")
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         async with self._bodies.body(request, request[KEY].tenant) as body:
@@ -338,7 +339,7 @@ class Gateway:
                 if isinstance(item, tuple):
                     shape.keep(shape.read(*item))
         answer = await _written(shape.about_bytes, shape.whole)
-        return web.Response(body=answer, content_type="application/json")
+        return WholeAnswer(call.request.app, answer, "application/json")
 
     async def _streamed(
         self, call: Call, orders: tuple[EngineRequest, ...], shape: GeneratedShape

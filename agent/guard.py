@@ -8,7 +8,7 @@ encodings and the error shape, which the router shares (``packer/http.py``), or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -24,6 +24,7 @@ from packer.http import (
     RATE_RESET_HEADER,
     RESTORE_MS_HEADER,
     RESTORED_BYTES_HEADER,
+    SAYS,
     TIER_HEADER,
     TOKENS_LIMIT_HEADER,
     TOKENS_REMAINING_HEADER,
@@ -94,18 +95,19 @@ def require_key(node: NodeFacade, scraper: ScrapeKey | None = None) -> Middlewar
 def add_headers(app: web.Application, node: NodeFacade, node_name: str) -> None:
     """Say on every answer, streamed and failed ones too, who served it, from where, and what is left."""
 
-    async def prepare(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers[NODE_HEADER] = node_name
+    def says(request: web.Request) -> Mapping[str, str]:
+        headers = {NODE_HEADER: node_name}
         facts, key = request.get(FACTS), request.get(KEY)
         if facts is not None and facts.tier is not None:
-            response.headers[TIER_HEADER] = facts.tier.value
-            response.headers[RESTORE_MS_HEADER] = str(facts.restore_ms)
-            response.headers[RESTORED_BYTES_HEADER] = str(facts.restored_bytes)
-            response.headers[DEVICE_HEADER] = facts.device
+            headers[TIER_HEADER] = facts.tier.value
+            headers[RESTORE_MS_HEADER] = str(facts.restore_ms)
+            headers[RESTORED_BYTES_HEADER] = str(facts.restored_bytes)
+            headers[DEVICE_HEADER] = facts.device
         if key is not None:
-            response.headers.update(rate_headers(node.rate_views(key.tenant)))
+            headers.update(rate_headers(node.rate_views(key.tenant)))
+        return headers
 
-    app.on_response_prepare.append(prepare)
+    app[SAYS] = says
 
 
 # OpenAI knows headers for these two; the others are said in refusals and shown by `bunk quota show`.

@@ -50,6 +50,7 @@ from packer.oip import (
 )
 from packer.release import server_version
 from packer.types import KIB, ModelSpec, Task, TensorSignature
+from packer.whole_answer import WholeAnswer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -154,7 +155,7 @@ class OipRoutes:
             answer = await self._sized(len(frame.body), _write, spec, signature, asked, frame)
         headers = {} if answer.header_bytes is None else {HEADER_LENGTH: str(answer.header_bytes)}
         kind = "application/json" if answer.header_bytes is None else "application/octet-stream"
-        return web.Response(body=answer.body, content_type=kind, headers=headers)
+        return WholeAnswer(request.app, answer.body, kind, headers=headers)
 
     # --- how ------------------------------------------------------------------------------------------
 

@@ -289,6 +289,9 @@ def openai_response(request: web.Request, error: ApiError) -> web.Response:
 
 CROWD: web.AppKey[Crowd] = web.AppKey("crowd", Crowd)
 DOORS: web.AppKey[Doors] = web.AppKey("doors", Doors)
+# What else an app says on every answer, streamed and failed ones too.
+Says = Callable[[web.Request], Mapping[str, str]]
+SAYS: web.AppKey[Says] = web.AppKey("says")
 
 
 def enter(request: web.Request, owner: str) -> None:
@@ -405,7 +408,11 @@ def protect(
     app[CROWD] = crowd or Crowd()
     app[DOORS] = doors or Doors()
     app.middlewares.insert(0, request_guard(render))
-    app.on_response_prepare.append(_mark)
+
+    async def mark(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(own_headers(app, request, response.headers))
+
+    app.on_response_prepare.append(mark)
 
 
 def runner(app: web.Application, shutdown_seconds: float = 60.0) -> web.AppRunner:
@@ -509,13 +516,17 @@ def _log_fault(request: web.Request, error: Exception) -> None:
     logger.error("%s %s failed: %s\n%s", request[REQUEST_ID], route, type(error).__name__, frames)
 
 
-async def _mark(request: web.Request, response: web.StreamResponse) -> None:
+def own_headers(app: web.Application, request: web.Request, present: Mapping[str, str]) -> dict[str, str]:
+    """What every answer says, whatever it is; ``present`` are the headers that it has already. Its head goes
+    out now."""
     request[HEAD_SENT] = True
-    response.headers["Server"] = "bunkhouse"
-    response.headers["X-Content-Type-Options"] = "nosniff"
+    headers = {"Server": "bunkhouse", "X-Content-Type-Options": "nosniff"}
     # A router hands on the node's id, so that one id finds the request on both.
-    if REQUEST_ID_HEADER not in response.headers and REQUEST_ID in request:
-        response.headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
+    if REQUEST_ID_HEADER not in present and REQUEST_ID in request:
+        headers[REQUEST_ID_HEADER] = request[REQUEST_ID]
+    if (say := app.get(SAYS)) is not None:
+        headers.update(say(request))
+    return headers
 
 
 # --- the shape of a model ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from packer.crowd import in_time
 from packer.http import CROWD, PASSED_HEADERS, ApiError, openai_error
 from packer.oip import ERROR_CODE_HEADER
 from packer.types import KIB
+from packer.whole_answer import WholeAnswer
 
 # Whole answers up to this size are here before their head is passed on: a node that breaks off in one is
 # then an error with a status. It is what both sides' sockets hold anyway.
@@ -119,7 +120,7 @@ async def pass_on(
     headers = _answer_headers(answer.response)
     if answer.whole:
         head_out()
-        return web.Response(status=answer.status, headers=headers, body=answer.held)
+        return WholeAnswer(request.app, answer.held, None, answer.status, headers)
     response = web.StreamResponse(status=answer.status, headers=headers)
     if answer.response.content_length is not None:
         response.content_length = answer.response.content_length
