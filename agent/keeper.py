@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import ParamSpec
 
 from agent.counters import Counters
 from agent.journal import JournalFailed
@@ -18,6 +19,8 @@ from agent.journal_thread import JournalThread
 from packer.wire import NO_PLAN, Plan, PlanNumber, Record
 
 log = logging.getLogger("bunk.keeper")
+
+P = ParamSpec("P")
 
 
 class Keeper:
@@ -67,10 +70,8 @@ class Keeper:
             same = self.plan is not None and plan.cluster == self.plan.cluster
             if same and plan.number <= self.number:
                 return
-            self._kept = saved = False
-            with self.journal_may_fail():
-                await self._journal.call(self._journal.journal.save_plan, plan)
-                saved = True
+            self._kept = False
+            saved = await self.save(self._journal.journal.save_plan, plan)
             self._put_in_force(plan)
             with self.journal_may_fail():
                 await self._shred(plan)
@@ -97,16 +98,29 @@ class Keeper:
 
     @contextmanager
     def journal_may_fail(self) -> Iterator[None]:
-        """Serve on without the journal; say once that it fails, until it has taken records again.
-
-        On a full disk small writes go on working by chance, so nothing else says that it is over.
-        """
+        """Serve on without the journal."""
         try:
             yield
         except JournalFailed as error:
-            if not self._failing:
-                log.error("%s; serving on, but what happens now is forgotten at a restart", error)
-            self._failing = True
+            self._fail(error)
+
+    def _fail(self, error: JournalFailed) -> None:
+        """Say once that it fails, until it has taken records again.
+
+        On a full disk small writes go on working by chance, so nothing else says that it is over.
+        """
+        if not self._failing:
+            log.error("%s; serving on, but what happens now is forgotten at a restart", error)
+        self._failing = True
+
+    async def save(self, write: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Whether the journal has taken it; serves on if not."""
+        try:
+            await self._journal.call(write, *args, **kwargs)
+        except JournalFailed as error:
+            self._fail(error)
+            return False
+        return True
 
     # --- records ----------------------------------------------------------------------------------
 
@@ -116,11 +130,7 @@ class Keeper:
         records = self._counters.take_records(self._wall_ms())
         if not records:
             return False
-        spooled = False
-        with self.journal_may_fail():
-            await self._journal.call(self._journal.journal.spool, records)
-            spooled = True
-        if not spooled:
+        if not await self.save(self._journal.journal.spool, records):
             self._counters.put_back(records)
             return False
         if self._failing and self._kept:
@@ -138,5 +148,4 @@ class Keeper:
         return ()
 
     async def acknowledge(self, acked_seq: int) -> None:
-        with self.journal_may_fail():
-            await self._journal.call(self._journal.journal.acknowledge, acked_seq)
+        await self.save(self._journal.journal.acknowledge, acked_seq)

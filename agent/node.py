@@ -21,8 +21,9 @@ from agent.config import AgentConfig
 from agent.control_listener import control_listener
 from agent.counters import Counters
 from agent.credentials import Credentials
-from agent.debts import Debts
 from agent.decisions import Decisions
+from agent.device_watch import DeviceWatch
+from agent.flushing import Flushing
 from agent.footprints import Footprints
 from agent.journal import JournalFailed, PackRow, open_journal
 from agent.journal_thread import JournalThread
@@ -31,14 +32,13 @@ from agent.loop import Loop
 from agent.orders import Orders
 from agent.origin import OriginUnavailable
 from agent.packs import PackDirectory
+from agent.recollection import Recollection
 from agent.regret import RegretMeter
-from agent.remembering import Changed, Remembering
 from agent.reports import build_report
 from agent.segments import HostSegments
 from agent.shares import Shares
 from agent.sharing import Sharing
 from agent.spawning import Nursery
-from agent.spending import Spending
 from agent.stay import Stay
 from agent.uplink import Uplink
 from agent.usage_meter import UsageMeter
@@ -48,7 +48,6 @@ from packer.decisions import shortened
 from packer.estimate import FIRST_RATES, Rates, choose_host_form, dump_rates
 from packer.events import (
     Action,
-    DeviceSeen,
     DrainAsked,
     Event,
     Finished,
@@ -76,10 +75,6 @@ from packer.wire import Plan, PlanNumber, Record, RegretReport, Report
 
 log = logging.getLogger("bunk.node")
 
-# GPUs are asked this often for foreign processes' bytes; NVML answers in about a millisecond.
-DEVICE_LOOK_S = 2.0
-# Records reach the journal in batches this far apart: one fsync for many records.
-RECORD_FLUSH_S = 0.25
 _NO_FETCH = "this version's files are in control's store, and this node was started without --control"
 
 
@@ -106,7 +101,6 @@ class RunningNode:
         self.started_ms = wall_ms()
         self.gateway_url = ""
         self._devices = {device.device: device for device in config.devices}
-        self._foreign: dict[str, devices.DeviceState] = {}
         self._journal = JournalThread(open_journal(config.data_dir))
         self._link = LinkMeter()
         self.calibrator = Calibrator(
@@ -149,8 +143,9 @@ class RunningNode:
         self.sharing.sources.lender = self.orders.holdings
         self.orders.sources = self.sharing.sources
         self.orders.repairs.fetch_extent = self.sharing.sources.fetch_extent
-        self._know_again()
+        self.device_watch = DeviceWatch(self._devices, self.orders.roster, self.loop.post)
         self._keeper = Keeper(self._journal, self.counters, wall_ms, self._apply, self._settle)
+        self._know_again()
         self.credentials = Credentials(wall_ms, away=lambda: bool(self.uplink and not self.uplink.connected))
         may_fail, control_ms = self._keeper.journal_may_fail, self.credentials.control_ms
         self.usage = UsageMeter(self._journal, control_ms, may_fail, self._tell)
@@ -160,8 +155,6 @@ class RunningNode:
         self._packs_found: list[PackRow] = []
         self._packs_begun: dict[ModelRef, int] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._flushing = asyncio.Lock()
-        self._flush_failed: set[str] = set()
 
     def _find_identity(self, config: AgentConfig) -> None:
         """Who this node is, its line to control and the listener that control calls."""
@@ -182,14 +175,23 @@ class RunningNode:
         self.footprints = Footprints(self._devices, self.loop.post, self._held_workspace_bytes)
         self.footprints.take_stored(journal.footprints())
         self.orders.roster.on_workspace = self._on_workspace
-        self._spending = Spending(journal.spent(), self._owed_rates, wall_ms)
-        self._debts = Debts(journal.debts(), self._owed_cold_ms, monotonic_ms)
-        self._remembering = Remembering(
-            journal.remembered_node(),
-            journal.remembered(),
+        self._recollection = Recollection(
+            self._journal,
+            self._keeper,
             lambda: self.loop.core,
+            self._owed_rates,
+            self._owed_cold_ms,
             monotonic_ms,
             wall_ms,
+        )
+        self.flushing = Flushing(
+            {
+                "footprints": self._keep_footprints,
+                "what was spent": self._recollection.keep_spent,
+                "debts": self._recollection.keep_debts,
+                "what was learned": self._recollection.keep_remembered,
+                "records": self._spool,
+            }
         )
 
     # --- start and stop ---------------------------------------------------------------------------
@@ -215,14 +217,14 @@ class RunningNode:
         self.loop.post(RatesSeen(self.rates or FIRST_RATES, self.host_form, self._on_cuda))
         for tier in (Tier.HOST, Tier.DISK):
             self.loop.post(TierBudgetSeen(tier, self.budget_bytes(tier)))
-        self._look_at_devices()
+        self.device_watch.look()
         if self.uplink is not None:
             self.shares.take_up()
         if self.uplink is None or self._identity.cluster:  # who was removed has no plan any more
             await self._keeper.take_up()
         if any(device.kind == "cuda" for device in self._devices.values()):
-            self._tasks.append(asyncio.create_task(self._watch_devices()))
-        runs = (self._flush_records(), self.calibrator.run(), self.meter.run(), self.usage.run())
+            self._tasks.append(asyncio.create_task(self.device_watch.run()))
+        runs = (self.flushing.run(), self.calibrator.run(), self.meter.run(), self.usage.run())
         self._tasks += [asyncio.create_task(each) for each in runs]
 
     async def run_uplink(self, gateway_url: str) -> None:
@@ -247,11 +249,9 @@ class RunningNode:
         await self.sharing.close()
         await self.orders.close()
         await self._nursery.close()
-        await self._flush_once()
+        await self.flushing.once()
         await self.usage.flush(at_once=True)
-        await self._keep_spent(at_once=True)
-        await self._keep_debts(at_once=True)
-        await self._keep_remembered(at_once=True)
+        await self._recollection.keep()
         self._segments.close()
         self._journal.close()
         devices.close()
@@ -284,8 +284,7 @@ class RunningNode:
     async def _calibrated(self, rates: Rates) -> None:
         """Estimates and the form of new segments follow at once."""
         self.accuracy.start_anew()
-        with self._keeper.journal_may_fail():
-            await self._journal.call(self._journal.journal.save_calibration, dump_rates(rates))
+        await self._keeper.save(self._journal.journal.save_calibration, dump_rates(rates))
         await self._use_form(self._choose_host_form(self._plan))
 
     async def _use_form(self, form: HostForm) -> None:
@@ -315,24 +314,6 @@ class RunningNode:
         if spec is not None:
             self.footprints.seen(spec, device, pid, peak_bytes)
 
-    # --- devices ----------------------------------------------------------------------------------
-
-    def _look_at_devices(self) -> None:
-        pids, idle_pids = self.orders.roster.pids(), self.orders.roster.pids(idle=True)
-        for name, device in self._devices.items():
-            state = devices.look(device, pids[name], idle_pids[name])
-            if self._foreign.get(name) != state:
-                self._foreign[name] = state
-                budget_bytes = max(0, device.budget_bytes - state.foreign_bytes - state.contexts_bytes)
-                # Giving back a part of an image has not been seen on a GPU yet: there models leave whole.
-                partial = device.kind == "cpu"
-                self.loop.post(DeviceSeen(name, budget_bytes, state.healthy, partial))
-
-    async def _watch_devices(self) -> None:
-        while True:
-            await asyncio.sleep(DEVICE_LOOK_S)
-            self._look_at_devices()
-
     # --- plans ------------------------------------------------------------------------------------
 
     @property
@@ -354,26 +335,12 @@ class RunningNode:
 
     async def _keep_footprints(self) -> None:
         rows = self.footprints.take_unsaved()
-        if rows:
-            kept = False
-            with self._keeper.journal_may_fail():
-                await self._journal.call(self._journal.journal.save_footprints, rows, list(self._specs))
-                kept = True
-            if not kept:
-                self.footprints.put_back(rows)
-
-    async def _keep_spent(self, at_once: bool = False) -> None:
-        rows = self._spending.due(at_once)
-        if rows is not None:
-            with self._keeper.journal_may_fail():
-                await self._journal.call(self._journal.journal.save_spent, rows)
+        save = self._journal.journal.save_footprints
+        if rows and not await self._keeper.save(save, rows, list(self._specs)):
+            self.footprints.put_back(rows)
 
     async def _save_shares(self, text: str) -> bool:
-        saved = []
-        with self._keeper.journal_may_fail():
-            await self._journal.call(self._journal.journal.save_shares, text)
-            saved.append(text)
-        return bool(saved)
+        return await self._keeper.save(self._journal.journal.save_shares, text)
 
     def _post(self, event: Event) -> None:
         self.loop.post(event)
@@ -384,20 +351,6 @@ class RunningNode:
     def _owed_cold_ms(self) -> dict[str, int]:
         return residency.debts(self.loop.core)
 
-    async def _keep_debts(self, at_once: bool = False) -> None:
-        debts = self._debts.due(at_once)
-        if debts is not None:
-            with self._keeper.journal_may_fail():
-                await self._journal.call(self._journal.journal.save_debts, debts)
-                self._debts.kept(debts)
-
-    async def _save_remembered(self, changed: Changed) -> None:
-        await self._journal.call(self._journal.journal.save_remembered, changed)
-
-    async def _keep_remembered(self, at_once: bool = False) -> None:
-        with self._keeper.journal_may_fail():
-            await self._remembering.keep(self._save_remembered, at_once)
-
     def _apply(self, plan: Plan) -> None:
         self.sharing.planned(plan)
         self._identity.let_in({router.node: router.key_sha256 for router in plan.routers})
@@ -406,12 +359,8 @@ class RunningNode:
         self._specs |= {spec.ref: spec for spec in plan.models}
         self._latest = {spec.ref.model: spec for spec in plan.models if spec.latest}
         self.loop.post(Planned(plan.tenants, plan.models))
-        for spent in self._spending.planned():
-            self.loop.post(spent)
-        for debt in self._debts.planned():
-            self.loop.post(debt)
-        for remembered in self._remembering.planned():
-            self.loop.post(remembered)
+        for known in self._recollection.planned():
+            self.loop.post(known)
         self.footprints.planned(plan.models)
         for row in self._packs_found:
             host_bytes = row.host.of(self.host_form) if row.host else row.host_bytes
@@ -492,10 +441,10 @@ class RunningNode:
         return self.config.devices
 
     def foreign_bytes(self, device: str) -> int:
-        return self._foreign[device].foreign_bytes
+        return self.device_watch.foreign_bytes(device)
 
     def contexts_bytes(self, device: str) -> int:
-        return self._foreign[device].contexts_bytes
+        return self.device_watch.contexts_bytes(device)
 
     def budget_bytes(self, tier: Tier) -> int:
         return self.config.host_budget_bytes if tier is Tier.HOST else self.config.disk_budget_bytes
@@ -558,25 +507,6 @@ class RunningNode:
 
     def _note(self, kind: str, ref: ModelRef, detail: str, count: int) -> None:
         self.counters.note(wall_ms(), kind, ref, detail, count)
-
-    async def _flush_records(self) -> None:
-        while True:
-            await asyncio.sleep(RECORD_FLUSH_S)
-            # A stop does not cut off what waits for the journal's thread; ``close`` flushes after it.
-            await asyncio.shield(self._flush_once())
-
-    async def _flush_once(self) -> None:
-        """None of what is kept may keep the others from being kept."""
-        keep = (self._keep_footprints, self._keep_spent, self._keep_debts, self._keep_remembered, self._spool)
-        async with self._flushing:
-            for each in keep:
-                try:
-                    await each()
-                except Exception:
-                    # A full or lost disk is no exception here, so this is our mistake: said once for each.
-                    if each.__name__ not in self._flush_failed:
-                        log.exception("%s failed in an unforeseen way", each.__name__)
-                        self._flush_failed.add(each.__name__)
 
     async def _spool(self) -> None:
         if await self._keeper.flush():

@@ -165,9 +165,8 @@ FLEET_MUTANTS = (
     Mutant(
         "a plan is in force before it is on disk",
         KEEPER,
-        "                await self._journal.call(self._journal.journal.save_plan, plan)\n"
-        "                saved = True\n",
-        "                saved = True\n",
+        "            saved = await self.save(self._journal.journal.save_plan, plan)\n",
+        "            saved = True\n",
     ),
     Mutant(
         "a plan that the disk did not take is not kept later",

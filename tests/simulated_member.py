@@ -28,16 +28,14 @@ from simulation import Call, World
 
 from agent.accuracy import Accuracy
 from agent.counters import Counters
-from agent.debts import Debts
 from agent.devices import DeviceConfig
 from agent.journal import Journal, JournalFailed, PackRow
 from agent.keeper import Keeper
 from agent.peer_fetch import FetchedPack
-from agent.remembering import Remembering
+from agent.recollection import Recollection
 from agent.reports import build_report
 from agent.shares import Shares
 from agent.sources import Obtained
-from agent.spending import Spending
 from control.routes.forwarding import NodeUnreachable
 from packer.events import (
     Action,
@@ -209,14 +207,12 @@ class Member(World):
     def _know_again(self) -> None:
         """What the journal has kept of earlier lives, on a wall clock that may have jumped meanwhile."""
         journal = self.journal
-        self.spending = Spending(
-            journal.spent(), lambda: self.core.spent(self.node, self.clock_ms()), self.clock_of_the_wall_ms
-        )
-        self.debts = Debts(journal.debts(), lambda: self.core.debts(self.node), self.clock_ms)
-        self.remembering = Remembering(
-            journal.remembered_node(),
-            journal.remembered(),
+        self.recollection = Recollection(
+            cast(Any, self._thread),
+            self.keeper,
             lambda: self.node,
+            lambda: self.core.spent(self.node, self.clock_ms()),
+            lambda: self.core.debts(self.node),
             self.clock_ms,
             self.clock_of_the_wall_ms,
         )
@@ -262,31 +258,15 @@ class Member(World):
     async def _flush(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_S)
-            await self._keep_what_is_known()
+            await self.recollection.keep_spent()
+            await self.recollection.keep_debts()
+            await self.recollection.keep_remembered()
             if await self.keeper.flush():
                 self.uplink.changed()
             await keep_use(self.usage)
 
-    async def _keep_what_is_known(self) -> None:
-        """As ``agent.node`` does it."""
-        journal, may_fail = self.journal, self.keeper.journal_may_fail
-        if (spent := self.spending.due()) is not None:
-            with may_fail():
-                await self._thread.call(journal.save_spent, spent)
-        if (debts := self.debts.due()) is not None:
-            with may_fail():
-                await self._thread.call(journal.save_debts, debts)
-                self.debts.kept(debts)
-        with may_fail():
-            await self.remembering.keep(lambda changed: self._thread.call(journal.save_remembered, changed))
-
     async def _save_shares(self, text: str) -> bool:
-        """As ``agent.node`` does it."""
-        saved = []
-        with self.keeper.journal_may_fail():
-            await self._thread.call(self.journal.save_shares, text)
-            saved.append(text)
-        return bool(saved)
+        return await self.keeper.save(self.journal.save_shares, text)
 
     def crash(self) -> None:
         """The process is gone, and the machine with it: memory is lost, files that were not complete too."""
@@ -329,7 +309,7 @@ class Member(World):
         self.tenants |= {tenant.tenant: tenant for tenant in plan.tenants}
         self.planned = {spec.ref: spec for spec in plan.models}
         self._plan()
-        for known in (*self.spending.planned(), *self.debts.planned(), *self.remembering.planned()):
+        for known in self.recollection.planned():
             self.feed(known)
         for ref, nbytes in self._found:
             self.disk[ref] = nbytes

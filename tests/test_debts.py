@@ -68,7 +68,7 @@ def started(folder: Path, *words: str) -> RunningNode:
     folder.mkdir(parents=True, exist_ok=True)
     base = ["run", "--data-dir", str(folder), "--listen", "127.0.0.1:0", "--device", "cpu:64MiB"]
     node = RunningNode(load([*base, "--host-bytes", "1MiB", "--disk-bytes", "1MiB", *words]))
-    node._look_at_devices()
+    node.device_watch.look()
     node.loop.post(LendingChosen(node.config.lending_margin_percent))
     return node
 
@@ -79,7 +79,7 @@ async def test_a_node_takes_up_its_tenants_credit_after_a_restart(tmp_path: Path
     before = started(tmp_path)
     await before.accept_plan(plan)
     before.loop.core.tenants["acme"].slice.debt_ms = -4_321
-    await before._keep_debts(at_once=True)
+    await before._recollection.keep_debts(at_once=True)
     await before.loop.close()
     before._journal.close()
     after = started(tmp_path)

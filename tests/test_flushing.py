@@ -29,9 +29,9 @@ async def spooled_times(node: RunningNode) -> list[int]:
     return [record.at_ms for record in await node.spooled(100)]
 
 
-@pytest.mark.parametrize("broken", ["_keep_footprints", "_keep_spent", "_keep_debts", "_keep_remembered"])
+@pytest.mark.parametrize("broken", ["footprints", "what was spent", "debts", "what was learned"])
 async def test_what_can_not_be_kept_holds_up_nothing_else(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    broken: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = node_in(tmp_path)
 
@@ -39,13 +39,13 @@ async def test_what_can_not_be_kept_holds_up_nothing_else(
         # As the journal's thread does when it is given a number that no column can hold.
         await node._journal.call(node._journal.journal._db.execute, "select ?", [2**64])
 
-    fail.__name__ = broken
-    monkeypatch.setattr(node, broken, fail)
+    assert broken in node.flushing.parts
+    node.flushing.parts[broken] = fail
     for number in (1, 2):
         note(node, number)
-        await node._flush_once()
+        await node.flushing.once()
     assert await spooled_times(node) == [1, 2]
-    assert caplog.text.count(f"{broken} failed in an unforeseen way") == 1
+    assert caplog.text.count(f"keeping {broken} failed in an unforeseen way") == 1
     await node.loop.close()
     node._journal.close()
 
@@ -53,7 +53,7 @@ async def test_what_can_not_be_kept_holds_up_nothing_else(
 async def test_a_stop_loses_nothing_that_waits_for_the_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.node.RECORD_FLUSH_S", 0)
+    monkeypatch.setattr("agent.flushing.FLUSH_S", 0)
     node = node_in(tmp_path)
     note(node, 1)
     taken, is_free = asyncio.Event(), threading.Event()
@@ -65,14 +65,14 @@ async def test_a_stop_loses_nothing_that_waits_for_the_journal(
 
     monkeypatch.setattr(node.counters, "take_records", take_and_tell)
     busy = asyncio.create_task(node._journal.call(is_free.wait))
-    flushing = asyncio.create_task(node._flush_records())
+    flushing = asyncio.create_task(node.flushing.run())
     await taken.wait()
     await asyncio.sleep(0)
     flushing.cancel()
     await asyncio.gather(flushing, return_exceptions=True)
     is_free.set()
     await busy
-    await node._flush_once()
+    await node.flushing.once()
     assert await spooled_times(node) == [1]
     await node.loop.close()
     node._journal.close()

@@ -76,13 +76,13 @@ async def test_a_plan_is_in_force_on_a_full_disk_and_kept_when_there_is_room(
     assert len(node.tenants) == 2001
     for number in range(100):
         node.counters.put_back([record(number)])
-        await node._flush_once()
+        await node.flushing.once()
     assert caplog.text.count("serving on") == 1
     kept = await node._journal.call(journal.plan)
     assert kept is not None
     assert kept.seq == 1
     await node._journal.call(journal.empty)
-    await node._flush_once()
+    await node.flushing.once()
     assert await node._journal.call(journal.plan) == plan(2, 2000)
     times = [row.at_ms for row in await node.spooled(1000)]
     assert sorted(times) == list(range(100)), "no record was lost"

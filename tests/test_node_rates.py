@@ -42,7 +42,7 @@ def config(folder: Path, *words: str) -> AgentConfig:
 async def node_of(folder: Path, *words: str) -> AsyncIterator[RunningNode]:
     """Made, told of its tiers, a plan and a pack; not started."""
     node = RunningNode(config(folder, *words))
-    node._look_at_devices()
+    node.device_watch.look()
     for tier in (Tier.HOST, Tier.DISK):
         node.loop.post(TierBudgetSeen(tier, MIB))
     node.loop.post(RatesSeen(node.rates or FIRST_RATES, node.host_form, node._on_cuda))
