@@ -26,8 +26,9 @@ class Held:
 
     could: list[Share] = field(default_factory=lambda: [NOTHING])
     want: Share = NOTHING
+    ahead: bool = False  # the node could serve the tenant, and may have some before it wants it
     since_ms: int = 0  # when it came to have a grain, or to want one
-    wanted_ms: int = 0  # when it wanted some last
+    wanted_ms: int | None = None  # when it wanted some last
     counted: Fraction = NONE  # in the tenant's sum
 
     @property

@@ -44,6 +44,8 @@ HOLD_MS = 500
 # serve with should control go away just then.
 KEPT_PART = 8
 KEPT_MS = 3_600_000
+# Who could serve a tenant has this part of it ahead at the most.
+AHEAD_PART = 4
 # Who has wanted some for so long is no passer-by, and may have more than it wants.
 STEADY_MS = 30_000
 # A nudge may be lost; a node that was not heard since is nudged again.
@@ -316,7 +318,7 @@ def _report(
         holder.tenants[said.tenant] = None
     if is_new or (share.parts > 0) != (held.could[0].parts > 0) or (said.want.parts and not held.want.parts):
         held.since_ms = now_ms
-    held.could, held.want = [share], said.want
+    held.could, held.want, held.ahead = [share], said.want, said.ahead
     if said.want.parts:
         held.wanted_ms = now_ms
     known.put(node, halved=holder.halved)
@@ -353,12 +355,17 @@ def _forget(book: ShareBook, holder: Holder, node: str, now_ms: int) -> None:
     for name in list(holder.tenants):
         known = book.tenants[name]
         held = known.held[node]
-        if held.want.parts or held.counted != holder.rest_value:
+        if held.want.parts or held.ahead or held.counted != holder.rest_value:
             continue
-        known.drop(node)
-        del holder.tenants[name]
-        if not known.held and max(known.due_ms) <= now_ms:
-            del book.tenants[name]
+        _drop(book, holder, node, name, now_ms)
+
+
+def _drop(book: ShareBook, holder: Holder, node: str, name: str, now_ms: int) -> None:
+    known = book.tenants[name]
+    known.drop(node)
+    del holder.tenants[name]
+    if not known.held and max(known.due_ms) <= now_ms:
+        del book.tenants[name]
 
 
 # --- who gets how much ----------------------------------------------------------------------------
@@ -369,11 +376,12 @@ def _answer(book: ShareBook, node: str, holder: Holder, now_ms: int) -> list[Act
         return [_whole(book, node, holder, now_ms, known=True)]
     shares, actions, unmet, recalls = [], [], False, False
     nudged: dict[str, None] = {}
-    for name in holder.tenants:
+    for name in list(holder.tenants):
         known = book.tenants[name]
         held = known.held[node]
         targets = _targets(book, known, now_ms)
         grains = _more(known, targets, node, now_ms) or _kept(known, held, targets, now_ms)
+        grains = max(grains, _ahead(known, node, held, targets))
         share, target = _next(book, known, held, grains, now_ms)
         grown = share.value > held.could[0].value
         lags = _lags(known, now_ms) if grown else NO_LAGS
@@ -386,6 +394,8 @@ def _answer(book: ShareBook, node: str, holder: Holder, now_ms: int) -> list[Act
         )
         if share.parts or held.want.parts:
             shares.append(TenantShare(name, share, lags, Share(ceil(soon * known.grains), known.grains)))
+        elif not held.counted:
+            _drop(book, holder, node, name, now_ms)  # it stood by and there is nothing for it
         if share.value < soon:
             unmet = True
             nudged |= dict.fromkeys(_above(book, known, targets, node))
@@ -402,11 +412,29 @@ def _answer(book: ShareBook, node: str, holder: Holder, now_ms: int) -> list[Act
 
 def _kept(known: TenantBook, held: Held, targets: dict[str, int], now_ms: int) -> int:
     """What a node that wants nothing may keep of what it has, while nobody else is short of it."""
-    if held.want.parts or now_ms - held.wanted_ms >= KEPT_MS:
+    if held.want.parts or held.wanted_ms is None or now_ms - held.wanted_ms >= KEPT_MS:
         return 0
-    if any(_compared(known, node, target) < 0 for node, target in targets.items()):
+    if _is_short(known, targets):
         return 0
     return min(floor(held.could[0].value * known.grains), max(known.grains // KEPT_PART, 1))
+
+
+def _ahead(known: TenantBook, node: str, held: Held, targets: dict[str, int]) -> int:
+    """What a node that could serve the tenant may have before it wants it, while nobody else is short of it:
+    should control go away, its first requests find some. Of what those who want some leave (``_more``) half
+    stays free for who comes. The rest is divided among those who have some and one more, who may come next:
+    so after a few exchanges all have the same, and nobody but those who have some need be known."""
+    if not held.ahead or node in targets or _is_short(known, targets):
+        return 0
+    left = known.grains - sum(targets.values())
+    most = (left - left // 2 if targets else left) // 2
+    others = [known.held[each].counted for each in known.having if each != node and each not in targets]
+    rest = floor(most - sum(others, NONE) * known.grains)
+    return max(min(max(most // (len(others) + 2), 1), max(known.grains // AHEAD_PART, 1), rest), 0)
+
+
+def _is_short(known: TenantBook, targets: dict[str, int]) -> bool:
+    return any(_compared(known, node, target) < 0 for node, target in targets.items())
 
 
 def _compared(known: TenantBook, node: str, target: int) -> int:
@@ -451,11 +479,14 @@ def _targets(book: ShareBook, known: TenantBook, now_ms: int) -> dict[str, int]:
 def _more(known: TenantBook, targets: dict[str, int], node: str, now_ms: int) -> int:
     """What a node may have of a tenant: what it wants and, once it has wanted some for a while, its part of
     half of what nobody wants. Should control go away, only what is with nodes serves anybody. The other half
-    is for those who come to want some, who need not wait then."""
-    wanted = targets.get(node, 0)
-    if not wanted or now_ms - known.held[node].since_ms < STEADY_MS:
-        return wanted
-    return wanted + (known.grains - sum(targets.values())) // (2 * len(targets))
+    is for those who come to want some, who need not wait then. Until then it keeps what it has ahead."""
+    wanted, held = targets.get(node, 0), known.held[node]
+    if not wanted:
+        return 0
+    more = wanted + (known.grains - sum(targets.values())) // (2 * len(targets))
+    if now_ms - held.since_ms >= STEADY_MS:
+        return more
+    return max(wanted, min(floor(held.could[0].value * known.grains), more)) if held.ahead else wanted
 
 
 def _turns(known: TenantBook, has: Sequence[tuple[int, str]], now_ms: int) -> list[str]:

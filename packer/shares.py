@@ -91,6 +91,7 @@ class TenantShare:
     share: Share
     lags: Lags = NO_LAGS
     want: Share = NOTHING  # what the node could use; said by nodes only
+    ahead: bool = False  # it could serve the tenant although it wants nothing; said by nodes only
 
 
 @dataclass(slots=True)

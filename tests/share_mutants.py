@@ -162,14 +162,26 @@ SHARE_MUTANTS = (
     Mutant(
         "all that nobody wants stays with control",
         BOOK,
-        "    return wanted + (known.grains - sum(targets.values())) // (2 * len(targets))\n",
-        "    return wanted\n",
+        "    more = wanted + (known.grains - sum(targets.values())) // (2 * len(targets))\n",
+        "    more = wanted\n",
     ),
     Mutant(
         "nothing is left for who comes",
         BOOK,
         " // (2 * len(targets))\n",
         " // len(targets)\n",
+    ),
+    Mutant(
+        "what is held ahead is given while others are short of it",
+        BOOK,
+        "    if not held.ahead or node in targets or _is_short(known, targets):\n",
+        "    if not held.ahead or node in targets:\n",
+    ),
+    Mutant(
+        "the first to stand by has all that may be held ahead",
+        BOOK,
+        "max(most // (len(others) + 2), 1)",
+        "max(most, 1)",
     ),
     Mutant(
         "who wants most gets most",

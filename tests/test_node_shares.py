@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import aiohttp
+import pytest
 from virtual_clock import VirtualLoop, run_virtual
 
 from agent.shares import BARREN_MS, LOOK_MS, PATIENCE_MS, RENEW_MS, Shares
@@ -22,9 +23,9 @@ from control.routes.shares import answer_shares
 from control.share_desk import ShareDesk
 from control.shares import KEPT_MS, KEPT_PART, STEADY_MS, HolderJoined, HolderRemoved, free_part
 from packer import residency
-from packer.events import Event, Planned, SharesSeen
+from packer.events import Event, Planned
 from packer.rates import TenantRates
-from packer.shares import NOTHING, TERM_MS, WHOLE, Share
+from packer.shares import TERM_MS, WHOLE, Share
 from packer.types import TenantQuota, TenantSpec
 from packer.wire import SharesAsk, encode
 
@@ -123,8 +124,6 @@ class Fleet:
 
     def start(self, name: str, stored: str | None = None) -> Box:
         self.boxes[name] = box = Box(self, name, stored)
-        if stored is None:
-            box.post(SharesSeen(NOTHING))  # it has joined just now
         return box
 
     def wake(self, node: str) -> None:
@@ -132,6 +131,12 @@ class Fleet:
 
     def free(self) -> float:
         return float(free_part(self.shares.book, "t", self.now_ms()))
+
+
+@pytest.fixture
+def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes hold nothing of the tenant, and there are too many tenants to ask for some of each."""
+    monkeypatch.setattr("agent.shares.AHEAD_ALL_MAX", 0)
 
 
 def fleet_test(work: Coroutine[Any, Any, None]) -> None:
@@ -196,6 +201,7 @@ def test_both_together_let_in_the_burst_and_no_more_and_soon_nobody_waits_to_hea
     fleet_test(work())
 
 
+@pytest.mark.usefixtures("nothing_ahead")
 def test_what_is_not_used_goes_back_and_who_needs_it_gets_all() -> None:
     async def work() -> None:
         fleet = Fleet("a", "b")
@@ -275,6 +281,7 @@ def test_a_node_keeps_serving_while_control_is_away_with_half_after_the_term() -
     fleet_test(work())
 
 
+@pytest.mark.usefixtures("nothing_ahead")
 def test_who_is_served_for_a_while_has_more_than_it_wants_should_control_go_away() -> None:
     """A tenant that comes now and then would have a few grains, and be refused at the first rush that nobody
     can give it more for. What is left for others is enough for them to come at once."""
@@ -327,6 +334,7 @@ def test_a_node_that_was_alone_begins_anew_with_the_whole() -> None:
     fleet_test(work())
 
 
+@pytest.mark.usefixtures("nothing_ahead")
 def test_what_can_not_be_kept_on_disk_is_not_given_back() -> None:
     """Else it would be there again after a restart, while another node has it."""
 
@@ -366,6 +374,22 @@ def test_a_node_that_joins_again_has_nothing() -> None:
     fleet_test(work())
 
 
+def test_a_node_whose_disk_failed_when_it_joined_begins_anew_with_nothing() -> None:
+    """It had the whole of everything until control answered it, while another node had some."""
+
+    async def work() -> None:
+        fleet = Fleet("a", "b")
+        a, b = fleet.boxes.values()
+        b.disk_full = True
+        await b.shares.forget()
+        assert await a.let_in()
+        b.kill()
+        again = Box(fleet, "b", b.disk)
+        assert again.part == 0
+
+    fleet_test(work())
+
+
 def test_a_node_that_joins_again_and_is_alone_keeps_the_whole_on_disk() -> None:
     """What is answered after it is what it had before: it is on disk again all the same."""
 
@@ -399,6 +423,7 @@ def test_a_control_of_an_earlier_release_leaves_the_limits_to_the_node() -> None
     fleet_test(work())
 
 
+@pytest.mark.usefixtures("nothing_ahead")
 def test_a_node_without_use_tells_a_new_control_at_once_that_it_has_nothing() -> None:
     async def work() -> None:
         fleet = Fleet("a", "b")
@@ -427,6 +452,7 @@ def test_an_unreadable_journal_means_nothing_until_control_answers() -> None:
     fleet_test(work())
 
 
+@pytest.mark.usefixtures("nothing_ahead")
 def test_only_what_is_held_or_wanted_is_talked_about() -> None:
     async def work() -> None:
         fleet = Fleet("a", "b")
@@ -436,5 +462,70 @@ def test_only_what_is_held_or_wanted_is_talked_about() -> None:
         await a.let_in()
         assert a.asked[-1].shares[0].tenant == "t"
         assert a.asked[-1].rest == Share(0)
+
+    fleet_test(work())
+
+
+# --- ahead ----------------------------------------------------------------------------------------
+
+
+def test_a_node_that_never_served_a_tenant_lets_it_in_while_control_is_away() -> None:
+    """It was refused there, far below its limit: all nodes that could serve it have some ahead, the same."""
+
+    async def work() -> None:
+        fleet = Fleet("a", "b", "c")
+        await asyncio.sleep(4 * RENEW_MS / 1000)
+        parts = [box.part for box in fleet.boxes.values()]
+        assert parts == [parts[0]] * 3
+        assert parts[0] >= 1 / 8
+        assert fleet.free() >= 0.5, "whoever needs more has it at once"
+        a, b, c = fleet.boxes.values()
+        a.online.clear()
+        assert await a.let_in_all(12) == 12
+        began_ms = fleet.now_ms()
+        assert await b.let_in_all(40) == 40
+        assert fleet.now_ms() - began_ms < 200, "nobody had to give up anything"
+        # What is ahead is nobody's own: who can be asked gives it to whoever needs it.
+        assert await b.let_in_all(45) >= 40
+        assert c.part == 0
+
+    fleet_test(work())
+
+
+def test_what_is_held_ahead_is_not_less_once_the_tenant_comes() -> None:
+    async def work() -> None:
+        fleet = Fleet("a", "b")
+        a, _ = fleet.boxes.values()
+        await asyncio.sleep(2 * RENEW_MS / 1000)
+        before = a.part
+        for _ in range(30):
+            assert await a.let_in()
+            assert a.part >= before
+            await asyncio.sleep(1)
+
+    fleet_test(work())
+
+
+def test_a_limit_too_small_for_two_is_not_given_out_ahead() -> None:
+    async def work() -> None:
+        fleet = Fleet("a", "b", quota=TenantQuota(concurrency=1))
+        await asyncio.sleep(4 * RENEW_MS / 1000)
+        assert fleet.free() == 1
+
+    fleet_test(work())
+
+
+@pytest.mark.usefixtures("nothing_ahead")
+def test_of_many_tenants_a_node_asks_for_those_whose_models_it_has() -> None:
+    async def work() -> None:
+        fleet = Fleet("a", "b")
+        a, b = fleet.boxes.values()
+        a.core.tenants["t"].disk.used_bytes += 1
+        await asyncio.sleep(2 * RENEW_MS / 1000)
+        assert (a.part > 0, b.part) == (True, 0)
+        assert len(b.asked) <= 3, "who has nothing to say says nothing"
+        a.core.tenants["t"].disk.used_bytes -= 1
+        await asyncio.sleep(3 * RENEW_MS / 1000)
+        assert fleet.free() == 1, "it goes back when they are gone"
 
     fleet_test(work())

@@ -9,7 +9,7 @@ fewer grains than nodes. Does not cover: the whole stack (``test_cluster_simulat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from random import Random
 from unittest import mock
@@ -17,26 +17,21 @@ from unittest import mock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from share_boxes import GRAINS, QUOTA, Box, Desk, boxes
 
-from control.share_book import Held, ShareBook, check
+from control.share_book import Held
 from control.shares import (
     FREE_AFTER_MS,
     HOLD_MS,
-    Action,
-    AnswerShares,
-    Event,
     HolderJoined,
     HolderRemoved,
-    NudgeHolder,
     SharesAsked,
     SharesAwaited,
     Ticked,
-    Wish,
     free_part,
-    step,
 )
 from packer.rates import MINUTE_MS, Rate, TenantRates, burst_of, full_lags, grains
-from packer.shares import NO_LAGS, NOTHING, TERM_MS, WHOLE, Lags, NodeShares, Share, TenantShare
+from packer.shares import NO_LAGS, NOTHING, TERM_MS, WHOLE, Lags, Share
 from packer.types import TenantQuota
 from packer.wire import SharesAnswer
 
@@ -153,102 +148,6 @@ def test_requests_in_flight_keep_what_they_stand_on() -> None:
 
 
 # --- the book -------------------------------------------------------------------------------------
-
-QUOTA = TenantQuota(requests_per_minute=600)
-GRAINS = grains(QUOTA)
-
-
-class Desk:
-    """A control: steps the book and proves it after every step."""
-
-    def __init__(self, *nodes: str, name: str = "c1", now_ms: int = 0, fresh: bool = True) -> None:
-        self.book = ShareBook(name, now_ms)
-        self.nudged: list[str] = []
-        for node in nodes:
-            self.step(HolderJoined(node, fresh), now_ms)
-
-    def step(self, event: Event, now_ms: int) -> SharesAnswer | None:
-        actions: list[Action] = step(self.book, event, now_ms)
-        check(self.book)
-        self.nudged += [action.node for action in actions if isinstance(action, NudgeHolder)]
-        return next((action.said for action in actions if isinstance(action, AnswerShares)), None)
-
-
-@dataclass(slots=True)
-class Box:
-    """A node, reduced to its shares and one tenant's requests."""
-
-    name: str
-    held: NodeShares = field(default_factory=lambda: NodeShares(NOTHING))
-    rates: TenantRates = field(default_factory=TenantRates)
-    session: str = ""
-    number: int = 0
-    lasting: bool = False
-    divided: bool = False
-    begun: bool = True
-
-    def set_limits(self, quota: TenantQuota = QUOTA) -> None:
-        self.rates.set_share(NOTHING, NO_LAGS, 0, 0)
-        self.rates.set_limits(quota, 0)
-
-    def ask(self, want: int, now_ms: int, count: int = GRAINS, quota: TenantQuota = QUOTA) -> SharesAsked:
-        self.number += 1
-        said = TenantShare("t", self.rates.share, self.rates.lags(now_ms), Share(want, count))
-        wishes = (Wish(said, count, full_lags(quota)),)
-        return SharesAsked(
-            self.name,
-            self.session,
-            self.number,
-            self.held.rest,
-            wishes,
-            self.held.halve_at_ms is None,
-            self.divided,
-            self.begun,
-        )
-
-    def take(self, asked: SharesAsked, answer: SharesAnswer, sent_ms: int, now_ms: int) -> None:
-        if not answer.known:
-            self.session = answer.session
-            if not answer.lasting:
-                return
-        elif (answer.session, answer.number) != (self.session, asked.number):
-            return
-        else:
-            self.begun = False
-        shares = {each.tenant: each for each in answer.shares}
-        self.held.rest = answer.rest
-        self.held.by_tenant = {name: each.share for name, each in shares.items()}
-        self.held.halve_at_ms = None if answer.lasting else sent_ms + TERM_MS
-        self.lasting, self.divided = answer.lasting, answer.divided
-        lags = shares["t"].lags if "t" in shares else NO_LAGS
-        self.rates.set_share(self.held.share_of("t"), lags, 0, now_ms)
-
-    def pass_to(self, now_ms: int) -> None:
-        if self.held.are_due(now_ms):
-            self.held.halve()
-            self.rates.set_share(self.held.share_of("t"), NO_LAGS, 0, now_ms)
-
-    def talk(self, desk: Desk, want: int, now_ms: int) -> SharesAnswer:
-        """One exchange that nothing disturbs, and the first one of a session before it."""
-        self.pass_to(now_ms)
-        while True:
-            asked = self.ask(want, now_ms)
-            answer = desk.step(asked, now_ms)
-            assert answer is not None
-            self.take(asked, answer, now_ms, now_ms)
-            if answer.known:
-                return answer
-
-    @property
-    def parts(self) -> float:
-        return float(self.rates.share.value)
-
-
-def boxes(*names: str) -> list[Box]:
-    made = [Box(name) for name in names]
-    for box in made:
-        box.set_limits()
-    return made
 
 
 def test_a_node_that_is_alone_has_the_whole_with_the_first_word() -> None:
@@ -461,6 +360,31 @@ def test_a_greedy_node_gets_no_more_than_its_part() -> None:
     assert [box.parts * 64 for box in others] == [10, 10, 10]
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 60])
+def test_whoever_could_serve_a_tenant_comes_to_have_the_same_of_it_ahead(count: int) -> None:
+    names = [f"n{number}" for number in range(count)]
+    desk, fleet = Desk(*names, "z"), boxes(*names)
+    (other,) = boxes("z")
+    other.talk(desk, 0, 0)
+    for box in fleet:
+        box.ahead = True
+    for now_ms in range(20):
+        for box in fleet:
+            box.talk(desk, 0, now_ms)
+    grains_held = sorted(box.parts * GRAINS for box in fleet)
+    assert grains_held[-1] - grains_held[0] <= 1
+    assert 0 < sum(grains_held) <= GRAINS / 2
+    before = list(grains_held)
+    for box in fleet:
+        box.talk(desk, 0, 20)
+    assert sorted(box.parts * GRAINS for box in fleet) == before, "it comes to rest"
+    known = desk.book.tenants["t"]
+    assert len(known.held) <= GRAINS // 2, "who has none is not in the book"
+    other.talk(desk, GRAINS // 2, 30)
+    assert other.parts == 1 / 2, "nobody had to be asked"
+    assert desk.nudged == []
+
+
 # --- the book over a bad network ------------------------------------------------------------------
 
 
@@ -548,6 +472,8 @@ class Weather:
                 break
             box.rates.requests.take(self.now_ms)
             self.judge.let_in.append((self.now_ms, 1))
+        if rng.random() < 0.1:
+            box.ahead = not box.ahead
         if rng.random() < 0.3:
             self.wants[name] = rng.choice((0, 1, self.count // 2, self.count))
         if self.busy[name] is None or self.now_ms - self.sent_ms[name] > 5_000:
