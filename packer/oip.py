@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 from aiohttp import web
@@ -318,11 +319,16 @@ def no_loading(model: str, word: str) -> ApiError:
 # --- statistics -----------------------------------------------------------------------------------------
 
 
+# Of what a node says that it counted: 292 years.
+COUNTED_MAX = 2**63 - 1
+Counted = Annotated[int, msgspec.Meta(ge=0, le=COUNTED_MAX)]
+
+
 class Duration(msgspec.Struct):
     """How often, and for how long in all."""
 
-    count: int = 0
-    ns: int = 0
+    count: Counted = 0
+    ns: Counted = 0
 
     def add(self, ns: int, count: int = 1) -> None:
         self.count += count
@@ -350,9 +356,9 @@ class ModelStats(msgspec.Struct):
 
     name: str
     version: str
-    last_inference: int = 0
-    inference_count: int = 0
-    execution_count: int = 0
+    last_inference: Counted = 0
+    inference_count: Counted = 0
+    execution_count: Counted = 0
     inference_stats: InferenceStats = msgspec.field(default_factory=InferenceStats)
     batch_stats: tuple[()] = ()
 

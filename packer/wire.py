@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 
@@ -31,7 +31,16 @@ SPOOL_RECORDS_MAX = 1000
 # Nodes that one ask names as failed, and one answer as peers: more than that are not tried.
 PEERS_TRIED_MAX = 8
 
+# What a report says ends up in sums, in 64-bit columns and in JSON that browsers read.
+NUMBER_MAX = 2**53
+# Names in a report; the longest is that of a place of many GPUs.
+TEXT_CHARS_MAX = 4_096
+# Of one version or tenant in a report: tiers that it was restored from, devices of its place, rates.
+PARTS_MAX = 64
+
 T = TypeVar("T")
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=-NUMBER_MAX, le=NUMBER_MAX)]
+Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=TEXT_CHARS_MAX)]
 
 
 class BadMessage(ValueError):
@@ -136,12 +145,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
-    device: str  # "cpu:0", "cuda:GPU-<uuid>"
-    kind: str  # "cpu" or "cuda"
-    name: str  # "cpu" or the product name of the GPU
-    budget_bytes: int
-    used_bytes: int  # held in the ledger: weights and workspace, in flight counted
-    foreign_bytes: int
+    device: Text  # "cpu:0", "cuda:GPU-<uuid>"
+    kind: Text  # "cpu" or "cuda"
+    name: Text  # "cpu" or the product name of the GPU
+    budget_bytes: Number
+    used_bytes: Number  # held in the ledger: weights and workspace, in flight counted
+    foreign_bytes: Number
     healthy: bool
 
 
@@ -149,18 +158,18 @@ class DeviceReport:
 class RestoreReport:
     """Restores of one model from one tier since the agent started."""
 
-    from_tier: str
-    count: int
-    restore_ms_p50: int
-    restore_ms_max: int
+    from_tier: Text
+    count: Number
+    restore_ms_p50: Number
+    restore_ms_max: Number
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
     """What of a gang is on one of its devices."""
 
-    device: str
-    held_bytes: int
+    device: Text
+    held_bytes: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,41 +177,43 @@ class ModelReport:
     """Where a version's bytes are on this node and what it has done since the agent started. ``device`` is
     its place; see ``gangs.place_name``."""
 
-    ref: str
-    state: str  # "resident", "restoring", "evicting", "absent"
-    device: str | None
-    leases: int
-    waiting: int
-    device_bytes: int
-    host_bytes: int
-    disk_bytes: int
-    requests: int
-    answers: int
-    restores: tuple[RestoreReport, ...]
-    last_used_ms: int  # wall clock, 0 when never
-    restore_ms_estimate: int = 0  # expected time until it could answer; 0 when it is resident
+    ref: Text
+    state: Text  # "resident", "restoring", "evicting", "absent"
+    device: Text | None
+    leases: Number
+    waiting: Number
+    device_bytes: Number
+    host_bytes: Number
+    disk_bytes: Number
+    requests: Number
+    answers: Number
+    restores: Annotated[tuple[RestoreReport, ...], msgspec.Meta(max_length=PARTS_MAX)]
+    last_used_ms: Number  # wall clock, 0 when never
+    restore_ms_estimate: Number = 0  # expected time until it could answer; 0 when it is resident
     packed: bool = False  # a complete pack is on disk; ``disk_bytes`` counts one in the making as well
-    deduplicated_bytes: int = 0  # of the image, not in its pack's file because an equal chunk is stored
-    workspace_bytes: int = 0  # what requests need beside the weights
+    deduplicated_bytes: Number = 0  # of the image, not in its pack's file because an equal chunk is stored
+    workspace_bytes: Number = 0  # what requests need beside the weights
     workspace_measured: bool = False  # as requests were seen to need it; False: the first estimate
-    shares: tuple[DeviceShare, ...] = ()  # of a gang, in the order of its devices
+    shares: Annotated[
+        tuple[DeviceShare, ...], msgspec.Meta(max_length=PARTS_MAX)
+    ] = ()  # of a gang, in the order of its devices
 
 
 @dataclass(frozen=True, slots=True)
 class TenantReport:
     """A tenant's use of this node against its quota."""
 
-    tenant: str
-    device_bytes: int
-    host_bytes: int
-    disk_bytes: int
-    in_flight: int
-    requests: int
-    answers: int
-    refusals: int
-    tokens: int
-    device_ms: int
-    rates: tuple[RateView, ...] = ()  # those that are limited
+    tenant: Text
+    device_bytes: Number
+    host_bytes: Number
+    disk_bytes: Number
+    in_flight: Number
+    requests: Number
+    answers: Number
+    refusals: Number
+    tokens: Number
+    device_ms: Number
+    rates: Annotated[tuple[RateView, ...], msgspec.Meta(max_length=PARTS_MAX)] = ()  # those that are limited
     lending: LendingView = field(default_factory=LendingView)
 
 
@@ -210,23 +221,23 @@ class TenantReport:
 class AccuracyReport:
     """How far the estimates of restores from one tier were off, of the real time, lately."""
 
-    from_tier: str
-    count: int
-    error_percent_p50: int
-    error_percent_p95: int
+    from_tier: Text
+    count: Number
+    error_percent_p50: Number
+    error_percent_p95: Number
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
     """What a node measured of itself. ``rates`` are bytes per second by name."""
 
-    measured_ms: int  # wall clock
-    fingerprint: str
-    host_form: str
+    measured_ms: Number  # wall clock
+    fingerprint: Text
+    host_form: Text
     kernels: bool
     huge_pages: bool
-    others_percent: int  # of the cores' time, used by others meanwhile
-    rates: dict[str, int]
+    others_percent: Number  # of the cores' time, used by others meanwhile
+    rates: dict[str, Number]
     accuracy: tuple[AccuracyReport, ...] = ()
 
 
@@ -234,34 +245,34 @@ class CalibrationReport:
 class RegretReport:
     """What a node's restores took, and what they would have taken by other choices; see ``regret``."""
 
-    uses: int
-    counted: int
-    window_ms: int
-    actual_ms: int
-    lru_ms: int
-    optimum_ms: int
-    bound_ms: int
-    at_ms: int = 0  # wall clock of the replay
+    uses: Number
+    counted: Number
+    window_ms: Number
+    actual_ms: Number
+    lru_ms: Number
+    optimum_ms: Number
+    bound_ms: Number
+    at_ms: Number = 0  # wall clock of the replay
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """A node's state, sent with every beat."""
 
-    gateway_url: str
-    started_ms: int
+    gateway_url: Text
+    started_ms: Number
     draining: bool
     devices: tuple[DeviceReport, ...]
-    host_budget_bytes: int
-    host_used_bytes: int
-    disk_budget_bytes: int
-    disk_used_bytes: int
+    host_budget_bytes: Number
+    host_used_bytes: Number
+    disk_budget_bytes: Number
+    disk_used_bytes: Number
     models: tuple[ModelReport, ...]
     tenants: tuple[TenantReport, ...]
-    peer_url: str = ""  # where other nodes fetch packs from; empty when this node shares none
+    peer_url: Text = ""  # where other nodes fetch packs from; empty when this node shares none
     calibration: str = ""  # what the node measured of itself, as JSON; empty before
     regret: str = ""  # a ``RegretReport`` as JSON; empty before the first replay
-    route_url: str = ""  # where control's router calls this node, over mutual TLS; empty: nowhere
+    route_url: Text = ""  # where control's router calls this node, over mutual TLS; empty: nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +412,7 @@ def decode(data: bytes, kind: type[T]) -> T:
         raise BadMessage(f"message of {len(data)} bytes is above the limit of {MESSAGE_BYTES_MAX} bytes")
     try:
         message = msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeError, RecursionError) as error:
         raise BadMessage(f"{kind.__name__}: {error}") from None
     version = getattr(message, "version", WIRE_VERSION)
     if version != WIRE_VERSION:

@@ -7,7 +7,7 @@ certificates (``control.routes.joining``), or who is sent a plan (``control.clus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, TypeVar
@@ -51,6 +51,7 @@ from packer.questions import QUESTIONS_MAX, REPLIES_BYTES_MAX, Replies
 from packer.types import KIB, MIB, BadValue, ModelRef, OriginFile, parse_ref
 from packer.usage import USAGE_ROWS_PER_BEAT_MAX, amounts
 from packer.wire import (
+    NUMBER_MAX,
     PEERS_TRIED_MAX,
     SPOOL_RECORDS_MAX,
     WIRE_VERSION,
@@ -64,6 +65,7 @@ from packer.wire import (
     RegretReport,
     SourcesAnswer,
     SourcesAsk,
+    TenantReport,
     decode,
     encode,
 )
@@ -84,8 +86,6 @@ REGRET_CHARS_MAX = KIB
 POLL_MS_MAX = 30_000
 # A version's name and the names of a few nodes.
 SOURCES_BYTES_MAX = 4 * KIB
-# Numbers from nodes end up in 64-bit columns and in JSON that browsers read.
-NUMBER_MAX = 2**53
 # Reported models and tenants; no node can hold more than the cluster has.
 REPORTED_MAX = 20_000
 
@@ -378,6 +378,7 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
     numbers += [number for record in message.records for number in (record.seq, record.at_ms)]
     numbers += [message.usage_seq, *(row.hour_ms for row in message.usage)]
     numbers += [amount for row in message.usage for amount in amounts(row.used)]
+    numbers += [abs(number) for tenant in report.tenants for number in _counted(tenant)]
     if any(not 0 <= number <= NUMBER_MAX for number in numbers):
         raise BadValue("beat", f"numbers must be from 0 to {NUMBER_MAX}")
     names = [message.have_start, message.spool, message.life, message.told, message.ca_sha256]
@@ -397,6 +398,14 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
         raise BadValue("regret", f"at most {REGRET_CHARS_MAX} characters")
     if len(report.calibration) > CALIBRATION_CHARS_MAX:
         raise BadValue("calibration", f"at most {CALIBRATION_CHARS_MAX} characters")
+
+
+def _counted(report: TenantReport) -> Iterator[int]:
+    """Numbers that the cores' own shapes say nothing of."""
+    lending = report.lending
+    yield from (lending.debt_ms, lending.lent_bytes, lending.borrowed_bytes, lending.excused_ms)
+    for rate in report.rates:
+        yield from (rate.limit, rate.burst, rate.remaining, rate.reset_ms)
 
 
 def decode_message(body: bytes, kind: type[T]) -> T:

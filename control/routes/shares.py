@@ -12,14 +12,14 @@ from aiohttp import web
 
 from control.catalog import NodeRow
 from control.routes.access import Access, Caller, Route
-from control.routes.nodes import NAME_CHARS_MAX, NUMBER_MAX, REPORTED_MAX, decode_message, row_of
+from control.routes.nodes import NAME_CHARS_MAX, REPORTED_MAX, decode_message, row_of
 from control.shares import SharesAsked, Wish
 from control.state import Control
 from packer.http import ApiError
 from packer.rates import full_lags, grains
 from packer.shares import GRAINS_MAX, NOTHING, Share, TenantShare
 from packer.types import MIB, BadValue, TenantQuota
-from packer.wire import SharesAnswer, SharesAsk, encode
+from packer.wire import NUMBER_MAX, SharesAnswer, SharesAsk, encode
 
 # Shares of 20,000 tenants are about 4 MB.
 SHARES_BYTES_MAX = 8 * MIB
