@@ -44,7 +44,6 @@ from control.routes.joining import (
 )
 from control.routes.nodes import (
     NAME_CHARS_MAX,
-    NUMBER_MAX,
     POLL_MS_MAX,
     TokenAnswer,
     decode_message,
@@ -54,7 +53,7 @@ from control.routing import wall_ms
 from control.state import Control
 from packer.http import ApiError, json_response
 from packer.types import KIB, BadValue
-from packer.wire import WIRE_VERSION, JoinAsk, LateRenewAsk, PlanNumber, RenewAsk, encode
+from packer.wire import NUMBER_MAX, WIRE_VERSION, JoinAsk, LateRenewAsk, PlanNumber, RenewAsk, encode
 
 # A question is a few numbers and names.
 ASK_BYTES_MAX = 4 * KIB
