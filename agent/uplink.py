@@ -1,15 +1,15 @@
-"""The node's line to control: join, beat, plans, records, and fetching what control's store holds.
+"""The node's line to control: beat, plans, records, and fetching what control's store holds.
 
-Covers: everything that is said to control; the node always dials. Does not cover: keys and certificates
-(``packer/identity.py``) or what a plan means (``packer/residency.py``). While control is away nothing
-here fails a request: the node serves with its last plan and this keeps trying, with growing pauses.
+Covers: what a node that has joined says to control, and when it must join or renew; the node always dials.
+Does not cover: how it joins (``packer/joining.py``), keys and certificates (``packer/identity.py``) or what a
+plan means (``packer/residency.py``). While control is away nothing here fails a request: the node serves with
+its last plan and this keeps trying, with growing pauses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import secrets
 import ssl
 from collections.abc import AsyncIterator, Sequence
@@ -26,7 +26,17 @@ from agent.origin import PIECE_BYTES, OriginUnavailable
 from agent.shares import Shares
 from agent.sources import ControlAway
 from packer.control_answers import Answer, read_answer, refusal_of, text_of
-from packer.identity import BadIdentity, Identity, check_pin, read_token, unverified_context, verified_context
+from packer.identity import BadIdentity, Identity
+from packer.joining import (
+    ANSWER_TIMEOUT_S,
+    EXPIRY_MARGIN_S,
+    JSON,
+    RETRY_FIRST_S,
+    Forgotten,
+    Joiner,
+    Joining,
+    pause,
+)
 from packer.peer_lists import KnownPeers
 from packer.questions import QUESTIONS_MAX, Question, Replies, Reply
 from packer.types import ModelRef, ModelSpec
@@ -37,13 +47,9 @@ from packer.wire import (
     BadMessage,
     Beat,
     BeatAnswer,
-    JoinAnswer,
-    JoinAsk,
-    LateRenewAsk,
     Plan,
     PlanNumber,
     Record,
-    RenewAsk,
     Report,
     SourcesAnswer,
     SourcesAsk,
@@ -53,22 +59,15 @@ from packer.wire import (
 
 log = logging.getLogger("bunk.uplink")
 
+NODE = Joiner("node", "/node/v1", "the agent")
 # A long poll: short enough that middleboxes keep the connection, long enough to be nearly free.
 POLL_WAIT_MS = 20_000
 # Reports go out this long after a change, so that a burst of changes is one beat.
 REPORT_PAUSE_S = 0.2
-# Pauses between tries while control is away double, with jitter: a fleet must not come back in one wave.
-RETRY_FIRST_S = 0.2
-RETRY_MAX_S = 10.0
 # Before a certificate that control has just given and does not accept is asked for again.
 REFUSED_PAUSE_S = 1.0
-# An answer that takes longer than this beyond the poll's own wait is a dead connection.
-ANSWER_TIMEOUT_S = 15.0
 # A control that takes no connection by then is not there.
 CONNECT_TIMEOUT_S = 5.0
-# One that ends so soon may have ended by control's clock; it is renewed as one that has (``CLOCK_SKEW``).
-EXPIRY_MARGIN_S = 1_800.0
-CAS_BYTES_MAX = 64 * 1024  # two CAs while they overlap, 700 bytes each
 SOURCES_TIMEOUT_S = 3.0  # a model waits for this answer, and can be loaded without it
 SOURCES_CONNECT_TIMEOUT_S = 2.0
 
@@ -111,8 +110,7 @@ class Uplink:
         self._owner = owner
         self._identity = identity
         self._url = control_url.rstrip("/")
-        self._name = name
-        self._token_file = token_file
+        self.joining = Joining(NODE, identity, control_url, name, token_file)
         self._shares = shares
         self._gateway_url = ""
         self._changed = asyncio.Event()
@@ -148,11 +146,11 @@ class Uplink:
                 # The node may exist still: its certificate ended by control's clock, or its CA was replaced.
                 log.warning("control does not accept this node's certificate: %s", error)
                 self._refused = True
-                await _pause(REFUSED_PAUSE_S)
-            except _Forgotten as error:
+                await pause(REFUSED_PAUSE_S)
+            except Forgotten as error:
                 aside = self._identity.forget()
                 kept = f"; its former identity is kept in {aside}" if aside else ""
-                if self._token_file is None or not self._token_file.exists():
+                if not self.joining.has_token:
                     raise NodeDeleted(
                         f"control deleted this node ({error}){kept}; join again with a new token from "
                         "`bunk node token create`, in the same --data-dir if you like"
@@ -163,10 +161,9 @@ class Uplink:
 
     async def _certified(self) -> None:
         """Returns with a certificate that control may accept."""
-        if self._identity.answer is None:
-            await self._join_until_joined()
-        elif self._refused or self._identity.expired(EXPIRY_MARGIN_S):
-            await self._renew_late()
+        joined = await self.joining.certified(self._refused, self._gateway_url)
+        if joined and self._shares is not None:
+            await self._shares.forget()
         self._refused = False
 
     async def _talk(self) -> None:
@@ -204,112 +201,13 @@ class Uplink:
             raise RuntimeError("no session")
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s)
         async with self._session.post(
-            f"{self._url}{path}", data=encode(message), headers=_JSON, timeout=timeout
+            f"{self._url}{path}", data=encode(message), headers=JSON, timeout=timeout
         ) as answer:
             return await read_answer(answer)
 
-    # --- join -------------------------------------------------------------------------------------
-
-    async def _join_until_joined(self) -> None:
-        if self._token_file is None:
-            raise BadIdentity("this node has not joined: start the agent with --join-token-file")
-        pause_s = RETRY_FIRST_S
-        while True:
-            try:
-                await self._join(self._token_file)
-                if self._shares is not None:
-                    await self._shares.forget()
-                return
-            except aiohttp.ClientConnectorCertificateError as error:
-                hint = "start control with --node-host and the name or address in --control"
-                log.warning(
-                    "join: control at %s is not certified under this name; %s: %s", self._url, hint, error
-                )
-            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
-                log.warning("join: control at %s does not answer: %s", self._url, error)
-            pause_s = await _pause(pause_s)
-
-    async def _join(self, token_file: Path) -> None:
-        token = read_token(token_file)
-        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            async with session.get(f"{self._url}/node/v1/ca", ssl=unverified_context()) as answer:
-                shown = await read_answer(answer, CAS_BYTES_MAX)
-            pinned_pem = check_pin(token, shown.body)
-            ask = JoinAsk(
-                WIRE_VERSION,
-                token.token_id,
-                token.secret,
-                self._identity.csr_pem(self._name),
-                self._name,
-                self._gateway_url,
-            )
-            context = verified_context(pinned_pem)
-            async with session.post(
-                f"{self._url}/node/v1/join", data=encode(ask), ssl=context, headers=_JSON
-            ) as answer:
-                got = await read_answer(answer)
-        if got.status >= 500:
-            raise aiohttp.ClientError(f"control answered {got.status}")
-        if got.status >= 300:
-            raise BadIdentity(f"control refused to let this node join ({got.status}): {text_of(got.body)}")
-        joined = decode(got.body, JoinAnswer)
-        self._identity.save(joined)
-        # A spent token is of no use to anybody but a thief.
-        if token_file.is_file() and not token_file.is_symlink():  # and not /dev/stdin
-            token_file.unlink(missing_ok=True)
-        log.info("joined cluster %s as %s", joined.cluster, joined.node)
-
-    # --- a certificate that has ended -------------------------------------------------------------
-
-    async def _renew_late(self) -> None:
-        """Until control gives a certificate to the node whose own has ended, however long it is away."""
-        pause_s, said = RETRY_FIRST_S, False
-        while True:
-            try:
-                answer = await self._ask_late()
-                if answer.status == 200:
-                    self._identity.save(decode(answer.body, JoinAnswer))
-                    log.info("the certificate had ended; control gave a new one")
-                    return None
-                code, text = refusal_of(answer.body)
-                if code == "node_removed":
-                    raise _Forgotten(text)
-                if code == "renewal_refused":
-                    if self._token_file is not None and self._token_file.exists():
-                        return await self._join_until_joined()
-                    raise BadIdentity(
-                        f"this node's certificate has ended and control gives no other ({text}): make a join "
-                        "token with `bunk node token create` and start the agent with --join-token-file"
-                    )
-                raise aiohttp.ClientError(f"control answered {answer.status}: {text}")
-            except aiohttp.ClientConnectorCertificateError as error:
-                hint = "if its CA was replaced while this node was away, join with a new token"
-                log.warning(
-                    "control at %s shows a certificate of another CA (%s); %s", self._url, error, hint
-                )
-            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
-                if not said:
-                    log.warning("the certificate has ended and control does not renew it yet: %s", error)
-                said = True
-            pause_s = await _pause(pause_s)
-
-    async def _ask_late(self) -> Answer:
-        """Without the certificate: TLS would refuse it. Control checks what the message shows instead."""
-        mine = self._identity.answer
-        assert mine is not None
-        ask = LateRenewAsk(WIRE_VERSION, self._identity.csr_pem(mine.node), mine.certificate_pem)
-        timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.post(
-                f"{self._url}/node/v1/renew-late",
-                data=encode(ask),
-                ssl=verified_context(mine.ca_pem),
-                headers=_JSON,
-            ) as answer,
-        ):
-            return await read_answer(answer)
+    async def _post_now(self, path: str, message: object) -> Answer:
+        """What control answers at once."""
+        return await self._post(path, message, ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S)
 
     # --- beats ------------------------------------------------------------------------------------
 
@@ -325,11 +223,11 @@ class Uplink:
                 self._online.clear()
                 if self._identity.expired(EXPIRY_MARGIN_S):
                     raise _Renewed from None  # leads to the check for expiry in run()
-                pause_s = await _pause(pause_s)
+                pause_s = await pause(pause_s)
             else:
                 pause_s = RETRY_FIRST_S
-                if self._identity.renew_due():
-                    await self._renew()
+                if self._identity.renew_due() and await self.joining.renew(self._post_now):
+                    raise _Renewed
 
     async def _push(self) -> None:
         """Short beats when something changed: reports and records."""
@@ -350,7 +248,7 @@ class Uplink:
                 continue
             self._changed.set()
             # A control that takes no records now is not asked again at once, with all of them.
-            pause_s = await _pause(pause_s) if left is _Left.STUCK else RETRY_FIRST_S
+            pause_s = await pause(pause_s) if left is _Left.STUCK else RETRY_FIRST_S
 
     async def _beat(self, wait_ms: int) -> _Left:
         """One beat; what is left to be told."""
@@ -418,7 +316,7 @@ class Uplink:
         """Control does not take a beat: what that means for this node."""
         code, text = refusal_of(answer.body)
         if answer.status in (403, 404):
-            raise _Forgotten(text)
+            raise Forgotten(text)
         if answer.status == 401:
             raise _Refused(text)
         if code == "node_cloned" and code != self._complaint:
@@ -448,25 +346,9 @@ class Uplink:
     async def _reply(self, questions: Sequence[Question]) -> None:
         """Answer what control asks. Nobody depends on it: who asked is told when no answer comes."""
         replies = tuple([await self._owner.reply(question) for question in questions])
-        answer = await self._post(
-            "/node/v1/replies", Replies(WIRE_VERSION, replies), ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
-        )
+        answer = await self._post_now("/node/v1/replies", Replies(WIRE_VERSION, replies))
         if answer.status not in (200, 204):
             log.debug("control took no replies: %s: %s", answer.status, text_of(answer.body))
-
-    async def _renew(self) -> None:
-        """Asked again with the next beat when it fails; control is there, it just answered one."""
-        try:
-            ask = RenewAsk(WIRE_VERSION, self._identity.csr_pem(self._name))
-            answer = await self._post("/node/v1/renew", ask, ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S)
-            if answer.status != 200:
-                raise aiohttp.ClientError(f"control answered {answer.status}: {text_of(answer.body)}")
-            self._identity.save(decode(answer.body, JoinAnswer))
-        except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
-            left_s = self._identity.expires_s() - self._identity.now_s()
-            log.warning("the certificate, which ends in %d s, is not renewed yet: %s", left_s, error)
-            return
-        raise _Renewed
 
     # --- sources of packs -------------------------------------------------------------------------
 
@@ -534,21 +416,3 @@ class _Renewed(Exception):
 
 class _Refused(Exception):
     """Control does not accept the certificate."""
-
-
-class _Forgotten(Exception):
-    """Control does not know this node."""
-
-
-_JSON = {"Content-Type": "application/json"}
-
-
-async def _pause(pause_s: float) -> float:
-    """Wait about ``pause_s``; returns the next, longer pause."""
-    await asyncio.sleep(pause_s * jitter())
-    return min(RETRY_MAX_S, pause_s * 2)
-
-
-def jitter() -> float:
-    """The share of a pause that is waited; tests make it the same every time."""
-    return random.uniform(0.5, 1.5)

@@ -24,7 +24,16 @@ from control.router_view import RouterView
 from control.router_wire import RouterAnswer, RouterAsk
 from packer.control_answers import Answer, read_answer, refusal_of
 from packer.identity import BadIdentity, Identity
-from packer.joining import ANSWER_TIMEOUT_S, JSON, RETRY_FIRST_S, Forgotten, Joiner, Joining, pause
+from packer.joining import (
+    ANSWER_TIMEOUT_S,
+    EXPIRY_MARGIN_S,
+    JSON,
+    RETRY_FIRST_S,
+    Forgotten,
+    Joiner,
+    Joining,
+    pause,
+)
 from packer.release import server_version
 from packer.wire import WIRE_VERSION, BadMessage, decode, encode
 
@@ -39,8 +48,6 @@ REST_S = 0.02
 CONNECT_TIMEOUT_S = 5.0
 # Before a certificate that control has just given and does not accept is asked for again.
 REFUSED_PAUSE_S = 1.0
-# One that ends so soon may have ended by control's clock; it is renewed as one that has (``CLOCK_SKEW``).
-EXPIRY_MARGIN_S = 1_800.0
 # Control's answer to a tenant who asks where to call nodes. Without it the tenant calls through here.
 ROUTE_TIMEOUT_S = 5.0
 
@@ -97,7 +104,8 @@ class RouterLine:
         ``RouterRemoved`` means that the router must stop serving as well."""
         while True:
             try:
-                await self._certified()
+                await self._joining.certified(self._refused)
+                self._refused = False
                 await self._talk()
             except _Renewed:
                 log.info("certificate or CAs renewed")
@@ -116,13 +124,6 @@ class RouterLine:
                 log.warning("control removed this router (%s); joining afresh with the token%s", error, kept)
             finally:
                 self.connected = False
-
-    async def _certified(self) -> None:
-        """Returns with a certificate that control may accept."""
-        late = self._refused or self._identity.expired(EXPIRY_MARGIN_S)
-        if self._identity.answer is None or (late and not await self._joining.renew_late()):
-            await self._joining.join()
-        self._refused = False
 
     async def _talk(self) -> None:
         connector = aiohttp.TCPConnector(ssl=self._identity.context(), limit=0, socket_factory=self._socket)

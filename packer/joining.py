@@ -41,8 +41,10 @@ log = logging.getLogger("bunk.joining")
 # Pauses between tries while control is away double, with jitter: a fleet must not come back in one wave.
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 10.0
-# An answer that takes longer than this is a dead connection.
+# An answer that takes longer than this, beyond what it was asked to wait, is a dead connection.
 ANSWER_TIMEOUT_S = 15.0
+# One that ends so soon may have ended by control's clock; it is renewed as one that has (``CLOCK_SKEW``).
+EXPIRY_MARGIN_S = 1_800.0
 CAS_BYTES_MAX = 64 * 1024  # two CAs while they overlap, 700 bytes each
 JSON = {"Content-Type": "application/json"}
 
@@ -76,6 +78,15 @@ class Joining:
     @property
     def has_token(self) -> bool:
         return self._token_file is not None and self._token_file.exists()
+
+    async def certified(self, refused: bool, gateway_url: str = "") -> bool:
+        """Returns with a certificate that control may accept: True after a join. ``refused``: the present one
+        it does not."""
+        late = refused or self._identity.expired(EXPIRY_MARGIN_S)
+        if self._identity.answer is None or (late and not await self.renew_late()):
+            await self.join(gateway_url)
+            return True
+        return False
 
     async def join(self, gateway_url: str = "") -> None:
         """Until control has let it in, however long it is away. Raises ``BadIdentity`` when only a person can

@@ -94,6 +94,7 @@ MODULE_TESTS = {
         "attacks/test_foreign_plans",
         "test_identity",
     ),
+    "packer.joining": ("test_uplink", "test_identity", "attacks/test_join"),
     "packer.identity": ("attacks/test_join", "attacks/test_posing", "test_identity"),
     "control.lives": ("test_lives", "test_identity"),
     "control.ca": ("test_ca",),

@@ -34,14 +34,13 @@ from simulated_network import Answered, Network, NetworkFaults, Process, task_fa
 from virtual_clock import VirtualLoop, run_virtual
 
 from agent import shares as agent_shares
-from agent import uplink
 from control import cluster as fleet_core
 from control import shares as share_core
 from control.catalog import Change, PutQuota, PutTenant, TenantRow, tenant_removal
 from control.share_book import ShareBook
 from control.share_book import check as check_shares
 from control.store import Store, StoreUnavailable
-from packer import residency
+from packer import joining, residency
 from packer.http import ApiError
 from packer.shares import MARGIN_MS, TERM_MS
 from packer.types import MIB, ByteQuota, ModelRef, ModelSpec, Task, TenantQuota
@@ -167,7 +166,7 @@ class Fleet:
         """Control's core tells every step, and is checked after each; pauses are the same every time."""
         real = fleet_core.step
         chances = Random(f"jitter {self.seed}")
-        real_jitter = uplink.jitter
+        real_jitter = joining.jitter
 
         def step(
             cluster: fleet_core.Cluster, event: fleet_core.Event, now_ms: int
@@ -195,14 +194,14 @@ class Fleet:
             self.reached.update(type(action).__name__ for action in actions)
             return actions
 
-        fleet_core.step, uplink.jitter = step, lambda: chances.choice((0.5, 1.0, 1.5))
+        fleet_core.step, joining.jitter = step, lambda: chances.choice((0.5, 1.0, 1.5))
         share_core.step = divide
         agent_shares.TERM_MS = self.term_ms  # type: ignore[attr-defined]
         share_core.FREE_AFTER_MS = self.term_ms + MARGIN_MS
         try:
             yield
         finally:
-            fleet_core.step, uplink.jitter = real, real_jitter
+            fleet_core.step, joining.jitter = real, real_jitter
             share_core.step = real_divide
             agent_shares.TERM_MS = TERM_MS  # type: ignore[attr-defined]
             share_core.FREE_AFTER_MS = TERM_MS + MARGIN_MS

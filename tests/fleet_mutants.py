@@ -213,7 +213,7 @@ FLEET_MUTANTS = (
     ),
     Mutant(
         "an answer that is cut short ends a join",
-        UPLINK,
+        "packer.joining",
         "            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:\n"
         '                log.warning("join: control',
         "            except (aiohttp.ClientError, TimeoutError, OSError) as error:\n"

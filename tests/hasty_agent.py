@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from agent import remembering, shares, uplink, usage_meter
 from agent.__main__ import main
+from packer import joining
 
 if __name__ == "__main__":
     remembering.KEEP_S = 0.05
@@ -16,5 +17,5 @@ if __name__ == "__main__":
     shares.RENEW_MS = shares.LOOK_MS = 300
     uplink.POLL_WAIT_MS = 1_000
     uplink.ANSWER_TIMEOUT_S = 3.0
-    uplink.RETRY_MAX_S = 0.5
+    joining.RETRY_MAX_S = 0.5
     main()

@@ -7,7 +7,7 @@ Covers: the real ones, over the simulated network and a simulated disk. Does not
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from simulated_control import Disk, DiskFaults
 from agent.journal import Journal, JournalFailed
 from agent.peer_fetch import FetchedPack
 from agent.sources import Sources
-from agent.uplink import ANSWER_TIMEOUT_S, Uplink
+from agent.uplink import NODE, Uplink
 from packer.control_answers import Answer
+from packer.joining import Joining
 from packer.types import ModelRef
 from packer.wire import WIRE_VERSION, BoxFacts, JoinAnswer, JoinAsk, PeerSpec, decode
 
@@ -74,6 +75,7 @@ class SimulatedUplink(Uplink):
         super().__init__(member, papers, "", member.name, papers, member.shares)
         self.life = f"{member.name} {member.life}"
         self._member = member
+        self.joining = SimulatedJoining(member, self._post_now)
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
@@ -82,10 +84,20 @@ class SimulatedUplink(Uplink):
     async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> Answer:
         return Answer(*await self._member.network.to_control(self._member.name, path, message, timeout_s))
 
-    async def _join(self, token_file: Path) -> None:
+
+class SimulatedJoining(Joining):
+    """One message, in place of a token's pin, a key and a certificate."""
+
+    def __init__(self, member: Member, post: Callable[[str, object], Awaitable[Answer]]) -> None:
+        papers = cast(Any, member.papers)
+        super().__init__(NODE, papers, "", member.name, papers)
+        self._member = member
+        self._send = post
+
+    async def _join(self, token_file: Path, gateway_url: str) -> None:
         papers = self._member.papers
-        ask = JoinAsk(WIRE_VERSION, "", papers.token or "", "", self._member.name, self._member.gateway_url)
-        answer = await self._post("/node/v1/join", ask, ANSWER_TIMEOUT_S, ANSWER_TIMEOUT_S)
+        ask = JoinAsk(WIRE_VERSION, "", papers.token or "", "", self._member.name, gateway_url)
+        answer = await self._send("/node/v1/join", ask)
         if answer.status >= 300:
             raise OSError(f"join: {answer.status}")
         papers.answer = decode(answer.body, JoinAnswer)

@@ -55,8 +55,7 @@ async def joined(control: Running, folder: Path, owner: Owner, name: str = "box"
 
 async def join_only(uplink: Uplink, token: Path) -> None:
     """Join, and say nothing more."""
-    uplink._gateway_url = GATEWAY
-    await uplink._join(token)
+    await uplink.joining._join(token, GATEWAY)
 
 
 def serial(identity: Identity) -> int:
@@ -128,7 +127,7 @@ async def test_the_key_never_leaves_the_box(tmp_path: Path) -> None:
         return sent[-1]
 
     async with running(tmp_path / "control") as control:
-        with mock.patch("agent.uplink.encode", seen):
+        with mock.patch("agent.uplink.encode", seen), mock.patch("packer.joining.encode", seen):
             await joined(control, tmp_path / "box", Owner())
         private = "".join((tmp_path / "box" / "identity" / "node.key").read_text().splitlines()[1:-1])
         assert any(b"csr_pem" in data for data in sent)
@@ -162,18 +161,19 @@ async def test_a_node_whose_certificate_ended_waits_for_control(tmp_path: Path) 
     async with running(tmp_path / "control") as control:
         owner = Owner()
         uplink = await joined(control, tmp_path / "box", owner)
-        identity, at = uplink._identity, uplink._url
+        identity, at = uplink._identity, uplink.joining._url
         identity.now_s = lambda: identity.expires_s() + 1
         tries = 0
-        real = uplink._ask_late
+        real = uplink.joining._ask_late
 
         async def away() -> object:
             nonlocal tries
             tries += 1
-            uplink._url = "https://127.0.0.1:9" if tries < 3 else at
+            uplink.joining._url = "https://127.0.0.1:9" if tries < 3 else at
             return await real()
 
-        with mock.patch.object(uplink, "_ask_late", away), mock.patch("agent.uplink.RETRY_MAX_S", 0.01):
+        joining = uplink.joining
+        with mock.patch.object(joining, "_ask_late", away), mock.patch("packer.joining.RETRY_MAX_S", 0.01):
             async with beating(uplink):
                 before = serial(identity)
                 await until(lambda: identity.answer is not None and serial(identity) != before)

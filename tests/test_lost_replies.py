@@ -135,8 +135,8 @@ async def test_a_lost_answer_to_any_post_of_a_node_leaves_one_effect(
         identity.now_s = time.time
         losses.next[late] = 1
         with pytest.raises(aiohttp.ClientError):
-            await uplink._ask_late()
-        assert (await uplink._ask_late()).status == 200
+            await uplink.joining._ask_late()
+        assert (await uplink.joining._ask_late()).status == 200
     assert losses.lost == Counter({join: 2, beat: 4, shares: 1, sources: 1, replies: 1, renew: 1, late: 1})
     events = (await control.call("GET", "/api/v1/events?limit=1000")).json()["items"]
     assert [event["detail"] for event in events if event["kind"] == "restored"] == ["#1", "#2", "#3"]

@@ -19,7 +19,6 @@ from running_control import empty_report
 from running_uplinks import OwnersUsage
 from virtual_clock import VirtualLoop, run_virtual
 
-from agent import uplink as module
 from agent.uplink import Uplink
 from packer import wire
 from packer.control_answers import Answer
@@ -78,7 +77,7 @@ class Scripted(Uplink):
 
 def pushed(monkeypatch: pytest.MonkeyPatch, acked: list[int | None]) -> tuple[Owner, list[float]]:
     """Push until nothing is left to say; what is left with the node, and when it spoke."""
-    monkeypatch.setattr(module, "jitter", lambda: 1.0)
+    monkeypatch.setattr("packer.joining.jitter", lambda: 1.0)
     owner = Owner()
 
     async def push() -> list[float]:

@@ -87,14 +87,14 @@ async def test_a_join_whose_answer_is_cut_short_is_tried_again(
     async with running(tmp_path / "control") as control:
         owner = Owner()
         uplink = make_uplink(control, tmp_path, owner, await token_file(control, tmp_path))
-        join, tries = uplink._join, iter(range(9))
+        join, tries = uplink.joining._join, iter(range(9))
 
-        async def cut_short(token: Path) -> None:
+        async def cut_short(token: Path, gateway_url: str) -> None:
             if next(tries) == 0:
                 raise BadMessage("JoinAnswer: Input data was truncated")
-            await join(token)
+            await join(token, gateway_url)
 
-        monkeypatch.setattr(uplink, "_join", cut_short)
+        monkeypatch.setattr(uplink.joining, "_join", cut_short)
         task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
         await owner.until_versions(0)
         assert next(tries) == 2

@@ -93,7 +93,7 @@ async def join_once(uplink: Uplink, token_file: Path) -> None:
     import aiohttp
 
     try:
-        await uplink._join(token_file)
+        await uplink.joining._join(token_file, "")
     except aiohttp.ClientConnectorCertificateError as error:
         raise ssl.SSLError(str(error)) from error
 
