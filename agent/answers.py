@@ -52,7 +52,8 @@ class Answers:
 
     async def may_send(self, answer: Answer, body_bytes: int) -> None:
         """Returns when the request may be sent, which is when its time begins."""
-        await self._bodies.take(answer.number, body_bytes)
+        if body_bytes:
+            await self._bodies.take(answer.number, body_bytes)
         self._due.asked(answer.number, self._now())
 
     def not_sent(self, answer: Answer) -> None:

@@ -100,10 +100,10 @@ class Asking:
     def _read(self, frame: FromWorker, body: bytes) -> EngineFrame | None:
         """A piece of the answer, or None at its end."""
         match frame:
-            case Piece():
-                return EngineFrame(msgspec.json.decode(frame.header), body)
             case Last():
                 self._end()
+                return EngineFrame(msgspec.json.decode(frame.header), body, last=True)
+            case Piece():
                 return EngineFrame(msgspec.json.decode(frame.header), body)
             case End():
                 return None

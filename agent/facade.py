@@ -60,10 +60,13 @@ class EngineFrame:
     token begins, in characters) and ``top`` (pairs of bytes and log probability, the likeliest first).
     ``infer``: one frame, header ``outputs`` (maps of ``name``, ``datatype`` and ``shape``); body the raw
     tensors in that order.
+
+    ``last``: it is known that no other follows. One that is not may be the last all the same.
     """
 
     header: Mapping[str, JSON] = field(default_factory=dict)
     body: bytes = b""
+    last: bool = False
 
 
 class EngineError(Exception):

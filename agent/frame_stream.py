@@ -95,6 +95,11 @@ class FrameStream(asyncio.Protocol):
             self._transport.write(header)
             self._transport.write(body)
 
+    @property
+    def stalled(self) -> bool:
+        """Whether ``drained`` has something to wait for, or to raise."""
+        return self._transport is None or not self._writable.is_set()
+
     async def drained(self) -> None:
         """Returns when more may be written. Raises ``ConnectionResetError`` when nothing can be."""
         await self._writable.wait()

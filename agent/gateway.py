@@ -295,6 +295,8 @@ class Gateway:
                         if found is not None:
                             raise EngineFault(f"the engine sent several frames for {order.op}")
                         found = frame
+                        if frame.last:  # most are; nothing is asked for that will not come
+                            break
                 finally:
                     await _close(frames)
         if found is None:

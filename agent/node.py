@@ -51,10 +51,12 @@ from packer.events import (
     DrainAsked,
     Event,
     Finished,
+    Grant,
     PackBegun,
     PackFound,
     Planned,
     RatesSeen,
+    Requested,
     TierBudgetSeen,
 )
 from packer.identity import BadIdentity, Identity, box_facts
@@ -495,9 +497,11 @@ class RunningNode:
             return
         self.counters.observe(wall_ms(), event, actions)
         self.decisions.observe(self.loop.core, event, actions)
-        self.accuracy.observe(self.loop.core, event, actions)
         self.uses.observe(now_ms, event, actions)
-        self.usage.observe(event)
+        granted = type(event) is Requested and len(actions) == 1 and type(actions[0]) is Grant
+        if not granted:  # at once, which moves nothing
+            self.accuracy.observe(self.loop.core, event, actions)
+            self.usage.observe(event)
         self._tell()
 
     def _tell(self) -> None:

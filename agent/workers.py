@@ -459,7 +459,8 @@ class WorkerHandle:
             raise WorkerDead(f"worker {self.pid} is gone")
         try:
             self._stream.write(frame, body)
-            await self._stream.drained()
+            if self._stream.stalled:
+                await self._stream.drained()
         except OSError as error:
             raise WorkerDead(f"worker {self.pid}: {error}") from None
 

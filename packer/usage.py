@@ -9,7 +9,9 @@ Pure: no clock, no I/O.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+import msgspec
 
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
@@ -19,8 +21,7 @@ AMOUNT_MAX = 2**53
 USAGE_ROWS_PER_BEAT_MAX = 1_000
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
+class Used(msgspec.Struct, frozen=True):
     """``requests``: that were let in, of which ``answers`` went well to their end. ``restored_*_bytes``:
     moved to a device from that tier, for whomever it was. ``device_ms``: an engine's own time."""
 
@@ -61,7 +62,7 @@ class Used:
 
 
 # The names of the amounts, which are the names of columns as well.
-AMOUNTS = tuple(field.name for field in fields(Used))
+AMOUNTS = Used.__struct_fields__
 NOTHING = Used()
 
 
