@@ -75,6 +75,10 @@ RECORDS_PENDING_MAX = 100_000
 EXAMINATIONS_MAX = 2
 # A restored backup may be behind its nodes' plans by some starts of control, never by thousands.
 EPOCH_LEAP_MAX = 1_000
+# Each leap makes every plan anew and sends it to all. One is enough after a backup was put back; a second is
+# for a node that saw more. Who claims to have seen more and more does not keep the whole fleet busy.
+EPOCH_LEAP_PAUSE_MS = 60_000
+EPOCH_LEAPS_MAX = 4
 
 
 class AlreadyRunning(Exception):
@@ -114,6 +118,7 @@ class Control(Routing):
         self.models = ModelStore(config.data_dir / "models")
         self.busy_parts: set[tuple[str, int]] = set()
         self.touched_ms: dict[str, int] = {}  # when each upload was last written to
+        self._leapt_ms: list[int] = []
         self._ref_locks: dict[ModelRef, tuple[asyncio.Lock, int]] = {}
         self._writer = ThreadPoolExecutor(1, "control-writer")
         self._reader = ThreadPoolExecutor(1, "control-reader")
@@ -260,7 +265,7 @@ class Control(Routing):
         async with self.writing:
             if not self.is_behind(have):
                 return True
-            if have.epoch - self.meta.epoch > EPOCH_LEAP_MAX:
+            if have.epoch - self.meta.epoch > EPOCH_LEAP_MAX or not self._may_leap():
                 return False
             log.warning("a node has a plan of epoch %d, this is %d: overtaking", have.epoch, self.meta.epoch)
             self.meta = await self._on(
@@ -269,6 +274,14 @@ class Control(Routing):
             changed = fleet.Changed(self.meta.epoch, self.meta.seq)
             self.act(fleet.step(self.cluster, changed, self.now_ms()))
             return True
+
+    def _may_leap(self) -> bool:
+        now_ms = self.now_ms()
+        self._leapt_ms = [each for each in self._leapt_ms if now_ms - each < EPOCH_LEAP_PAUSE_MS]
+        if len(self._leapt_ms) >= EPOCH_LEAPS_MAX:
+            return False
+        self._leapt_ms.append(now_ms)
+        return True
 
     def ref_lock(self, ref: ModelRef) -> RefLock:
         """Held while a version's files are written or removed."""

@@ -18,6 +18,7 @@ import msgspec
 import pytest_asyncio
 from running_control import FakeNode, Running, empty_report, model_report, running, tenant_report
 
+from control.state import EPOCH_LEAPS_MAX
 from packer.lending import LendingView
 from packer.rates import RateView
 from packer.types import GIB
@@ -117,3 +118,19 @@ async def test_bytes_that_are_no_text_are_a_clear_400(control: Running, tmp_path
     replies = b'{"version":1,"replies":[{"question":"\xff"}]}'
     for path, body in {"renew": NO_TEXT, "shares": NO_TEXT, "sources": NO_TEXT, "replies": replies}.items():
         assert await send(node, tmp_path, f"/node/v1/{path}", body) == (400, "bad_message")
+
+
+async def test_a_node_that_claims_newer_and_newer_plans_does_not_make_all_plans_anew_each_time(
+    control: Running, tmp_path: Path
+) -> None:
+    """Its claim is believed for the sake of a backup that was put back, a few times a minute."""
+    node = await control.join("n1")
+    epochs = []
+    for _ in range(8):
+        node.have = (control.server.control.meta.epoch + 5, 0)
+        answer = await node.raw_beat(tmp_path)
+        epochs.append(control.server.control.meta.epoch)
+        assert answer.status in (200, 409)
+    assert len(set(epochs)) == EPOCH_LEAPS_MAX
+    node.have = (0, 0)
+    await node.beat(tmp_path)  # and an honest word is taken as ever
