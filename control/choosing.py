@@ -39,7 +39,7 @@ def choose_near(cluster: Cluster, ref: ModelRef, now_ms: int) -> Sequence[str]:
     """The beginning of what ``choose_node`` answers, without a look at all other nodes: those that have the
     model on a device or coming there, and can be reached. Empty: it is cold."""
     text = str(ref)
-    names = dict(cluster.near.get(text, {}))
+    names = dict.fromkeys(islice(cluster.near.get(text, ()), RANKED_MAX))
     if (sent := cluster.expected.get(ref)) is not None:
         names[sent.node] = None
     ranked = []

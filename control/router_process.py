@@ -23,6 +23,7 @@ from aiohttp import web
 from cryptography import x509
 
 from control import cluster as fleet
+from control import rooms
 from control.config import Address
 from control.node_session import open_session
 from control.node_tls import NodeLines, NoLine
@@ -180,6 +181,7 @@ class Router(Routing):
         while True:
             await asyncio.sleep(TICK_S)
             self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
+            rooms.settle(self.cluster, rooms.SETTLED_MAX)
 
 
 # --- routes ---------------------------------------------------------------------------------------

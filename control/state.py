@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from control import cluster as fleet
+from control import rooms
 from control.authority import Authority
 from control.catalog import (
     AgeUsage,
@@ -480,6 +481,7 @@ class Control(Routing):
             await asyncio.sleep(TICK_S)
             try:
                 self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
+                rooms.settle(self.cluster, rooms.SETTLED_MAX)
                 self.shares.step(SharesTicked())
                 self._release_clones()
                 if self.now_ms() >= sweep_at:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from random import Random
+from unittest import mock
 
 import pytest
 from running_control import empty_report, model_report
 
 from control import rooms
-from control.choosing import LOOKED_AT, RANKED_MAX, choose_node, rank
+from control.choosing import LOOKED_AT, RANKED_MAX, choose_near, choose_node, rank
 from control.cluster import (
     EXPECTED_MS,
     SILENT_AFTER_MS,
@@ -126,3 +127,22 @@ def test_who_is_silent_gone_or_not_reached_is_not_asked_before_others() -> None:
     assert len(choose_node(cluster, ref, MIB, 1)) >= LOOKED_AT, "all that are left can not be reached"
     step(cluster, Ticked(), SILENT_AFTER_MS + EXPECTED_MS)
     assert choose_node(cluster, ref, MIB, SILENT_AFTER_MS + EXPECTED_MS) == []
+
+
+def test_a_model_with_very_many_copies_costs_no_look_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = fleet_of(4 * RANKED_MAX)
+    for node in list(cluster.nodes):
+        step(cluster, beat(node, (0, 0), model_report(str(WARM), "resident", device="cuda:0")), 0)
+    seen = mock.Mock(side_effect=rooms.is_able)
+    monkeypatch.setattr("control.choosing.is_able", seen)
+    assert len(choose_near(cluster, WARM, 0)) == RANKED_MAX == seen.call_count
+
+
+def test_nodes_are_put_in_order_before_anybody_asks_and_a_bounded_number_at_a_time() -> None:
+    cluster = fleet_of(NODES)
+    rooms.settle(cluster, NODES - 10)
+    rooms.check(cluster)
+    assert len(cluster.stale) == 10
+    rooms.settle(cluster, NODES)
+    assert not cluster.stale
+    rooms.check(cluster)
