@@ -1,7 +1,8 @@
-"""The listener for control's router: the gateway behind TLS with certificates on both sides.
+"""The listener for routers, control's own among them: the gateway behind mutual TLS.
 
-Covers: listening, taking up new certificates, letting in control alone. Does not cover: what is answered
-(``agent/gateway.py``: keys are checked here as anywhere) or making contexts (``packer/identity.py``).
+Covers: listening, taking up new certificates, letting in control and the routers that the plan names. Does
+not cover: what is answered (``agent/gateway.py``: keys are checked here as anywhere) or making contexts
+(``packer/identity.py``).
 
 Tenants call ``--listen``; what the router brings, their keys and prompts, crosses the network through here.
 """
@@ -18,6 +19,7 @@ from aiohttp.typedefs import Handler
 
 from agent.config import AgentConfig
 from packer.certificates import CheckedObject, WrongSpeaker
+from packer.http import CONNECT_ANEW
 from packer.identity import Identity
 
 log = logging.getLogger("bunk.control_listener")
@@ -58,7 +60,7 @@ class ControlListener:
             try:
                 self._identity.check_still(tls)
             except WrongSpeaker as error:
-                answer = web.Response(status=403, text=f"{error}; connect anew")
+                answer = web.Response(status=CONNECT_ANEW, text=f"{error}; connect anew")
                 answer.force_close()
                 return answer
         return await handler(request)

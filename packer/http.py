@@ -69,6 +69,10 @@ PASSED_HEADERS = (
     "x-should-retry",
 )
 
+# What a node answers to a router on a connection that it takes nothing from any more: the router's
+# certificate ended, or its CA is trusted no more, or it was removed. A new connection may be let in.
+CONNECT_ANEW = 421
+
 # One JSON request. 1 MiB is about 250,000 tokens of text, more than any model here reads at once.
 JSON_BYTES_MAX = 1 * MIB
 # One request or header line; also the longest path.

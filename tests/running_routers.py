@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 from running_control import Answer, Running, until
 
 from control.config import Address
@@ -26,9 +27,11 @@ class RunningRouter:
     router: Router
     url: str
     _running: Running
+    _session: aiohttp.ClientSession
 
     async def call(self, method: str, path: str, body: object = None, **options: Any) -> Answer:
-        here = replace(self._running, bound=Bound(self.url, self._running.bound.node_url))
+        bound = Bound(self.url, self._running.bound.node_url)
+        here = replace(self._running, bound=bound, session=self._session)
         return await here.call(method, path, body, **{"key": None, **options})
 
     async def until_heard(self) -> None:
@@ -60,7 +63,8 @@ def router_config(control: Running, folder: Path, name: str, token: Path | None)
 async def serving(router: Router, control: Running) -> AsyncIterator[RunningRouter]:
     url = await router.start()
     try:
-        yield RunningRouter(router, url, control)
+        async with aiohttp.ClientSession(auto_decompress=False) as session:
+            yield RunningRouter(router, url, control, session)
     finally:
         await router.stop()
 

@@ -7,15 +7,25 @@ changes, control being away, being removed, tickets. Does not cover: real proces
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
+import aiohttp
+import pytest
 import pytest_asyncio
 from aiohttp import web
-from running_control import Answer, Running, model_files, running, until
-from running_routers import RunningRouter, joined_router
-from running_uplinks import Agent, joined_agent, resident
+from running_control import PATIENCE_S, Answer, FakeNode, Running, model_files, running, until
+from running_routers import RunningRouter, joined_router, router_config, router_token, serving
+from running_uplinks import Agent, ended, joined_agent, resident
+
+from control.config import parse_address
+from control.router_line import RouterRemoved
+from control.router_process import Router
+from control.routes import forwarding
 
 
 @dataclass(slots=True)
@@ -28,7 +38,8 @@ class Scene:
     key: str
     ref: str
     folder: Path
-    seen: list[str] = field(default_factory=list)
+    control_life: AsyncExitStack
+    seen: list[str]
 
     async def embed(self, key: str | None = None) -> Answer:
         body = {"model": "acme/m", "input": "x"}
@@ -43,7 +54,8 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
         seen.append(request.headers.get("Authorization", ""))
         return web.json_response({"by": "box"}, headers={"x-ratelimit-limit-requests": "7"})
 
-    async with running(tmp_path / "control", plain_routes=False) as control:
+    async with AsyncExitStack() as life:
+        control = await life.enter_async_context(running(tmp_path / "control", plain_routes=False))
         key = await control.tenant("acme")
         model = await control.push("acme", "m", model_files())
         async with joined_agent(control, tmp_path / "box", answer) as agent:
@@ -54,7 +66,7 @@ async def scene(tmp_path: Path) -> AsyncIterator[Scene]:
                 await until(lambda: nodes["box"].have == control.server.control.cluster.newest)
                 await until(lambda: bool(nodes["box"].near))
                 await router.until_heard()
-                yield Scene(control, agent, router, key, model["ref"], tmp_path, seen)
+                yield Scene(control, agent, router, key, model["ref"], tmp_path, life, seen)
 
 
 async def test_it_brings_calls_to_nodes_over_mutual_tls(scene: Scene) -> None:
@@ -66,3 +78,157 @@ async def test_it_brings_calls_to_nodes_over_mutual_tls(scene: Scene) -> None:
     assert [card["id"] for card in models.json()["data"]] == ["acme/m"]
     health = await scene.router.call("GET", "/healthz")
     assert (health.status, health.json()) == (200, {"status": "ok", "view_age_ms": 0, "connected": True})
+
+
+async def test_what_control_changes_counts_here_a_moment_later(scene: Scene) -> None:
+    """A key that is revoked, one that is made, a model that is pushed, another version of it, and its end."""
+    control, router = scene.control, scene.router
+    other = await control.key("acme")
+    await router.until_heard()
+    assert (await scene.embed(other)).status == 200
+    await control.call("DELETE", f"/api/v1/keys/{other.split('_')[1]}")
+    await router.until_heard()
+    assert (await scene.embed(other)).status == 401
+    versions = [scene.ref, (await control.push("acme", "m", model_files(1)))["ref"]]
+    await router.until_heard()
+
+    async def listed() -> list[str]:
+        cards = (await router.call("GET", "/v1/models", key=scene.key)).json()["data"]
+        return [card["id"] for card in cards]
+
+    assert await listed() == ["acme/m", versions[0]]
+    assert (await router.call("GET", "/v1/models/acme/m", key=scene.key)).json()["version"] in versions[1]
+    await control.call("DELETE", f"/api/v1/models/{versions[1]}")
+    await router.until_heard()
+    own = control.server.control.catalog
+    assert set(router.router.catalog.models) == set(own.models)
+    assert router.router.catalog.latest == own.latest
+    await control.call("DELETE", "/api/v1/tenants/acme")
+    await router.until_heard()
+    assert (await scene.embed()).status == 401
+    assert not router.router.catalog.models
+
+
+async def test_a_node_that_goes_is_asked_no_more(scene: Scene) -> None:
+    await scene.control.call("DELETE", "/api/v1/nodes/box")
+    await scene.router.until_heard()
+    assert not scene.router.router.cluster.nodes
+    answer = await scene.embed()
+    assert (answer.status, answer.error["code"]) == (503, "no_node")
+    ready = await scene.router.call("GET", "/v2/health/ready")
+    assert ready.status == 503
+
+
+async def test_it_routes_on_while_control_is_away(scene: Scene, tmp_path: Path) -> None:
+    """With what it heard last, and without a wait; its health says how old that is. When control is back it
+    goes on, also while control has not heard a node yet."""
+    router = scene.router.router
+    before = (router.view.start, router.view.epoch)
+    listen = parse_address(scene.control.bound.node_url.removeprefix("https://"), "node_url")
+    await scene.control_life.aclose()
+    await until(lambda: not router.line.connected)
+    assert (await scene.embed()).status == 200
+    health = (await scene.router.call("GET", "/healthz")).json()
+    assert (health["status"], health["connected"]) == ("ok", False)
+    direct = await scene.router.call("GET", "/api/v1/route?model=acme/m", key=scene.key)
+    assert (direct.status, direct.json()["items"]) == (200, [])
+    await ended(scene.agent.task)
+    async with running(tmp_path / "control", plain_routes=False, node_listen=listen) as again:
+        await until(lambda: router.line.connected and router.view.is_whole)
+        assert (router.view.start, router.view.epoch) == (again.server.control.start_name, before[1] + 1)
+        assert router.cluster.nodes["box"].report is not None  # as control said it before it went
+        assert again.server.control.cluster.nodes["box"].report is None
+        called = len(scene.seen)
+        with mock.patch.object(forwarding, "PLAN_SECONDS", 3_600.0):
+            assert (await scene.embed()).status == 200
+        assert len(scene.seen) == called + 1
+
+
+async def test_a_router_that_is_removed_stops_at_once(scene: Scene) -> None:
+    """Its process ends, and nodes let it in no more, on connections that are open as well."""
+    router = scene.router.router
+    assert (await scene.embed()).status == 200
+    assert (await scene.control.call("DELETE", "/api/v1/routers/r1")).status == 204
+    error = await asyncio.wait_for(router.failed(), PATIENCE_S)
+    assert isinstance(error, RouterRemoved)
+    assert "bunk router token create" in str(error)
+    agent = scene.agent
+    await until(lambda: agent.owner.plan is not None and not agent.owner.plan.routers)
+    served = len(scene.seen)
+    assert (await scene.embed()).status == 503
+    assert len(scene.seen) == served
+
+
+async def test_nodes_let_in_no_router_of_another_key_or_name(scene: Scene) -> None:
+    """A certificate of the cluster's CA is not enough: the plan names the router and its key."""
+    authority = scene.control.server.control.authority
+    folder = scene.folder / "stolen"
+    folder.mkdir()
+    for name in ("r1", "r2", "box"):
+        stolen = FakeNode("", name, "", ca_pem=authority.ca_pem)
+        stolen.chain_pem = authority.issue_router(authority.read_request(stolen.csr_pem()), name)
+        context = stolen.context(folder)
+        context.check_hostname = False
+        with pytest.raises(aiohttp.ClientError):
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(f"{scene.agent.listener.url}/x", ssl=context) as answer,
+            ):
+                await answer.read()
+    assert scene.seen == []
+
+
+async def test_tickets_are_controls(scene: Scene) -> None:
+    """A router that is asked where to call nodes hands on what control answers."""
+    direct = await scene.router.call("GET", "/api/v1/route?model=acme/m", key=scene.key)
+    own = await scene.control.call("GET", "/api/v1/route?model=acme/m", key=scene.key)
+    nodes = [[(item["node"], item["url"]) for item in answer.json()["items"]] for answer in (direct, own)]
+    assert nodes[0] == nodes[1] != []
+    assert direct.json()["items"][0]["ticket"]
+
+
+async def test_it_renews_its_certificate_in_time(scene: Scene) -> None:
+    router = scene.router.router
+    identity = router.identity
+    assert identity.answer is not None
+    before, due_s = identity.answer.certificate_pem, identity.renew_at_s()
+    identity.now_s = lambda: due_s
+    scene.control.server.control.feed.wake()  # it looks after each answer
+    await scene.control.key("acme")
+    await until(lambda: identity.answer is not None and identity.answer.certificate_pem != before)
+    await until(lambda: router.line.connected)
+    assert (await scene.embed()).status == 200
+
+
+async def test_it_starts_again_with_the_identity_that_it_has(scene: Scene) -> None:
+    await scene.router.router.stop()
+    again = Router(router_config(scene.control, scene.folder / "r1", "r1", None))
+    async with serving(again, scene.control) as running_again:
+        await running_again.until_heard()
+        answer = await running_again.call(
+            "POST", "/v1/embeddings", {"model": "acme/m", "input": "x"}, key=scene.key
+        )
+        assert answer.status == 200
+
+
+async def test_before_the_first_word_it_says_that_it_is_not_ready(scene: Scene) -> None:
+    """Not that a key is wrong: a load balancer and a client both come again."""
+    token = await router_token(scene.control, scene.folder / "r2")
+    config = replace(
+        router_config(scene.control, scene.folder / "r2", "r2", token), control_url="https://127.0.0.1:9"
+    )
+    async with serving(Router(config), scene.control) as early:
+        for method, path in (("GET", "/healthz"), ("GET", "/v1/models"), ("POST", "/v1/embeddings")):
+            answer = await early.call(method, path, key=scene.key)
+            assert (answer.status, answer.error["code"]) == (503, "router_not_ready")
+            assert answer.headers["x-should-retry"] == "true"
+
+
+async def test_operators_see_routers(scene: Scene) -> None:
+    said = scene.control.server.control.routers
+    start = scene.control.server.control.start_name
+    await until(lambda: (known := said.of("r1")) is not None and known.ask.start == start)
+    rows = (await scene.control.call("GET", "/api/v1/routers")).json()["items"]
+    assert [(row["router"], row["state"], row["url"], row["behind"]) for row in rows] == [
+        ("r1", "up", scene.router.url, 0)
+    ]

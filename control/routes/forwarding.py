@@ -31,6 +31,7 @@ from control.routing import Routing
 from control.waits import REFUSED_STATUSES
 from packer.gangs import share_bytes
 from packer.http import (
+    CONNECT_ANEW,
     REQUEST_ID_HEADER,
     ApiError,
     too_large,
@@ -387,7 +388,11 @@ async def _send(control: Routing, node: str, call: Call, watch: Stopwatch) -> No
             connection = Connection()
             try:
                 response = await _request(control, node, call, connection)
-                break
+                if response.status != CONNECT_ANEW:
+                    break
+                response.close()
+                if not again or not call.sendable:
+                    raise NodeUnreachable("it does not let this router in")
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 # The node dropped an idle connection, or was started anew: that is no answer of its.
                 if not again or not connection.reused or not call.sendable:

@@ -145,7 +145,7 @@ async def test_a_connection_does_not_outlive_controls_certificate(scene: Scene) 
         later = datetime.now(UTC) + timedelta(days=31)
         with mock.patch.object(scene.agent.identity, "now_s", later.timestamp):
             async with session.get(url, ssl=context) as answer:
-                assert answer.status == 403
+                assert answer.status == 421
     assert scene.seen == [""]
 
 
@@ -173,7 +173,7 @@ async def test_a_connection_does_not_outlive_the_ca_it_was_opened_under(scene: S
         async with session.get(url, ssl=context) as answer:
             statuses.append(answer.status)
         identity.answer = papers
-    assert statuses == [200, 403, 200, 403]
+    assert statuses == [200, 421, 200, 421]
 
 
 # --- servers that are not the node ----------------------------------------------------------------

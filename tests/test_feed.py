@@ -1,0 +1,253 @@
+"""What routers are told: numbered words in pieces, and what a router makes of them.
+
+Covers: that whoever hears the pieces in order knows what is so, however many answers are lost, things are no
+more, or control is started again; which answers do not count; that a router orders nodes as control does.
+Does not cover: the way there (``test_router_process``).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import msgspec
+import pytest
+from running_control import empty_report, model_report
+
+from control import choosing, feed
+from control import cluster as fleet
+from control.catalog import Catalog, KeyRow, NodeRow, PutKey, PutModel, PutNode
+from control.feed_desk import FeedDesk
+from control.router_view import RouterView, StaleAnswer
+from control.router_wire import NO_MORE, RouterAnswer, Told
+from packer.types import ModelRef, ModelSpec, Task
+from packer.wire import WIRE_VERSION, BadMessage
+
+SEEDS = 60
+NOW_MS = 1_000
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that a few words meet."""
+    monkeypatch.setattr(feed, "GONE_MAX", 3)
+    monkeypatch.setattr(feed, "PIECE_BYTES_MAX", 24)
+
+
+def test_whoever_hears_the_pieces_knows_what_is_so() -> None:
+    """Also who heard nothing for long, or lost the place; and nobody is sent a word for nothing."""
+    anew = cut = 0
+    for seed in range(SEEDS):
+        chance, told = random.Random(seed), feed.Feed()
+        truth: dict[str, bytes] = {}
+        known: list[tuple[int, dict[str, bytes]]] = [(0, {}), (0, {}), (0, {})]
+        for _ in range(120):
+            name, text = f"key/{chance.randrange(8)}", f"{chance.randrange(3)}".encode()
+            if chance.random() < 0.4:
+                assert feed.drop(told, name) == (truth.pop(name, None) is not None)
+            else:
+                assert feed.put(told, name, text) == (truth.get(name) != text)
+                truth[name] = text
+            if chance.random() < 0.02:
+                feed.forget(told)
+                for name, text in truth.items():
+                    feed.put(told, name, text)
+            feed.check(told)
+            who = chance.randrange(6)
+            if who < len(known):
+                have, mine = known[who]
+                piece = feed.since(told, have)
+                anew, cut = anew + (have > 0 and not piece.base), cut + piece.more
+                known[who] = (piece.number, heard(mine, piece))
+        for have, mine in known:
+            while (piece := feed.since(told, have)).words or piece.base != have:
+                have, mine = piece.number, heard(mine, piece)
+            assert mine == truth
+    assert anew > 10
+    assert cut > 10
+
+
+def heard(mine: dict[str, bytes], piece: feed.Piece) -> dict[str, bytes]:
+    mine = dict(mine) if piece.base else {}
+    for word in piece.words:
+        if word.text is None:
+            mine.pop(word.name, None)
+        else:
+            mine[word.name] = word.text
+    return mine
+
+
+# --- a router's view ------------------------------------------------------------------------------
+
+REF = ModelRef("acme", "m", "0" * 16)
+SPEC = ModelSpec(REF, "control:", (), "transformers", Task.EMBEDDING, 8, (8,), 1, 0)
+
+
+class Site:
+    """A control reduced to what is told, and a router that hears it."""
+
+    def __init__(self) -> None:
+        self.catalog, self.cluster = Catalog(), fleet.Cluster()
+        self.desk = FeedDesk(lambda: self.catalog, self.cluster, lambda: NOW_MS)
+        self.start, self.epoch, self.seq, self.ask = "one", 1, 1, 0
+        self.theirs, self.routed = Catalog(), fleet.Cluster()
+        self.view = RouterView(self.theirs, self.routed, lambda: NOW_MS)
+
+    def restart(self, epoch: int) -> None:
+        """A control that was started again: it knows its rows, and heard of no node yet."""
+        self.cluster = fleet.Cluster(newest=(epoch, self.seq))
+        self.start, self.epoch = f"start {epoch}", epoch
+        self.desk = FeedDesk(lambda: self.catalog, self.cluster, lambda: NOW_MS)
+        for node in self.catalog.nodes.values():
+            fleet.step(self.cluster, fleet.NodeJoined(node.node, node.gateway_url), NOW_MS)
+
+    def node(self, name: str, state: str = "resident", **changes: object) -> None:
+        row = NodeRow(name, name, f"key of {name}", f"http://{name}:1", 0)
+        if name not in self.catalog.nodes:
+            self.catalog.apply(PutNode(row), self.seq)
+            fleet.step(self.cluster, fleet.NodeJoined(name, row.gateway_url), NOW_MS)
+        models = (model_report(str(REF), state, disk_bytes=5, leases=3, requests=9, restore_ms_estimate=70),)
+        report = empty_report(row.gateway_url, models, **changes)
+        fleet.step(self.cluster, fleet.NodeBeat(name, report, self.epoch, self.seq, False), NOW_MS)
+        self.desk.note_node(name)
+
+    def answer(self) -> RouterAnswer:
+        self.desk.settle()
+        have = self.view.have if self.view.start == self.start else 0
+        piece = feed.since(self.desk._feed, have)
+        words = tuple(Told(w.name, msgspec.Raw(w.text) if w.text else NO_MORE) for w in piece.words)
+        numbers = (piece.base, piece.number, piece.more)
+        return RouterAnswer(WIRE_VERSION, "cluster", self.start, self.epoch, self.seq, "", 0, *numbers, words)
+
+    def tell(self) -> None:
+        while (answer := self.answer()).words or answer.base != self.view.have:
+            self.view.take(answer)
+
+    def order(self, cluster: fleet.Cluster) -> list[str]:
+        return list(choosing.choose_node(cluster, REF, 8, NOW_MS))
+
+
+@pytest.fixture
+def site() -> Site:
+    made = Site()
+    fleet.step(made.cluster, fleet.Changed(1, 1), NOW_MS)
+    made.catalog.apply(PutKey(KeyRow("k1", "hash", "acme", "label", 5, None)), 1)
+    made.catalog.apply(PutKey(KeyRow("op", "hash", None, "operator", 5, None)), 1)
+    made.catalog.apply(PutModel(SPEC), 1)
+    made.node("far", "absent")
+    made.node("near")
+    made.node("gone", draining=True)
+    made.tell()
+    return made
+
+
+def test_a_router_orders_nodes_as_control_does(site: Site) -> None:
+    assert site.order(site.routed) == site.order(site.cluster) == ["near", "far"]
+    assert list(site.theirs.keys) == ["k1"]
+    assert site.theirs.models == {REF: replace(SPEC, origin="", chunk_bytes=())}
+    assert site.theirs.key_seq == {"k1": 1}
+    assert fleet.knows(site.routed, "near", 1)
+    assert site.routed.nodes["near"].load_said == 3
+    fleet.check(site.routed)
+
+
+def test_only_what_changed_is_told_again(site: Site) -> None:
+    assert site.answer().words == ()
+    site.node("near")
+    assert site.answer().words == ()
+    site.node("near", draining=True)
+    assert [word.name for word in site.answer().words] == ["node/near"]
+    site.tell()
+    assert site.order(site.routed) == ["far"]
+
+
+def test_control_alone_says_that_a_node_is_silent(site: Site) -> None:
+    """A router that hears nothing any more, for days, routes on."""
+    later_ms = NOW_MS + 1_000 * fleet.SILENT_AFTER_MS
+    for now_ms in (later_ms, 2 * later_ms):
+        assert fleet.step(site.routed, fleet.Ticked(), now_ms) == []
+    assert site.order(site.routed) == ["near", "far"]
+    fleet.step(site.cluster, fleet.Ticked(), later_ms)
+    site.desk.note_node("near")
+    site.tell()
+    assert site.order(site.routed) == ["far"]
+
+
+def test_a_control_that_was_started_again_takes_nothing_back(site: Site) -> None:
+    """It has heard no node yet; what nodes had counts on until it has, and a plan of before is one of its."""
+    site.restart(epoch=2)
+    site.tell()
+    assert (site.view.start, site.view.epoch) == ("start 2", 2)
+    assert site.order(site.routed) == ["near", "far"]
+    assert fleet.knows(site.routed, "near", 1)
+    site.node("far")
+    site.tell()
+    assert set(site.order(site.routed)) == {"near", "far"}
+    fleet.check(site.routed)
+
+
+def test_what_control_does_not_name_any_more_is_gone(site: Site) -> None:
+    """After its place was lost a router hears everything anew, and forgets what is not among it."""
+    site.catalog = Catalog()
+    site.restart(epoch=3)
+    site.tell()
+    assert not site.theirs.keys
+    assert not site.theirs.models
+    assert not site.theirs.nodes
+    assert not site.routed.nodes
+
+
+def test_answers_that_do_not_follow_change_nothing(site: Site) -> None:
+    have, at = site.view.have, (site.view.start, site.view.epoch)
+    right = replace(site.answer(), base=have, number=have + 1, words=(Told("key/k1", NO_MORE),))
+    for wrong in (
+        replace(right, epoch=0),
+        replace(right, epoch=2),
+        replace(right, start="another"),
+        replace(right, base=have - 1),
+        replace(right, base=have + 1),
+        replace(right, number=have - 1),
+    ):
+        with pytest.raises(StaleAnswer):
+            site.view.take(wrong)
+        assert (site.view.have, site.view.start, site.view.epoch) == (have, *at)
+    assert list(site.theirs.keys) == ["k1"]
+    site.view.take(right)
+    assert not site.theirs.keys
+
+
+def test_pieces_count_when_all_of_them_are_there(site: Site) -> None:
+    """A router never goes by half of a change; what broke off is asked for again from the start."""
+    have = site.view.have
+    first = replace(site.answer(), base=have, number=have + 1, more=True, words=(Told("key/k1", NO_MORE),))
+    site.view.take(first)
+    assert list(site.theirs.keys) == ["k1"]
+    assert not site.view.is_whole
+    site.view.lose_pieces()
+    assert site.view.have == 0
+    site.tell()
+    assert list(site.theirs.keys) == ["k1"]
+
+
+def test_a_word_that_can_not_be_read_costs_the_answer(site: Site) -> None:
+    have = site.view.have
+    words = (Told("key/k1", NO_MORE), Told("node/near", msgspec.Raw(b'{"key_sha256": 5}')))
+    with pytest.raises(BadMessage):
+        site.view.take(replace(site.answer(), base=have, number=have + 2, words=words))
+    assert list(site.theirs.keys) == ["k1"]
+    assert site.view.have == 0
+    unknown = (Told("moon/1", msgspec.Raw(b'"of a later release"')),)
+    site.tell()
+    have = site.view.have
+    site.view.take(replace(site.answer(), base=have, number=have + 1, words=unknown))
+    assert site.view.is_whole
+
+
+def test_a_node_at_an_address_that_nobody_serves_is_not_dialled(site: Site) -> None:
+    text = b"".join(w.text or b"" for w in site.desk._feed.told.values() if w.name == "node/near")
+    bad = text.replace(b"http://near:1", b"http://169.254.169.254:80")
+    have = site.view.have
+    word = (Told("node/near", msgspec.Raw(bad)),)
+    site.view.take(replace(site.answer(), base=have, number=have + 1, words=word))
+    assert site.routed.nodes["near"].gateway_url == ""
+    assert site.order(site.routed) == ["far"]
