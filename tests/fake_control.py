@@ -58,6 +58,7 @@ class FakeControl:
         self.models: dict[str, dict[str, Any]] = {}
         self.uploads: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, dict[str, Any]] = {}
+        self.routers: dict[str, dict[str, Any]] = {"r1": {"router": "r1", "state": "up"}}
         self.tokens: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.usage: list[dict[str, Any]] = []
@@ -98,6 +99,9 @@ class FakeControl:
                 web.get("/api/v1/nodes", self.list_nodes),
                 web.post("/api/v1/nodes/tokens", self.create_token),
                 web.delete("/api/v1/nodes/{node}", self.delete_node),
+                web.get("/api/v1/routers", self.list_routers),
+                web.post("/api/v1/routers/tokens", self.create_token),
+                web.delete("/api/v1/routers/{router}", self.delete_router),
                 web.get("/api/v1/about", self.show_about),
                 web.get("/api/v1/ps", self.show_ps),
                 web.get("/api/v1/plan", self.show_plan),
@@ -345,6 +349,14 @@ class FakeControl:
     async def delete_node(self, request: web.Request) -> web.Response:
         if self.nodes.pop(request.match_info["node"], None) is None:
             return refuse(404, "node_not_found", "There is no such node.")
+        return web.Response(status=204)
+
+    async def list_routers(self, request: web.Request) -> web.Response:
+        return web.json_response({"items": list(self.routers.values())})
+
+    async def delete_router(self, request: web.Request) -> web.Response:
+        if self.routers.pop(request.match_info["router"], None) is None:
+            return refuse(404, "router_not_found", "There is no such router.")
         return web.Response(status=204)
 
     async def show_about(self, request: web.Request) -> web.Response:

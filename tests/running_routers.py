@@ -1,7 +1,7 @@
 """A router that is a process of its own, run inside the test's loop, with a line to a running control.
 
-Covers: joining with a token, its listener, a client for it. Does not cover: a router as a real process
-(``test_routers_running``).
+Covers: joining with a token, its listener, a client for it, and somebody who has a router's certificate. Does
+not cover: a router as a real process (``test_routers_running``).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from running_control import Answer, Running, until
+from running_control import Answer, FakeNode, Running, until
 
 from control.config import Address
 from control.router_process import Router, RouterConfig
+from control.router_wire import RouterAsk
 from control.server import Bound
+from packer.wire import WIRE_VERSION, JoinAnswer, JoinAsk, decode, encode
 
 
 @dataclass(slots=True)
@@ -44,6 +46,31 @@ class RunningRouter:
             return view.start == control.start_name and feed.behind(view.have) == 0 and view.is_whole
 
         await until(heard)
+
+
+@dataclass(slots=True)
+class FakeRouter(FakeNode):
+    """Speaks the router's side of the wire with a key of its own."""
+
+    async def join(self, token: str) -> Answer:
+        _, token_id, secret = token.split(".")
+        self.ca_pem = (await self.call("GET", "/node/v1/ca", verify=False)).body.decode()
+        ask = JoinAsk(WIRE_VERSION, token_id, secret, self.csr_pem(), self.name, "")
+        joined = await self.call("POST", "/router/v1/join", encode(ask))
+        if joined.status == 200:
+            self.chain_pem = decode(joined.body, JoinAnswer).certificate_pem
+        return joined
+
+    async def ask(self, folder: Path | None, **changes: Any) -> Answer:
+        ask = replace(RouterAsk(WIRE_VERSION, "a life", 1, 0, 0), **changes)
+        return await self.call("POST", "/router/v1/view", encode(ask), folder=folder)
+
+
+async def fake_router(control: Running, name: str) -> FakeRouter:
+    token = (await control.call("POST", "/api/v1/routers/tokens", {})).json()["token"]
+    router = FakeRouter(control.bound.node_url, name, "")
+    assert (await router.join(token)).status == 200
+    return router
 
 
 async def router_token(control: Running, folder: Path, **ask: object) -> Path:

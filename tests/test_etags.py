@@ -26,6 +26,7 @@ from running_control import (
     running,
     tenant_report,
 )
+from running_routers import fake_router
 
 import bunkhouse
 from bunkhouse.cli.main import bunk
@@ -59,8 +60,10 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
             "key_id": key.split("_")[1],
             "ref": model["ref"],
             "node": "n1",
+            "router": "r1",
             "upload_id": made.json()["upload_id"],
         }
+        await fake_router(control, "r1")
         yield Site(control, await control.join("n1"), tmp_path, values)
 
 

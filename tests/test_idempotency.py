@@ -25,7 +25,7 @@ from bunkhouse._request import Request, json_request, resolve_address
 from bunkhouse._retry import RetryPolicy
 from bunkhouse._transport import AsyncSender
 from control import idempotency
-from control.catalog import Change, DropReplays, PutReplay, ReplayRow
+from control.catalog import Change, DropReplays, Joiner, PutReplay, ReplayRow
 from control.server import build_public_app
 from control.state import Control
 from control.store import Store
@@ -97,6 +97,10 @@ async def for_token(site: Site) -> tuple[str, Any]:
     return "/api/v1/nodes/tokens", {}
 
 
+async def for_router_token(site: Site) -> tuple[str, Any]:
+    return "/api/v1/routers/tokens", {}
+
+
 async def for_upload(site: Site) -> tuple[str, Any]:
     return "/api/v1/tenants/acme/uploads", declare("m", model_files(1))
 
@@ -114,6 +118,7 @@ ASKED: dict[str, Callable[[Site], Awaitable[tuple[str, Any]]]] = {
     "/api/v1/tenants": for_tenant,
     "/api/v1/tenants/{tenant}/keys": for_key,
     "/api/v1/nodes/tokens": for_token,
+    "/api/v1/routers/tokens": for_router_token,
     "/api/v1/tenants/{tenant}/uploads": for_upload,
     "/api/v1/uploads/{upload_id}/commit": for_commit,
     "/api/v1/tenants/{tenant}/models": for_origin,
@@ -149,7 +154,7 @@ async def test_a_lost_answer_to_any_post_leaves_one_effect(site: Site) -> None:
             assert any(isinstance(change, PutReplay) for change in effect), route
             assert len(site.writes) == 1, route
     assert len(site.state.catalog.keys_of("acme")) == 2
-    assert len(site.state.catalog.tokens) == 1
+    assert [token.joiner for token in site.state.catalog.tokens.values()] == [Joiner.NODE, Joiner.ROUTER]
 
 
 async def test_a_lost_answer_to_a_deletion_is_no_error(site: Site) -> None:

@@ -20,6 +20,7 @@ from running_control import (
     model_report,
     running,
 )
+from running_routers import fake_router
 
 import bunkhouse
 from bunkhouse import _request
@@ -46,6 +47,7 @@ async def control(tmp_path: Path) -> AsyncIterator[Running]:
             used = UsageRow(hour_of(started.server.control.wall_ms()), tenant, f"{tenant}/m", Used(1))
             told = await node.raw_beat(tmp_path, usage=UsageBatch(1, (used,)), spool="s")
             assert told.status == 200
+            await fake_router(started, f"r-{name}")
         await started.recorded("node_joined")
         yield started
 
@@ -56,6 +58,7 @@ LISTS = {
     "/api/v1/tenants/{tenant}/uploads",
     "/api/v1/models",
     "/api/v1/nodes",
+    "/api/v1/routers",
     "/api/v1/ps",
     "/api/v1/events",
     "/api/v1/usage",

@@ -26,7 +26,7 @@ from control.authority import (
     parse_node,
 )
 from control.catalog import ROUTERS_MAX, Change, DropRouter, DropToken, Joiner, PutRouter, PutToken, RouterRow
-from control.etags import CHANGED, IF_MATCH
+from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.router_wire import NO_MORE, RouterAnswer, RouterAsk, Told
@@ -97,6 +97,19 @@ async def list_all(control: Control, request: web.Request, caller: Caller) -> we
     return json_response(page_of(asked, rows, lambda row: (row.router,), lambda row: _shown(control, row)))
 
 
+async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    row = _named(control, request)
+    return etags.read(request, row.incarnation, _shown(control, row))
+
+
+def _named(control: Control, request: web.Request) -> RouterRow:
+    router = request.match_info["router"]
+    row = control.catalog.routers.get(router)
+    if row is None:
+        raise not_found("router", router)
+    return row
+
+
 def _shown(control: Control, row: RouterRow) -> RouterShown:
     said = control.routers.of(row.router)
     if said is None:
@@ -122,11 +135,9 @@ def _shown(control: Control, row: RouterRow) -> RouterShown:
 
 async def remove(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """Its certificate is refused from now on, here at once and by each node with its next plan."""
-    router = request.match_info["router"]
     async with control.writing:
-        row = control.catalog.routers.get(router)
-        if row is None:
-            raise not_found("router", router)
+        row = _named(control, request)
+        router = row.router
         etags.check_match(request, row.incarnation, lambda: _shown(control, row))
         spent = [
             token
@@ -278,6 +289,8 @@ async def pass_route(control: Control, request: web.Request, caller: Caller) -> 
     return await show_route(control, request, tenant)
 
 
+# "tokens" is a path of its own, and no router's name (``parse_node``).
+ONE_ROUTER = r"/api/v1/routers/{router:(?!tokens$)[^/]+}"
 ROUTES: tuple[Route[Control], ...] = (
     Route(
         "GET",
@@ -304,8 +317,20 @@ ROUTES: tuple[Route[Control], ...] = (
         ),
     ),
     Route(
+        "GET",
+        ONE_ROUTER,
+        Access.OPERATOR,
+        show,
+        operation=Operation(
+            "showRouter",
+            "One router, as it last said it.",
+            [Result(200, "The router.", RouterShown, headers=TAGGED), Result(304, SAME_TEXT)],
+            takes=[IF_NONE_MATCH],
+        ),
+    ),
+    Route(
         "DELETE",
-        r"/api/v1/routers/{router:(?!tokens$)[^/]+}",
+        ONE_ROUTER,
         Access.OPERATOR,
         remove,
         operation=Operation(

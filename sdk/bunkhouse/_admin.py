@@ -26,6 +26,7 @@ from bunkhouse._types import (
     Placement,
     Placements,
     QuotaUse,
+    Router,
     Tenant,
     UsageItem,
 )
@@ -121,6 +122,21 @@ def create_node_token(name: str | None, ttl_s: int | None, pool: str | None) -> 
 
 def delete_node(name: str) -> Call[None]:
     path = f"/api/v1/nodes/{segment(name, 'name')}"
+    return Call(json_request("DELETE", path, repeatable=True), _decode.nothing)
+
+
+def routers() -> Listing[Router, tuple[Router, ...]]:
+    return Listing("/api/v1/routers", _decode.page(_decode.router), tuple)
+
+
+def create_router_token(name: str | None, ttl_s: int | None) -> Call[NodeToken]:
+    given: dict[str, object] = {"name": name, "ttl_s": ttl_s}
+    body = {field: value for field, value in given.items() if value is not None}
+    return Call(json_request("POST", "/api/v1/routers/tokens", body), _decode.one(_decode.node_token))
+
+
+def delete_router(name: str) -> Call[None]:
+    path = f"/api/v1/routers/{segment(name, 'name')}"
     return Call(json_request("DELETE", path, repeatable=True), _decode.nothing)
 
 

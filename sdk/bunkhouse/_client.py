@@ -37,6 +37,7 @@ from bunkhouse._types import (
     Placements,
     ProgressCallback,
     QuotaUse,
+    Router,
     Tenant,
     UsageItem,
 )
@@ -355,6 +356,17 @@ class Client:
 
     def delete_node(self, name: str) -> None:
         self._run(_admin.delete_node(name))
+
+    def routers(self) -> tuple[Router, ...]:
+        """All routers that are processes of their own."""
+        return self._whole(_admin.routers())
+
+    def create_router_token(self, *, name: str | None = None, ttl_s: int | None = None) -> NodeToken:
+        """Create a join token for one router. Hand it over in a file, never on a command line."""
+        return self._run(_admin.create_router_token(name, ttl_s))
+
+    def delete_router(self, name: str) -> None:
+        self._run(_admin.delete_router(name))
 
     def about(self) -> About:
         """Which server answers, its clock, and what this client's key is."""

@@ -43,6 +43,7 @@ from bunkhouse._types import (
     RateUse,
     Regret,
     Restores,
+    Router,
     Served,
     Tenant,
     Usage,
@@ -419,6 +420,22 @@ def about(row: Fields) -> About:
         key_id=row.text("key_id", ""),
         tenant=row.maybe_text("tenant"),
         expires_ms=row.maybe_number("expires_ms"),
+    )
+
+
+def router(row: Fields) -> Router:
+    return Router(
+        router=row.text("router"),
+        state=row.text("state"),
+        url=row.maybe_text("url") or None,
+        peer=row.maybe_text("peer") or None,
+        joined_ms=row.maybe_number("joined_ms"),
+        heard_ago_ms=row.maybe_number("heard_ago_ms"),
+        behind=row.maybe_number("behind"),
+        in_flight=row.number("in_flight", 0),
+        calls=row.number("calls", 0),
+        release=row.maybe_text("release") or None,
+        clock_skew_ms=row.maybe_number("clock_skew_ms"),
     )
 
 

@@ -312,6 +312,24 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class Router:
+    """A router that is a process of its own. ``state``: up, silent, or unheard (not since control started).
+    ``behind``: changes that it has not taken up yet; None: not known."""
+
+    router: str
+    state: str
+    url: str | None
+    peer: str | None
+    joined_ms: int | None
+    heard_ago_ms: int | None
+    behind: int | None = None
+    in_flight: int = 0
+    calls: int = 0
+    release: str | None = None
+    clock_skew_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NodeToken:
     """A join token: single use, short-lived. ``repr`` hides its text."""
 

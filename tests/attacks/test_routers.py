@@ -11,49 +11,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest_asyncio
 from listed_routes import routes_of, sent_method
-from running_control import Answer, FakeNode, Running, model_files, running
-from running_routers import joined_router
+from running_control import FakeNode, Running, model_files, running
+from running_routers import FakeRouter, fake_router, joined_router
 
 from control.router_process import build_router_app
-from control.router_wire import RouterAnswer, RouterAsk
+from control.router_wire import RouterAnswer
 from control.server import build_node_app
-from packer.wire import WIRE_VERSION, JoinAnswer, JoinAsk, RenewAsk, decode, encode
+from packer.wire import WIRE_VERSION, RenewAsk, decode, encode
 
 # What anybody may call at a router, and what needs a caller on its machine.
 OPEN = {("GET", "/healthz"), ("GET", "/v2/health/live"), ("GET", "/v2/health/ready")}
 LOCAL = {("GET", "/metrics")}
 JOINING = {("POST", "/router/v1/join"), ("POST", "/router/v1/renew-late")}
-
-
-@dataclass(slots=True)
-class FakeRouter(FakeNode):
-    """Speaks the router's side of the wire with a key of its own."""
-
-    async def join(self, token: str) -> Answer:
-        _, token_id, secret = token.split(".")
-        self.ca_pem = (await self.call("GET", "/node/v1/ca", verify=False)).body.decode()
-        ask = JoinAsk(WIRE_VERSION, token_id, secret, self.csr_pem(), self.name, "")
-        joined = await self.call("POST", "/router/v1/join", encode(ask))
-        if joined.status == 200:
-            self.chain_pem = decode(joined.body, JoinAnswer).certificate_pem
-        return joined
-
-    async def ask(self, folder: Path | None, **changes: Any) -> Answer:
-        ask = replace(RouterAsk(WIRE_VERSION, "a life", 1, 0, 0), **changes)
-        return await self.call("POST", "/router/v1/view", encode(ask), folder=folder)
-
-
-async def joined(control: Running, name: str) -> FakeRouter:
-    token = (await control.call("POST", "/api/v1/routers/tokens", {})).json()["token"]
-    router = FakeRouter(control.bound.node_url, name, "")
-    assert (await router.join(token)).status == 200
-    return router
 
 
 @dataclass(slots=True)
@@ -72,7 +46,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     async with running(tmp_path / "control") as control:
         acme, globex = await control.tenant("acme"), await control.tenant("globex")
         model = await control.push("acme", "m", model_files())
-        node, thief = await control.join("n1"), await joined(control, "thief")
+        node, thief = await control.join("n1"), await fake_router(control, "thief")
         yield Site(control, acme, globex, model["ref"], node, thief, tmp_path)
 
 
@@ -170,7 +144,7 @@ async def test_the_certificate_of_a_removed_router_is_refused(site: Site) -> Non
     assert (await site.thief.ask(site.folder)).status == 200
     assert (await site.control.call("DELETE", "/api/v1/routers/thief")).status == 204
     assert await statuses(site, site.thief, site.folder, "/router/") == {(403, "router_removed")}
-    await joined(site.control, "thief")  # the name is taken by another box: the first one's is dead
+    await fake_router(site.control, "thief")  # the name is taken by another box: the first one's is dead
     assert await statuses(site, site.thief, site.folder, "/router/") == {(403, "router_removed")}
 
 

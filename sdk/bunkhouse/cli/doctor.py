@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from typing import Any
 import click
 
 from bunkhouse._client import Client
-from bunkhouse._errors import AuthenticationFailed, BadAnswer, BunkhouseError, PermissionDenied
-from bunkhouse._types import About, Node
+from bunkhouse._errors import AuthenticationFailed, BadAnswer, BunkhouseError, NotFound, PermissionDenied
+from bunkhouse._types import About, Node, Router
 from bunkhouse._version import __version__
 from bunkhouse.cli.api import EXIT_FAILED, output_option, reported, target_options
 from bunkhouse.cli.context import NoTarget, find_target
@@ -130,7 +131,11 @@ def _server_checks(url: str | None, key_file: Path | None) -> Iterator[Check]:
         except (PermissionDenied, BadAnswer) as error:
             yield Check("nodes", "fail", str(error), "is the server of another release than this command?")
             return
+        routers: tuple[Router, ...] = ()
+        with suppress(NotFound):  # a server of an earlier release has none
+            routers = client.routers()
     yield from check_nodes(nodes, round(time.time() * 1000))
+    yield from check_routers(routers)
 
 
 def check_version(url: str, version: str) -> Check:
@@ -192,14 +197,32 @@ def check_nodes(nodes: tuple[Node, ...], now_ms: int) -> Iterator[Check]:
         yield from _check_calibration(name, node, now_ms)
 
 
-def _check_line(name: str, node: Node) -> Iterator[Check]:
-    """The clock and the line between control and a node that is up."""
-    skew_ms = node.clock_skew_ms or 0
-    if node.state == "up" and abs(skew_ms) > SKEW_WARN_MS:
+def check_routers(routers: tuple[Router, ...]) -> Iterator[Check]:
+    """A line per router that is a process of its own; none is no fault."""
+    for router in routers:
+        name = f"router {router.router}"
+        heard = "" if router.heard_ago_ms is None else f", heard {span(router.heard_ago_ms)} ago"
+        if router.state != "up":
+            hint = "is `bunk-control router` running there, and does it reach control? Gone: `bunk router rm`"
+            yield Check(name, "warn", f"{router.state}{heard}", hint)
+            continue
+        yield Check(name, "ok", f"{router.state}{heard}, {router.in_flight} in flight")
+        yield from _check_skew(name, router.clock_skew_ms or 0)
+
+
+def _check_skew(name: str, skew_ms: int) -> Iterator[Check]:
+    """The clock of a box that control hears."""
+    if abs(skew_ms) > SKEW_WARN_MS:
         state = "fail" if abs(skew_ms) > SKEW_FAIL_MS else "warn"
         which = "ahead of" if skew_ms > 0 else "behind"
         detail = f"its clock is {abs(skew_ms) / 1000:g} s {which} control's"
         yield Check(name, state, detail, "set both clocks by NTP (chrony): certificates end by them")
+
+
+def _check_line(name: str, node: Node) -> Iterator[Check]:
+    """The clock and the line between control and a node that is up."""
+    if node.state == "up":
+        yield from _check_skew(name, node.clock_skew_ms or 0)
     if node.state == "up" and node.route_url is None:
         hint = "run its agent without --route-listen off, or control with --plain-routes in a safe network"
         yield Check(name, "warn", "the router can not call it over mutual TLS", hint)

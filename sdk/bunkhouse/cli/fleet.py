@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from bunkhouse._client import Client
-from bunkhouse._types import Device, Event, Node, Placement, Regret
+from bunkhouse._types import Device, Event, Node, NodeToken, Placement, Regret
 from bunkhouse.cli.api import Span, api_command, confirm, save_option, yes_option
 from bunkhouse.cli.private import write_private
 from bunkhouse.cli.tables import Output, ago, moment, printable, size, span, table
@@ -81,7 +81,11 @@ def _token_create(
     client: Client, out: Output, name: str | None, pool: str | None, ttl_s: int | None, save_to: Path | None
 ) -> None:
     """Create a join token for one box and print it. It is shown this once."""
-    created = client.create_node_token(name=name, ttl_s=ttl_s, pool=pool)
+    give_token(out, client.create_node_token(name=name, ttl_s=ttl_s, pool=pool), save_to)
+
+
+def give_token(out: Output, created: NodeToken, save_to: Path | None) -> None:
+    """Print it, or write it to a private file."""
     if save_to is None:
         note = f"token {created.token_id}, valid until {moment(created.expires_ms)}, shown only now:"
         out.secret(created, created.token, note)

@@ -1,8 +1,8 @@
 """The root of the ``bunk`` command.
 
 Covers: the group and its subgroups. Does not cover: the commands, which live in ``accounts``,
-``models``, ``fleet``, ``plans``, ``top``, ``doctor``, ``simulate``, ``completion`` and ``up`` and are added
-here.
+``models``, ``fleet``, ``routers``, ``plans``, ``top``, ``doctor``, ``simulate``, ``completion`` and ``up``
+and are added here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from bunkhouse.cli.doctor import doctor
 from bunkhouse.cli.fleet import add_fleet_commands, node
 from bunkhouse.cli.models import model
 from bunkhouse.cli.plans import add_plan_commands
+from bunkhouse.cli.routers import router
 from bunkhouse.cli.simulate import simulate
 from bunkhouse.cli.top import add_top_command
 from bunkhouse.cli.up import up
@@ -32,7 +33,7 @@ def bunk() -> None:
     """Pack many tenants' models onto the GPUs you already own."""
 
 
-for _command in (up, node, tenant, key, quota, model, doctor, simulate, completion):
+for _command in (up, node, router, tenant, key, quota, model, doctor, simulate, completion):
     bunk.add_command(_command)
 add_usage_command(bunk)
 add_fleet_commands(bunk)
