@@ -403,7 +403,7 @@ def check(cluster: Cluster) -> None:
             raise FleetBroken(f"nodes wait for {ref} from {holder}, which gives nothing")
     for view in cluster.nodes.values():
         counted = [flow.in_flight for flow in view.flows.values()]
-        if not sum(counted) <= view.in_flight >= 0 or min(counted, default=1) < 1:
+        if not sum(counted) <= view.in_flight >= 0 or min(counted, default=0) < 0:
             raise FleetBroken(f"{view.in_flight} requests in flight to {view.node}, of these {counted}")
         if view.load_said < 0 or view.in_flight_then < 0:
             raise FleetBroken(f"{view.node} said {view.load_said} of {view.in_flight_then} requests")

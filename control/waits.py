@@ -24,6 +24,8 @@ OWED_MAX = 1_000
 DECLINED_MS = 60_000
 # Nodes that declined a version, the oldest go first.
 DECLINED_MAX = 64
+# Versions of one node whose pace is remembered while none of their requests is in flight, 200 bytes each.
+FLOWS_IDLE_MAX = 64
 # Answers by which the pace is measured; older ones count half, quarter and so on.
 PACED_ANSWERS_MAX = 64
 # Answers of a node that has no room, no right or no time for a version.
@@ -32,7 +34,7 @@ REFUSED_STATUSES = frozenset({429, 502, 503, 507})
 
 @dataclass(slots=True)
 class Flow:
-    """Requests for one version at one node, from the first that is in flight to the last."""
+    """Requests for one version at one node. Between two waves of them the pace is remembered."""
 
     in_flight: int = 0
     answered_ms: int | None = None  # when one ended and others were still in flight
@@ -42,12 +44,13 @@ class Flow:
     def end(self, served: bool, now_ms: int) -> None:
         """One ended. A refusal says nothing about how fast answers come."""
         self.in_flight -= 1
-        if not served:
-            return
-        if self.answered_ms is not None:
+        if served and self.answered_ms is not None:
             self.busy_ms += now_ms - self.answered_ms
             self.answers += 1
-        self.answered_ms = now_ms
+        if not self.in_flight:
+            self.answered_ms = None
+        elif served:
+            self.answered_ms = now_ms
         if self.answers >= PACED_ANSWERS_MAX:
             self.busy_ms //= 2
             self.answers //= 2
@@ -62,16 +65,20 @@ class Flow:
 
 
 def count(flows: dict[str, Flow], text: str) -> None:
-    flows.setdefault(text, Flow()).in_flight += 1
+    flow = flows[text] = flows.pop(text, None) or Flow()  # the oldest are first
+    flow.in_flight += 1
+    if len(flows) > FLOWS_IDLE_MAX:
+        idle = [known for known, each in flows.items() if not each.in_flight]
+        for known in idle[: len(flows) - FLOWS_IDLE_MAX]:
+            del flows[known]
 
 
 def end(flows: dict[str, Flow], text: str, served: bool, now_ms: int) -> bool:
     """Whether the request was counted: a version may have got its replicas while it was in flight."""
-    if (flow := flows.get(text)) is None:
+    flow = flows.get(text)
+    if flow is None or not flow.in_flight:
         return False
     flow.end(served, now_ms)
-    if not flow.in_flight:
-        del flows[text]
     return True
 
 

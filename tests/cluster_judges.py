@@ -11,6 +11,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import judges
+from copies_judge import judge_copies_end
 from simulated_control import LOST
 from simulated_member import NOTED
 from simulated_usage import judge_usage
@@ -117,6 +118,7 @@ def judge_end(fleet: Fleet) -> None:
     _judge_calls(fleet)
     _judge_records(fleet)
     judge_usage(fleet)
+    judge_copies_end(fleet)
     cluster = fleet.control.cluster
     fleet.require(not cluster.turns, f"turns of nobody: {cluster.turns}")
     fleet.require(not cluster.expected, "expectations outlive their time")

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import cluster_judges
+from copies_judge import copies_watched
 from share_judge import ShareJudge
 from simulated_control import Disk, DiskFaults, SimulatedControl, copy_of, spawn_reply
 from simulated_hands import GRID_MS, Violated
@@ -54,6 +55,8 @@ NEWS_S = 2
 # Calls of the second phase come in waves that no queue's bound can refuse.
 WAVE_S = 30
 WAVE_CALLS = 4
+# All of a rush have called by then.
+RUSH_S = 20
 # Everything is answered within this time after the last wave.
 REST_S = 600
 # A turn at the origin that nobody renews is over by then.
@@ -69,6 +72,7 @@ class Fleet:
         self.core = core
         self.full = full
         self.rng = rng = Random(f"fleet {seed}")
+        self.rushing = Random(f"rushes {seed}")  # of its own: other histories stay what they were
         self.reached: Counter[str] = Counter()
         self.trace: list[str] = []
         self.digest = hashlib.sha256()
@@ -109,7 +113,7 @@ class Fleet:
 
     def run(self) -> Fleet:
         """Both phases and the judgement; raises what is wrong."""
-        with _quiet(), self._watched():
+        with _quiet(), self._watched(), copies_watched(self):
             run_virtual(self._main())
         for member in self.members.values():
             self.reached += member.reached
@@ -223,12 +227,16 @@ class Fleet:
             self._at(self.rng.randrange(0, FAULTS_S * 1000, GRID_MS), self._ask)
         for at_ms in range(0, FAULTS_S * 1000, 500):
             self._at(at_ms, self._mishap)
+        for _ in range(self.rushing.choice((0, 2, 6))):
+            self._at(self.rushing.randrange(0, FAULTS_S * 1000, GRID_MS), self._rush)
         await asyncio.sleep(FAULTS_S)
         await self._heal()
         cluster_judges.judge_arrival(self)
         await self._try(self._push())
         await asyncio.sleep(NEWS_S)
         cluster_judges.judge_arrival(self)
+        self._rush()
+        await asyncio.sleep(RUSH_S)
         await self._ask_everything()
 
     def _at(self, at_ms: int, call: Callable[[], None]) -> None:
@@ -368,6 +376,7 @@ class Fleet:
             chunks,
             WORKSPACE_BYTES,
             self.versions,
+            replicas=self.rushing.choice((1, 2, 3)),
         )
         self.specs[ref] = spec
         await self.control.push(spec)
@@ -468,6 +477,17 @@ class Fleet:
                 self.control.point(spec)
                 self.reached["a caller was told of a node"] += 1
             self._route(spec, "")
+
+    def _rush(self) -> None:
+        """Many call one model for a while."""
+        if self.control_process is None or not self.control.ready:
+            return
+        specs = [spec for spec in self.control.catalog.models.values() if spec.replicas > 1]
+        near = [spec for spec in specs if str(spec.ref) in self.control.cluster.near]
+        if specs := near or specs:
+            spec, now_ms = self.rushing.choice(specs), round(asyncio.get_running_loop().time() * 1000)
+            for number in range(self.rushing.choice((20, 90))):
+                self._at(now_ms + number // 6 * 5 * GRID_MS, partial(self._route, spec, ""))
 
     def _route(self, spec: ModelSpec, name: str) -> None:
         if self.control_process is not None:

@@ -134,7 +134,7 @@ FLEET_MUTANTS = (
         "a node that can be reached again is avoided on",
         CLUSTER,
         "    view.avoid_until_ms = 0 if event.reached else now_ms + AVOID_MS\n",
-        "    view.avoid_until_ms = view.avoid_until_ms if reached else now_ms + AVOID_MS\n",
+        "    view.avoid_until_ms = view.avoid_until_ms if event.reached else now_ms + AVOID_MS\n",
     ),
     # --- the wire
     Mutant(

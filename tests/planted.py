@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from copies_mutants import COPIES_MUTANTS
 from fleet_mutants import FLEET_MUTANTS
 from gang_mutants import GANG_MUTANTS
 from identity_mutants import IDENTITY_MUTANTS
@@ -34,6 +35,7 @@ EVERY_MUTANT = (
     + PREFETCH_MUTANTS
     + GANG_MUTANTS
     + FLEET_MUTANTS
+    + COPIES_MUTANTS
     + SHARE_MUTANTS
     + IDENTITY_MUTANTS
     + USAGE_MUTANTS

@@ -17,7 +17,17 @@ from test_cluster import OTHER, REF, beat, cluster_of
 from control import copies
 from control.choosing import choose_near
 from control.cluster import EXPECTED_MS, Answered, Cluster, NodeBeat, NodeRemoved, Routed, Ticked, check, step
-from control.waits import DECLINED_MAX, DECLINED_MS, OWED_MAX, WAITED_HALF_MS, Owed
+from control.waits import (
+    DECLINED_MAX,
+    DECLINED_MS,
+    FLOWS_IDLE_MAX,
+    OWED_MAX,
+    WAITED_HALF_MS,
+    Flow,
+    Owed,
+    count,
+    end,
+)
 from packer.gangs import share_bytes
 from packer.types import MIB, Batching, ModelRef, ModelSpec, Task
 
@@ -78,8 +88,8 @@ class World:
         return Counter(self.sent)
 
     def rest(self) -> None:
-        for node, count in self.queues.items():
-            for _ in range(count):
+        for node, left in self.queues.items():
+            for _ in range(left):
                 self.end(node)
 
 
@@ -124,6 +134,21 @@ def test_callers_who_never_meet_make_no_copy_and_use_one_of_two() -> None:
     assert set(both.run(callers=2, rounds=50)) == {"a", "b"}
     both.rest()
     assert len(both.run(callers=1, rounds=50)) == 1, "the other one ages out"
+
+
+def test_waves_with_pauses_between_them_make_a_copy_as_well() -> None:
+    waves = world(holds("a"), lacks("b"), lacks("c"))
+    for _ in range(8):
+        for _ in range(8):
+            waves.send()
+        for _ in range(8):
+            waves.now_ms += SERVICE_MS
+            if waves.queues["a"]:
+                waves.end("a")
+        waves.now_ms += SERVICE_MS
+    assert len(waves.queues) == 2
+    flow = waves.cluster.nodes["a"].flows[str(REF)]
+    assert flow.busy_ms == flow.answers * SERVICE_MS, "pauses are no work"
 
 
 def test_requests_that_share_a_pass_do_not_wait_for_each_other() -> None:
@@ -181,6 +206,45 @@ def test_a_node_that_refuses_a_copy_is_not_asked_again_for_a_while_and_another_i
     due.now_ms += DECLINED_MS
     due.cluster.waits.add(REF, 10 * RESTORE_MS, due.now_ms)
     assert due.send() in "bc"
+
+
+def test_no_copy_is_sent_for_where_there_are_enough_or_one_is_on_its_way() -> None:
+    enough = overdue(holds("a"), holds("b"), lacks("c"))
+    for _ in range(4):
+        enough.route("b")
+    assert enough.send() in "ab"
+    three = replace(SPEC, replicas=3)
+    assert overdue(holds("a"), holds("b", state="restoring"), lacks("c"), spec=three).send() == "a"
+    assert overdue(holds("a"), lacks("b"), lacks("c"), spec=three).send() in "bc"
+
+
+def test_while_a_copy_is_on_its_way_no_other_is_saved_for() -> None:
+    due = overdue(holds("a"), holds("b", state="restoring"), spec=replace(SPEC, replicas=3))
+    before = due.cluster.waits.owed[REF].waited_ms
+    due.route("a")
+    assert due.cluster.waits.owed[REF].waited_ms == before
+    step(due.cluster, lacks("b"), due.now_ms)
+    due.route("a")
+    assert due.cluster.waits.owed[REF].waited_ms > before
+
+
+def test_a_node_that_could_not_be_reached_is_sent_no_copy() -> None:
+    due = overdue(holds("a"), lacks("b"), lacks("c"))
+    for node in "bc":
+        step(due.cluster, Routed(node, OTHER, MIB), due.now_ms)
+        step(due.cluster, Answered(node, False, OTHER), due.now_ms)
+    assert due.send() == "a"
+
+
+def test_refusals_say_nothing_of_the_pace() -> None:
+    slow = world(holds("a"), lacks("b"))
+    for _ in range(6):
+        slow.route("a")
+    for status in (200, 503, 429, 200):
+        slow.now_ms += SERVICE_MS
+        slow.end("a", status=status)
+    flow = slow.cluster.nodes["a"].flows[str(REF)]
+    assert (flow.busy_ms, flow.answers) == (3 * SERVICE_MS, 1)
 
 
 def test_a_bad_request_is_no_refusal_of_the_copy() -> None:
@@ -254,6 +318,15 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(OWED_MAX + 5):
         cluster.waits.add(ModelRef("acme", f"m{number}", "a" * 16), 5, number)
     check(cluster)
+    flows: dict[str, Flow] = {}
+    for number in range(FLOWS_IDLE_MAX + 5):
+        count(flows, f"m{number}")
+    assert len(flows) == FLOWS_IDLE_MAX + 5, "requests are in flight"
+    for number in range(3, FLOWS_IDLE_MAX + 5):
+        assert end(flows, f"m{number}", True, 0)
+    count(flows, "m0")
+    assert len(flows) == FLOWS_IDLE_MAX
+    assert [text for text, flow in flows.items() if flow.in_flight] == ["m1", "m2", "m0"]
     owed = Owed()
     for number in range(DECLINED_MAX + 5):
         owed.decline(f"n{number}", number)
@@ -270,5 +343,5 @@ def test_the_setting_may_change_while_requests_are_in_flight(known: bool) -> Non
     for _ in range(2 if known else 0):
         late.route("a")
     late.rest()
-    assert late.cluster.nodes["a"].flows == {}
+    assert [flow.in_flight for flow in late.cluster.nodes["a"].flows.values()] == [0] * known
     assert late.cluster.in_flight == 0
