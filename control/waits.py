@@ -65,7 +65,7 @@ class Flow:
 
 
 def count(flows: dict[str, Flow], text: str) -> None:
-    flow = flows[text] = flows.pop(text, None) or Flow()  # the oldest are first
+    flow = flows[text] = flows.pop(text) if text in flows else Flow()  # the oldest are first
     flow.in_flight += 1
     if len(flows) > FLOWS_IDLE_MAX:
         idle = [known for known, each in flows.items() if not each.in_flight]
