@@ -145,6 +145,7 @@ def test_every_command_prints_a_table_or_a_sentence_and_valid_json(
     assert isinstance(json.loads(first.stdout), dict)
     control.tenants = {name: {"tenant": name} for name in ("acme", "globex")}
     control.nodes["box"] = {"node": "box", "state": "up"}
+    control.routers["r1"] = {"router": "r1", "state": "up"}
     second = bunk(*given)
     assert second.exit_code == 0, second.output
     assert second.stdout.strip()
