@@ -35,7 +35,6 @@ from packer.http import (
     decode_json,
     enter,
     invalid_key,
-    parse_key,
     retry_headers,
 )
 from packer.local_caller import is_local
@@ -240,10 +239,9 @@ def identify_key(routing: Routing, request: web.Request, access: Access) -> Call
     routing.check_ready()
     text = bearer_text(request) or ""
     known = check_key(routing.catalog.key_specs, text, routing.wall_ms())
-    parsed = parse_key(text)
-    if known is None or parsed is None:
+    if known is None:
         raise invalid_key()
-    caller = Caller(known.tenant or None, parsed.key_id)
+    caller = Caller(known.tenant or None, known.key_id)
     if access is Access.OPERATOR and not caller.is_operator:
         raise ApiError(403, "operator_key_required", "This needs an operator's key, not a tenant's.")
     if access is Access.TENANT and caller.is_operator:

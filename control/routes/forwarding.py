@@ -23,7 +23,7 @@ from yarl import URL
 
 from control import choosing, copies
 from control import cluster as fleet
-from control.node_session import Connection
+from control.node_session import ask_for_connection
 from control.node_tls import NoLine
 from control.routes.access import Caller
 from control.routes.answers import NodeAnswer, NodeFailed, hold, pass_on
@@ -305,9 +305,10 @@ def _worth_another(control: Routing, caller: Caller, spec: ModelSpec, node: str,
     # What a node would not take a further copy for, one that has it may answer all the same.
     if answer.status in REFUSED_STATUSES and copies.is_further(control.cluster, spec, node):
         return True
+    if answer.code not in BEHIND_CODES:
+        return False
     # Control knows the key and the model: a node that does not has an older plan.
-    seq = seq_needed(control, caller, spec)
-    return answer.code in BEHIND_CODES and not fleet.knows(control.cluster, node, seq)
+    return not fleet.knows(control.cluster, node, seq_needed(control, caller, spec))
 
 
 async def _try(
@@ -385,17 +386,19 @@ async def _send(control: Routing, node: str, call: Call, watch: Stopwatch) -> No
     begun_s = time.perf_counter()
     try:
         for again in range(STALE_MAX, -1, -1):
-            connection = Connection()
+            connection = ask_for_connection()
             try:
-                response = await _request(control, node, call, connection)
+                response = await _request(control, node, call)
                 if response.status != CONNECT_ANEW:
                     break
                 response.close()
                 if not again or not call.sendable:
                     raise NodeUnreachable("it does not let this router in")
+            except aiohttp.ClientConnectorError:
+                raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                 # The node dropped an idle connection, or was started anew: that is no answer of its.
-                if not again or not connection.reused or not call.sendable:
+                if not again or connection.made or not call.sendable:
                     raise
         if 300 <= response.status < 400:
             response.close()  # no node sends its callers elsewhere, and nobody is sent there by one
@@ -415,7 +418,7 @@ async def _send(control: Routing, node: str, call: Call, watch: Stopwatch) -> No
         watch.waited_since(begun_s)
 
 
-async def _request(control: Routing, node: str, call: Call, connection: Connection) -> aiohttp.ClientResponse:
+async def _request(control: Routing, node: str, call: Call) -> aiohttp.ClientResponse:
     try:
         line = control.lines.to(node)
     except NoLine as error:
@@ -437,5 +440,4 @@ async def _request(control: Routing, node: str, call: Call, connection: Connecti
         data=data,
         headers=headers,
         allow_redirects=False,
-        trace_request_ctx=connection,
     )
