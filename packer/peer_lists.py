@@ -19,6 +19,9 @@ from packer.wire import PeerSpec, Plan
 # Lists that control can still tell the change from: a node that missed more of them gets the whole list.
 # They share their entries, so one takes eight bytes per node.
 LISTS_KEPT_MAX = 64
+# Lists that a node still follows from: a poll that waits is answered at the first change, a few beats of the
+# other kind may come before that.
+LISTS_FOLLOWED_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +59,34 @@ def changed(peers: Sequence[PeerSpec], change: PeerChange) -> tuple[PeerSpec, ..
 
 
 class KnownPeers:
-    """A node's side: the list of the newest plan that came to this process, and what it is ``known`` by."""
+    """A node's side: the list of the newest plan that came to this process, and what it is ``known`` by.
+
+    A node has two beats under way, and what it knew when it sent one may be behind what the answer to the
+    other has brought meanwhile: the lists before the newest one are kept to follow from as well.
+    """
 
     def __init__(self) -> None:
-        self._peers: tuple[PeerSpec, ...] = ()
-        self.known = ""
+        # By what each is known by, the newest last.
+        self._lists: dict[str, tuple[PeerSpec, ...]] = {}
+
+    @property
+    def known(self) -> str:
+        return next(reversed(self._lists), "")
 
     def complete(self, plan: Plan) -> Plan | None:
         """The plan with its whole list. None when that does not follow from what is here: without that plan
         the next beat brings one again, from nothing."""
         change = peer_change(plan)
-        base_known = not change.base or change.base == self.known
-        peers = changed(self._peers, change) if base_known else None
-        self._peers, self.known = peers or (), change.result if peers is not None else ""
-        return replace(plan, peers=peers, peers_base="", peers_gone=()) if peers is not None else None
+        base = self._lists.get(change.base) if change.base else ()
+        peers = changed(base, change) if base is not None else None
+        if peers is None:
+            self._lists.clear()
+            return None
+        self._lists.pop(change.result, None)
+        self._lists[change.result] = peers
+        while len(self._lists) > LISTS_FOLLOWED_MAX:
+            del self._lists[next(iter(self._lists))]
+        return replace(plan, peers=peers, peers_base="", peers_gone=())
 
 
 class PeerLists:

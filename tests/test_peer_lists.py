@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packer import peer_lists
-from packer.peer_lists import KnownPeers, PeerChange, PeerLists, changed, list_sha256
+from packer.peer_lists import LISTS_FOLLOWED_MAX, KnownPeers, PeerChange, PeerLists, changed, list_sha256
 from packer.wire import WIRE_VERSION, PeerSpec, Plan
 
 LISTS = st.lists(
@@ -63,6 +63,33 @@ def test_only_what_changed_is_told() -> None:
     assert change.gone == ("n050",)
     assert control.change_from(change.result) == PeerChange(change.result, (), (), change.result)
     assert control.change_from("nonsense").base == ""
+
+
+def test_answers_to_two_beats_that_were_sent_together_both_follow() -> None:
+    """The second says what changed from the list that the node had when it sent the beat."""
+    control, node = PeerLists(), KnownPeers()
+    control.take(peers_of({"a": "x"}))
+    assert node.complete(plan_with(control.change_from(node.known))) is not None
+    sent_with = node.known
+    for number in range(3):
+        newest = peers_of({"a": "x", "b": str(number)})
+        control.take(newest)
+        plan = node.complete(plan_with(control.change_from(sent_with)))
+        assert plan is not None
+        assert plan.peers == newest
+        assert node.known == list_sha256(newest)
+
+
+def test_a_node_follows_from_few_lists() -> None:
+    control, node = PeerLists(), KnownPeers()
+    control.take(peers_of({"a": "first"}))
+    node.complete(plan_with(control.change_from("")))
+    first = node.known
+    for number in range(LISTS_FOLLOWED_MAX):
+        control.take(peers_of({"a": str(number)}))
+        assert node.complete(plan_with(control.change_from(node.known))) is not None
+    assert node.complete(plan_with(control.change_from(first))) is None
+    assert node.known == ""
 
 
 def test_lists_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
