@@ -124,7 +124,7 @@ class Fleet:
     async def _main(self) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
-        loop.set_task_factory(task_factory)
+        loop.set_task_factory(task_factory)  # type: ignore[arg-type]  # a loop gives coroutines only
         loop.set_exception_handler(self._unforeseen)
         self.broken: asyncio.Future[None] = loop.create_future()
         self.store = Store(Path(":memory:"))

@@ -71,7 +71,7 @@ async def process(folder: Path, *options: str) -> AsyncIterator[Process]:
         stderr=asyncio.subprocess.PIPE,
     )
     assert handle.stderr is not None
-    lines = []
+    lines: list[bytes] = []
     async with asyncio.timeout(PATIENCE_S):
         while not ready.exists():
             line = await handle.stderr.readline()  # "serving …" follows the ready file

@@ -75,7 +75,7 @@ class Planter(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != self.name:
             return None
-        return importlib.util.spec_from_file_location(name, path_of(self.mutant), loader=self)  # type: ignore[arg-type]
+        return importlib.util.spec_from_file_location(name, path_of(self.mutant), loader=self)
 
     def get_source(self, name: str) -> str:
         source = path_of(self.mutant).read_text()

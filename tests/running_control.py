@@ -14,7 +14,7 @@ import json
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -244,10 +244,8 @@ def empty_report(gateway_url: str, models: tuple[ModelReport, ...] = (), **chang
     return Report(**{**report, **changes})
 
 
-def tenant_report(tenant: str, **changes: int) -> TenantReport:
-    names = ("device_bytes", "host_bytes", "disk_bytes", "in_flight", "requests", "answers")
-    names += ("refusals", "tokens", "device_ms")
-    return TenantReport(tenant, **{**dict.fromkeys(names, 0), **changes})
+def tenant_report(tenant: str, **changes: Any) -> TenantReport:
+    return replace(TenantReport(tenant, 0, 0, 0, 0, 0, 0, 0, 0, 0), **changes)
 
 
 def model_report(ref: str, state: str = "absent", **changes: Any) -> ModelReport:

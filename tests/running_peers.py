@@ -19,8 +19,8 @@ from pack_samples import KEY, REF, pack_bytes
 from agent.packs import PackDirectory
 from agent.peer_identity import Cluster
 from agent.peers import Allowed, PeerServer
-from control import authority as authority_module
 from control.authority import Authority, key_sha256_of
+from control.ca import NODE_CERTIFICATE_LIFE
 from packer.identity import Identity
 from packer.types import ModelRef
 from packer.wire import WIRE_VERSION, JoinAnswer, PeerSpec
@@ -87,9 +87,7 @@ class Site:
 
     def certify(self, identity: Identity, name: str, life: timedelta | None = None) -> None:
         request = self.authority.read_request(identity.csr_pem(name))
-        with mock.patch.object(
-            authority_module, "NODE_CERTIFICATE_LIFE", life or authority_module.NODE_CERTIFICATE_LIFE
-        ):
+        with mock.patch("control.authority.NODE_CERTIFICATE_LIFE", life or NODE_CERTIFICATE_LIFE):
             chain = self.authority.issue_node(request, name)
         identity.save(JoinAnswer(WIRE_VERSION, self.authority.cluster, name, chain, self.authority.ca_pem))
 

@@ -30,6 +30,7 @@ from control.routes.forwarding import Call, NodeUnreachable, first_answer
 from control.routes.joining import add_node
 from control.routes.nodes import answer_beat, answer_sources, decode_message, remove_node
 from control.routes.shares import answer_shares
+from control.routing import Routing
 from control.shown import ShownCertificates
 from control.state import Control
 from control.store import Store, StoreUnavailable
@@ -190,7 +191,7 @@ class SimulatedControl(Control):
     async def route(self, spec: ModelSpec, send: Callable[[str], Awaitable[Reply]]) -> int:
         """A tenant's call through the router, to its end; the status that the tenant sees."""
 
-        async def sent(control: Control, node: str, call: Call) -> Reply:
+        async def sent(control: Routing, node: str, call: Call) -> Reply:
             return await send(node)
 
         try:

@@ -72,7 +72,7 @@ class SimulatedUplink(Uplink):
 
     def __init__(self, member: Member) -> None:
         papers = cast(Any, member.papers)
-        super().__init__(member, papers, "", member.name, papers, member.shares)
+        super().__init__(cast(Any, member), papers, "", member.name, papers, member.shares)
         self.life = f"{member.name} {member.life}"
         self._member = member
         self.joining = SimulatedJoining(member, self._post_now)

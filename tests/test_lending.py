@@ -225,7 +225,7 @@ def test_a_caller_that_leaves_has_paid_nothing_on_either_side() -> None:
     slice_.use(shade, terms)
     assert shade.owed_ms == 10
     slice_.give_up(shade)
-    assert (shade.owed_ms, shade.slice_bytes, slice_.debt_ms) == (None, 0, 0)
+    assert [shade.owed_ms, shade.slice_bytes, slice_.debt_ms] == [None, 0, 0]
 
 
 def test_a_price_waits_while_bytes_are_lent_at_another() -> None:
