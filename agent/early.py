@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
 
 from packer.layout import ImageLayout
 from packer.types import MIB
@@ -61,14 +60,6 @@ class Gate:
             self._changed.wait_for(lambda: self._failed or self._missing.isdisjoint(chunks))
             if self._failed:
                 raise GateFailed("the weights could not be restored")
-
-
-class Gated(Protocol):
-    """A built model that can compute layer by layer."""
-
-    def serve_behind(self, gate: Gate, layout: ImageLayout) -> Sequence[int] | None:
-        """From the next request on let each layer wait for its chunks. Gives the chunks that no layer waits
-        for, which must be there before; None: this model can not, and nothing changed."""
 
 
 def outside_layers(layout: ImageLayout) -> frozenset[int]:

@@ -230,13 +230,6 @@ def restore_stages(rates: Rates, shape: RestoreShape) -> Stages:
     return Stages(read_s * 1000, cores_s * 1000, device_s * 1000)
 
 
-def predict_restore_ms(rates: Rates, shape: RestoreShape) -> int:
-    """Expected time of one whole restore, from the rates alone; 0 from the device."""
-    if shape.tier is Tier.DEVICE:
-        return 0
-    return FIXED_MS + round(restore_stages(rates, shape).moving_ms)
-
-
 def _reading(rates: Rates, shape: RestoreShape) -> tuple[float, float]:
     """Seconds that the source itself takes, and seconds in which the restore threads copy from it."""
     nbytes = shape.stored_bytes

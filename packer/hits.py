@@ -77,7 +77,7 @@ def grant_at_once(node: Node, request: str, model: Model, now_ms: int, tokens: i
     note_use(model.reuse, node.shared, now_ms)
     if tenant.slice.reserved_bytes:
         use_slice(node, model)
-    node.requests[request] = lease = Lease(request, model, model.residency, now_ms, reserved)
+    node.requests[request] = lease = Lease(request, model, model.residency, reserved)
     model.leases += 1
     tenant.granted += 1
     node.granted += 1

@@ -271,7 +271,6 @@ class Lease:
     request: str
     model: Model
     residency: int
-    granted_ms: int
     tokens: int = 0
 
 

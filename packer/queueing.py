@@ -134,7 +134,7 @@ def grant(
 ) -> None:
     """``tokens`` are reserved of the tenant's rate already."""
     assert model.device is not None
-    node.requests[request] = Lease(request, model, model.residency, now_ms, tokens)
+    node.requests[request] = Lease(request, model, model.residency, tokens)
     model.leases += 1
     model.tenant.granted += 1
     node.granted += 1

@@ -10,7 +10,7 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -26,7 +26,6 @@ from packer.sources import ASK, FileSource, Source, SourceFailed, open_source
 from packer.types import OriginFile, Task
 
 Tensor = tuple[str, str, list[int], bytes]
-Opener = Callable[[str, bytes], Source]
 
 
 class CountedSource:
@@ -55,10 +54,6 @@ class CountedSource:
 
     def stop(self) -> None:
         self.stopped.set()
-
-    @property
-    def asked_bytes(self) -> int:
-        return sum(nbytes for _, nbytes in self.asked)
 
 
 def weight_files(shards: Sequence[Sequence[Tensor]]) -> dict[str, bytes]:

@@ -18,13 +18,12 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.test_utils import make_mocked_request
 from virtual_clock import run_virtual
 
-from packer.body_budget import BODY_READ_SECONDS, LARGE_PERCENT, BodyBudget
+from packer.body_budget import BODY_READ_SECONDS, BodyBudget
 from packer.http import JSON_BYTES_MAX, ApiError
 from packer.types import MIB
 
 LARGE = 64 * MIB
 TOTAL = 512 * MIB
-MOST = TOTAL * LARGE_PERCENT // 100
 
 
 @dataclass(slots=True)

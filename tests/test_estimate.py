@@ -34,7 +34,6 @@ from packer.estimate import (
     load_rates,
     named_rates,
     note_restore,
-    predict_restore_ms,
     reads_past_cache,
     recalibrate,
     restore_stages,
@@ -101,6 +100,11 @@ any_shape = st.builds(
 )
 
 
+def by_rates_ms(rates: Rates, shape: RestoreShape) -> int:
+    """Of one whole restore, from the rates alone."""
+    return FIXED_MS + round(restore_stages(rates, shape).moving_ms)
+
+
 # --- the model ------------------------------------------------------------------------------------
 
 
@@ -108,7 +112,7 @@ def test_a_cold_pack_is_read_at_the_disks_pace() -> None:
     shape = disk_shape(Mix(bf16_bytes=2 * G), cached=False)
     stages = restore_stages(RATES, shape)
     assert stages.limit == "read"
-    assert predict_restore_ms(RATES, shape) == FIXED_MS + round(2000 * 0.667 / 1.2)
+    assert by_rates_ms(RATES, shape) == FIXED_MS + round(2000 * 0.667 / 1.2)
 
 
 def test_a_cached_pack_is_limited_by_the_cores_whose_work_adds_up() -> None:
@@ -137,13 +141,13 @@ def test_a_gpu_is_limited_by_the_copy_of_the_wire_form() -> None:
 
 def test_a_remote_origin_is_limited_by_the_line_and_an_unknown_line_is_slow() -> None:
     shape = RestoreShape(Tier.ORIGIN, 2 * G, 2 * G, Mix(bf16_bytes=2 * G), remote=True)
-    assert predict_restore_ms(replace(RATES, link=1 * G), shape) == FIXED_MS + 2000
-    assert predict_restore_ms(RATES, shape) == FIXED_MS + 20_000
+    assert by_rates_ms(replace(RATES, link=1 * G), shape) == FIXED_MS + 2000
+    assert by_rates_ms(RATES, shape) == FIXED_MS + 20_000
 
 
 def test_nothing_is_waited_for_from_the_device() -> None:
     shape = RestoreShape(Tier.DEVICE, GIB, GIB, Mix(bf16_bytes=GIB))
-    assert predict_restore_ms(RATES, shape) == 0
+    assert restore_stages(RATES, shape).moving_ms == 0
     assert expect_ms(Learned(), History(), Tier.DEVICE, GIB) == 0
 
 
@@ -154,7 +158,7 @@ def test_a_restore_takes_at_least_its_slowest_stage_and_never_nothing(
     stages = restore_stages(rates, shape)
     assert stages.moving_ms == max(stages.read_ms, stages.cores_ms, stages.device_ms) > 0
     assert getattr(stages, f"{stages.limit}_ms") == stages.moving_ms
-    assert predict_restore_ms(rates, shape) >= FIXED_MS
+    assert by_rates_ms(rates, shape) >= FIXED_MS
 
 
 @given(any_rates, any_shape, st.sampled_from(sorted(named_rates(FIRST_RATES))), st.integers(2, 50))
@@ -167,7 +171,7 @@ def test_a_faster_part_never_makes_a_restore_slower(
         faster = replace(rates, **{family: replace(decode, **{step: getattr(decode, step) * times})})
     else:
         faster = replace(rates, **{name: getattr(rates, name) * times})
-    assert predict_restore_ms(faster, shape) <= predict_restore_ms(rates, shape)
+    assert by_rates_ms(faster, shape) <= by_rates_ms(rates, shape)
 
 
 @given(any_rates, any_mix, st.booleans(), st.integers(2, 9))
@@ -297,7 +301,7 @@ def test_what_is_assumed_before_measuring_is_slow_and_valid() -> None:
     assert load_rates(dump_rates(FIRST_RATES)) == FIRST_RATES
     for shape in shapes(Mix(bf16_bytes=2 * G)):
         if not shape.remote:
-            assert predict_restore_ms(FIRST_RATES, shape) > predict_restore_ms(RATES, shape)
+            assert by_rates_ms(FIRST_RATES, shape) > by_rates_ms(RATES, shape)
 
 
 def test_every_rate_has_a_name() -> None:
@@ -319,7 +323,7 @@ def known(shape: RestoreShape = SHAPE) -> History:
 
 
 def test_without_any_restore_the_calibration_is_the_estimate() -> None:
-    assert expect_ms(Learned(RATES), known(), Tier.DISK, 2 * G) == predict_restore_ms(RATES, SHAPE)
+    assert expect_ms(Learned(RATES), known(), Tier.DISK, 2 * G) == by_rates_ms(RATES, SHAPE)
 
 
 def test_without_a_shape_the_usual_is_assumed() -> None:
@@ -355,7 +359,7 @@ def test_a_models_own_restores_decide_and_two_odd_ones_do_not() -> None:
 
 def test_a_part_of_a_model_takes_its_part_of_the_time() -> None:
     learned, history = Learned(RATES), known()
-    note_restore(learned, history, Tier.DISK, 2 * G, 2 * predict_restore_ms(RATES, SHAPE))
+    note_restore(learned, history, Tier.DISK, 2 * G, 2 * by_rates_ms(RATES, SHAPE))
     moving_ms = restore_stages(RATES, SHAPE).moving_ms
     assert expect_ms(learned, history, Tier.DISK, G // 2) == pytest.approx(
         2 * (FIXED_MS + moving_ms / 4), abs=1
@@ -376,7 +380,7 @@ def test_another_model_is_expected_to_be_off_by_as_much_as_this_nodes_others() -
     assert expect_ms(learned, known(), Tier.DISK, 2 * G) == pytest.approx(FIXED_MS + 1.5 * moving_ms, abs=2)
     # Another tier is not concerned.
     host = host_shape(Mix(bf16_bytes=2 * G), HostForm.RAW)
-    assert expect_ms(learned, known(host), Tier.HOST, 2 * G) == predict_restore_ms(RATES, host)
+    assert expect_ms(learned, known(host), Tier.HOST, 2 * G) == by_rates_ms(RATES, host)
 
 
 def test_small_restores_say_what_the_fixed_part_is_and_nothing_about_speed() -> None:
@@ -407,7 +411,7 @@ def test_new_rates_keep_what_a_model_took() -> None:
     recalibrate(learned, RATES)
     assert expect_ms(learned, history, Tier.DISK, 2 * G) == pytest.approx(1500, abs=1)
     # The tier's factor was against the old rates and is gone.
-    assert expect_ms(learned, known(), Tier.DISK, 2 * G) == predict_restore_ms(RATES, SHAPE)
+    assert expect_ms(learned, known(), Tier.DISK, 2 * G) == by_rates_ms(RATES, SHAPE)
     epoch = learned.epoch
     recalibrate(learned, RATES)
     assert learned.epoch == epoch
@@ -416,7 +420,7 @@ def test_new_rates_keep_what_a_model_took() -> None:
 def test_a_cached_and_a_cold_file_are_told_apart() -> None:
     learned, history = Learned(RATES), known()
     warm = replace(SHAPE, cached=True)
-    cold_ms, warm_ms = predict_restore_ms(RATES, SHAPE), predict_restore_ms(RATES, warm)
+    cold_ms, warm_ms = by_rates_ms(RATES, SHAPE), by_rates_ms(RATES, warm)
     note_restore(learned, history, Tier.DISK, 2 * G, round(cold_ms * 1.1), cached=False)
     note_restore(learned, history, Tier.DISK, 2 * G, round(warm_ms * 1.2), cached=True)
     assert expect_ms(learned, history, Tier.DISK, 2 * G) == pytest.approx(warm_ms * 1.2, rel=0.01)
@@ -456,7 +460,7 @@ def test_copies_are_known_by_their_sizes_and_one_that_is_gone_leaves_its_shape()
 def test_a_stall_and_a_broken_clock_stay_within_bounds() -> None:
     learned, history = Learned(RATES), known()
     note_restore(learned, history, Tier.DISK, 2 * G, 10**12)
-    assert expect_ms(learned, history, Tier.DISK, 2 * G) <= predict_restore_ms(RATES, SHAPE) * 32 + 1
+    assert expect_ms(learned, history, Tier.DISK, 2 * G) <= by_rates_ms(RATES, SHAPE) * 32 + 1
     history = known()
     note_restore(learned, history, Tier.DISK, 2 * G, -5)
     assert expect_ms(learned, history, Tier.DISK, 2 * G) >= 1
@@ -484,7 +488,7 @@ def test_estimates_are_positive_and_within_what_was_seen(
     for restore_ms in taken_ms:
         note_restore(learned, history, shape.tier, shape.image_bytes, restore_ms)
     whole_ms = expect_ms(learned, history, shape.tier, shape.image_bytes)
-    predicted_ms = predict_restore_ms(rates, shape)
+    predicted_ms = by_rates_ms(rates, shape)
     low, high = min(taken_ms[-5:]), max(taken_ms[-5:])
     assert min(low, predicted_ms / 40) - 2 <= whole_ms <= max(high, predicted_ms * 40) + 2
     assert 1 <= expect_ms(learned, history, shape.tier, round(shape.image_bytes * share)) <= whole_ms + 1
@@ -496,7 +500,7 @@ def test_on_a_quiet_machine_the_error_stays_within_15_percent(
 ) -> None:
     """However far the calibration is off: after three restores every one is predicted."""
     learned, history = Learned(RATES), known(shape)
-    base_ms = 200 + predict_restore_ms(RATES, shape) * off
+    base_ms = 200 + by_rates_ms(RATES, shape) * off
     for number, factor in enumerate(noise):
         real_ms = base_ms * factor
         if number >= 3:

@@ -40,9 +40,6 @@ EVENTS = tuple(Record(seq, seq, "restored", "acme", "acme/m@" + "0" * 16, f"#{se
 USED = UsageBatch(1, (UsageRow(hour_of(wall_ms()), "acme", "acme/m", Used(3)),))
 
 
-Guard = Callable[[Control, Route[Control]], Handler]
-
-
 class Losses:
     """``next``: how many answers of each path are lost from now on; ``lost``: how many were."""
 

@@ -54,8 +54,6 @@ from packer.types import GIB, MIB, HostForm, ModelRef, ModelSpec, Task, Tier
 
 pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
 
-BUDGET_BYTES = GIB
-
 
 @dataclass
 class Hands:

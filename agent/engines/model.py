@@ -45,7 +45,8 @@ class Model(Protocol):
         """Forget the weights; a stray use then fails instead of reading freed memory."""
 
     def serve_behind(self, gate: Gate, layout: ImageLayout) -> Sequence[int] | None:
-        """See ``agent.early.Gated``."""
+        """From the next request on let each layer wait for its chunks. Gives the chunks that no layer waits
+        for, which must be there before; None: this model can not, and nothing changed."""
 
     def begin(
         self, request: EngineRequest, emit: Callable[[EngineFrame], None]

@@ -366,7 +366,7 @@ class Model:
             slot.detach()
 
     def serve_behind(self, gate: Gate, layout: ImageLayout) -> Sequence[int] | None:
-        """See ``agent.early.Gated``. The layers are the members of the list of modules that holds most
+        """See ``agent.engines.model``. The layers are the members of the list of modules that holds most
         weights, as every transformer has one; what lies outside of it must be there from the start."""
         layers = self._layers()
         if layers is None:

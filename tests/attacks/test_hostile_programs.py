@@ -29,7 +29,6 @@ from packer.program import NODES_MAX, BadProgram, parse
 from packer.types import GIB, Task
 
 X = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
-INTS = {"as_ints": [4]}
 
 
 def copy(output: str = "y", source: str = "x") -> dict[str, object]:
