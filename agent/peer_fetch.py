@@ -2,7 +2,8 @@
 
 Covers: several connections that each bring ranges of one pack into a file, going on elsewhere when a node
 breaks off, being told the data key, and looking into what came before anybody trusts it. Does not cover:
-who has it (control says so), publishing it or keeping its key (``agent/sources.py``).
+who has it (control says so), calling one (``agent/peer_calls.py``), publishing it or keeping its key
+(``agent/sources.py``).
 
 No peer is believed. That it is the node it should be is proven by its certificate before it is asked
 anything; that the pack is the one that it announced, by the tags in it, which bind tenant, name and version.
@@ -16,8 +17,6 @@ import asyncio
 import ctypes
 import logging
 import os
-import socket
-import ssl
 import threading
 import time
 from collections import deque
@@ -26,17 +25,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
-from urllib.parse import urlsplit
 
-from agent.peer_http import PIECE_BYTES, BadHead, Connection, Gone, Head, parse_content_range, parse_status
-from agent.peer_identity import Cluster, NotAPeer, read_peer
+from agent.peer_calls import ANSWER_S, Later, PeerCalls, PeerFailed
+from agent.peer_http import PIECE_BYTES, BadHead, Connection, parse_content_range
 from packer.holes import Range, ranges_in
 from packer.identity import Identity
 from packer.index import HEADER_BYTES, PackError
 from packer.pack import PackReader
 from packer.seal import KEY_BYTES, SALT_BYTES
 from packer.types import MIB, HostSizes, ModelRef
-from packer.wire import JoinAnswer, PeerSpec
+from packer.wire import PeerSpec
 
 log = logging.getLogger("bunk.peers")
 
@@ -50,50 +48,20 @@ STREAMS = 4
 FETCHES_MAX = 2
 # Single extents fetched at one time, for repairs.
 EXTENTS_MAX = 2
-CONNECT_S = 5.0
-# A range that takes longer, or an answer's head: the node is as good as dead.
-ANSWER_S = 10.0
 READ_BYTES_S_LEAST = 1 * MIB
-# A node that could not be talked to is not asked again for this long; so many are remembered.
-DEAD_S = 60.0
-DEAD_MAX = 1_000
 # A fetch that nobody has sent a byte to for this long has failed, however politely all say "later".
 STALL_S = 20.0
 # The same for one that goes on and on: as long as any load may take. A peer that sends drop by drop must not
 # keep a model away that its origin would give.
 FETCH_S_MAX = 1_800.0
-RETRY_S_MAX = 1.0
 # Connections to one peer that may break off during one fetch before it is given up.
 BREAKS_MAX = 3
-# A node whose copy turned out corrupt is not asked for that version again for this long; so many are
-# remembered.
-REFUSED_S = 600.0
-REFUSED_MAX = 256
 
 
 SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
-
-class PeerFailed(Exception):
-    """This peer can not give it. ``dead``: it can not be talked to at all. ``broke``: a connection did,
-    which happens to the best."""
-
-    def __init__(self, message: str, *, dead: bool = False, broke: bool = False) -> None:
-        super().__init__(message)
-        self.dead = dead
-        self.broke = broke
-
-
-class Later(Exception):
-    """This peer is busy. ``closed``: it takes no more connections either."""
-
-    def __init__(self, wait_s: float, closed: bool) -> None:
-        super().__init__(f"busy, asks to wait {wait_s:g} s")
-        self.wait_s = wait_s
-        self.closed = closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +141,12 @@ class PeerFetch:
     """Fetches on threads of its own. ``close`` ends what runs."""
 
     def __init__(self, identity: Identity) -> None:
-        self._identity = identity
+        self._calls = PeerCalls(identity)
         self._threads = ThreadPoolExecutor(
             FETCHES_MAX * (STREAMS + 1) + EXTENTS_MAX, thread_name_prefix="peer-fetch"
         )
         self._fetches = asyncio.Semaphore(FETCHES_MAX)
         self._extents = asyncio.Semaphore(EXTENTS_MAX)
-        self._context: tuple[JoinAnswer, ssl.SSLContext] | None = None
-        self._dead: dict[str, float] = {}  # node: until (monotonic)
-        self._refused: dict[tuple[ModelRef, str], float] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self.fetched_bytes = 0
@@ -220,12 +185,8 @@ class PeerFetch:
             )
 
     def refuse(self, ref: ModelRef, peers: Sequence[str]) -> None:
-        """What these nodes gave turned out corrupt: do not fetch this version from them for a while."""
-        with self._lock:
-            for node in peers:
-                while len(self._refused) >= REFUSED_MAX:
-                    del self._refused[next(iter(self._refused))]
-                self._refused[(ref, node)] = time.monotonic() + REFUSED_S
+        """See ``PeerCalls.refuse``."""
+        self._calls.refuse(ref, peers)
 
     async def _on_thread(self, work: Callable[[Callable[[], bool]], T]) -> T:
         """Run blocking work that looks at ``cancel`` often; returns only when it has ended."""
@@ -242,77 +203,6 @@ class PeerFetch:
                     await asyncio.shield(waits)
             raise
 
-    # --- peers ------------------------------------------------------------------------------------
-
-    def _usable(self, ref: ModelRef, peers: Sequence[PeerSpec]) -> list[PeerSpec]:
-        """Without those that could not be talked to or gave a bad copy a while ago."""
-        now_s = time.monotonic()
-        with self._lock:
-            return [
-                peer
-                for peer in peers
-                if self._dead.get(peer.node, 0.0) <= now_s
-                and self._refused.get((ref, peer.node), 0.0) <= now_s
-            ]
-
-    def _bury(self, peer: PeerSpec, why: Exception) -> None:
-        log.warning("node %s gives no packs now: %s", peer.node, why)
-        with self._lock:
-            self._dead.pop(peer.node, None)
-            while len(self._dead) >= DEAD_MAX:
-                del self._dead[next(iter(self._dead))]
-            self._dead[peer.node] = time.monotonic() + DEAD_S
-
-    def _tls(self, answer: JoinAnswer) -> ssl.SSLContext:
-        with self._lock:
-            if self._context is None or self._context[0] is not answer:
-                self._context = (answer, self._identity.peer_context(server=False))
-            return self._context[1]
-
-    def _connect(self, peer: PeerSpec, cancel: Callable[[], bool]) -> Connection:
-        """A connection to exactly this node. Raises ``PeerFailed``."""
-        answer = self._identity.answer
-        parts = urlsplit(peer.peer_url)
-        if answer is None or parts.scheme != "https" or parts.hostname is None or parts.port is None:
-            raise PeerFailed("its address is none", dead=True)
-        try:
-            context = self._tls(answer)
-            raw = socket.create_connection((parts.hostname, parts.port), CONNECT_S)
-            try:
-                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                tls = context.wrap_socket(raw)
-            except BaseException:
-                raw.close()
-                raise
-            try:
-                shown = read_peer(tls.getpeercert(binary_form=True), Cluster(answer.cluster, answer.ca_pem))
-                if (shown.node, shown.key_sha256) != (peer.node, peer.key_sha256):
-                    raise NotAPeer(f"node {shown.node!r} answers there, or one with another key")
-            except BaseException:
-                tls.close()
-                raise
-            return Connection(tls, cancel)
-        except (OSError, ValueError, NotAPeer) as error:
-            raise PeerFailed(str(error), dead=True) from None
-
-    def _ask(self, connection: Connection, path: str, headers: dict[str, str]) -> tuple[Head, int]:
-        """Send a request; the head of a good answer, and the length of its body. Raises ``PeerFailed`` and
-        ``Later``."""
-        until_s = time.monotonic() + ANSWER_S
-        try:
-            connection.send_head(f"GET {path} HTTP/1.1", {"Host": "peer", **headers}, until_s)
-            head = connection.read_head(until_s)
-            status, length = parse_status(head)
-        except (OSError, BadHead, Gone) as error:
-            raise PeerFailed(f"{type(error).__name__}: {error}", broke=True) from None
-        if status == 429:
-            wait = head.headers.get("retry-after-ms", "")
-            wait_ms = int(wait) if wait.isdecimal() and len(wait) < 7 else 100
-            raise Later(min(RETRY_S_MAX, wait_ms / 1000), head.headers.get("connection") == "close")
-        if status not in (200, 206):
-            raise PeerFailed(f"answered {status}")
-        return head, length
-
     # --- a whole pack -----------------------------------------------------------------------------
 
     def _fetch(
@@ -323,7 +213,7 @@ class PeerFetch:
         limit_bytes: int,
         cancel: Callable[[], bool],
     ) -> FetchedPack | None:
-        left = self._usable(ref, peers)
+        left = self._calls.usable(ref, peers)
         while left:
             described = self._describe(ref, left, limit_bytes, cancel)
             if described is None:
@@ -338,8 +228,8 @@ class PeerFetch:
                 fetched = self._examine(ref, job)
                 if fetched is not None:
                     return fetched
-                self.refuse(ref, tuple(job.gave))
-            left = [peer for peer in self._usable(ref, others) if not cancel()]
+                self._calls.refuse(ref, tuple(job.gave))
+            left = [peer for peer in self._calls.usable(ref, others) if not cancel()]
         return None
 
     def _describe(
@@ -351,12 +241,12 @@ class PeerFetch:
         while waiting and time.monotonic() < until_s and not cancel():
             peer = waiting.popleft()
             try:
-                connection = self._connect(peer, cancel)
+                connection = self._calls.connect(peer, cancel)
                 with connection.tls:
                     described = self._read_key(connection, peer, _path(ref))
             except PeerFailed as error:
                 if not cancel() and (error.dead or error.broke):
-                    self._bury(peer, error)
+                    self._calls.bury(peer, error)
                 log.info("pack of %s: node %s: %s", ref, peer.node, error)
                 continue
             except Later as later:
@@ -376,20 +266,13 @@ class PeerFetch:
         return None
 
     def _read_key(self, connection: Connection, peer: PeerSpec, path: str) -> _Described:
-        head, length = self._ask(connection, f"{path}/key", {})
+        head, length = self._calls.ask(connection, f"{path}/key", {})
         size, tag = head.headers.get("x-pack-bytes", ""), head.headers.get("etag", "")
         if length != KEY_BYTES or not size.isdecimal() or len(size) > 18 or not _salt(tag):
             raise PeerFailed("an answer that is none", dead=True)
         key = bytearray(KEY_BYTES)
-        self._read_body(connection, memoryview(key), time.monotonic() + ANSWER_S)
+        self._calls.read_body(connection, memoryview(key), time.monotonic() + ANSWER_S)
         return _Described(peer, bytes(key), tag, int(size))
-
-    def _read_body(self, connection: Connection, out: memoryview, until_s: float) -> None:
-        try:
-            while out:
-                out = out[connection.read_into(out, until_s) :]
-        except (OSError, BadHead) as error:
-            raise PeerFailed(f"{type(error).__name__}: {error}", broke=True) from None
 
     def _transfer(self, job: _Job, cancel: Callable[[], bool]) -> bool:
         """Bring all ranges in over several connections; True when none is missing."""
@@ -413,14 +296,14 @@ class PeerFetch:
                     job.failed = True
                     return
                 try:
-                    connection = self._connect(peer, cancel)
+                    connection = self._calls.connect(peer, cancel)
                     with connection.tls:
                         job.gave[peer.node] = None
                         if self._ranges(job, connection, piece, cancel):
                             return
                 except PeerFailed as error:
                     if not cancel() and job.lose(peer, error) and (error.dead or error.broke):
-                        self._bury(peer, error)
+                        self._calls.bury(peer, error)
                 except Later as later:
                     self._closing.wait(later.wait_s)
                     turn += 1  # perhaps another one has time
@@ -461,7 +344,7 @@ class PeerFetch:
         at = start
         try:
             asked = {"Range": f"bytes={start}-{end - 1}", "If-Match": job.described.tag}
-            head, length = self._ask(connection, job.path, asked)
+            head, length = self._calls.ask(connection, job.path, asked)
             given = parse_content_range(head.headers.get("content-range"))
             right = (start, end, job.described.size)
             if given != right or length != end - start or head.headers.get("etag") != job.described.tag:
@@ -527,25 +410,25 @@ class PeerFetch:
         if not 0 <= start < end or end - start > RANGE_BYTES:
             raise ValueError(f"an extent of {end - start} bytes; 1 to {RANGE_BYTES} can be fetched")
         tag = f'"{salt.hex()}"'
-        for peer in self._usable(ref, peers):
+        for peer in self._calls.usable(ref, peers):
             if cancel():
                 break
             try:
-                connection = self._connect(peer, cancel)
+                connection = self._calls.connect(peer, cancel)
                 with connection.tls:
                     asked = {"Range": f"bytes={start}-{end - 1}", "If-Match": tag}
-                    head, length = self._ask(connection, path, asked)
+                    head, length = self._calls.ask(connection, path, asked)
                     given = parse_content_range(head.headers.get("content-range"))
                     if given is None or given[:2] != wanted or length != end - start:
                         raise PeerFailed("sends something else than was asked for", dead=True)
                     data = bytearray(length)
-                    self._read_body(connection, memoryview(data), time.monotonic() + ANSWER_S)
+                    self._calls.read_body(connection, memoryview(data), time.monotonic() + ANSWER_S)
                     with self._lock:
                         self.fetched_bytes += length
                     return bytes(data)
             except PeerFailed as error:
                 if not cancel() and (error.dead or error.broke):
-                    self._bury(peer, error)
+                    self._calls.bury(peer, error)
             except Later:
                 continue
         return None

@@ -21,6 +21,7 @@ from pack_samples import model_of as model_with
 from running_peers import PATH, SAMPLE, Node, Site, ask, dial, exchange, get
 
 from agent import peer_fetch
+from agent.peer_calls import PeerCalls
 from agent.peer_fetch import FetchedPack, PeerFetch
 from agent.peer_http import Connection
 from agent.peers import Pacer, PeerServer
@@ -327,13 +328,13 @@ async def test_silent_and_absent_peers_are_skipped_for_a_while(
     giver.store.put(SAMPLE)
     gone.server.close()
     dialled: list[str] = []
-    connect = PeerFetch._connect
+    connect = PeerCalls.connect
 
-    def noted(self: PeerFetch, peer: PeerSpec, cancel: Callable[[], bool]) -> Connection:
+    def noted(self: PeerCalls, peer: PeerSpec, cancel: Callable[[], bool]) -> Connection:
         dialled.append(peer.node)
         return connect(self, peer, cancel)
 
-    monkeypatch.setattr(PeerFetch, "_connect", noted)
+    monkeypatch.setattr(PeerCalls, "connect", noted)
     with fetching(asker) as fetch:
         for _ in range(2):
             got, data = await fetch_whole(asker, gone, giver, fetch=fetch)
