@@ -385,7 +385,7 @@ async def test_a_full_disk_is_an_error_of_the_disk_and_no_peers_fault(
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(OSError, match="No space left"):
             await fetch.fetch_pack(REF, [giver.spec()], fd, LIMIT_BYTES)
-        assert fetch._dead == {}
+        assert fetch._calls._dead == {}
 
 
 async def test_a_cancelled_fetch_writes_no_more_once_it_has_returned(
