@@ -196,6 +196,23 @@ class Box:
             words += ["--device", device]
         return Process(self.agent_module, *words)
 
+    def another_router(self, name: str) -> tuple[Process, str]:
+        """A router that is a process of its own, and its URL; again with the identity that it has, if it was
+        here before. It is the caller's to stop."""
+        token_file = self.folder / f"{name}.token"
+        if not (self.folder / name / "identity" / "identity.json").exists():
+            token_file.write_text(self.operator().create_router_token(name=name).token)
+        words = ["router", "--data-dir", str(self.folder / name), "--control", self.node_url, "--name", name]
+        words += ["--join-token-file", str(token_file), "--listen", "127.0.0.1:0"]
+        router = Process("control", *words)
+        try:
+            url = router.wait_for(r"routing at (\S+)")[1]
+            router.wait_for("connected to control")
+        except BaseException:
+            router.stop()
+            raise
+        return router, url
+
     def operator(self) -> Client:
         key = (self.folder / "control" / "operator.key").read_text().strip()
         return Client(self.url, key)

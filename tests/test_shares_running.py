@@ -1,23 +1,24 @@
-"""Two real agents and two routers: a tenant's rate holds over all four doors, whoever dies meanwhile.
+"""Two real agents, control and two routers that are processes of their own: a tenant's rate holds over all
+five doors, whoever dies meanwhile.
 
 Covers: requests counted from outside against the limit and the time that passed, with control away, control
-back, and an agent that was killed; what the headers say. Does not cover: who gets which share
-(``test_shares``), or all that a network may do (``test_cluster_simulation``). The second router is another
-application with a listener of its own in control's process: routers count nothing, nodes do, so what is shown
-is that calls through several of them are not let in several times.
+back, a router and an agent that were killed; what the headers say; that routers route on without control and
+past a node that is gone. Does not cover: who gets which share (``test_shares``), or all that a network may do
+(``test_cluster_simulation``). Routers count nothing, nodes do, so what is shown is that calls through several
+of them are not let in several times.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 import httpx2
 import pytest
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box
+from real_box import PATIENCE_S, Box, Process
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
@@ -31,6 +32,7 @@ class Crowd:
 
     box: Box
     urls: list[str]
+    routers: dict[str, Process] = field(default_factory=dict)
     answers: dict[str, int] = field(default_factory=dict)  # 200s by whom they came from
     first_s: float | None = None
 
@@ -73,50 +75,56 @@ class Crowd:
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
     folder = tmp_path_factory.mktemp("shares")
     make_gpt2(folder / "gen", 1, hidden=64, layers=2, heads=2)
-    box = Box(folder / "box", ("cpu:48MiB",), control_module="tests.two_doors_control")
-    with closing(box):
+    box = Box(folder / "box", ("cpu:48MiB",))
+    with closing(box), ExitStack() as others:
         box.start_control()
-        routers = [box.url, second_router(box)]
         box.start_agent()
         box.add_tenant("acme")
         box.tenant("acme").push("acme/gen", folder / "gen")
         planned = r"plan \d+\.\d+: 1 tenants, 1 versions"
         second, port = box.another_agent("cpu:48MiB", "--calibrate", "off", wait=planned)
-        try:
-            crowd = Crowd(box, [box.gateway_url, f"http://127.0.0.1:{port}", *routers])
-            for url in crowd.urls:
-                assert crowd.call(url).status_code == 200, "nothing is limited yet"
-            box.operator().set_quota("acme", requests_per_minute=PER_MINUTE)
-            box.wait_planned(1)
-            second.wait_for(planned)
-            crowd.answers, crowd.first_s = {}, None
-            yield crowd
-        finally:
-            second.stop()
+        others.callback(second.stop)
+        crowd = Crowd(box, [box.gateway_url, f"http://127.0.0.1:{port}", box.url])
+        for name in ("r1", "r2"):
+            crowd.routers[name], url = box.another_router(name)
+            others.callback(crowd.routers[name].stop)
+            crowd.urls.append(url)
+        for url in crowd.urls:
+            assert crowd.call(url).status_code == 200, "nothing is limited yet"
+        box.operator().set_quota("acme", requests_per_minute=PER_MINUTE)
+        box.wait_planned(1)
+        second.wait_for(planned)
+        crowd.answers, crowd.first_s = {}, None
+        yield crowd
 
 
-def second_router(box: Box) -> str:
-    """Where it listens; somewhere else after each start."""
-    assert box.control is not None
-    return box.control.wait_for(r"second router at (\S+)")[1]
-
-
-def test_one_limit_holds_over_both_nodes_and_both_routers_whoever_is_away(crowd: Crowd) -> None:
+def test_one_limit_holds_over_all_nodes_and_routers_whoever_is_away(crowd: Crowd) -> None:
     box = crowd.box
-    crowd.rush(4 * 2 * BURST)
-    assert len(crowd.answers) == 4, "every door lets somebody in"
+    crowd.rush(5 * 2 * BURST)
+    assert len(crowd.answers) == 5, "every door lets somebody in"
     headers = [crowd.call(url).headers for url in crowd.urls]
     assert {each["x-ratelimit-limit-requests"] for each in headers} == {str(PER_MINUTE)}
+    first, second, own, r1, r2 = crowd.urls
     assert box.control is not None
     box.control.kill()
-    for url in crowd.urls[:2]:
+    for url in (first, second, r1, r2):
         crowd.until_let_in(url)
+    crowd.routers["r1"].kill()
+    crowd.until_let_in(r2)
     box.start_control()
-    crowd.urls[3] = second_router(box)
+    crowd.routers["r2"].wait_for("connected to control")
+    crowd.urls = [first, second, own, r2]
     crowd.rush(BURST)
     assert box.agent is not None
     box.agent.kill()
-    crowd.until_let_in(crowd.urls[1])
+    for url in (second, r2):
+        crowd.until_let_in(url)
     box.start_agent()
-    crowd.rush(3 * BURST)
-    crowd.until_let_in(crowd.urls[0])
+    crowd.routers["r1"], again = box.another_router("r1")
+    try:
+        crowd.urls.append(again)
+        crowd.rush(4 * BURST)
+        for url in (first, again):
+            crowd.until_let_in(url)
+    finally:
+        crowd.routers["r1"].stop()
