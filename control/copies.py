@@ -15,6 +15,7 @@ nobody waits, always the same one: so copies that are no longer needed are not u
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from control.choosing import (
     COMING,
@@ -28,6 +29,7 @@ from control.choosing import (
 )
 from control.cluster import Cluster, NodeView
 from control.rooms import LOAD_BAND, is_able, load_of
+from control.waits import Owed
 from packer.gangs import share_bytes
 from packer.types import ModelRef, ModelSpec
 
@@ -36,6 +38,19 @@ from packer.types import ModelRef, ModelSpec
 WAITED_MS_MIN = 100
 # What a restore is taken to be where no node has said.
 RESTORE_MS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Stand:
+    """The copies of a version: who holds one, who would get the next and what its restore takes there, and
+    what requests have waited for each other, as far as it counts, of which this router knows."""
+
+    replicas: int
+    holders: Sequence[str]
+    next_node: str | None
+    restore_ms: int
+    waited_ms: int
+    declined: Sequence[str]
 
 
 def choose(cluster: Cluster, spec: ModelSpec, now_ms: int) -> Sequence[str]:
@@ -87,6 +102,14 @@ def _further(cluster: Cluster, spec: ModelSpec, held: Sequence[str], now_ms: int
     owed = cluster.waits.owed.get(spec.ref)
     if len(held) >= spec.replicas or owed is None or owed.waited(now_ms) < WAITED_MS_MIN:
         return None
+    node, price_ms = _next(cluster, spec, held, owed, now_ms)
+    return node if owed.waited(now_ms) >= price_ms else None
+
+
+def _next(
+    cluster: Cluster, spec: ModelSpec, held: Sequence[str], owed: Owed, now_ms: int
+) -> tuple[str | None, int]:
+    """Who would take one more copy, and what its restore takes there."""
     share = share_bytes(spec)
     free = [
         view
@@ -99,8 +122,19 @@ def _further(cluster: Cluster, spec: ModelSpec, held: Sequence[str], now_ms: int
     for node in rank(cluster, free, spec.ref, share, now_ms, spec.devices, spec.replicas)[:1]:
         known = cluster.nodes[node].by_ref.get(str(spec.ref))
         price_ms = known.restore_ms_estimate if known is not None else 0
-        return node if owed.waited(now_ms) >= (price_ms or RESTORE_MS) else None
-    return None
+        return node, price_ms or RESTORE_MS
+    return None, 0
+
+
+def stand(cluster: Cluster, spec: ModelSpec, now_ms: int) -> Stand:
+    """For people: how it stands with the copies of a version."""
+    held = tuple(sorted(view.node for view, _ in holders(cluster, spec.ref, str(spec.ref), now_ms)))
+    owed = cluster.waits.owed.get(spec.ref, Owed())
+    node, price_ms = (None, 0)
+    if len(held) < spec.replicas:
+        node, price_ms = _next(cluster, spec, held, owed, now_ms)
+    declined = tuple(node for node, until_ms in owed.declined.items() if until_ms > now_ms)
+    return Stand(spec.replicas, held, node, price_ms, round(owed.waited(now_ms)), declined)
 
 
 def wait_ms(cluster: Cluster, spec: ModelSpec, node: str, now_ms: int) -> int:

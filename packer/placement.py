@@ -1,9 +1,9 @@
 """Placement: which bins something goes to, and which few things must move so that it fits. Pure.
 
 Covers: best fit on exact bytes, at most two moves under a byte budget and a rule of worth when nothing fits,
-gangs that need several bins of one site, and what must be kept apart. Does not cover: evicting
-(``victims``), whose turn it is (``queueing``), or carrying a move out (``moving``). One function for a
-node's devices, for control's nodes and for the packing bench.
+and gangs that need several bins of one site. Does not cover: evicting (``victims``), whose turn it is
+(``queueing``), carrying a move out (``moving``), or keeping copies apart (``control.copies``: a node holds a
+version once). One function for a node's devices, for control's nodes and for the packing bench.
 
 A **bin** is a device; its **site** is the node that it is in. A gang takes its shares, and a move takes
 place, within one site: between nodes nothing is moved, it is only restored elsewhere. Costs and worth are in
@@ -34,15 +34,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """A device: its free bytes, of which ``reserved_bytes`` are promised to others, and what lies in it.
-    ``groups`` are present there, whether they are among the pieces or not."""
+    """A device: its free bytes, of which ``reserved_bytes`` are promised to others, and what lies in it."""
 
     name: str
     room_bytes: int
     pieces: tuple[Piece, ...] = ()
     site: str = ""
     reserved_bytes: int = 0
-    groups: tuple[str, ...] = ()
 
     @property
     def usable_bytes(self) -> int:
@@ -51,13 +49,12 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be placed: ``share_bytes`` on each of ``devices`` bins of one site, and on no site that
-    has a group of ``apart``. ``worth`` is lost if it is not placed: moves must cost less."""
+    """What is to be placed: ``share_bytes`` on each of ``devices`` bins of one site. ``worth`` is lost if it is
+    not placed: moves must cost less."""
 
     name: str
     share_bytes: int
     devices: int = 1
-    apart: tuple[str, ...] = ()
     worth: float = math.inf
 
 
@@ -136,12 +133,7 @@ def _sites_of(bins: Sequence[Bin], wanted: Wanted) -> list[list[Bin]]:
     sites: dict[str, list[Bin]] = {}
     for each in sorted(bins, key=lambda each: (each.site, each.name)):
         sites.setdefault(each.site, []).append(each)
-    apart = wanted.apart
-    return [
-        site
-        for site in sites.values()
-        if len(site) >= wanted.devices and not any(group in apart for each in site for group in each.groups)
-    ]
+    return [site for site in sites.values() if len(site) >= wanted.devices]
 
 
 def _direct(site: list[Bin], wanted: Wanted) -> tuple[int, tuple[str, ...]] | None:
@@ -376,8 +368,6 @@ def check(bins: Sequence[Bin], wanted: Wanted, rule: Rule, placing: Placing) -> 
         yield f"{placing.bins} are not {wanted.devices} different bins"
     if len({site[name] for name in placing.bins}) > 1:
         yield f"{placing.bins} are not of one site"
-    if any(site[each.name] == site[placing.bins[0]] for each in bins if {*each.groups} & {*wanted.apart}):
-        yield f"{placing.bins} are where {wanted.apart} is"
     if len(placing.moves) > rule.moves_max or placing.moved_bytes > rule.moved_bytes_max:
         yield f"{len(placing.moves)} moves of {placing.moved_bytes} bytes"
     if placing.moves and placing.cost >= wanted.worth:

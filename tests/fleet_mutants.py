@@ -411,12 +411,6 @@ FLEET_MUTANTS = (
         "        if nbytes > self.bytes_max:\n",
     ),
     Mutant(
-        "replicas share a site",
-        PLACEMENT,
-        " and not any(group in apart for each in site for group in each.groups)",
-        "",
-    ),
-    Mutant(
         "a gang's shares lie on one device",
         PLACEMENT,
         "            if target in self.taken or moves_max < 1:\n",

@@ -236,6 +236,20 @@ def test_a_node_that_could_not_be_reached_is_sent_no_copy() -> None:
     assert due.send() == "a"
 
 
+def test_how_it_stands_can_be_told() -> None:
+    due = overdue(holds("a"), lacks("b"), lacks("c"))
+    now = copies.stand(due.cluster, SPEC, due.now_ms)
+    assert (now.replicas, now.holders, now.restore_ms) == (2, ("a",), RESTORE_MS)
+    assert now.waited_ms >= 10 * RESTORE_MS
+    assert due.send() == now.next_node
+    due.end(now.next_node, status=507)
+    after = copies.stand(due.cluster, SPEC, due.now_ms)
+    assert (after.declined, after.waited_ms) == ((now.next_node,), 0)
+    assert after.next_node not in ("a", now.next_node, None)
+    full = copies.stand(cluster_of(holds("a"), holds("b")), SPEC, 0)
+    assert (full.holders, full.next_node, full.waited_ms, full.declined) == (("a", "b"), None, 0, ())
+
+
 def test_refusals_say_nothing_of_the_pace() -> None:
     slow = world(holds("a"), lacks("b"))
     for _ in range(6):

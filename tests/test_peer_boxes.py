@@ -1,21 +1,24 @@
 """Two real agents and control: packs go from node to node, the origin is read once.
 
-Covers: a second node served without the origin, bad copies of peers, control away, a deleted node's
-certificate. Does not cover: the protocol (``test_peers``, ``attacks/test_peers``) or who waits for whom
-(``test_sources``, ``test_cluster``).
+Covers: a second node served without the origin, bad copies of peers, a busy model with replicas, control
+away, a deleted node's certificate. Does not cover: the protocol (``test_peers``, ``attacks/test_peers``) or
+who waits for whom (``test_sources``, ``test_cluster``).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 import pytest
 import safetensors.numpy
+from click.testing import CliRunner
 from make_models import make_gpt2
 from real_box import PATIENCE_S, Box, Process, running_box
 from running_peers import dial, exchange, get
@@ -23,6 +26,7 @@ from tiny_models import describe, opened
 
 from agent.arena import allocate_image
 from agent.journal import open_journal
+from bunkhouse.cli.main import bunk
 from packer.identity import Identity
 from packer.ingest import Ingest
 from packer.pack import read_header
@@ -33,7 +37,7 @@ from packer.types import Task, parse_ref
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
 
-MODELS = ("plain", "index", "chunk", "forged", "away")
+MODELS = ("plain", "index", "chunk", "forged", "busy", "away")
 # Of one family: the second and the third differ from the first in one tensor each.
 TWINS = ("twin-a", "twin-b", "twin-c")
 
@@ -225,6 +229,41 @@ def test_weights_that_were_not_registered_never_serve_whoever_sealed_them(pair: 
     # What lies there now, or will in a moment, is the node's own work.
     path = pair.folder / "second" / "packs" / "acme"
     assert all(found.read_bytes() != lie for found in path.glob("forged@*.pack"))
+
+
+def test_a_busy_model_is_served_from_as_many_nodes_as_it_has_replicas(pair: Pair) -> None:
+    """The second copy comes from the first node's pack, when callers have waited long enough."""
+
+    def ask(number: int) -> str:
+        got = httpx2.post(
+            f"{pair.box.url}/v1/completions",
+            headers={"Authorization": f"Bearer {pair.box.keys['acme']}"},
+            json={"model": "acme/busy", "prompt": f"{number} bunks", "max_tokens": 16},
+            timeout=PATIENCE_S,
+        )
+        assert got.status_code == 200, got.text
+        return got.headers["x-bunkhouse-node"]
+
+    with ThreadPoolExecutor(8) as callers:
+        assert len(set(callers.map(ask, range(16)))) == 1
+        assert pair.box.operator().set_model("acme/busy", replicas=2).warnings == ()
+
+        def shared() -> bool:
+            answered = Counter(callers.map(ask, range(16)))
+            return min(answered["box"], answered["second"]) >= 4
+
+        pair.second.until(shared)
+    holding = [row for row in pair.box.operator().ps().items if "/busy@" in row.ref]
+    assert {row.node for row in holding if row.state == "resident"} == {"box", "second"}
+    now = pair.box.operator().plan("acme/busy").copies
+    assert now is not None
+    assert (now.replicas, now.holders, now.next_node) == (2, ("box", "second"), None)
+    told = CliRunner().invoke(
+        bunk,
+        ["plan", "acme/busy"],
+        env={"BUNKHOUSE_URL": pair.box.url, "BUNKHOUSE_API_KEY": pair.box.keys["acme"]},
+    )
+    assert "copies: 2 of up to 2 (box, second)" in told.output
 
 
 def test_with_control_away_the_origin_is_read(pair: Pair) -> None:

@@ -35,7 +35,6 @@ def bins_of(draw: st.DrawFn, sites: int) -> list[Bin]:
                 pieces,
                 f"s{draw(st.integers(1, sites))}",
                 draw(st.integers(0, 4)),
-                draw(st.sampled_from(((), ("x",), ("y",)))),
             )
         )
     return found
@@ -48,7 +47,6 @@ def instances(draw: st.DrawFn) -> tuple[list[Bin], Wanted, Rule]:
         "w",
         draw(st.integers(1, 16)),
         draw(st.sampled_from((1, 1, 1, 2, 3))),
-        draw(st.sampled_from(((), (), ("x",), ("x", "y")))),
         draw(st.sampled_from((math.inf, math.inf, 6.0, 2.0, 0.0))),
     )
     rule = Rule(draw(st.integers(0, 2)), draw(st.sampled_from((math.inf, 20, 8))))
@@ -120,10 +118,9 @@ def test_without_moves_a_gang_is_placed_whenever_enough_bins_of_one_site_have_ro
 ) -> None:
     bins, wanted, _ = instance
     free: dict[str, int] = {}
-    shut = {each.site for each in bins if {*each.groups} & {*wanted.apart}}
     for each in bins:
         free[each.site] = free.get(each.site, 0) + (each.usable_bytes >= wanted.share_bytes)
-    able = {site for site, count in free.items() if count >= wanted.devices} - shut
+    able = {site for site, count in free.items() if count >= wanted.devices}
     placing = place(bins, wanted)
     assert (placing is not None) == bool(able)
     assert set(left_over(bins, wanted)) == able
@@ -183,13 +180,6 @@ def test_the_site_with_the_cheapest_moves_is_chosen() -> None:
 
 def test_what_is_in_use_stays() -> None:
     assert place([Bin("a", 30, (Piece("x", 20),)), Bin("b", 25)], Wanted("w", 50), TWO) is None
-
-
-def test_groups_are_kept_apart_by_site() -> None:
-    bins = [Bin("a0", 9, site="a", groups=("model:m",)), Bin("a1", 9, site="a"), Bin("b0", 20, site="b")]
-    assert place(bins, Wanted("w", 5)) == Placing(("a0",))
-    assert place(bins, Wanted("w", 5, apart=("model:m",))) == Placing(("b0",))
-    assert left_over(bins, Wanted("w", 5, apart=("model:m",))) == {"b": 15}
 
 
 def test_a_gang_never_takes_shares_on_two_nodes_or_only_some_of_them() -> None:

@@ -19,6 +19,7 @@ from typing import Annotated
 from aiohttp import web
 
 from control import copies
+from control.copies import Stand
 from control.operations import Given, ModelText, NodeText, Operation, Result, worded
 from control.routes.access import Access, Caller, Route, not_found
 from control.state import Control
@@ -57,6 +58,7 @@ class PlanAnswer:
 
     model: str
     items: Sequence[PlanItem]
+    copies: Stand | None = None  # of a version with more than one replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ async def plan(control: Control, request: web.Request, caller: Caller) -> web.Re
             continue
         victims, others = _seen(caller, forecast.victims)
         items.append(PlanItem(node, _forecast_seen(caller, forecast, victims), others))
-    return json_response(PlanAnswer(str(spec.ref), items))
+    stand = copies.stand(control.cluster, spec, control.now_ms()) if spec.replicas > 1 else None
+    return json_response(PlanAnswer(str(spec.ref), items, stand))
 
 
 async def explain(control: Control, request: web.Request, caller: Caller) -> web.Response:

@@ -12,6 +12,7 @@ from bunkhouse._decode import Fields
 from bunkhouse._errors import BadValue
 from bunkhouse._request import Call, json_request
 from bunkhouse._types import (
+    Copies,
     Decision,
     DeviceRoom,
     Explanation,
@@ -70,7 +71,20 @@ def _others(fields: Fields) -> Others:
 
 
 def _forecasts(body: Fields) -> Forecasts:
-    return Forecasts(body.text("model"), tuple(_forecast(each) for each in body.each("items")))
+    items = tuple(_forecast(each) for each in body.each("items"))
+    copies = _copies(body.inner("copies")) if body.raw("copies") is not None else None
+    return Forecasts(body.text("model"), items, copies)
+
+
+def _copies(found: Fields) -> Copies:
+    return Copies(
+        replicas=found.number("replicas"),
+        holders=tuple(str(node) for node in found.list("holders")),
+        next_node=found.maybe_text("next_node"),
+        restore_ms=found.number("restore_ms", 0),
+        waited_ms=found.number("waited_ms", 0),
+        declined=tuple(str(node) for node in found.list("declined")),
+    )
 
 
 def _forecast(item: Fields) -> Forecast:

@@ -493,11 +493,26 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True)
+class Copies:
+    """Of a model with replicas: the nodes that hold a copy, the one that would get the next and what its
+    restore takes there. That is when callers have waited so long for each other in all; ``waited_ms`` of it
+    have passed. ``declined``: nodes that would not take a copy lately."""
+
+    replicas: int
+    holders: tuple[str, ...]
+    next_node: str | None
+    restore_ms: int
+    waited_ms: int
+    declined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Forecasts:
     """What ``plan`` returns: a forecast per node, in the order in which the router would try them."""
 
     model: str
     items: tuple[Forecast, ...]
+    copies: Copies | None = None  # of a model with more than one replica
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import click
 
 from bunkhouse._client import Client
 from bunkhouse._errors import BadValue
-from bunkhouse._types import Decision, Explanation, Forecast, Forecasts, Others, RequestStory, Victim
+from bunkhouse._types import Copies, Decision, Explanation, Forecast, Forecasts, Others, RequestStory, Victim
 from bunkhouse.cli.api import api_command
 from bunkhouse.cli.tables import Output, moment, printable, size, table
 
@@ -65,6 +65,17 @@ def _forecast_text(row: Forecast) -> str:
     return "\n".join(lines)
 
 
+def _copies_text(now: Copies) -> str:
+    held = ", ".join(now.holders) or "none"
+    lines = [f"copies: {len(now.holders)} of up to {now.replicas} ({held})"]
+    if now.next_node is not None:
+        waited = f"{now.waited_ms} ms of waiting of {now.restore_ms} ms that a restore takes there"
+        lines.append(f"  the next would go to {now.next_node}: {waited}")
+    if now.declined:
+        lines.append(f"  declined lately by {', '.join(now.declined)}")
+    return "\n".join(lines)
+
+
 @click.option(
     "--node", "node", metavar="NODE", help="Ask this node. Default: where the router would try first."
 )
@@ -76,7 +87,8 @@ def _plan(client: Client, out: Output, model: str, node: str | None) -> None:
     happens first.
     """
     found: Forecasts = client.plan(model, node=node)
-    text = "\n".join([found.model, *(_forecast_text(row) for row in found.items)])
+    lines = [found.model, *(_forecast_text(row) for row in found.items)]
+    text = "\n".join(lines + ([_copies_text(found.copies)] if found.copies is not None else []))
     out.document(found, text)
 
 
