@@ -49,8 +49,8 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be placed: ``share_bytes`` on each of ``devices`` bins of one site. ``worth`` is lost if it is
-    not placed: moves must cost less."""
+    """What is to be placed: ``share_bytes`` on each of ``devices`` bins of one site. ``worth`` is lost if it
+    is not placed: moves must cost less."""
 
     name: str
     share_bytes: int

@@ -27,14 +27,14 @@ COPIES_MUTANTS = (
     Mutant(
         "a copy costs nothing",
         COPIES,
-        "owed.waited(now_ms) >= (price_ms or RESTORE_MS)",
-        "owed.waited(now_ms) >= 0",
+        "owed.waited(now_ms) >= price_ms else None",
+        "owed.waited(now_ms) >= 0 else None",
     ),
     Mutant(
         "a copy costs twice what was waited",
         COPIES,
-        "owed.waited(now_ms) >= (price_ms or RESTORE_MS)",
-        "owed.waited(now_ms) >= 9 * (price_ms or RESTORE_MS)",
+        "owed.waited(now_ms) >= price_ms else None",
+        "owed.waited(now_ms) >= 9 * price_ms else None",
     ),
     Mutant(
         "who declined a copy is asked again at once",
