@@ -241,11 +241,12 @@ def refusal(reason: RefusalReason, detail: str, retry_ms: int | None, model: str
 
 def model_not_found(text: str) -> ApiError:
     """The one answer for a model that is absent, malformed, or somebody else's."""
+    named = "" if "/" in text else " A model is named tenant/name."
     return ApiError(
         404,
         "model_not_found",
         f"The model {text[:ECHO_CHARS_MAX]!r} does not exist or your key has no access to it; "
-        "GET /v1/models lists the models that it may use.",
+        f"GET /v1/models lists the models that it may use.{named}",
         field="model",
     )
 

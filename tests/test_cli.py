@@ -507,6 +507,13 @@ def test_the_contexts_key_goes_to_the_contexts_server_only(
     assert (result.exit_code, str(context) in result.stderr) == (1, True)
 
 
+@pytest.mark.parametrize("words", [("--url", "http://h:1"), ("--key-file=k",), ("-o", "json")])
+def test_an_option_before_its_command_is_told_where_it_goes(bunk: Bunk, words: Sequence[str]) -> None:
+    result = bunk(*words, "ps", plain=True)
+    assert result.exit_code == 2
+    assert f"{words[0].partition('=')[0]} goes behind the command" in result.stderr
+
+
 def test_without_a_server_the_ways_to_name_one_are_told(bunk: Bunk) -> None:
     result = bunk("ps", plain=True)
     assert result.exit_code == 2

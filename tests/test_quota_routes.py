@@ -1,7 +1,7 @@
 """Quotas over the management API: every rate can be set and seen, and a promise is checked against nodes.
 
-Covers: PATCH and PUT of rates, what a tenant sees of its own, refusals that name field, limit and way out,
-and promises above what nodes have. Does not cover: merging byte quotas (``test_control``), or what nodes do
+Covers: PATCH and PUT of rates, what a tenant sees of its own, refusals that name field, limit and way out (of
+tenants and models that are not there too), and promises above what nodes have. Does not cover: merging byte quotas (``test_control``), or what nodes do
 with a quota (``test_rates``, ``test_quota``).
 """
 
@@ -137,3 +137,21 @@ async def test_a_tenant_hears_nothing_of_lending_that_others_promises_follow_fro
         "excused_ms": 0,
         "protected": True,
     }
+
+
+async def test_who_may_make_a_tenant_is_told_how_and_others_learn_nothing(control: Running) -> None:
+    key = await control.tenant("acme")
+    path = "/api/v1/tenants/globex/quota"
+    absent = await control.call("GET", path, key=key)
+    assert "bunk tenant create" in (await control.call("GET", path)).error["hint"]
+    await control.tenant("globex")
+    foreign = await control.call("GET", path, key=key)
+    assert (absent.status, absent.body) == (foreign.status, foreign.body) == (404, absent.body)
+    assert absent.error["hint"] is None
+
+
+async def test_a_model_without_its_tenant_is_told_how_models_are_named(control: Running) -> None:
+    key = await control.tenant("acme")
+    for name, told in (("m", True), ("acme/m", False)):
+        said = await control.call("POST", "/v1/embeddings", {"model": name, "input": "x"}, key=key)
+        assert (said.status, "is named tenant/name" in said.error["message"]) == (404, told)

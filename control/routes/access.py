@@ -303,16 +303,18 @@ def _certified(control: Control, request: web.Request, who: str) -> NodeIdentity
 # --- for handlers ---------------------------------------------------------------------------------
 
 
-def not_found(what: str, text: str) -> ApiError:
+def not_found(what: str, text: str, hint: str | None = None) -> ApiError:
     """The same for what does not exist and for what is somebody else's."""
-    return ApiError(404, f"{what}_not_found", f"There is no {what} {text[:120]!r}, or it is not yours.")
+    message = f"There is no {what} {text[:120]!r}, or it is not yours."
+    return ApiError(404, f"{what}_not_found", message, hint=hint)
 
 
 def tenant_of(control: Control, caller: Caller, text: str) -> TenantRow:
     """The tenant in a path, if it exists and the caller may act for it; else the one 404."""
     row = control.catalog.tenants.get(text)
     if row is None or not (caller.is_operator or caller.tenant == text):
-        raise not_found("tenant", text)
+        # Whoever may see all tenants may be told how to make one.
+        raise not_found("tenant", text, "Make it with: bunk tenant create" if caller.is_operator else None)
     return row
 
 

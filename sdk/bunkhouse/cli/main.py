@@ -27,7 +27,21 @@ by a quota, 6 server unreachable, 130 interrupted.
 """
 
 
-@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+# Options of every command, which people write before it as well.
+_OF_COMMANDS = frozenset({"--url", "--key-file", "--output", "-o"})
+
+
+class Root(click.Group):
+    """Says where an option goes that stands before the command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0].partition("=")[0] if args else ""
+        if first in _OF_COMMANDS:
+            ctx.fail(f"{first} goes behind the command, as in: bunk ps {first} …")
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Root, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="bunk")
 def bunk() -> None:
     """Pack many tenants' models onto the GPUs you already own."""
