@@ -1,8 +1,8 @@
 """Quotas over the management API: every rate can be set and seen, and a promise is checked against nodes.
 
 Covers: PATCH and PUT of rates, what a tenant sees of its own, refusals that name field, limit and way out (of
-tenants and models that are not there too), and promises above what nodes have. Does not cover: merging byte quotas (``test_control``), or what nodes do
-with a quota (``test_rates``, ``test_quota``).
+tenants and models that are not there too), and promises above what nodes have. Does not cover: merging byte
+quotas (``test_control``), or what nodes do with a quota (``test_rates``, ``test_quota``).
 """
 
 from __future__ import annotations
