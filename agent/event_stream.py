@@ -22,59 +22,9 @@ FRAMES_PENDING_MAX = 64
 STALL_SECONDS = 60.0
 
 
-class EventStream:
-    """One answer of server-sent events. Its head is sent with the first event, not before, so that an
-    error that comes first is still a plain error with its own status."""
-
-    def __init__(self, request: web.Request, stall_seconds: float = STALL_SECONDS) -> None:
-        self._request = request
-        self._stall_seconds = stall_seconds
-        self._response: web.StreamResponse | None = None
-
-    @property
-    def begun(self) -> bool:
-        return self._response is not None
-
-    async def data(self, payload: bytes) -> None:
-        await self._write(b"data: " + payload + b"\n\n")
-
-    async def comment(self, text: str) -> None:
-        """A line that clients ignore and that keeps proxies from giving up."""
-        await self._write(b": " + text.encode() + b"\n\n")
-
-    async def end(self) -> web.StreamResponse:
-        response = await self._begin()
-        await response.write_eof()
-        return response
-
-    async def _begin(self) -> web.StreamResponse:
-        if self._response is None:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            self._response = web.StreamResponse(headers=headers)
-            self._response.content_type = "text/event-stream"
-            self._response.charset = "utf-8"
-            await self._response.prepare(self._request)
-        return self._response
-
-    async def _write(self, line: bytes) -> None:
-        response = await self._begin()
-        try:
-            async with asyncio.timeout(self._stall_seconds):
-                await response.write(line)
-        except TimeoutError:
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            raise ConnectionResetError(f"the caller took nothing for {self._stall_seconds:g} s") from None
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    error: Exception | None
-
-
 class _Silence:
-    """One timer for all of a stream: a frame only writes down when it came. ``due`` becomes true when nothing
-    came for so long."""
+    """One timer for all of a stream: a frame only writes down when it came. ``wake`` is called whenever
+    nothing came for so long."""
 
     __slots__ = ("_handle", "_heard_s", "_loop", "_seconds", "_wake")
 
@@ -97,6 +47,72 @@ class _Silence:
             self._wake()
             self._heard_s, left_s = self._loop.time(), self._seconds
         self._handle = self._loop.call_later(left_s, self._look)
+
+
+class EventStream:
+    """One answer of server-sent events. Its head is sent with the first event, not before, so that an
+    error that comes first is still a plain error with its own status. ``close`` it, however it ends."""
+
+    def __init__(self, request: web.Request, stall_seconds: float = STALL_SECONDS) -> None:
+        self._request = request
+        self._stall_seconds = stall_seconds
+        self._response: web.StreamResponse | None = None
+        self._writing = self._stalled = False
+        self._watch: _Silence | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self._response is not None
+
+    async def data(self, payload: bytes) -> None:
+        await self._write(b"data: " + payload + b"\n\n")
+
+    async def comment(self, text: str) -> None:
+        """A line that clients ignore and that keeps proxies from giving up."""
+        await self._write(b": " + text.encode() + b"\n\n")
+
+    async def end(self) -> web.StreamResponse:
+        response = await self._begin()
+        await response.write_eof()
+        return response
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+
+    async def _begin(self) -> web.StreamResponse:
+        if self._response is None:
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            self._response = web.StreamResponse(headers=headers)
+            self._response.content_type = "text/event-stream"
+            self._response.charset = "utf-8"
+            await self._response.prepare(self._request)
+        return self._response
+
+    async def _write(self, line: bytes) -> None:
+        response = await self._begin()
+        if self._watch is None:
+            self._watch = _Silence(self._stall_seconds, self._look)
+        self._watch.heard()
+        self._writing = True
+        try:
+            await response.write(line)
+        finally:
+            self._writing = False
+            if self._stalled:
+                raise ConnectionResetError(f"the caller took nothing for {self._stall_seconds:g} s") from None
+
+    def _look(self) -> None:
+        """No line was begun for so long: the caller is gone or hostile if one is on its way since then."""
+        if self._writing:
+            self._stalled = True
+            if self._request.transport is not None:
+                self._request.transport.abort()
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    error: Exception | None
 
 
 async def with_silences(

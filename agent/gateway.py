@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, closing
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -335,7 +335,8 @@ class Gateway:
             logprobs=any("logprobs" in order.fields for order in orders),
         )
         if ask.stream:
-            return await self._streamed(call, orders, shape)
+            with closing(EventStream(call.request, self._config.stall_seconds)) as stream:
+                return await self._streamed(stream, call, orders, shape)
         async with aclosing(self._frames(call, orders)) as items:
             async for item in items:
                 if isinstance(item, tuple):
@@ -344,11 +345,10 @@ class Gateway:
         return WholeAnswer(call.request.app, answer, "application/json")
 
     async def _streamed(
-        self, call: Call, orders: tuple[EngineRequest, ...], shape: GeneratedShape
+        self, stream: EventStream, call: Call, orders: tuple[EngineRequest, ...], shape: GeneratedShape
     ) -> web.StreamResponse:
         """The answer as it is made. Before its first event an error has its own status; later it is an
         event, which OpenAI's clients raise. The lease is over when the last event is sent."""
-        stream = EventStream(call.request, self._config.stall_seconds)
         source = with_silences(self._frames(call, orders), self._config.keep_alive_ms / 1000)
         doing = "restoring"
         try:

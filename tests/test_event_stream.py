@@ -1,21 +1,22 @@
 """A stream that says when it is silent, on a clock that jumps: one timer for all of it.
 
-Covers: ``with_silences``. Does not cover: the events themselves or callers (``test_gateway_streams``).
+Covers: ``with_silences``, and a caller that takes nothing. Does not cover: the events themselves, or callers
+over sockets (``test_gateway_streams``).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, closing
+from typing import Any, cast
 from unittest import mock
 
 import pytest
 from virtual_clock import VirtualLoop
 from virtual_clock import run_virtual as run
 
-from agent.event_stream import with_silences
+from agent.event_stream import EventStream, with_silences
 
 SILENCE_S = 5.0
 
@@ -105,3 +106,57 @@ def test_the_timer_ends_with_the_stream_however_it_ends() -> None:
         assert not [timer for timer in loop._scheduled if not timer.cancelled()]  # type: ignore[attr-defined]
 
     run(main())
+
+
+class Caller:
+    """Takes lines, until it does not; then it is hung up on, or there is nothing to take."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.takes = asyncio.Event()
+        self.takes.set()
+        self.transport = mock.Mock(abort=mock.Mock(side_effect=self.takes.set))
+
+    async def write(self, line: bytes) -> None:
+        self.lines.append(line)
+        await self.takes.wait()
+
+
+def streamed(work: Callable[[EventStream, Caller], Coroutine[Any, Any, None]]) -> Caller:
+    async def main() -> Caller:
+        caller = Caller()
+        with closing(EventStream(cast(Any, caller), SILENCE_S)) as stream:
+            stream._response = cast(Any, caller)
+            await work(stream, caller)
+        loop = cast(Any, asyncio.get_running_loop())
+        assert not [timer for timer in loop._scheduled if not timer.cancelled()]
+        return caller
+
+    return run(main())
+
+
+def test_a_caller_that_takes_nothing_is_hung_up_on_and_one_that_waits_is_not() -> None:
+    async def work(stream: EventStream, caller: Caller) -> None:
+        for _ in range(3):
+            await stream.data(b"x")
+            await asyncio.sleep(10 * SILENCE_S)
+        caller.transport.abort.assert_not_called()
+        began_s = asyncio.get_running_loop().time()
+        caller.takes.clear()
+        with pytest.raises(ConnectionResetError, match="took nothing for 5 s"):
+            await stream.data(b"y")
+        assert SILENCE_S <= asyncio.get_running_loop().time() - began_s <= 2 * SILENCE_S
+        caller.transport.abort.assert_called_once()
+
+    assert len(streamed(work).lines) == 4
+
+
+def test_many_lines_set_no_timer_each() -> None:
+    async def work(stream: EventStream, caller: Caller) -> None:
+        loop = asyncio.get_running_loop()
+        with mock.patch.object(loop, "call_at", wraps=loop.call_at) as timers:
+            for _ in range(1000):
+                await stream.data(b"x")
+        assert timers.call_count == 1
+
+    streamed(work)
