@@ -14,7 +14,7 @@ from collections import Counter
 from cluster_simulation import Fleet
 from hash_seeds import digests_under_two_hash_seeds
 
-SEEDS = range(19, 79)
+SEEDS = range(19, 61)
 # Fresh histories on every commit without a clock or randomness: another range can be named.
 SEED_FIRST = int(os.environ.get("BUNK_SEED_FIRST", "0"))
 
@@ -83,12 +83,12 @@ def test_every_cluster_is_safe_and_ends_well_and_together_they_reach_every_rare_
 
 PRINT_DIGESTS = """
 from cluster_simulation import Fleet
-print(*(Fleet(seed).run().digest.hexdigest() for seed in range(8)))
+print(*(Fleet(seed).run().digest.hexdigest() for seed in range(4)))
 """
 
 
 def test_the_same_seed_gives_the_same_trace_whatever_the_hash_seed() -> None:
     """A set that was iterated in either core, or at either edge, would order things by the hash seed."""
     first, second = digests_under_two_hash_seeds(PRINT_DIGESTS)
-    assert len(first) == 8
+    assert len(first) == 4
     assert first == second

@@ -34,7 +34,6 @@ from packer.events import (
 )
 from packer.types import MIB, ModelSpec, TenantQuota, Tier
 
-
 # The whole state is looked at for every so many questions: it costs ten times what the question does.
 LOOK_EVERY = 4
 

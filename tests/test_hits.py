@@ -85,7 +85,7 @@ def whole_core() -> Any:
     return SimpleNamespace(**{**whole, "step": residency.step_in_full})
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_both_live_through_the_same_trouble(seed: int) -> None:
     short = World(seed).run()
     whole = World(seed, core=cast(Any, whole_core())).run()
