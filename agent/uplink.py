@@ -26,7 +26,7 @@ from agent.origin import PIECE_BYTES, OriginUnavailable
 from agent.shares import Shares
 from agent.sources import ControlAway
 from packer.control_answers import Answer, read_answer, refusal_of, text_of
-from packer.identity import BadIdentity, Identity
+from packer.identity import Identity
 from packer.joining import (
     ANSWER_TIMEOUT_S,
     EXPIRY_MARGIN_S,
@@ -35,6 +35,8 @@ from packer.joining import (
     Forgotten,
     Joiner,
     Joining,
+    Refused,
+    Renewed,
     pause,
 )
 from packer.peer_lists import KnownPeers
@@ -64,8 +66,6 @@ NODE = Joiner("node", "/node/v1", "the agent")
 POLL_WAIT_MS = 20_000
 # Reports go out this long after a change, so that a burst of changes is one beat.
 REPORT_PAUSE_S = 0.2
-# Before a certificate that control has just given and does not accept is asked for again.
-REFUSED_PAUSE_S = 1.0
 # A control that takes no connection by then is not there.
 CONNECT_TIMEOUT_S = 5.0
 SOURCES_TIMEOUT_S = 3.0  # a model waits for this answer, and can be loaded without it
@@ -112,7 +112,6 @@ class Uplink:
         self._url = control_url.rstrip("/")
         self.joining = Joining(NODE, identity, control_url, name, token_file)
         self._shares = shares
-        self._gateway_url = ""
         self._changed = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
         self._online = asyncio.Event()
@@ -121,7 +120,6 @@ class Uplink:
         self._beats = 0
         self._told = ""  # by control's newest answer
         self._peers = KnownPeers()
-        self._refused = False  # control does not accept the certificate
         self._clock = ControlClock()
         self._complaint = ""  # of control about this node, said once
 
@@ -133,38 +131,9 @@ class Uplink:
         return self._online.is_set()
 
     async def run(self, gateway_url: str) -> None:
-        """Join if need be, then beat for ever. Raises ``BadIdentity`` when only a person can help, of
-        which ``NodeDeleted`` means that the node must stop serving as well."""
-        self._gateway_url = gateway_url
-        while True:
-            try:
-                await self._certified()
-                await self._talk()
-            except _Renewed:
-                log.info("certificate or CAs renewed")
-            except _Refused as error:
-                # The node may exist still: its certificate ended by control's clock, or its CA was replaced.
-                log.warning("control does not accept this node's certificate: %s", error)
-                self._refused = True
-                await pause(REFUSED_PAUSE_S)
-            except Forgotten as error:
-                aside = self._identity.forget()
-                kept = f"; its former identity is kept in {aside}" if aside else ""
-                if not self.joining.has_token:
-                    raise NodeDeleted(
-                        f"control deleted this node ({error}){kept}; join again with a new token from "
-                        "`bunk node token create`, in the same --data-dir if you like"
-                    ) from None
-                log.warning("control deleted this node (%s); joining afresh with the token%s", error, kept)
-            finally:
-                self._online.clear()
-
-    async def _certified(self) -> None:
-        """Returns with a certificate that control may accept."""
-        joined = await self.joining.certified(self._refused, self._gateway_url)
-        if joined and self._shares is not None:
-            await self._shares.forget()
-        self._refused = False
+        """Join if need be, then beat for ever. See ``Joining.run``."""
+        joined = self._shares.forget if self._shares is not None else None
+        await self.joining.run(self._talk, joined, gateway_url)
 
     async def _talk(self) -> None:
         """Poll and push over one session until it must be made anew."""
@@ -181,6 +150,7 @@ class Uplink:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                self._online.clear()
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[None]:
@@ -222,12 +192,12 @@ class Uplink:
                     log.warning("control is away, serving on with the last plan: %s", error)
                 self._online.clear()
                 if self._identity.expired(EXPIRY_MARGIN_S):
-                    raise _Renewed from None  # leads to the check for expiry in run()
+                    raise Renewed from None  # leads to the check for expiry in run()
                 pause_s = await pause(pause_s)
             else:
                 pause_s = RETRY_FIRST_S
                 if self._identity.renew_due() and await self.joining.renew(self._post_now):
-                    raise _Renewed
+                    raise Renewed
 
     async def _push(self) -> None:
         """Short beats when something changed: reports and records."""
@@ -304,7 +274,7 @@ class Uplink:
         if got.questions:
             await self._reply(got.questions[:QUESTIONS_MAX])
         if got.ca_pem and self._identity.adopt_cas(got.ca_pem):
-            raise _Renewed
+            raise Renewed
         if records and got.acked_seq < records[-1].seq:
             return _Left.STUCK
         if got.usage_acked < usage.seq:
@@ -318,7 +288,7 @@ class Uplink:
         if answer.status in (403, 404):
             raise Forgotten(text)
         if answer.status == 401:
-            raise _Refused(text)
+            raise Refused(text)
         if code == "node_cloned" and code != self._complaint:
             log.error("%s", text)
             self._complaint = code
@@ -404,15 +374,3 @@ class _Left(Enum):
     NOTHING = "nothing"
     MORE = "more"
     STUCK = "stuck"
-
-
-class NodeDeleted(BadIdentity):
-    """An operator deleted this node: it must stop serving."""
-
-
-class _Renewed(Exception):
-    """The session must be made anew with another certificate."""
-
-
-class _Refused(Exception):
-    """Control does not accept the certificate."""

@@ -23,7 +23,7 @@ from control.places import dialled_url
 from control.router_view import RouterView
 from control.router_wire import RouterAnswer, RouterAsk
 from packer.control_answers import Answer, read_answer, refusal_of
-from packer.identity import BadIdentity, Identity
+from packer.identity import Identity
 from packer.joining import (
     ANSWER_TIMEOUT_S,
     EXPIRY_MARGIN_S,
@@ -32,6 +32,8 @@ from packer.joining import (
     Forgotten,
     Joiner,
     Joining,
+    Refused,
+    Renewed,
     pause,
 )
 from packer.release import server_version
@@ -46,8 +48,6 @@ POLL_WAIT_MS = 20_000
 REST_S = 0.02
 # A control that takes no connection by then is not there.
 CONNECT_TIMEOUT_S = 5.0
-# Before a certificate that control has just given and does not accept is asked for again.
-REFUSED_PAUSE_S = 1.0
 # Control's answer to a tenant who asks where to call nodes. Without it the tenant calls through here.
 ROUTE_TIMEOUT_S = 5.0
 
@@ -59,18 +59,6 @@ class Figures:
     url: str
     in_flight: int
     calls: int
-
-
-class RouterRemoved(BadIdentity):
-    """An operator removed this router: it must stop serving."""
-
-
-class _Renewed(Exception):
-    """The session must be made anew with another certificate."""
-
-
-class _Refused(Exception):
-    """Control does not accept the certificate."""
 
 
 class RouterLine:
@@ -95,35 +83,12 @@ class RouterLine:
         self._session: aiohttp.ClientSession | None = None
         self._life = secrets.token_hex(8)
         self._asked = 0
-        self._refused = False
         self._control_at = ""  # control's address, as this box last connected to it
         self.connected = False
 
     async def run(self) -> None:
-        """Join if need be, then ask for ever. Raises ``BadIdentity`` when only a person can help, of which
-        ``RouterRemoved`` means that the router must stop serving as well."""
-        while True:
-            try:
-                await self._joining.certified(self._refused)
-                self._refused = False
-                await self._talk()
-            except _Renewed:
-                log.info("certificate or CAs renewed")
-            except _Refused as error:
-                log.warning("control does not accept this router's certificate: %s", error)
-                self._refused = True
-                await asyncio.sleep(REFUSED_PAUSE_S)
-            except Forgotten as error:
-                aside = self._identity.forget()
-                kept = f"; its former identity is kept in {aside}" if aside else ""
-                if not self._joining.has_token:
-                    raise RouterRemoved(
-                        f"control removed this router ({error}){kept}; join again with a new token from "
-                        "`bunk router token create`, in the same --data-dir if you like"
-                    ) from None
-                log.warning("control removed this router (%s); joining afresh with the token%s", error, kept)
-            finally:
-                self.connected = False
+        """Join if need be, then ask for ever. See ``Joining.run``."""
+        await self._joining.run(self._talk)
 
     async def _talk(self) -> None:
         connector = aiohttp.TCPConnector(ssl=self._identity.context(), limit=0, socket_factory=self._socket)
@@ -136,6 +101,7 @@ class RouterLine:
                 await self._poll()
             finally:
                 self._session = None
+                self.connected = False
 
     async def _poll(self) -> None:
         pause_s, more = RETRY_FIRST_S, False
@@ -150,7 +116,7 @@ class RouterLine:
                 self._view.lose_pieces()
                 more = False
                 if self._identity.expired(EXPIRY_MARGIN_S):
-                    raise _Renewed from None  # leads to the check for expiry in run()
+                    raise Renewed from None  # leads to the check for expiry in run()
                 pause_s = await pause(pause_s)
                 continue
             pause_s = RETRY_FIRST_S
@@ -158,7 +124,7 @@ class RouterLine:
                 log.info("connected to control at %s", self._url)
                 self.connected = True
             if self._identity.renew_due() and await self._joining.renew(self._post_now):
-                raise _Renewed
+                raise Renewed
             if not more:
                 self._news()
                 await asyncio.sleep(REST_S)
@@ -190,7 +156,7 @@ class RouterLine:
             raise BadMessage("control's answer is to another question")
         view.take(got)
         if got.ca_pem and self._identity.adopt_cas(got.ca_pem):
-            raise _Renewed
+            raise Renewed
         return got
 
     def _complain(self, answer: Answer) -> NoReturn:
@@ -198,7 +164,7 @@ class RouterLine:
         if code == "router_removed":
             raise Forgotten(text)
         if answer.status in (401, 403):
-            raise _Refused(text)
+            raise Refused(text)
         raise aiohttp.ClientError(f"control answered {answer.status}: {text}")
 
     async def _post_now(self, path: str, message: object) -> Answer:

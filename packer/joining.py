@@ -1,8 +1,9 @@
 """How a box gets its certificate from control, and another one in time: nodes and routers alike.
 
-Covers: the join with a token, whose pin is checked first, renewal over a session that is open, and renewal of
-a certificate that has ended. Does not cover: keys and files (``packer.identity``), whom control certifies
-(``control.routes``), or what is said afterwards (``agent.uplink``, ``control.router_line``).
+Covers: the join with a token, whose pin is checked first, renewal over a session that is open, renewal of a
+certificate that has ended, and beginning anew after any of them. Does not cover: keys and files
+(``packer.identity``), whom control certifies (``control.routes``), or what is said afterwards
+(``agent.uplink``, ``control.router_line``).
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 10.0
 # An answer that takes longer than this, beyond what it was asked to wait, is a dead connection.
 ANSWER_TIMEOUT_S = 15.0
+# Before a certificate that control has just given and does not accept is asked for again.
+REFUSED_PAUSE_S = 1.0
 # One that ends so soon may have ended by control's clock; it is renewed as one that has (``CLOCK_SKEW``).
 EXPIRY_MARGIN_S = 1_800.0
 CAS_BYTES_MAX = 64 * 1024  # two CAs while they overlap, 700 bytes each
@@ -51,6 +54,18 @@ JSON = {"Content-Type": "application/json"}
 
 class Forgotten(Exception):
     """Control does not know this box: it was removed."""
+
+
+class Refused(Exception):
+    """Control does not accept the certificate."""
+
+
+class Renewed(Exception):
+    """The session must be made anew with another certificate."""
+
+
+class Removed(BadIdentity):
+    """An operator removed this box: it must stop serving."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +94,43 @@ class Joining:
     def has_token(self) -> bool:
         return self._token_file is not None and self._token_file.exists()
 
-    async def certified(self, refused: bool, gateway_url: str = "") -> bool:
+    async def run(
+        self,
+        talk: Callable[[], Awaitable[None]],
+        joined: Callable[[], Awaitable[None]] | None = None,
+        gateway_url: str = "",
+    ) -> None:
+        """Join if need be, then ``talk`` with a certificate that control may accept, for ever. ``talk`` ends
+        by raising ``Renewed``, ``Refused`` or ``Forgotten``; ``joined`` is called after a join. Raises
+        ``BadIdentity`` when only a person can help, of which ``Removed`` means that the box must stop serving
+        as well."""
+        what, refused = self._joiner.what, False
+        while True:
+            try:
+                if await self._certified(refused, gateway_url) and joined is not None:
+                    await joined()
+                refused = False
+                await talk()
+            except Renewed:
+                log.info("certificate or CAs renewed")
+            except Refused as error:
+                # The box may exist still: its certificate ended by control's clock, or its CA was replaced.
+                log.warning("control does not accept this %s's certificate: %s", what, error)
+                refused = True
+                await pause(REFUSED_PAUSE_S)
+            except Forgotten as error:
+                aside = self._identity.forget()
+                kept = f"; its former identity is kept in {aside}" if aside else ""
+                if not self.has_token:
+                    raise Removed(
+                        f"control removed this {what} ({error}){kept}; join again with a new token from "
+                        f"`bunk {what} token create`, in the same --data-dir if you like"
+                    ) from None
+                log.warning(
+                    "control removed this %s (%s); joining afresh with the token%s", what, error, kept
+                )
+
+    async def _certified(self, refused: bool, gateway_url: str) -> bool:
         """Returns with a certificate that control may accept: True after a join. ``refused``: the present one
         it does not."""
         late = refused or self._identity.expired(EXPIRY_MARGIN_S)

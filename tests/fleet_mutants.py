@@ -221,7 +221,7 @@ FLEET_MUTANTS = (
     ),
     Mutant(
         "a deleted node keeps its identity",
-        UPLINK,
+        "packer.joining",
         "                aside = self._identity.forget()\n",
         "                aside = None\n",
     ),

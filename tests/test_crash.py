@@ -213,7 +213,7 @@ def test_a_removed_node_stays_stopped_until_it_joins_anew(box: Box) -> None:
     before, _ = answer(box)
     assert box.agent is not None
     box.operator().delete_node("box")
-    box.agent.wait_for("control deleted this node.*former-1.*join again")
+    box.agent.wait_for("control removed this node.*former-1.*join again")
     assert box.agent.handle.wait(PATIENCE_S) == 1
     words = ["--data-dir", str(box.folder / "agent"), "--control", box.node_url, "--device", "cpu:48MiB"]
     again = Process("agent", "run", *words, "--name", "box", "--listen", f"127.0.0.1:{box.ports[2]}")

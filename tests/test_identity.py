@@ -24,7 +24,7 @@ from running_control import PATIENCE_S, Running, empty_report, model_files, runn
 from running_peers import Site
 from running_uplinks import GATEWAY, Owner, beating, ended, make_uplink, token_file
 
-from agent.uplink import NodeDeleted, Uplink
+from agent.uplink import Uplink
 from control import authority as authority_module
 from control.authority import LATE_RENEWAL_MAX
 from control.ca import CLOCK_SKEW, NODE_CERTIFICATE_LIFE
@@ -32,6 +32,7 @@ from control.lives import CLONE_MEMORY_MS
 from control.routes.nodes import answer_beat
 from packer.http import ApiError
 from packer.identity import RENEW_AT_SHARE, RENEW_JITTER_SHARE, BadIdentity, Identity
+from packer.joining import Removed
 from packer.wire import WIRE_VERSION, Beat, BoxFacts, SourcesAsk, encode
 
 
@@ -276,7 +277,7 @@ async def test_a_removed_node_joins_afresh_in_the_same_directory(tmp_path: Path)
         async with beating(uplink) as task:
             await until(lambda: "box" in control.server.control._polls)
             await control.call("DELETE", "/api/v1/nodes/box")
-            with pytest.raises(NodeDeleted, match=r"former-1.*join again with a new token"):
+            with pytest.raises(Removed, match=r"former-1.*join again with a new token"):
                 await asyncio.wait_for(asyncio.shield(task), PATIENCE_S)
         aside = folder / "identity" / "former-1"
         assert (aside / "node.key").read_bytes() == key

@@ -294,7 +294,7 @@ def test_a_deleted_node_is_refused_at_once(pair: Pair) -> None:
     plan = rf"plan \d+\.\d+: \d+ tenants, {len(MODELS) + len(TWINS)} versions"
     pair.box.agent.wait_for(plan)
     pair.box.operator().delete_node("second")
-    pair.second.wait_for("control deleted this node")
+    pair.second.wait_for("control removed this node")
     pair.box.agent.wait_for(plan)
     with dial(peer_port, context) as tls:
         answer = exchange(tls, request)

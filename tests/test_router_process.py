@@ -23,9 +23,9 @@ from running_routers import RunningRouter, joined_router, router_config, router_
 from running_uplinks import Agent, ended, joined_agent, resident
 
 from control.config import parse_address
-from control.router_line import RouterRemoved
 from control.router_process import Router
 from control.routes import forwarding
+from packer.joining import Removed
 
 
 @dataclass(slots=True)
@@ -150,7 +150,7 @@ async def test_a_router_that_is_removed_stops_at_once(scene: Scene) -> None:
     assert (await scene.embed()).status == 200
     assert (await scene.control.call("DELETE", "/api/v1/routers/r1")).status == 204
     error = await asyncio.wait_for(router.failed(), PATIENCE_S)
-    assert isinstance(error, RouterRemoved)
+    assert isinstance(error, Removed)
     assert "bunk router token create" in str(error)
     agent = scene.agent
     await until(lambda: agent.owner.plan is not None and not agent.owner.plan.routers)

@@ -18,11 +18,11 @@ from running_uplinks import Owner, beating, make_uplink, token_file
 
 from agent import uplink as uplink_module
 from agent.sources import ControlAway
-from agent.uplink import NodeDeleted
 from control.ca import Ca
 from control.routing import wall_ms
 from packer.control_answers import Answer
 from packer.identity import BadIdentity, Identity, may_serve
+from packer.joining import Removed
 from packer.types import ModelRef
 from packer.wire import BadMessage, OriginTurn, Record
 
@@ -74,7 +74,7 @@ async def test_a_deleted_node_stops(tmp_path: Path) -> None:
         task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
         await owner.until_versions(0)
         await control.call("DELETE", "/api/v1/nodes/box")
-        with pytest.raises(NodeDeleted, match="bunk node token create"):
+        with pytest.raises(Removed, match="bunk node token create"):
             async with asyncio.timeout(PATIENCE_S):
                 await task
         assert not (tmp_path / "identity" / "identity.json").exists()
