@@ -214,7 +214,7 @@ class Gateway:
             answer = await _written(
                 len(frame.body), embedding_answer, ask, call.model_id, _count(order), frame
             )
-        return WholeAnswer(request.app, answer, "application/json")
+        return WholeAnswer(request.app, answer, "application/json").send_now(request)
 
     async def classify(self, request: web.Request) -> web.Response:
         async with self._bodies.body(request, request[KEY].tenant) as body:
@@ -232,7 +232,7 @@ class Gateway:
                 _count(order),
                 frame,
             )
-        return WholeAnswer(request.app, answer, "application/json")
+        return WholeAnswer(request.app, answer, "application/json").send_now(request)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         async with self._bodies.body(request, request[KEY].tenant) as body:
@@ -342,7 +342,7 @@ class Gateway:
                 if isinstance(item, tuple):
                     shape.keep(shape.read(*item))
         answer = await _written(shape.about_bytes, shape.whole)
-        return WholeAnswer(call.request.app, answer, "application/json")
+        return WholeAnswer(call.request.app, answer, "application/json").send_now(call.request)
 
     async def _streamed(
         self, stream: EventStream, call: Call, orders: tuple[EngineRequest, ...], shape: GeneratedShape

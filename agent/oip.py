@@ -155,7 +155,7 @@ class OipRoutes:
             answer = await self._sized(len(frame.body), _write, spec, signature, asked, frame)
         headers = {} if answer.header_bytes is None else {HEADER_LENGTH: str(answer.header_bytes)}
         kind = "application/json" if answer.header_bytes is None else "application/octet-stream"
-        return WholeAnswer(request.app, answer.body, kind, headers=headers)
+        return WholeAnswer(request.app, answer.body, kind, headers=headers).send_now(request)
 
     # --- how ------------------------------------------------------------------------------------------
 

@@ -382,7 +382,10 @@ def refuse_encoding(request: web.Request) -> None:
 
     aiohttp would inflate it before any size limit is looked at (see ``runner``, which turns that off).
     """
-    for value in request.headers.getall("Content-Encoding", []):
+    headers = request.headers
+    if "Content-Encoding" not in headers and "Transfer-Encoding" not in headers:
+        return
+    for value in headers.getall("Content-Encoding", []):
         if value.strip().lower() not in ("", "identity"):
             raise ApiError(
                 415,
@@ -390,7 +393,7 @@ def refuse_encoding(request: web.Request) -> None:
                 f"Content-Encoding {value[:ECHO_CHARS_MAX]!r} is not accepted; send the body uncompressed.",
                 headers={"Accept-Encoding": "identity"},
             )
-    for value in request.headers.getall("Transfer-Encoding", []):
+    for value in headers.getall("Transfer-Encoding", []):
         if value.strip().lower() != "chunked":
             # aiohttp takes "gzip, chunked" and ignores the first word; whoever stands before us may not.
             raise ApiError(
@@ -410,9 +413,9 @@ def protect(
 
     Whoever checks keys tells by ``enter`` whose request it is.
     """
-    app[CROWD] = crowd or Crowd()
-    app[DOORS] = doors or Doors()
-    app.middlewares.insert(0, request_guard(render))
+    app[CROWD] = crowd = crowd or Crowd()
+    app[DOORS] = doors = doors or Doors()
+    app.middlewares.insert(0, request_guard(render, crowd, doors))
 
     async def mark(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(own_headers(app, request, response.headers))
@@ -444,27 +447,30 @@ def new_request_id() -> str:
     return f"req_{os.urandom(12).hex()}"
 
 
-def request_guard(render: Render) -> Middleware:
+def request_guard(render: Render, crowd: Crowd, doors: Doors) -> Middleware:
     """The outermost middleware: a request id, no compressed bodies, and never a bare error."""
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = new_request_id()
-        request.app[DOORS].asked(request.protocol)
+        doors.asked(request.protocol)
         try:
             response = await answer(request, handler)
-            if "Upgrade" in request.headers and not response.prepared:
+            if response.prepared:
+                return response
+            if "Upgrade" in request.headers:
                 response.force_close()  # aiohttp reads no further request after one that asks for it
-            if isinstance(response, web.Response) and not response.prepared:
+            if isinstance(response, web.Response):
                 try:
                     await _send(request, response)
                 except Crowded as error:
                     return render(request, _crowded(error))
             return response
         finally:
-            if OWNER in request:
-                request.app[CROWD].leave(request[OWNER])
-            request.app[DOORS].answered(request.protocol, request.get(OWNER))
+            owner = request.get(OWNER)
+            if owner is not None:
+                crowd.leave(owner)
+            doors.answered(request.protocol, owner)
 
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:

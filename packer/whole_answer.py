@@ -17,7 +17,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
 from packer.crowd import SMALL_BYTES_MAX
-from packer.http import own_headers
+from packer.http import HEAD_SENT, own_headers
 
 
 class WholeAnswer(web.Response):
@@ -44,13 +44,13 @@ class WholeAnswer(web.Response):
     def keep_alive(self) -> bool | None:
         return True if self._written else super().keep_alive
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        if self._written:
-            return None
+    def send_now(self, request: web.BaseRequest) -> WholeAnswer:
+        """Write it if nothing is out of the ordinary, so that its caller does not wait for what follows; else
+        it goes out when the handler has returned."""
         transport = request.transport
         if (
             self.status != 200
-            or super().prepared
+            or self.prepared
             or self.keep_alive is not None  # told to hang up
             or transport is None
             or transport.is_closing()
@@ -61,19 +61,25 @@ class WholeAnswer(web.Response):
             or request.version != HttpVersion11
             or not request.keep_alive
             or request.method == "HEAD"
+            or "Upgrade" in request.headers
         ):
-            return await super().prepare(request)
-        lines = [
-            f"HTTP/1.1 200 OK\r\nContent-Length: {len(self._whole)}\r\nDate: {_date(int(time.time()))}",
-            *(f"{name}: {value}" for name, value in self.headers.items()),
-            *(f"{name}: {value}" for name, value in own_headers(self._app, request, self.headers).items()),
-        ]
-        head = "\r\n".join(lines)
-        if head.count("\r") != len(lines) + 1 or head.count("\n") != len(lines) + 1 or "\0" in head:
+            return self
+        headers = [*self.headers.items(), *own_headers(self._app, request, self.headers).items()]
+        lines = [f"{name}: {value}\r\n" for name, value in headers]
+        head = (
+            f"HTTP/1.1 200 OK\r\nContent-Length: {len(self._whole)}\r\n"
+            f"Date: {_date(int(time.time()))}\r\n{''.join(lines)}\r\n"
+        )
+        ends = len(lines) + 4
+        if head.count("\r") != ends or head.count("\n") != ends or "\0" in head:
+            request[HEAD_SENT] = False
             raise ValueError("a header of an answer has a line of its own")
-        transport.write(head.encode("utf-8") + b"\r\n\r\n" + self._whole)
+        transport.write(head.encode("utf-8") + self._whole)
         self._written = True
-        return None
+        return self
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None if self._written else await super().prepare(request)
 
     async def write_eof(self, data: bytes = b"") -> None:
         if not self._written:

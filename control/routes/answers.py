@@ -120,7 +120,8 @@ async def pass_on(
     headers = _answer_headers(answer.response)
     if answer.whole:
         head_out()
-        return WholeAnswer(request.app, answer.held, None, answer.status, headers)
+        whole = WholeAnswer(request.app, answer.held, None, answer.status, headers)
+        return whole.send_now(request)
     response = web.StreamResponse(status=answer.status, headers=headers)
     if answer.response.content_length is not None:
         response.content_length = answer.response.content_length
