@@ -21,7 +21,7 @@ from agent.devices import DeviceConfig
 from agent.explained import public
 from agent.journal_thread import JournalThread
 from agent.packs import PackDirectory
-from agent.segments import HostSegments
+from agent.segments import HostSegments, freed
 from agent.spawning import Nursery
 from agent.workers import PackCopy, Segment, WorkerDead, WorkerFailure, WorkerHandle
 from packer.events import Event, Fill, Filled, FillFailed
@@ -89,7 +89,7 @@ class Filling:
             if not self._segments.seal(order.ref):
                 raise WorkerFailure("the segment is still being written")
         except (WorkerDead, WorkerFailure, OSError) as error:  # a timeout is one of the last
-            await self._drop(order.ref)
+            await freed(self._segments.drop(order.ref))
             if not self._stopped:
                 log.warning("filling the host tier with %s: %s", order.ref, error)
             return FillFailed(order.ref, public(error), order.order, self._stopped)
@@ -106,11 +106,6 @@ class Filling:
         finally:
             self._worker = None
             await worker.close()
-
-    async def _drop(self, ref: ModelRef) -> None:
-        freeing = self._segments.drop(ref)
-        if freeing is not None:
-            await asyncio.to_thread(freeing.free)
 
     def stop(self) -> None:
         self._stopped = True

@@ -30,21 +30,19 @@ from packer.oip import (
     HEADER_LENGTH,
     QUESTION_BYTES_MAX,
     Asks,
-    ModelPath,
     ModelReady,
     ServerLive,
     ServerMetadata,
     ServerReady,
     StatsAnswer,
+    asked_path,
     body_limit,
     check_index_ask,
-    check_method,
     index,
     model_config,
     model_metadata,
     no_loading,
     parse_load_path,
-    parse_model_path,
     signature_of,
     unknown_route,
 )
@@ -114,7 +112,7 @@ class OipRoutes:
     # --- a model --------------------------------------------------------------------------------------
 
     async def about_model(self, request: web.Request) -> web.Response:
-        path = self._model_path(request)
+        path = asked_path(request)
         spec = self._resolve(request, path.model)
         match path.asks:
             case Asks.READY:
@@ -132,7 +130,7 @@ class OipRoutes:
         return json_response(StatsAnswer([self._statistics.of(spec.ref) for spec in own]))
 
     async def infer(self, request: web.Request) -> web.Response:
-        path = self._model_path(request)
+        path = asked_path(request)
         spec = self._resolve(request, path.model)
         signature = signature_of(spec)
         if signature is None:
@@ -158,13 +156,6 @@ class OipRoutes:
         return WholeAnswer(request.app, answer.body, kind, headers=headers).send_now(request)
 
     # --- how ------------------------------------------------------------------------------------------
-
-    def _model_path(self, request: web.Request) -> ModelPath:
-        path = parse_model_path(request.match_info["path"])
-        if path is None:
-            raise unknown_route(request.method, request.path)
-        check_method(request.method, path.asks)
-        return path
 
     def _resolve(self, request: web.Request, asked: str) -> ModelSpec:
         """One answer for absent and foreign, before anything is read or spent."""

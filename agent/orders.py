@@ -29,7 +29,7 @@ from agent.packs import PackDirectory
 from agent.peer_fetch import FetchedPack
 from agent.repairs import Repairs
 from agent.roster import Roster
-from agent.segments import Freeing, HostSegments
+from agent.segments import HostSegments, freed
 from agent.sources import Obtained, Sources
 from agent.spawning import Nursery
 from agent.workers import (
@@ -306,7 +306,7 @@ class Orders:
             raise
 
     async def _drop_segment(self, ref: ModelRef) -> None:
-        await _free(self._segments.drop(ref))
+        await freed(self._segments.drop(ref))
 
     async def _note_image(self, order: Restore, worker: WorkerHandle, mapped: bool) -> None:
         """The worker's image may lie in the segment that it was given: then its memory outlives a drop."""
@@ -314,12 +314,12 @@ class Orders:
             await self._give_back(order.ref, order.first_chunk)
         elif not worker.died.is_set():  # its end was noted, or will be
             image_bytes = self._spec_of(order.ref).image_bytes
-            await _free(self._segments.lend(order.ref, order.device, image_bytes))
+            await freed(self._segments.lend(order.ref, order.device, image_bytes))
 
     async def _give_back(self, ref: ModelRef, keep_chunks: int) -> None:
         """Of an image only the first chunks are left on its device."""
         image_bytes = sum(self._spec_of(ref).chunk_bytes[:keep_chunks]) if keep_chunks else 0
-        await _free(self._segments.give_back(ref, image_bytes))
+        await freed(self._segments.give_back(ref, image_bytes))
 
     async def evict(self, order: Evict) -> Event | None:
         worker = self.roster.find(order.ref, order.device)
@@ -450,9 +450,3 @@ class Orders:
         if not kept_chunks:
             self.roster.let_go(order.ref, order.device)
         return True
-
-
-async def _free(freeing: Freeing | None) -> None:
-    """Returns when the memory is free, without holding up the loop meanwhile."""
-    if freeing is not None:
-        await asyncio.to_thread(freeing.free)

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 
 from agent.background import Background
 from agent.devices import DeviceConfig, at_place
-from agent.segments import HostSegments
+from agent.segments import HostSegments, freed
 from agent.spawning import Nursery
 from agent.workers import WorkerDead, WorkerFailure, WorkerHandle
 from packer.events import Event, TookLate, WorkerDied
@@ -95,7 +95,7 @@ class Roster:
             del self.workers[at]
             self._held.pop(at, None)
             for freeing in self._segments.give_all_back(*at):
-                await asyncio.to_thread(freeing.free)
+                await freed(freeing)
         self._post(WorkerDied(*at))
 
     @asynccontextmanager

@@ -16,6 +16,7 @@ and the two together never hold more than they are charged for, but for the one 
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 from contextlib import suppress
@@ -40,6 +41,12 @@ class Freeing:
                 os.ftruncate(self.fd, self.kept_bytes)
         finally:
             os.close(self.fd)
+
+
+async def freed(freeing: Freeing | None) -> None:
+    """Returns when the memory is free, without holding up the loop meanwhile."""
+    if freeing is not None:
+        await asyncio.to_thread(freeing.free)
 
 
 @dataclass(slots=True)

@@ -116,7 +116,16 @@ def is_oip(path: str) -> bool:
     return path == "/v2" or path.startswith("/v2/")
 
 
-def check_method(method: str, asks: Asks) -> None:
+def asked_path(request: web.Request) -> ModelPath:
+    """What a request below ``/v2/models/`` asks, and of what. Raises ``ApiError``."""
+    path = parse_model_path(request.match_info["path"])
+    if path is None:
+        raise unknown_route(request.method, request.path)
+    _check_method(request.method, path.asks)
+    return path
+
+
+def _check_method(method: str, asks: Asks) -> None:
     """Raises ``ApiError`` 405. Says nothing of the model, so it comes before the look-up."""
     possible = ("POST",) if asks is Asks.INFER else ("GET", "HEAD")
     if method not in possible:

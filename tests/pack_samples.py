@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import zstandard
+
 from packer.codec import Workspace, decode_into
 from packer.host_segment import HostWriter
 from packer.layout import DTYPE_BITS, ChunkSpan, ImageLayout, TensorInfo, lay_out, parse_header
@@ -242,3 +244,14 @@ def _with_duplicates(model: tuple[bytes, ImageLayout], same_as: Sequence[int | N
         writer = HostWriter(host_fd, replace(reader.index, chunks=tuple(chunks)), SIDE, HostForm.STORED)
         restore(reader, MemoryImage(model[1].image_bytes), host=writer)
         return os.pread(host_fd, os.fstat(host_fd).st_size, 0)
+
+
+def frame(plain: bytes, declare: bool = True) -> bytes:
+    return zstandard.ZstdCompressor(level=1, write_content_size=declare).compress(plain)
+
+
+def lying_frame(declared: int, plain: bytes) -> bytes:
+    """A frame whose header declares another size: 4 bytes of size, not single-segment, then the blocks."""
+    parts = zstandard.ZstdCompressor(level=1, write_content_size=False).compressobj()
+    blocks = (parts.compress(plain) + parts.flush())[6:]
+    return b"\x28\xb5\x2f\xfd" + bytes([0x80, 0x58]) + declared.to_bytes(4, "little") + blocks

@@ -37,16 +37,15 @@ from packer.oip import (
     IndexEntry,
     ModelConfig,
     ModelMetadata,
-    ModelPath,
     ModelReady,
     ServerLive,
     ServerMetadata,
     ServerReady,
     StatsAnswer,
     add_stats,
+    asked_path,
     body_limit,
     check_index_ask,
-    check_method,
     empty_stats,
     index,
     model_config,
@@ -54,7 +53,6 @@ from packer.oip import (
     model_path,
     no_loading,
     parse_load_path,
-    parse_model_path,
     unknown_route,
 )
 from packer.release import server_version
@@ -111,7 +109,7 @@ async def load(control: Routing, request: web.Request, caller: Caller) -> web.Re
 
 
 async def about_model(control: Routing, request: web.Request, caller: Caller) -> web.Response:
-    path = _model_path(request)
+    path = asked_path(request)
     spec = resolve(control, caller, path.model)
     match path.asks:
         case Asks.READY:
@@ -131,7 +129,7 @@ async def all_stats(control: Routing, request: web.Request, caller: Caller) -> w
 async def infer(control: Routing, request: web.Request, caller: Caller) -> web.StreamResponse:
     """Small bodies are held, so that another node can be tried; larger ones pass through, once."""
     watch = Stopwatch()
-    path = _model_path(request)
+    path = asked_path(request)
     spec = resolve(control, caller, path.model)
     check_room(control)
     declared = request.content_length
@@ -146,14 +144,6 @@ async def infer(control: Routing, request: web.Request, caller: Caller) -> web.S
         watch.waited_since(watch.begun_s)
         begun = await ask_nodes(control, caller, Call(spec, "POST", to, "", headers, body), watch)
     return await hand_on(control, request, begun)
-
-
-def _model_path(request: web.Request) -> ModelPath:
-    path = parse_model_path(request.match_info["path"])
-    if path is None:
-        raise unknown_route(request.method, request.path)
-    check_method(request.method, path.asks)
-    return path
 
 
 def _own(control: Routing, caller: Caller) -> Sequence[ModelSpec]:

@@ -17,10 +17,18 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack_samples import MemoryImage, host_bytes, memory_file, pack_bytes, three_twins, twin_pack
+from pack_samples import (
+    MemoryImage,
+    frame,
+    host_bytes,
+    lying_frame,
+    memory_file,
+    pack_bytes,
+    three_twins,
+    twin_pack,
+)
 
 from packer.codec import CodecId
 from packer.index import (
@@ -314,17 +322,6 @@ def with_first_chunk(codec: int, planes: list[bytes]) -> bytes:
 
 
 SIZE = 2 * PAGE_BYTES
-
-
-def frame(plain: bytes, declare: bool = True) -> bytes:
-    return zstandard.ZstdCompressor(level=1, write_content_size=declare).compress(plain)
-
-
-def lying_frame(declared: int, plain: bytes) -> bytes:
-    """A frame whose header declares another size: 4 bytes of size, not single-segment, then the blocks."""
-    parts = zstandard.ZstdCompressor(level=1, write_content_size=False).compressobj()
-    blocks = (parts.compress(plain) + parts.flush())[6:]
-    return b"\x28\xb5\x2f\xfd" + bytes([0x80, 0x58]) + declared.to_bytes(4, "little") + blocks
 
 
 FRAMES = {

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from pack_samples import frame, lying_frame
 
 from packer import kernels
 from packer.codec import (
@@ -43,17 +43,6 @@ def warmed(compiled_kernels: None) -> Iterator[None]:
     assert facts.ready, facts.text
     yield
     kernels.forget()
-
-
-def frame(plain: bytes, declare: bool = True) -> bytes:
-    return zstandard.ZstdCompressor(level=1, write_content_size=declare).compress(plain)
-
-
-def lying_frame(declared: int, plain: bytes) -> bytes:
-    """A frame whose header declares another size: 4 bytes of size, not single-segment, then the blocks."""
-    parts = zstandard.ZstdCompressor(level=1, write_content_size=False).compressobj()
-    blocks = (parts.compress(plain) + parts.flush())[6:]
-    return b"\x28\xb5\x2f\xfd" + bytes([0x80, 0x58]) + declared.to_bytes(4, "little") + blocks
 
 
 LIES: dict[str, Callable[[int], bytes]] = {
