@@ -8,9 +8,9 @@ While control is away nothing is taken back: the router goes on with what it kne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -34,8 +34,6 @@ from control.router_wire import (
 from packer.types import BadValue, parse_ref
 from packer.wire import BadMessage, ModelReport, Report, decode
 
-_NO_PLACES = PlacesTold(())
-
 
 class StaleAnswer(BadMessage):
     """An answer that does not follow on what this router knows; the text says why. Nothing of it counts."""
@@ -43,10 +41,11 @@ class StaleAnswer(BadMessage):
 
 @dataclass(slots=True)
 class _Node:
-    """The last word about a node, of both kinds; they come apart."""
+    """The last word about a node, of both kinds; they come apart. Of one that control has not heard since it
+    started, where things are is not said."""
 
     told: NodeTold
-    places: PlacesTold = field(default_factory=lambda: _NO_PLACES)
+    models: tuple[ModelReport, ...] = ()
 
 
 class RouterView:
@@ -64,6 +63,9 @@ class RouterView:
         self._now_ms = now_ms
         self._dialled = dialled
         self._nodes: dict[str, _Node] = {}
+        # By name, what was taken up: a control that was started again says everything anew, and nearly all of
+        # it is as it was.
+        self._known: dict[str, int] = {}
         self._coming: dict[str, msgspec.Raw] = {}
         self._anew = False  # what is coming is all that there is
         self.have = 0
@@ -101,7 +103,7 @@ class RouterView:
         coming, anew = self._coming, self._anew
         self._coming, self._anew = {}, False
         try:
-            taken = _Taken(coming)
+            taken = _Taken(coming, self._known)
         except BadMessage:
             self.have = 0  # all of it again
             raise
@@ -119,11 +121,11 @@ class RouterView:
     def _take_up(self, taken: _Taken, anew: bool) -> None:
         catalog = self._catalog
         if anew:
-            taken.gone += [f"{KEY}/{key_id}" for key_id in catalog.keys if key_id not in taken.keys]
-            taken.gone += [f"{MODEL}/{ref}" for ref in catalog.models if str(ref) not in taken.models]
-            taken.gone += [f"{NODE}/{node}" for node in self._nodes if node not in taken.nodes]
+            named = taken.known
+            taken.gone += [name for name in self._known if name not in named and not name.startswith(PLACES)]
         for name in taken.gone:
             self._drop(name)
+        self._known |= taken.known
         for key_id, key in taken.keys.items():
             row = KeyRow(key_id, key.secret_sha256, key.tenant, "", 0, key.expires_ms)
             catalog.apply(PutKey(row), key.seq)
@@ -133,6 +135,7 @@ class RouterView:
             self._put_node(node, taken)
 
     def _drop(self, name: str) -> None:
+        self._known.pop(name, None)
         kind, _, rest = name.partition("/")
         if kind == KEY:
             self._catalog.apply(DropKey(rest), 0)
@@ -141,6 +144,7 @@ class RouterView:
                 self._catalog.apply(DropModel(parse_ref(rest)), 0)
         elif kind == NODE:
             self._nodes.pop(rest, None)
+            self._known.pop(f"{PLACES}/{rest}", None)
             self._catalog.apply(DropNode(rest), 0)
             fleet.step(self._cluster, fleet.NodeRemoved(rest), self._now_ms())
 
@@ -149,8 +153,11 @@ class RouterView:
         told = taken.nodes.get(name) or (known.told if known is not None else None)
         if told is None:
             return  # where things are on a node that nobody told of
-        before = known.places if known is not None else _NO_PLACES
-        self._nodes[name] = node = _Node(told, taken.places.get(name, before))
+        places = taken.places.get(name)
+        models = known.models if known is not None else ()
+        if places is not None:
+            models = tuple(_model(place) for place in places.models)
+        self._nodes[name] = node = _Node(told, models)
         self._catalog.apply(PutNode(NodeRow(name, "", told.key_sha256, told.gateway_url, 0)), 0)
         now_ms = self._now_ms()
         fleet.step(self._cluster, fleet.NodeJoined(name, told.gateway_url), now_ms)
@@ -171,7 +178,7 @@ class RouterView:
             host_used_bytes=0,
             disk_budget_bytes=0,
             disk_used_bytes=0,
-            models=tuple(_model(place) for place in node.places.models),
+            models=node.models,
             tenants=(),
             route_url=self._url(told.route_url),
         )
@@ -186,9 +193,11 @@ class RouterView:
 
 
 class _Taken:
-    """Words decoded, before anything is changed. Raises ``BadMessage``."""
+    """Words that are new, decoded before anything is changed. Raises ``BadMessage``. ``known``: by name, what
+    all words are known by."""
 
-    def __init__(self, words: dict[str, msgspec.Raw]) -> None:
+    def __init__(self, words: dict[str, msgspec.Raw], before: Mapping[str, int]) -> None:
+        self.known: dict[str, int] = {}
         self.keys: dict[str, KeyTold] = {}
         self.models: dict[str, ModelTold] = {}
         self.nodes: dict[str, NodeTold] = {}
@@ -199,7 +208,11 @@ class _Taken:
             kind, _, rest = name.partition("/")
             if text == bytes(NO_MORE):
                 self.gone.append(name)
-            elif kind == KEY:
+                continue
+            self.known[name] = hash(text)
+            if before.get(name) == self.known[name]:
+                continue
+            if kind == KEY:
                 self.keys[rest] = decode(text, KeyTold)
             elif kind == MODEL:
                 self.models[rest] = decode(text, ModelTold)

@@ -15,7 +15,7 @@ import msgspec
 from control.catalog import KeyRow
 from control.cluster import NEAR_STATES, NodeView
 from packer.types import ModelSpec
-from packer.wire import DeviceReport, ModelReport, encode
+from packer.wire import DeviceReport, ModelReport, Report, encode
 
 # What stands before a name in the feed.
 KEY, MODEL, NODE, PLACES = "key", "model", "node", "places"
@@ -157,9 +157,8 @@ def node_told(view: NodeView, key_sha256: str) -> bytes:
     )
 
 
-def places_told(view: NodeView) -> bytes:
-    models = view.report.models if view.report is not None else ()
-    return encode(PlacesTold(tuple(place for model in models if (place := _place(model)) is not None)))
+def places_told(report: Report) -> bytes:
+    return encode(PlacesTold(tuple(place for model in report.models if (place := _place(model)) is not None)))
 
 
 def _place(model: ModelReport) -> Place | None:

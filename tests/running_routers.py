@@ -42,7 +42,7 @@ class RunningRouter:
 
         def heard() -> bool:
             view, feed = self.router.view, control.feed
-            feed.settle()
+            feed.settle(1_000_000)
             return view.start == control.start_name and feed.behind(view.have) == 0 and view.is_whole
 
         await until(heard)

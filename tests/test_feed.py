@@ -112,7 +112,7 @@ class Site:
         self.desk.note_node(name)
 
     def answer(self) -> RouterAnswer:
-        self.desk.settle()
+        self.desk.settle(1_000_000)
         have = self.view.have if self.view.start == self.start else 0
         piece = feed.since(self.desk._feed, have)
         words = tuple(Told(w.name, msgspec.Raw(w.text) if w.text else NO_MORE) for w in piece.words)
