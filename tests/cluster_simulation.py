@@ -29,6 +29,7 @@ import cluster_judges
 from copies_judge import copies_watched
 from share_judge import ShareJudge
 from simulated_control import Disk, DiskFaults, SimulatedControl, copy_of, spawn_reply
+from simulated_follower import Follower
 from simulated_hands import GRID_MS, Violated
 from simulated_member import Member
 from simulated_network import Answered, Network, NetworkFaults, Process, task_factory
@@ -108,6 +109,7 @@ class Fleet:
         self.members: dict[str, Member] = {}
         self.control: SimulatedControl
         self.control_process: Process | None = None
+        self.follower = Follower(self, fleet_core.step)
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -214,6 +216,7 @@ class Fleet:
 
     async def _live(self) -> None:
         self.start_control()
+        following = asyncio.ensure_future(self.follower.run())
         for i in range(self.rng.choice((1, 2, 3, 3))):
             name = f"n{i}"
             self.members[name] = member = Member(self, name, self.rng.randrange(1 << 30))
@@ -235,6 +238,8 @@ class Fleet:
         await self._try(self._push())
         await asyncio.sleep(NEWS_S)
         cluster_judges.judge_arrival(self)
+        following.cancel()
+        await self.follower.judge()
         self._rush()
         await asyncio.sleep(RUSH_S)
         await self._ask_everything()

@@ -24,6 +24,7 @@ from identity_mutants import IDENTITY_MUTANTS
 from mutants import MUTANTS, Mutant
 from prefetch_mutants import PREFETCH_MUTANTS
 from quota_mutants import LENDING_MUTANTS, RATE_MUTANTS
+from router_mutants import ROUTER_MUTANTS
 from share_mutants import SHARE_MUTANTS
 from usage_mutants import USAGE_MUTANTS
 
@@ -39,6 +40,7 @@ EVERY_MUTANT = (
     + SHARE_MUTANTS
     + IDENTITY_MUTANTS
     + USAGE_MUTANTS
+    + ROUTER_MUTANTS
 )
 
 

@@ -1,0 +1,76 @@
+"""Planted bugs of routers as processes: who may be one, what they are told, what they make of it.
+
+Covers: the list; ``module`` is a full name here. Does not cover: planting (``planted``) or running them
+(``scripts/mutation.py``).
+"""
+
+from __future__ import annotations
+
+from mutants import Mutant
+
+FEED, DESK, VIEW, TOLD = "control.feed", "control.feed_desk", "control.router_view", "control.router_wire"
+ENTERING, ROUTES = "control.routes.access", "control.routes.routers"
+
+ROUTER_MUTANTS = (
+    Mutant(
+        "routers are not told what is no more",
+        FEED,
+        "    if base:\n        words",
+        "    if 0:\n        words",
+    ),
+    Mutant(
+        "what was forgotten is thought to be known", FEED, "have if feed.floor <= have", "have if 0 <= have"
+    ),
+    Mutant("a piece says that it is all", FEED, "tuple(words[:at]), True)", "tuple(words[:at]), False)"),
+    Mutant(
+        "routers are not told that a node was heard",
+        DESK,
+        '            self._stale[f"{NODE}/{node}"] = None\n',
+        "",
+    ),
+    Mutant("routers are told where weights lie", TOLD, 'replace(spec, origin="", files=())', "spec"),
+    Mutant("a router goes by half of a change", VIEW, "        if answer.more:\n", "        if 0:\n"),
+    Mutant("a router takes any answer", VIEW, "        if answer.base and not follows:\n", "        if 0:\n"),
+    Mutant(
+        "a router keeps what control does not name any more",
+        VIEW,
+        "        if anew:\n",
+        "        if 0:\n",
+    ),
+    Mutant(
+        "a router forgets what nodes had when control was started again",
+        VIEW,
+        "self._report(node) if told.heard else None",
+        "self._report(node)",
+    ),
+    Mutant(
+        "a router takes time alone for a node's silence",
+        "control.cluster",
+        "        elif not (view.silent or view.told) and now",
+        "        elif not view.silent and now",
+    ),
+    Mutant(
+        "any certificate of a router opens nodes",
+        "packer.identity",
+        "known != speaker.key_sha256:",
+        "not speaker.router:",
+    ),
+    Mutant(
+        "a name is enough to be a removed router",
+        ENTERING,
+        "    if row is None or row.key_sha256 != identity.key_sha256:\n        raise router_removed",
+        "    if row is None:\n        raise router_removed",
+    ),
+    Mutant(
+        "a node's token makes a router",
+        "control.authority",
+        "    if token.joiner is not joiner:\n",
+        "    if 0:\n",
+    ),
+    Mutant(
+        "a router gets tickets without a tenant's key",
+        ROUTES,
+        "    tenant = identify_key(control, request, Access.TENANT)\n    return await show_route",
+        '    tenant = Caller(request.query["model"].partition("/")[0])\n    return await show_route',
+    ),
+)
