@@ -20,7 +20,7 @@ import aiohttp
 from aiohttp import AddrInfoType
 
 from control.places import dialled_url
-from control.router_view import RouterView
+from control.router_view import RouterView, StaleAnswer
 from control.router_wire import RouterAnswer, RouterAsk
 from packer.control_answers import Answer, read_answer, refusal_of
 from packer.identity import Identity
@@ -113,6 +113,8 @@ class RouterLine:
                 if self.connected:
                     log.warning("control is away, routing on as it said last: %s", error)
                 self.connected = False
+                if isinstance(error, StaleAnswer):
+                    self._view.lose_place()
                 self._view.lose_pieces()
                 more = False
                 if self._identity.expired(EXPIRY_MARGIN_S):

@@ -87,7 +87,8 @@ class RouterView:
         """Raises ``BadMessage``; nothing has changed then."""
         if answer.epoch < self.epoch:
             raise StaleAnswer(f"control's answer is of epoch {answer.epoch}, this router knows {self.epoch}")
-        follows = (answer.start, answer.epoch, answer.base) == (self.start, self.epoch, self.have)
+        # Numbers are of one start; its epoch rises when it overtakes what nodes have seen.
+        follows = (answer.start, answer.base) == (self.start, self.have)
         if answer.base and not follows:
             raise StaleAnswer("control's answer follows on what this router does not have")
         if answer.number < answer.base:
@@ -111,10 +112,14 @@ class RouterView:
         self._take_up(taken, anew)
         self.whole_ms = self._now_ms()
 
+    def lose_place(self) -> None:
+        """Ask for all of it again."""
+        self.have, self._coming, self._anew = 0, {}, False
+
     def lose_pieces(self) -> None:
         """What came in pieces is not whole, and the rest may never come: all of it again."""
         if self._coming:
-            self.have, self._coming, self._anew = 0, {}, False
+            self.lose_place()
 
     # --- one whole change -------------------------------------------------------------------------
 
