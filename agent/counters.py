@@ -124,18 +124,22 @@ class Counters:
             count = self.tenants[tenant] = TenantCount()
         return count
 
+    def asked(self, wall_ms: int, request: str, ref: ModelRef) -> None:
+        """A request that was not refused at once."""
+        self.tenant(ref.tenant).requests += 1
+        count = self.model(ref)
+        count.requests += 1
+        count.last_used_ms = wall_ms
+        self._request_ref[request] = ref
+
     def observe(self, wall_ms: int, event: Event, actions: list[Action]) -> None:
         match event:
             case Requested(request=request, ref=ref):
-                self.tenant(ref.tenant).requests += 1
-                count = self.model(ref)
-                count.requests += 1
-                count.last_used_ms = wall_ms
+                self.asked(wall_ms, request, ref)
                 refused = [a for a in actions if isinstance(a, Refuse) and a.request == request]
                 if refused:
+                    del self._request_ref[request]
                     self._refuse(ref, refused[0])
-                else:
-                    self._request_ref[request] = ref
             case Restored(ref=ref, from_tier=tier, restore_ms=restore_ms, device=device):
                 self.model(ref).restores.setdefault(tier, RestoreCount()).add(restore_ms)
                 self._record(wall_ms, "restored", ref, f"from {tier.value} to {device} in {restore_ms} ms")

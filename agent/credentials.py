@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
-from packer.http import check_key
+from packer.known_keys import KnownKeys
 from packer.tickets import TICKET_LIFE_MS, Ticket, is_ticket, proves, read
 from packer.types import KeySpec
 
-T = TypeVar("T")
-
-# Tickets whose signature was checked, and keys whose secret was; the oldest go first. A ticket is about 1 KB
-# and its check takes 0.1 ms.
+# Tickets whose signature was checked; the oldest go first. One is about 1 KB, a check about 0.1 ms.
 PROVEN_MAX = 4_096
 # For no longer than this, which is the life of a node's certificate: then a person has looked after control.
 AWAY_MS_MAX = 24 * 3_600_000
@@ -51,14 +47,13 @@ class Credentials:
         self._keys: Mapping[str, KeySpec] = {}
         self._ticket_keys: Sequence[str] = ()
         self._proven: dict[str, Ticket] = {}
-        self._right: dict[str, KeySpec] = {}
+        self._known = KnownKeys()
 
     def planned(self, cluster: str, node: str, keys: Sequence[KeySpec], ticket_keys: Sequence[str]) -> None:
         self._cluster, self._node = cluster, node
         self._keys = {key.key_id: key for key in keys}
         self._ticket_keys = tuple(ticket_keys)
         self._proven.clear()
-        self._right.clear()
 
     def heard(self, control_ms: int) -> None:
         """Control's wall clock, as it was a moment ago. What the way took makes tickets last that longer."""
@@ -71,14 +66,8 @@ class Credentials:
 
     def find(self, text: str) -> KeySpec | None:
         """The key that the text proves or was given for; None for everything else."""
-        # A look-up compares texts only after their hashes, which are keyed: it tells a stranger nothing.
-        if (right := self._right.get(text)) is not None:
-            return None if right.expires_ms is not None and self.control_ms() >= right.expires_ms else right
         if not is_ticket(text):
-            key = check_key(self._keys, text, self.control_ms())
-            if key is not None:
-                _keep(self._right, text, key)
-            return key
+            return self._known.check(self._keys, text, self.control_ms())
         ticket = self._proven.get(text) or self._prove(text)
         if ticket is None:
             return None
@@ -104,11 +93,7 @@ class Credentials:
             return None
         if not self._cluster or not proves(self._ticket_keys, said, signature):
             return None
-        _keep(self._proven, text, ticket)
+        while len(self._proven) >= PROVEN_MAX:
+            del self._proven[next(iter(self._proven))]
+        self._proven[text] = ticket
         return ticket
-
-
-def _keep(kept: dict[str, T], text: str, proven: T) -> None:
-    while len(kept) >= PROVEN_MAX:
-        del kept[next(iter(kept))]
-    kept[text] = proven

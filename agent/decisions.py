@@ -47,6 +47,12 @@ class Decisions:
         # Requests by id, oldest first: the model, when it was asked for, and what became of it.
         self._requests: dict[str, tuple[ModelRef, int, Grant | Refuse | Cancelled | None]] = {}
 
+    def granted_at_once(self, request: str, ref: ModelRef, how: Grant) -> None:
+        """The step that most requests are: in it nothing else was decided."""
+        if len(self._requests) >= REQUESTS_KEPT_MAX:
+            del self._requests[next(iter(self._requests))]
+        self._requests[request] = (ref, self._wall_ms(), how)
+
     def observe(self, core: residency.Node, event: Event, actions: list[Action]) -> None:
         """One step of the core."""
         if isinstance(event, Asked):

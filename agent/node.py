@@ -495,13 +495,19 @@ class RunningNode:
         if type(event) is Finished and not actions and not self.loop.core.why:
             self._tell()  # most steps: nothing else follows
             return
+        if type(event) is Requested and len(actions) == 1 and not self.loop.core.why:
+            grant = actions[0]
+            if type(grant) is Grant and grant.tier is Tier.DEVICE:  # as most requests are
+                self.counters.asked(wall_ms(), event.request, event.ref)
+                self.decisions.granted_at_once(event.request, event.ref, grant)
+                self.uses.used(now_ms, event.ref)
+                self._tell()
+                return
         self.counters.observe(wall_ms(), event, actions)
         self.decisions.observe(self.loop.core, event, actions)
+        self.accuracy.observe(self.loop.core, event, actions)
         self.uses.observe(now_ms, event, actions)
-        granted = type(event) is Requested and len(actions) == 1 and type(actions[0]) is Grant
-        if not granted:  # at once, which moves nothing
-            self.accuracy.observe(self.loop.core, event, actions)
-            self.usage.observe(event)
+        self.usage.observe(event)
         self._tell()
 
     def _tell(self) -> None:

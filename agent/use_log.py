@@ -45,6 +45,10 @@ class UseLog:
         self._early: dict[ModelRef, int] = {}
         self._dropped = 0
 
+    def used(self, now_ms: int, ref: ModelRef) -> None:
+        """A request was granted at once what was on its device."""
+        self._add(now_ms, ref, 0)
+
     def observe(self, now_ms: int, event: Event, actions: Sequence[Action]) -> None:
         """Each grant is a use. Of those that waited for one restore the first one has its cost: the restore
         alone, not the wait for its turn, since the question is what should have been kept. Whoever was let

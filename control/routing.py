@@ -20,6 +20,7 @@ from control.catalog import Catalog
 from control.node_tls import NodeLines
 from control.router_counters import RouterCounters
 from packer.body_budget import BodyBudget
+from packer.known_keys import KnownKeys
 
 log = logging.getLogger("bunk.control")
 
@@ -39,6 +40,7 @@ class Routing:
         self.catalog = Catalog()
         self.cluster = fleet.Cluster()
         self.bodies = BodyBudget()
+        self.known_keys = KnownKeys()
         self.routed = RouterCounters()
         self.stopping = False
         self._heard = asyncio.Event()

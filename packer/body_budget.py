@@ -92,9 +92,10 @@ class BodyBudget:
             if over > 0 and sum(each.size for each in self._slow(now_s)) < over:
                 raise self._full(body)
             if body.limit is None:
-                await self._read(request, body, limit_bytes)
-            else:
-                await self._arrive(request, body, body.limit, limit_bytes, seconds)
+                whole_body = request.content.read_nowait()
+                self._count(body, len(whole_body), limit_bytes)
+                return body, whole_body
+            await self._arrive(request, body, body.limit, limit_bytes, seconds)
             # What is held here would be in memory until the answer, wanted or not.
             parts, body.parts = body.parts, []
             return body, parts[0] if len(parts) == 1 else b"".join(parts)
@@ -121,18 +122,22 @@ class BodyBudget:
     async def _read(self, request: web.Request, body: _Body, limit_bytes: int) -> None:
         """Raises ``TimeoutError`` also when the body was given up."""
         while part := await request.content.readany():
-            size = body.size + len(part)
             if body.given_up:
                 break
-            if size > limit_bytes:
-                raise too_large(limit_bytes)
-            self._promise(body, size)
-            self._make_room(body, len(part))
+            self._count(body, len(part), limit_bytes)
             body.parts.append(part)
-            body.size = size
-            self.held_bytes += len(part)
         if body.given_up:
             raise TimeoutError
+
+    def _count(self, body: _Body, count: int, limit_bytes: int) -> None:
+        """So many more bytes of it are here. Raises ``ApiError``."""
+        size = body.size + count
+        if size > limit_bytes:
+            raise too_large(limit_bytes)
+        self._promise(body, size)
+        self._make_room(body, count)
+        body.size = size
+        self.held_bytes += count
 
     def _slow(self, now_s: float) -> list[_Body]:
         return [body for body in self._arriving.values() if body.is_slow(now_s)]

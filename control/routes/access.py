@@ -31,7 +31,6 @@ from control.store import StoreUnavailable
 from packer.http import (
     ApiError,
     bearer_text,
-    check_key,
     decode_json,
     enter,
     invalid_key,
@@ -238,7 +237,7 @@ def identify_key(routing: Routing, request: web.Request, access: Access) -> Call
         return Caller()
     routing.check_ready()
     text = bearer_text(request) or ""
-    known = check_key(routing.catalog.key_specs, text, routing.wall_ms())
+    known = routing.known_keys.check(routing.catalog.key_specs, text, routing.wall_ms())
     if known is None:
         raise invalid_key()
     caller = Caller(known.tenant or None, known.key_id)
