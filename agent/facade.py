@@ -138,10 +138,10 @@ class NodeFacade(Protocol):
         """The version that ``text`` (decoded) names. None when it is malformed, unknown or foreign."""
 
     def lease(
-        self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int
+        self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int, key_id: str = ""
     ) -> AbstractAsyncContextManager[Lease]:
         """Wait until the model is resident and hold it there. Raises ``Refused``. ``tokens`` are expected
-        to be read and written under it.
+        to be read and written under it; ``key_id``: of whose key it is told what was used.
 
         Cancelling while it waits withdraws the request; leaving the context ends it.
         """

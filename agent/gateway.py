@@ -276,7 +276,8 @@ class Gateway:
 
     def _lease(self, call: Call, orders: Sequence[EngineRequest]) -> AbstractAsyncContextManager[Lease]:
         timeout_ms, tokens = self._config.lease_timeout_ms, expected_tokens(orders)
-        return self._node.lease(call.spec, call.request_id, timeout_ms, tokens)
+        key_id = call.request[KEY].key_id
+        return self._node.lease(call.spec, call.request_id, timeout_ms, tokens, key_id)
 
     async def _run_one(self, request: web.Request, spec: ModelSpec, order: EngineRequest) -> EngineFrame:
         """For a surface that has found its model by itself."""

@@ -404,8 +404,8 @@ class RunningNode:
             return self._latest.get(model)
         return self._specs.get(ModelRef(model.tenant, model.name, version))
 
-    def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int) -> Stay:
-        return Stay(self, spec, request_id, timeout_ms, tokens)
+    def lease(self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int, key_id: str = "") -> Stay:
+        return Stay(self, spec, request_id, timeout_ms, tokens, key_id)
 
     def rate_views(self, tenant: str) -> Sequence[RateView]:
         return residency.rate_views(self.loop.core, tenant, monotonic_ms())

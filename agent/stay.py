@@ -35,14 +35,27 @@ class Host(Protocol):
 class Stay:
     """What ``NodeFacade.lease`` gives. A class and no generator: every request comes by here."""
 
-    __slots__ = ("_host", "_leasing", "_metered", "_request", "_running", "_spec", "_timeout_ms", "_tokens")
+    __slots__ = (
+        "_host",
+        "_key_id",
+        "_leasing",
+        "_metered",
+        "_request",
+        "_running",
+        "_spec",
+        "_timeout_ms",
+        "_tokens",
+    )
 
-    def __init__(self, host: Host, spec: ModelSpec, request: str, timeout_ms: int, tokens: int) -> None:
+    def __init__(
+        self, host: Host, spec: ModelSpec, request: str, timeout_ms: int, tokens: int, key_id: str = ""
+    ) -> None:
         self._host = host
         self._spec = spec
         self._request = request
         self._timeout_ms = timeout_ms
         self._tokens = tokens
+        self._key_id = key_id
 
     async def __aenter__(self) -> MeteredLease:
         host, ref = self._host, self._spec.ref
@@ -60,7 +73,7 @@ class Stay:
         except BaseException:
             host.counters.done(self._request)
             raise
-        self._running: Running = host.usage.counting(ref, self._metered)
+        self._running: Running = host.usage.counting(ref, self._metered, self._key_id)
         return self._metered
 
     async def __aexit__(self, kind: type[BaseException] | None, *raised: object) -> None:

@@ -23,7 +23,16 @@ from agent.journal import JournalFailed
 from agent.journal_thread import JournalThread
 from packer.events import Event, Restored, TookLate
 from packer.types import ModelRef, Tier
-from packer.usage import NO_USAGE, NOTHING, USAGE_ROWS_PER_BEAT_MAX, UsageBatch, UsageRow, Used, hour_of
+from packer.usage import (
+    KEY_MARK,
+    NO_USAGE,
+    NOTHING,
+    USAGE_ROWS_PER_BEAT_MAX,
+    UsageBatch,
+    UsageRow,
+    Used,
+    hour_of,
+)
 
 log = logging.getLogger("bunk.usage")
 
@@ -57,6 +66,7 @@ class Running:
     ref: ModelRef
     counted: Counted
     meter: UsageMeter
+    key_id: str = ""
     noted: Used = NOTHING
 
     def ended(self, well: bool) -> None:
@@ -109,17 +119,16 @@ class UsageMeter:
 
     # --- counting ---------------------------------------------------------------------------------
 
-    def counting(self, ref: ModelRef, counted: Counted) -> Running:
+    def counting(self, ref: ModelRef, counted: Counted, key_id: str = "") -> Running:
         """A request was let in; ``ended`` of what this gives must follow, as the end of a block does."""
-        running = Running(ref, counted, self)
+        running = Running(ref, counted, self, key_id)
         self._running[running] = None
         self._due.set()
         return running
 
     def ended(self, running: Running, well: bool) -> None:
         del self._running[running]
-        ref = running.ref
-        self._note(ref.tenant, str(ref.model), running.rest(requests=1, answers=int(well)))
+        self._note_running(running, running.rest(requests=1, answers=int(well)))
 
     def observe(self, event: Event) -> None:
         """What the core's steps tell of use that is no request's own."""
@@ -130,6 +139,12 @@ class UsageMeter:
                 self._note(tenant, "", Used(device_ms=max(device_ms, 0)))
             case _:
                 pass
+
+    def _note_running(self, running: Running, used: Used) -> None:
+        tenant = running.ref.tenant
+        self._note(tenant, str(running.ref.model), used)
+        if running.key_id:
+            self._note(tenant, KEY_MARK + running.key_id, used)
 
     def _note(self, tenant: str, model: str, used: Used) -> None:
         if used == NOTHING:
@@ -167,7 +182,7 @@ class UsageMeter:
             if at_once or now_s - self._taken_at_s >= RUNNING_S:
                 self._taken_at_s = now_s
                 for running in self._running:
-                    self._note(running.ref.tenant, str(running.ref.model), running.rest())
+                    self._note_running(running, running.rest())
                 self._due.clear()
             if not self._pending:
                 return

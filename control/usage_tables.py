@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from packer.database import Database
-from packer.usage import AMOUNT_MAX, AMOUNTS, DAY_MS, HOUR_MS, UsageRow, Used, counted_hour, day_of
+from packer.usage import AMOUNT_MAX, AMOUNTS, DAY_MS, HOUR_MS, KEY_MARK, UsageRow, Used, counted_hour, day_of
 
 # Told by the hour for so long, then by the day (UTC).
 HOURS_KEPT_MS = 8 * DAY_MS
@@ -41,6 +41,7 @@ class Span(StrEnum):
     HOUR = "hour"
     DAY = "day"
     TOTAL = "total"
+    KEY = "key"  # a total for each key, of all models
 
 
 # Where a row's time begins, as SQL.
@@ -48,6 +49,7 @@ _BEGINS = {
     Span.HOUR: "hour_ms",
     Span.DAY: f"hour_ms - hour_ms % {DAY_MS}",
     Span.TOTAL: "0",
+    Span.KEY: "0",
 }
 
 
@@ -130,8 +132,9 @@ def _forget_spools(db: Database, node: str) -> None:
 def read(db: Database, ask: UsageAsk) -> list[UsageRow]:
     """Sums by model and span, in the order of tenant, model and time."""
     begins = _BEGINS[ask.span]
-    where, values = ["hour_ms >= ?", "hour_ms < ?"], [ask.since_ms, ask.until_ms]
-    parameters: list[int | str] = list(values)
+    of_keys = f"substr(model, 1, {len(KEY_MARK)}) = ?"
+    where = ["hour_ms >= ?", "hour_ms < ?", of_keys if ask.span is Span.KEY else f"not {of_keys}"]
+    parameters: list[int | str] = [ask.since_ms, ask.until_ms, KEY_MARK]
     if ask.tenant is not None:
         where.append("tenant = ?")
         parameters.append(ask.tenant)

@@ -66,10 +66,16 @@ AMOUNTS = Used.__struct_fields__
 NOTHING = Used()
 
 
+# What stands before a key's id where else a model's name stands; no model's name begins so. So a busy key
+# costs a row an hour beside those per model, and not one for each of both.
+KEY_MARK = "key!"
+
+
 @dataclass(frozen=True, slots=True)
 class UsageRow:
     """What was used of one model in the hour that begins at ``hour_ms`` (wall clock, UTC). ``model``: its
-    name without a version; empty: what no model can be told for."""
+    name without a version; empty: what no model can be told for. With ``KEY_MARK`` and a key's id: what
+    requests with this key used, of all models, which is in those rows as well; never a key's text."""
 
     hour_ms: int
     tenant: str

@@ -18,6 +18,8 @@ from losing_proxy import Cable, cable
 from make_models import make_gpt2
 from real_box import PATIENCE_S, Box, Process
 
+from packer.usage import KEY_MARK
+
 TENANTS = ("acme", "globex")
 # Two of these fit on the first node's device at a time.
 MODELS = ("gen0", "gen1", "gen2")
@@ -98,7 +100,10 @@ class Stack:
 
     def _untold(self, node: str) -> tuple[int, int]:
         """(rows, requests) in a node's journal that control has not confirmed."""
-        rows = "select requests from usage_open union all select requests from usage_told"
+        rows = " union all ".join(
+            f"select requests from {table} where model not like '{KEY_MARK}%'"  # which count them once more
+            for table in ("usage_open", "usage_told")
+        )
         found = self._row(f"{node}/journal.db", f"select count(*), coalesce(sum(requests), 0) from ({rows})")
         return found[0], found[1]
 

@@ -244,7 +244,7 @@ class FakeNode:
 
     @asynccontextmanager
     async def lease(
-        self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int
+        self, spec: ModelSpec, request_id: str, timeout_ms: int, tokens: int, key_id: str = ""
     ) -> AsyncIterator[Lease]:
         assert timeout_ms > 0
         self.expected_tokens.append(tokens)

@@ -128,6 +128,7 @@ COMMANDS: list[Sequence[str]] = [
     ("events",),
     ("events", "--after", "2", "--limit", "2"),
     ("usage", "--by", "day", "--since", "30d"),
+    ("usage", "--by", "key"),
     ("plan", "acme/minilm"),
     ("explain", "acme/minilm"),
     ("explain", "req_1", "--node", "box"),

@@ -35,6 +35,7 @@ from packer.usage import (
     AMOUNT_MAX,
     DAY_MS,
     HOUR_MS,
+    KEY_MARK,
     NO_USAGE,
     NOTHING,
     USAGE_ROWS_PER_BEAT_MAX,
@@ -204,6 +205,28 @@ async def test_a_request_counts_when_it_ends_and_as_an_answer_when_it_ends_well(
     await meter.flush()
     assert metered.kept() == Used(2, 1, 91, 5, 49, 7, 77, 1)
     assert {each.model for each in metered.disk.batch().rows} == {"acme/m", ""}
+
+
+async def test_what_a_key_used_is_counted_beside_its_models_and_never_names_its_text(
+    metered: Metered,
+) -> None:
+    meter, other = metered.meter, ModelRef("acme", "n", "0" * 16)
+    long = Took(10)
+    with meter.counting(REF, long, "k1"):
+        with meter.counting(other, Took(5, 1, 2), "k1"):
+            pass
+        with meter.counting(REF, Took(7), "k2"):
+            pass
+        await meter.flush(at_once=True)
+        long.completion_tokens = 4
+    await meter.flush()
+    found = {each.model: each.used for each in metered.disk.batch().rows}
+    assert found == {
+        "acme/m": Used(2, 2, 17, 4),
+        "acme/n": Used(1, 1, 5, 1, 2),
+        KEY_MARK + "k1": Used(2, 2, 15, 5, 2),
+        KEY_MARK + "k2": Used(1, 1, 7),
+    }
 
 
 async def test_what_a_long_request_has_used_so_far_is_kept_every_second(metered: Metered) -> None:

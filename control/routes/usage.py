@@ -21,7 +21,7 @@ from control.state import Control
 from control.usage_tables import Span, UsageAsk
 from packer.http import json_response
 from packer.types import BadValue
-from packer.usage import UsageRow, hour_of
+from packer.usage import KEY_MARK, UsageRow, hour_of
 
 # As a number in a browser.
 TIME_MS_MAX = 2**53
@@ -30,10 +30,11 @@ TimeMs = Annotated[int, msgspec.Meta(ge=0, le=TIME_MS_MAX)]
 
 @dataclass(frozen=True, slots=True)
 class UsageItem:
-    """What was used of one model in one span, which begins at ``begin_ms``; 0 for a total."""
+    """What was used of one model, or by key with one, in a span that begins at ``begin_ms``; 0 for a total."""
 
     tenant: str
-    model: str  # its name; empty: device time of answers whose callers had left
+    model: str  # its name; empty: device time of answers whose callers had left, and where it is by key
+    key_id: str  # by key: the id of the key, of one that is revoked by now as well; else empty
     begin_ms: int
     requests: int  # that were let in
     answers: int  # of these, the ones that went well to their end
@@ -84,9 +85,11 @@ def _after(position: Position) -> tuple[str, str, int]:
 
 def _item(row: UsageRow) -> UsageItem:
     used = row.used
+    of_key = row.model.startswith(KEY_MARK)
     return UsageItem(
         row.tenant,
-        row.model,
+        "" if of_key else row.model,
+        row.model.removeprefix(KEY_MARK) if of_key else "",
         row.hour_ms,
         used.requests,
         used.answers,
@@ -114,7 +117,11 @@ ROUTES = (
             takes=(
                 *PAGED,
                 OF_TENANT,
-                Given("by", Span, "What one row is of: `hour`, `day` or, without it, `total`."),
+                Given(
+                    "by",
+                    Span,
+                    "What one row is of: `hour`, `day`, `key` (of all models) or, without it, `total`.",
+                ),
                 Given("since_ms", TimeMs, "Only from the hour on that this lies in (Unix time, UTC)."),
                 Given("until_ms", TimeMs, "Only hours that began before."),
             ),

@@ -42,7 +42,7 @@ class Unset(Enum):
 
 
 UNSET: Final = Unset.UNSET
-UsageSpan = Literal["hour", "day", "total"]
+UsageSpan = Literal["hour", "day", "total", "key"]
 MaybeInt = int | None | Literal[Unset.UNSET]
 Int = int | Literal[Unset.UNSET]
 

@@ -502,6 +502,7 @@ def usage_item(row: Fields) -> UsageItem:
         restored_host_bytes=row.number("restored_host_bytes", 0),
         restored_disk_bytes=row.number("restored_disk_bytes", 0),
         restored_origin_bytes=row.number("restored_origin_bytes", 0),
+        key_id=row.maybe_text("key_id") or "",
     )
 
 

@@ -412,7 +412,8 @@ class Events:
 
 @dataclass(frozen=True, slots=True)
 class UsageItem:
-    """What was used of one model in an hour, a day (UTC) or in all, beginning at ``begin_ms`` (0: in all).
+    """What was used of one model in an hour, a day (UTC) or in all, beginning at ``begin_ms`` (0: in all). By
+    key it is of all models in all, and ``key_id`` says of which key, revoked ones included.
 
     ``requests`` were let in, and ``answers`` of them went well to their end. ``model`` is empty for device
     time of answers whose callers had left. ``restored_*_bytes`` were moved to a device from that tier.
@@ -429,6 +430,7 @@ class UsageItem:
     restored_host_bytes: int
     restored_disk_bytes: int
     restored_origin_bytes: int
+    key_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

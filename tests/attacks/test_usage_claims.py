@@ -23,7 +23,7 @@ import pytest_asyncio
 from running_control import FakeNode, Running, empty_report, running
 
 from control.usage_tables import WORD_CHARS_MAX
-from packer.usage import HOUR_MS, USAGE_ROWS_PER_BEAT_MAX, UsageBatch, UsageRow, Used, hour_of
+from packer.usage import HOUR_MS, KEY_MARK, USAGE_ROWS_PER_BEAT_MAX, UsageBatch, UsageRow, Used, hour_of
 from packer.wire import WIRE_VERSION, Beat, BeatAnswer, decode, encode
 
 AMOUNT = 7
@@ -72,6 +72,27 @@ async def test_a_tenant_sees_what_it_used_and_nothing_of_others(site: Site) -> N
     for other in ("globex", "nobody"):
         answer = await site.control.call("GET", f"/api/v1/usage?tenant={other}", key=site.keys["acme"])
         assert answer.status == 404
+
+
+async def test_a_tenant_sees_its_own_keys_alone_and_they_count_nothing_twice(site: Site) -> None:
+    def of_key(tenant: str, key_id: str, requests: int) -> UsageRow:
+        return UsageRow(site.now, tenant, KEY_MARK + key_id, Used(requests))
+
+    rows = (site.used(), site.used("globex"), of_key("acme", "a" * 12, 5), of_key("globex", "b" * 12, 6))
+    assert await site.say(1, *rows, of_key("acme", "c" * 12, AMOUNT - 5)) == 1
+    found = {(each["tenant"], each["key_id"]): each["requests"] for each in await site.seen(query="by=key")}
+    acmes = {("acme", "a" * 12): 5, ("acme", "c" * 12): AMOUNT - 5}
+    assert found == {**acmes, ("globex", "b" * 12): 6}
+    own = await site.seen("acme", "by=key")
+    assert {(each["tenant"], each["key_id"]): each["requests"] for each in own} == acmes
+    assert [each["model"] for each in own] == ["", ""]
+    for query in ("by=hour", "by=day", "by=total"):
+        (item,) = await site.seen("acme", query)
+        assert (item["model"], item["key_id"], item["requests"]) == ("acme/m", "", AMOUNT)
+    first = await site.control.call("GET", "/api/v1/usage?by=key&limit=1", key=site.keys["acme"])
+    cursor = first.json()["next_cursor"]
+    (second,) = await site.seen("acme", f"by=key&limit=1&cursor={cursor}")
+    assert {first.json()["items"][0]["key_id"], second["key_id"]} == {"a" * 12, "c" * 12}
 
 
 async def test_a_made_up_cursor_leads_a_tenant_to_nobody_else(site: Site) -> None:

@@ -270,10 +270,10 @@ api_command(quota, "set")(_quota_set)
 )
 @click.option(
     "--by",
-    type=click.Choice(["total", "day", "hour"]),
+    type=click.Choice(["total", "day", "hour", "key"]),
     default="total",
     show_default=True,
-    help="One row for each model, or for each day (UTC) or hour of it.",
+    help="One row for each model, or for each day (UTC) or hour of it; or for each API key.",
 )
 @click.option("--tenant", help="Only this tenant's.")
 def _usage(
@@ -291,8 +291,8 @@ def _usage(
         found,
         [
             ("TENANT", lambda row: row.tenant),
-            ("MODEL", lambda row: row.model or "-"),
-            *(began if by != "total" else []),
+            ("KEY", lambda row: row.key_id) if by == "key" else ("MODEL", lambda row: row.model or "-"),
+            *(began if by in ("day", "hour") else []),
             ("REQUESTS", lambda row: row.requests),
             ("ANSWERS", lambda row: row.answers),
             ("TOKENS READ", lambda row: row.prompt_tokens),
