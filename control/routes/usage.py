@@ -30,7 +30,7 @@ TimeMs = Annotated[int, msgspec.Meta(ge=0, le=TIME_MS_MAX)]
 
 @dataclass(frozen=True, slots=True)
 class UsageItem:
-    """What was used of one model, or by key with one, in a span that begins at ``begin_ms``; 0 for a total."""
+    """What was used of one model, or with one key, in a span that begins at ``begin_ms`` (0: in all)."""
 
     tenant: str
     model: str  # its name; empty: device time of answers whose callers had left, and where it is by key

@@ -394,7 +394,7 @@ class Client:
         since_ms: int | None = None,
         until_ms: int | None = None,
     ) -> tuple[UsageItem, ...]:
-        """What was used, by tenant and model in all, by the day or by the hour (Unix time, UTC), or by key."""
+        """What was used, by tenant and model in all, by the day or the hour (Unix time, UTC), or by key."""
         return self._whole(_admin.usage(tenant, by, since_ms, until_ms))
 
     def events(self, *, after: int | None = None, limit: int = 100, tenant: str | None = None) -> Events:
