@@ -1,7 +1,7 @@
-"""The state of the control server: what is in memory, the writer thread, long polls, records.
+"""The state of the control server: what is in memory, the writer thread, long polls.
 
-Covers: owning the catalog and the cluster core, making changes durable before they are visible,
-batching nodes' records, waking long polls, sweeping. Does not cover: the listeners
+Covers: owning the catalog and the cluster core, making changes durable before they are visible, waking long
+polls, sweeping. Does not cover: records on their way to disk (``control.record_desk``), the listeners
 (``control.server``), what each route does (``control.routes``), the tables (``control.store``), or
 decisions about the fleet (``control.cluster``).
 
@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +34,6 @@ from control.catalog import (
     DropToken,
     DropUpload,
     KeyRow,
-    NodeRow,
     PutKey,
     UploadRow,
     changes_plan,
@@ -47,6 +46,7 @@ from control.node_session import open_session
 from control.node_tls import ControlPapers, NodeLines
 from control.plan_making import PlanFacts, PlanMaker
 from control.questions import Questions
+from control.record_desk import RecordDesk
 from control.ref_lock import RefLock
 from control.routers_said import RoutersSaid
 from control.routing import Routing, wall_ms
@@ -54,12 +54,12 @@ from control.said import Said
 from control.share_desk import ShareDesk
 from control.shares import Ticked as SharesTicked
 from control.shown import ShownCertificates
-from control.store import Meta, SpooledRecords, Store, StoreUnavailable
+from control.store import Acked, Meta, SpooledRecords, Store, StoreUnavailable
 from control.ticket_office import TicketOffice
 from packer.durable import write_private
 from packer.http import make_key
 from packer.types import ModelRef
-from packer.usage import UsageBatch, day_of
+from packer.usage import day_of
 from packer.wire import Beat, BeatAnswer, Plan, PlanNumber, Record
 
 log = logging.getLogger("bunk.control")
@@ -70,8 +70,6 @@ TICK_S = 1.0
 SWEEP_EVERY_S = 600.0
 # Requests that are being answered may take this long to end at an orderly stop.
 STOP_S = 10.0
-# Records waiting to be stored; beats that bring more are asked to come back.
-RECORDS_PENDING_MAX = 100_000
 # Model directories hashed at one time; each is one busy core.
 EXAMINATIONS_MAX = 2
 # A restored backup may be behind its nodes' plans by some starts of control, never by thousands.
@@ -84,26 +82,6 @@ EPOCH_LEAPS_MAX = 4
 
 class AlreadyRunning(Exception):
     """Another control server uses this data directory."""
-
-
-class TooManyRecords(Exception):
-    """More records wait to be stored than control holds in memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """The highest numbers of a node's that control has: of records, and of batches of usage."""
-
-    acked_seq: int = 0
-    usage_acked: int = 0
-
-
-@dataclass(slots=True)
-class PendingRecords:
-    """Records of one beat that wait for the next transaction."""
-
-    spooled: SpooledRecords
-    stored: asyncio.Future[Stored]
 
 
 class Control(Routing):
@@ -123,10 +101,7 @@ class Control(Routing):
         self._ref_locks: dict[ModelRef, tuple[asyncio.Lock, int]] = {}
         self._writer = ThreadPoolExecutor(1, "control-writer")
         self._reader = ThreadPoolExecutor(1, "control-reader")
-        self._pending: list[PendingRecords] = []
-        self._own_records: list[Record] = []
         self._usage_aged = 0  # the day on which old usage was looked at
-        self._records_due = asyncio.Event()
         self._polls: dict[str, asyncio.Future[bool]] = {}
         # By version: set when those who wait for a pack of it must ask again. No more than there are turns.
         self._source_waits: dict[ModelRef, asyncio.Event] = {}
@@ -135,6 +110,7 @@ class Control(Routing):
         self._plans = PlanMaker(lambda: self.catalog)
         self.shares = ShareDesk(self.now_ms, self._end_poll)
         self.said = Said()
+        self.records = RecordDesk(lambda: self.catalog, self._write_records, self.wall_ms, self.log_fault)
         self.feed = FeedDesk(lambda: self.catalog, self.cluster, self.now_ms)
         self.routers = RoutersSaid()
         self.start_name = secrets.token_hex(8)
@@ -185,7 +161,7 @@ class Control(Routing):
         self.shares.open(self.start_name, self.catalog.nodes)
 
     def run_background(self) -> None:
-        self._background = [asyncio.create_task(self._store_records()), asyncio.create_task(self._tick())]
+        self._background = [asyncio.create_task(self.records.run()), asyncio.create_task(self._tick())]
 
     async def close(self) -> None:
         """Stop in order: polls are answered by then, what is kept runs out, records are stored."""
@@ -196,7 +172,7 @@ class Control(Routing):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         with suppress(StoreUnavailable):
-            await self._flush_records()
+            await self.records.flush()
         await self.session.close()
         await self._on(self._reader, self._read_store.close)
         await self._on(self._writer, self._store.close)
@@ -418,60 +394,11 @@ class Control(Routing):
     # --- records ---
 
     def record(self, kind: str, tenant: str = "", model: str = "", detail: str = "") -> None:
-        """Note a fact of control's own for ``bunk events``; stored with the next batch."""
-        if len(self._own_records) < RECORDS_PENDING_MAX:
-            self._own_records.append(Record(0, wall_ms(), kind, tenant, model, detail))
-            self._records_due.set()
+        """See ``RecordDesk.note``."""
+        self.records.note(kind, tenant, model, detail)
 
-    async def store_spooled(self, row: NodeRow, beat: Beat) -> Stored:
-        """Store what a beat brought with whatever else is waiting."""
-        waiting = sum(len(item.spooled.records) + len(item.spooled.usage.rows) for item in self._pending)
-        if waiting + len(beat.records) + len(beat.usage) > RECORDS_PENDING_MAX:
-            raise TooManyRecords
-        stored: asyncio.Future[Stored] = asyncio.get_running_loop().create_future()
-        after_seq = row.acked_seq if row.spool in ("", beat.spool) else 0
-        usage = UsageBatch(beat.usage_seq, beat.usage)
-        spooled = SpooledRecords(
-            row.node, row.incarnation, after_seq, beat.records, beat.spool, usage, self.wall_ms()
-        )
-        self._pending.append(PendingRecords(spooled, stored))
-        self._records_due.set()
-        return await stored
-
-    async def _store_records(self) -> None:
-        """One transaction for all records that gathered while the one before was written."""
-        while True:
-            await self._records_due.wait()
-            self._records_due.clear()
-            try:
-                await self._flush_records()
-            except StoreUnavailable as error:
-                self.log_fault("records", error)
-
-    async def _flush_records(self) -> None:
-        batch, self._pending = self._pending, []
-        own, self._own_records = self._own_records, []
-        if not batch and not own:
-            return
-        try:
-            acked = await self._on(
-                self._writer, lambda: self._store.write_records([item.spooled for item in batch], own)
-            )
-        except StoreUnavailable as error:
-            for item in batch:
-                if not item.stored.done():
-                    item.stored.set_exception(error)
-                    item.stored.exception()  # its beat may have left
-            raise
-        for item in batch:
-            spooled, high = item.spooled, acked.records[item.spooled.counted_by]
-            row = self.catalog.nodes.get(spooled.node)
-            if row is not None and row.incarnation == spooled.incarnation:
-                before = row.acked_seq if row.spool in ("", spooled.spool) else 0
-                row = replace(row, acked_seq=max(before, high), spool=spooled.spool)
-                self.catalog.nodes[spooled.node] = row
-            if not item.stored.done():
-                item.stored.set_result(Stored(high, acked.usage[spooled.counted_by]))
+    async def _write_records(self, spooled: Sequence[SpooledRecords], own: Sequence[Record]) -> Acked:
+        return await self._on(self._writer, lambda: self._store.write_records(spooled, own))
 
     # --- time ---
 

@@ -41,10 +41,11 @@ from control.lives import CLONE_MEMORY_MS
 from control.operations import Given, NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.places import check_gateway_url, check_url, dialled_url, own_address
+from control.record_desk import Stored, TooManyRecords
 from control.routes.access import Access, Caller, Route, not_found, read_json
 from control.routing import wall_ms
 from control.shares import HolderRemoved
-from control.state import Control, Stored, TooManyRecords
+from control.state import Control
 from control.store import StoreUnavailable
 from packer.http import ApiError, json_response
 from packer.questions import QUESTIONS_MAX, REPLIES_BYTES_MAX, Replies
@@ -324,7 +325,7 @@ async def answer_beat(
         # The node goes by what is acknowledged and brings the rest again; a disk of control's that is full
         # must not make its nodes look silent.
         with suppress(TooManyRecords, StoreUnavailable):
-            stored = await control.store_spooled(row, message)
+            stored = await control.records.store(row, message)
     acked_seq = stored.acked_seq
     informed = message.ca_sha256 in ("", control.authority.ca_sha256)
     waits = message.wait_ms > 0 and informed and not control.stopping

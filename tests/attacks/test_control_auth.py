@@ -418,7 +418,7 @@ async def test_secrets_are_not_in_logs_or_files(
     thief = FakeNode(site.control.bound.node_url, "n1", "http://127.0.0.1:9")
     await thief.join(made["token"])
     await site.control.call("GET", "/v1/models", key=site.acme)
-    await until(lambda: not site.control.server.control._own_records)
+    await until(lambda: not site.control.server.control.records._own)
     secrets = [secret, site.acme.split("_", 2)[2], site.globex.split("_", 2)[2]]
     for path in (tmp_path / "control").rglob("*"):
         if path.is_file() and path.name != "operator.key":
