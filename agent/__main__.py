@@ -13,7 +13,6 @@ import ssl
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from aiohttp import web
 
@@ -28,7 +27,8 @@ from agent.workers import WorkerDead
 from packer import http
 from packer.doors import want_descriptors
 from packer.durable import write_private
-from packer.identity import TOKEN_CHARS_MAX, BadIdentity
+from packer.identity import BadIdentity
+from packer.joining import token_of_input
 from packer.types import BadValue
 
 log = logging.getLogger("bunk.agent")
@@ -74,11 +74,7 @@ def main() -> None:
 
 def _with_token_of_input(config: AgentConfig) -> AgentConfig:
     """``--join-token-file -``: what standard input brings lies in a private file until it is spent."""
-    if config.join_token_file != Path("-"):
-        return config
-    path = config.data_dir / "join.token"
-    write_private(path, sys.stdin.readline(TOKEN_CHARS_MAX).encode())
-    return replace(config, join_token_file=path)
+    return replace(config, join_token_file=token_of_input(config.join_token_file, config.data_dir))
 
 
 async def run(config: AgentConfig) -> int:

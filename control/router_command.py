@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from control.authority import parse_node
@@ -24,6 +25,7 @@ from control.router_process import Router, RouterConfig
 from control.state import AlreadyRunning, lock_data_dir
 from packer.doors import want_descriptors
 from packer.identity import BadIdentity
+from packer.joining import token_of_input
 from packer.tls_buffers import shrink_tls_buffers
 from packer.types import BadValue
 
@@ -69,13 +71,12 @@ def parse_router(arguments: Sequence[str]) -> RouterConfig:
             )
         if len(given.advertise_url) > URL_CHARS_MAX:
             raise BadValue("--advertise-url", f"at most {URL_CHARS_MAX} characters")
-        token_file = given.join_token_file
         return RouterConfig(
             data_dir=given.data_dir,
             control_url=given.control,
             name=parse_node(given.name or default_name, "--name"),
             listen=parse_address(given.listen, "--listen"),
-            token_file=Path("/dev/stdin") if token_file == Path("-") else token_file,
+            token_file=given.join_token_file,
             ready_file=given.ready_file,
             plain_routes=given.plain_routes,
             url=given.advertise_url,
@@ -96,7 +97,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock_data_dir(config.data_dir)
-        asyncio.run(serve(config))
+        token_file = token_of_input(config.token_file, config.data_dir)
+        asyncio.run(serve(replace(config, token_file=token_file)))
     except AlreadyRunning:
         print(f"bunk-control router: another process uses {config.data_dir}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,9 @@ from pathlib import Path
 import aiohttp
 
 from packer.control_answers import Answer, read_answer, refusal_of, text_of
+from packer.durable import write_private
 from packer.identity import (
+    TOKEN_CHARS_MAX,
     BadIdentity,
     Identity,
     check_pin,
@@ -257,6 +260,16 @@ class Joining:
             log.warning("the certificate, which ends in %d s, is not renewed yet: %s", left_s, error)
             return False
         return True
+
+
+def token_of_input(token_file: Path | None, data_dir: Path) -> Path | None:
+    """``--join-token-file -``: what standard input brings lies in a private file until it is spent, since a
+    join may have to be tried more than once."""
+    if token_file != Path("-"):
+        return token_file
+    path = data_dir / "join.token"
+    write_private(path, sys.stdin.readline(TOKEN_CHARS_MAX).encode())
+    return path
 
 
 async def pause(pause_s: float) -> float:

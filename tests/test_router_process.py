@@ -232,3 +232,21 @@ async def test_operators_see_routers(scene: Scene) -> None:
     assert [(row["router"], row["state"], row["url"], row["behind"]) for row in rows] == [
         ("r1", "up", scene.router.url, 0)
     ]
+
+
+async def test_keys_and_tokens_are_not_in_its_log_or_files(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    await scene.embed()
+    await scene.embed(scene.key[:-1] + "x")
+    await ended(scene.agent.task)
+    scene.agent.listener.close()
+    await scene.control.call("DELETE", "/api/v1/nodes/box")
+    await scene.embed()
+    secret = scene.key.split("_", 2)[2]
+    files = [path for path in (scene.folder / "r1").rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"node.key", "node.crt", "identity.json"}
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert {path.stat().st_mode & 0o077 for path in files} == {0}
+    assert secret not in caplog.text

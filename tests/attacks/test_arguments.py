@@ -23,7 +23,7 @@ from agent import calibrate_command, check_box, rotate
 from agent import config as agent_config
 from bunkhouse.cli.main import bunk as bunk_command
 from control import config as control_config
-from control import rotate_command, simulate_command
+from control import rotate_command, router_command, simulate_command
 
 # Words of things that nobody else may know; an option with one of them takes a file.
 SECRET = re.compile(r"key|token(?!s-per)|secret|password|credential|bearer|auth", re.IGNORECASE)
@@ -74,7 +74,8 @@ def _raise(*_: object) -> None:
 def test_no_option_takes_a_secret() -> None:
     options = [*click_options(bunk_command), *parser_options(agent_config.arguments())]
     mains = (calibrate_command.main, check_box.main, rotate.main, control_config.parse_config)
-    for parser in parsers(*mains, rotate_command.main, simulate_command.main):
+    mains += (rotate_command.main, simulate_command.main, router_command.main)
+    for parser in parsers(*mains):
         options += parser_options(parser)
     assert {"--join-token-file", "--key-file", "--data-dir"} <= set(options)
     assert len(options) > 60
