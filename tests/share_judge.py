@@ -18,6 +18,7 @@ from rate_judge import MINUTE_MS, Bucket
 
 from packer.events import Event, Planned, Requested, SharesSeen
 from packer.rates import BURST_PARTS
+from packer.shares import Share
 
 if TYPE_CHECKING:
     from cluster_simulation import Fleet
@@ -63,8 +64,8 @@ class ShareJudge:
     def _judge_shares(self, name: str) -> None:
         inside = self._inside()
         held = [(each.name, each.node.tenants[name]) for each in inside if name in each.node.tenants]
-        total = sum((known.rates.share.value for _, known in held), Fraction(0))
-        parts = {node: known.rates.share for node, known in held}
+        parts = {each.name: _share_of(each, name) for each in inside if name in each.node.tenants}
+        total = sum((share.value for share in parts.values()), Fraction(0))
         self._fleet.require(total <= 1, f"nodes hold {parts} of the limits of {name}")
         some = sum(1 for share in parts.values() if share.parts)
         self._fleet.reached["a limit was divided among nodes"] += some > 1
@@ -97,3 +98,9 @@ class ShareJudge:
 
     def _now_ms(self) -> int:
         return round(asyncio.get_running_loop().time() * 1000)
+
+
+def _share_of(member: Member, name: str) -> Share:
+    """What a node may let in by: once the term is over it halves before whatever it does next."""
+    share = member.node.tenants[name].rates.share
+    return share.halved() if member.node.shares.are_due(member.now_ms) else share

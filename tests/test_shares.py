@@ -385,6 +385,23 @@ def test_whoever_could_serve_a_tenant_comes_to_have_the_same_of_it_ahead(count: 
     assert desk.nudged == []
 
 
+def test_what_is_held_ahead_goes_to_whoever_is_short_of_it_all_of_it() -> None:
+    desk, (a, b) = Desk("a", "b"), boxes("a", "b")
+    a.ahead = True
+    for now_ms in (0, 1):
+        a.talk(desk, 0, now_ms)
+    assert a.parts == 1 / 4
+    b.talk(desk, 52, 2)
+    assert (b.parts, desk.nudged) == (3 / 4, ["a"])
+    a.talk(desk, 0, 3)
+    assert a.parts == 0
+    a.talk(desk, 0, 4)
+    b.talk(desk, 52, 5)
+    assert b.parts == 52 / GRAINS
+    a.talk(desk, 0, 6)
+    assert 0 < a.parts < 1 / 8, "nobody is short of anything"
+
+
 # --- the book over a bad network ------------------------------------------------------------------
 
 
