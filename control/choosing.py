@@ -39,17 +39,29 @@ def choose_near(cluster: Cluster, ref: ModelRef, now_ms: int) -> Sequence[str]:
     """The beginning of what ``choose_node`` answers, without a look at all other nodes: those that have the
     model on a device or coming there, and can be reached. Empty: it is cold."""
     text = str(ref)
-    names = dict.fromkeys(islice(cluster.near.get(text, ()), RANKED_MAX))
+    ranked = [
+        (distance, load_of(view) // LOAD_BAND, load_of(view), spread_of(text, view.node), view.node)
+        for view, distance in holders(cluster, ref, text, now_ms, RANKED_MAX)
+    ]
+    return [entry[-1] for entry in sorted(ranked)]
+
+
+def holders(
+    cluster: Cluster, ref: ModelRef, text: str, now_ms: int, most: int | None = None
+) -> Sequence[tuple[NodeView, int]]:
+    """Nodes that can be asked and have the version on a device, or coming there, and how far it is. No more
+    than ``most`` of those that said so are looked at."""
+    names = dict.fromkeys(islice(cluster.near.get(text, ()), most))
     if (sent := cluster.expected.get(ref)) is not None:
         names[sent.node] = None
-    ranked = []
+    found = []
     for name in names:
         view = cluster.nodes.get(name)
         if view is None or not is_able(view) or view.avoid_until_ms > now_ms:
             continue
         if (distance := distance_of(cluster, view, ref, text, now_ms)) <= COMING:
-            ranked.append((distance, load_of(view) // LOAD_BAND, load_of(view), spread_of(text, name), name))
-    return [entry[-1] for entry in sorted(ranked)]
+            found.append((view, distance))
+    return found
 
 
 def choose_node(

@@ -21,17 +21,17 @@ from control.choosing import (
     COMING,
     choose_near,
     choose_node,
-    distance_of,
     has_devices,
+    holders,
     looked_at,
     rank,
     spread_of,
 )
-from control.cluster import Cluster, NodeView
-from control.rooms import LOAD_BAND, is_able, load_of
+from control.cluster import Cluster
+from control.rooms import LOAD_BAND, load_of
 from control.waits import Owed
 from packer.gangs import share_bytes
-from packer.types import ModelRef, ModelSpec
+from packer.types import ModelSpec
 
 # A copy is not sent for before so much was waited in all, however cheap it is: two requests of one moment
 # are no load.
@@ -80,21 +80,6 @@ def choose_all(cluster: Cluster, spec: ModelSpec, now_ms: int) -> Sequence[str]:
         return every
     first = choose(cluster, spec, now_ms)
     return [*first, *(node for node in every if node not in first)]
-
-
-def holders(cluster: Cluster, ref: ModelRef, text: str, now_ms: int) -> Sequence[tuple[NodeView, int]]:
-    """Nodes that can be asked and have the version on a device, or coming there, and how far it is."""
-    names = dict(cluster.near.get(text, {}))
-    if (sent := cluster.expected.get(ref)) is not None:
-        names[sent.node] = None
-    found = []
-    for name in names:
-        view = cluster.nodes.get(name)
-        if view is None or not is_able(view) or view.avoid_until_ms > now_ms:
-            continue
-        if (distance := distance_of(cluster, view, ref, text, now_ms)) <= COMING:
-            found.append((view, distance))
-    return found
 
 
 def _further(cluster: Cluster, spec: ModelSpec, held: Sequence[str], now_ms: int) -> str | None:

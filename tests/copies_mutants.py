@@ -56,7 +56,7 @@ COPIES_MUTANTS = (
     ),
     Mutant(
         "a holder that can not be reached is asked",
-        COPIES,
+        CHOOSING,
         "not is_able(view) or view.avoid_until_ms > now_ms:\n",
         "not is_able(view):\n",
     ),
