@@ -16,7 +16,7 @@ import httpx2
 import openai
 from losing_proxy import Cable, cable
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box, Process
+from real_box import CALLER, PATIENCE_S, Box, Process
 
 from packer.usage import KEY_MARK
 
@@ -45,7 +45,7 @@ class Stack:
 
     def ask(self, model: str, *, routed: bool = False, tokens: int = 8) -> httpx2.Response:
         """One completion, at the first node itself unless ``routed``."""
-        return httpx2.post(
+        return CALLER.post(
             f"{self.box.url if routed else self.box.gateway_url}/v1/completions",
             headers={"Authorization": f"Bearer {self.box.keys[model.split('/')[0]]}"},
             json={"model": model, "prompt": "the bunk", "max_tokens": tokens, "temperature": 0},

@@ -30,6 +30,9 @@ from bunkhouse import Client, Event
 ROOT = Path(__file__).resolve().parent.parent
 # Importing torch from a cold disk on a busy machine; nothing else here takes longer.
 PATIENCE_S = 120.0
+# One client for all calls without the SDK, each on a connection of its own: a client for each call would read
+# anew whom TLS trusts, which takes longer than a call.
+CALLER = httpx2.Client(timeout=PATIENCE_S, limits=httpx2.Limits(max_keepalive_connections=0))
 
 
 class Process:
@@ -77,14 +80,14 @@ class Process:
                 assert not self._ended, f"ended without {pattern!r}:\n" + self.log()
                 assert self._news.wait(PATIENCE_S), f"no {pattern!r} in {PATIENCE_S} s:\n" + self.log()
 
-    def until(self, true: Callable[[], bool]) -> None:
+    def until(self, true: Callable[[], bool], pause_s: float = 0.02) -> None:
         """Other processes' state has no event to wait for: look again, for as long as this one lives. A look
         without a pause would take the time that they need."""
         deadline_s = time.monotonic() + PATIENCE_S
         while not true():
             assert time.monotonic() < deadline_s, f"still not so after {PATIENCE_S} s:\n" + self.log()
             with suppress(subprocess.TimeoutExpired):
-                self.handle.wait(0.02)
+                self.handle.wait(pause_s)
                 pytest.fail("the process has ended:\n" + self.log())
 
     def log(self) -> str:
@@ -227,7 +230,7 @@ class Box:
 
     def embed(self, model: str, text: str) -> tuple[bytes, str]:
         """One embedding from the node itself: (the JSON numbers as sent, the tier it came from)."""
-        answer = httpx2.post(
+        answer = CALLER.post(
             f"{self.gateway_url}/v1/embeddings",
             headers={"Authorization": f"Bearer {self.keys[model.split('/')[0]]}"},
             json={"model": model, "input": text, "encoding_format": "float"},
@@ -241,7 +244,7 @@ class Box:
         """The node's figures, those of tenants too."""
         key = (self.folder / "agent" / "metrics.key").read_text().strip()
         headers = {"Authorization": f"Bearer {key}"}
-        answer = httpx2.get(f"{self.gateway_url}/metrics", headers=headers, timeout=PATIENCE_S)
+        answer = CALLER.get(f"{self.gateway_url}/metrics", headers=headers, timeout=PATIENCE_S)
         assert answer.status_code == 200, answer.text
         return answer.text
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from make_models import make_classifier, make_gpt2
-from real_box import PATIENCE_S, Box, Process, running_box, wait_gone
+from real_box import CALLER, PATIENCE_S, Box, Process, running_box, wait_gone
 
 from control.authority import Authority
 from packer.identity import Identity
@@ -76,7 +76,7 @@ def forget(box: Box) -> None:
 
 def ask(box: Box, model: str = "acme/gen0") -> httpx2.Response:
     """One completion from the node itself."""
-    return httpx2.post(
+    return CALLER.post(
         f"{box.gateway_url}/v1/completions",
         headers={"Authorization": f"Bearer {box.keys['acme']}"},
         json={"model": model, "prompt": "the bunk", "max_tokens": 8, "temperature": 0},
@@ -137,7 +137,7 @@ def test_a_worker_killed_in_mid_stream_ends_the_stream_with_one_error(box: Box) 
     headers = {"Authorization": f"Bearer {box.keys['acme']}"}
     url = f"{box.gateway_url}/v1/completions"
     lines: list[str] = []
-    with httpx2.stream("POST", url, headers=headers, json=body, timeout=PATIENCE_S) as stream:
+    with CALLER.stream("POST", url, headers=headers, json=body, timeout=PATIENCE_S) as stream:
         assert stream.status_code == 200
         for line in stream.iter_lines():
             lines.append(line)
@@ -162,7 +162,7 @@ def test_while_control_is_down_the_node_goes_on_serving(box: Box, models: Path) 
     box.control.kill()
     box.agent.wait_for("control is away")
     assert answer(box) == (before, "device")
-    wrong = httpx2.get(f"{box.gateway_url}/v1/models", headers={"Authorization": "Bearer bk_no"})
+    wrong = CALLER.get(f"{box.gateway_url}/v1/models", headers={"Authorization": "Bearer bk_no"})
     assert wrong.status_code == 401
     box.start_control()
     box.agent.wait_for("connected to control")
@@ -172,13 +172,19 @@ def test_while_control_is_down_the_node_goes_on_serving(box: Box, models: Path) 
     assert ask(box, "acme/gen1").status_code == 200
 
 
-def test_an_agent_started_while_control_is_down_serves_its_last_plan(box: Box) -> None:
-    """Static stability: keys, models and packs come from the journal alone."""
+def test_a_stopped_agent_leaves_nothing_running_and_serves_its_last_plan_when_started_without_control(
+    box: Box,
+) -> None:
+    """SIGTERM ends the agent, its nursery and its workers, with status 0. Static stability: keys, models and
+    packs come from the journal alone."""
     before, _ = answer(box)
     box.operator().events()
     assert box.agent is not None
     assert box.control is not None
+    pidfds = [os.pidfd_open(pid) for pid in box.worker_pids()]
+    assert pidfds
     assert box.agent.stop() == 0
+    wait_gone(pidfds)
     box.control.kill()
     box.start_agent(wait="gateway on")
     text, tier = answer(box)
@@ -199,7 +205,7 @@ def test_a_certificate_that_ended_while_control_was_away_stops_nothing(box: Box)
     box.start_control()
     box.agent.wait_for("the certificate had ended; control gave a new one")
     box.agent.wait_for("connected to control")
-    through_router = httpx2.post(
+    through_router = CALLER.post(
         f"{box.url}/v1/completions",
         headers={"Authorization": f"Bearer {box.keys['acme']}"},
         json={"model": "acme/gen0", "prompt": "the bunk", "max_tokens": 8, "temperature": 0},
@@ -253,13 +259,3 @@ def test_deleting_a_tenant_shreds_its_packs_and_keys(box: Box) -> None:
     forget(box)
     assert ask(box).status_code == 401
     assert list((box.folder / "agent" / "packs").glob("acme/*.pack")) == []
-
-
-def test_a_stopped_agent_leaves_nothing_running(box: Box) -> None:
-    """SIGTERM ends the agent, its nursery and its workers, with status 0."""
-    answer(box)
-    assert box.agent is not None
-    pidfds = [os.pidfd_open(pid) for pid in box.worker_pids()]
-    assert pidfds
-    assert box.agent.stop() == 0
-    wait_gone(pidfds)

@@ -25,7 +25,7 @@ from failing_stack import Stack, failing_stack
 from hasty_control import TICKET_LIFE_MS
 from losing_proxy import Line
 from process_memory import children
-from real_box import PATIENCE_S, wait_gone
+from real_box import CALLER, PATIENCE_S, wait_gone
 
 import bunkhouse
 
@@ -72,8 +72,12 @@ def test_while_control_is_dead_no_request_fails_and_its_use_is_told_afterwards(s
     assert set(tiers) != {"device"}
     stack.agent.wait_for("control is away")
     stack.control.kill()
-    while time.monotonic() < ends_s:
+
+    def answered_to_the_end() -> bool:
         got.append(sdk.complete("acme/gen0", "x", max_tokens=1))
+        return time.monotonic() >= ends_s
+
+    stack.agent.until(answered_to_the_end, pause_s=0.1)
     served.append(stack.answered("acme/gen0"))
     assert 0 < room_of(served[-1]) < 0.7 * room_of(served[0]), "a part of its part went meanwhile"
     used = sum(each.json()["usage"]["total_tokens"] for each in served)
@@ -233,7 +237,7 @@ def test_a_killed_worker_breaks_its_tenants_stream_and_no_other(stack: Stack) ->
             model="acme/gen0", prompt="x", max_tokens=LONG, stream=True, temperature=0
         )
         next(broken)
-        with httpx2.stream("POST", url, headers=headers, json=body, timeout=PATIENCE_S) as raw:
+        with CALLER.stream("POST", url, headers=headers, json=body, timeout=PATIENCE_S) as raw:
             lines = raw.iter_lines()
             next(lines)
             os.kill(victim, signal.SIGKILL)
@@ -290,12 +294,12 @@ def test_a_full_disk_of_control_stops_what_must_be_written_and_nothing_else(stac
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, most))
     try:
         for _ in range(2):
-            refused = httpx2.post(tenants, json={"name": "initech"}, headers=headers, timeout=PATIENCE_S)
+            refused = CALLER.post(tenants, json={"name": "initech"}, headers=headers, timeout=PATIENCE_S)
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "store_unavailable"
             assert "full disk" in refused.json()["error"]["hint"]
             assert int(refused.headers["retry-after"]) <= 120
-        listed = httpx2.get(tenants, headers=headers, timeout=PATIENCE_S).json()["items"]
+        listed = CALLER.get(tenants, headers=headers, timeout=PATIENCE_S).json()["items"]
         assert {item["tenant"] for item in listed} == {"acme", "globex"}
         for model in ("acme/gen1", "acme/gen2", "acme/gen0"):
             stack.answered(model)
@@ -304,7 +308,7 @@ def test_a_full_disk_of_control_stops_what_must_be_written_and_nothing_else(stac
         assert stack.stored() == known
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, most))
-    assert httpx2.post(tenants, json={"name": "initech"}, headers=headers).status_code == 201
+    assert CALLER.post(tenants, json={"name": "initech"}, headers=headers).status_code == 201
     stack.box.operator().delete_tenant("initech")
     stack.until_delivered()
     assert stack.stored() > known

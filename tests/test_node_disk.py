@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
-import httpx2
 import pytest
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box
+from real_box import CALLER, PATIENCE_S, Box
 from small_disk_agent import NOT_ALLOWED
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(600)]
@@ -63,7 +62,7 @@ def until(box: Box, true: Callable[[], bool]) -> None:
 
 def ask(box: Box, model: str) -> tuple[str, int]:
     """(the tier that it came from, tokens)"""
-    got = httpx2.post(
+    got = CALLER.post(
         f"{box.gateway_url}/v1/completions",
         headers={"Authorization": f"Bearer {box.keys['acme']}"},
         json={"model": model, "prompt": "the bunk", "max_tokens": 4, "temperature": 0},

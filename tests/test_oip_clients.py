@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import kserve
 import kserve.protocol.infer_type as kserve_types
 import ml_dtypes
@@ -27,7 +26,7 @@ import tritonclient.http.aio as triton_aio
 from export_samples import SAMPLES, aten, forge, program_of, write_sample
 from gateway_process import peak_bytes
 from make_models import make_encoder
-from real_box import PATIENCE_S, Box, running_box
+from real_box import CALLER, PATIENCE_S, Box, running_box
 from tiny_models import tiny_classifier, tiny_gpt2
 from tritonclient.utils import InferenceServerException
 
@@ -94,7 +93,7 @@ def client(door: Door) -> Iterator[triton.InferenceServerClient]:
 
 def expected(box: Box) -> np.ndarray[Any, Any]:
     """The same embeddings by OpenAI's route."""
-    answer = httpx2.post(
+    answer = CALLER.post(
         f"{box.gateway_url}/v1/embeddings",
         headers={"Authorization": f"Bearer {box.keys['acme']}"},
         json={"model": "acme/words", "input": list(TEXTS), "encoding_format": "float"},

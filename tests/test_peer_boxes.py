@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 import pytest
 import safetensors.numpy
 from click.testing import CliRunner
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box, Process, running_box
+from real_box import CALLER, PATIENCE_S, Box, Process, running_box
 from running_peers import dial, exchange, get
 from tiny_models import describe, opened
 
@@ -63,7 +62,7 @@ class Pair:
     def answer(self, model: str, *, second: bool = False) -> tuple[str, str]:
         """(text, tier) of a completion at one of the nodes, which must succeed."""
         url = f"http://127.0.0.1:{self.port}" if second else self.box.gateway_url
-        got = httpx2.post(
+        got = CALLER.post(
             f"{url}/v1/completions",
             headers={"Authorization": f"Bearer {self.box.keys['acme']}"},
             json={"model": f"acme/{model}", "prompt": "the bunk", "max_tokens": 8, "temperature": 0},
@@ -77,7 +76,8 @@ class Pair:
         text, tier = self.answer(model)
         assert tier == "origin"
         operator = self.box.operator()
-        while True:
+
+        def known() -> bool:
             packs = list((self.folder / "agent" / "packs" / "acme").glob(f"{model}@*.pack"))
             # While it is being made, what is reported is the room kept for it.
             sizes = [
@@ -85,8 +85,11 @@ class Pair:
                 for item in operator.ps().items
                 if item.node == "box" and f"/{model}@" in item.ref
             ]
-            if packs and sizes == [packs[0].stat().st_size]:
-                return text
+            return bool(packs) and sizes == [packs[0].stat().st_size]
+
+        assert self.box.agent is not None
+        self.box.agent.until(known)
+        return text
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +238,7 @@ def test_a_busy_model_is_served_from_as_many_nodes_as_it_has_replicas(pair: Pair
     """The second copy comes from the first node's pack, when callers have waited long enough."""
 
     def ask(number: int) -> str:
-        got = httpx2.post(
+        got = CALLER.post(
             f"{pair.box.url}/v1/completions",
             headers={"Authorization": f"Bearer {pair.box.keys['acme']}"},
             json={"model": "acme/busy", "prompt": f"{number} bunks", "max_tokens": 16},

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
-import httpx2
 import openai
 import pytest
 from make_models import make_gpt2
-from real_box import PATIENCE_S, Box, running_box
+from real_box import CALLER, PATIENCE_S, Box, running_box
 
 import bunkhouse
 
@@ -102,7 +103,7 @@ def test_a_tickets_calls_count_as_the_keys_do(box: Box) -> None:
 
 def routed_calls(box: Box) -> str:
     """The line of control's figures that counts calls through its router."""
-    text = httpx2.get(f"{box.url}/metrics", timeout=PATIENCE_S).text
+    text = CALLER.get(f"{box.url}/metrics", timeout=PATIENCE_S).text
     return next(line for line in text.splitlines() if line.startswith("bunkhouse_router_calls_total"))
 
 
@@ -141,22 +142,25 @@ def test_a_debt_outlives_the_agent_and_everybody_concerned_sees_it(box: Box) -> 
 
 def wait_reported(box: Box):  # type: ignore[no-untyped-def]  # QuotaUse, as the tenant itself sees it
     """Until control has heard that the tenant is out of tokens."""
-    while True:
-        shown = box.tenant("debtor").quota("debtor")
-        if any(rate.remaining == 0 for row in shown.usage for rate in row.rates):
-            return shown
-        assert box.agent is not None
-        assert box.agent.handle.poll() is None
+    shown: list[Any] = []
+
+    def heard() -> bool:
+        shown[:] = [box.tenant("debtor").quota("debtor")]
+        return any(rate.remaining == 0 for row in shown[0].usage for rate in row.rates)
+
+    assert box.agent is not None
+    box.agent.until(heard)
+    return shown[0]
 
 
 def wait_kept(box: Box) -> None:
     """Until the journal has what is owed."""
     path = box.folder / "agent" / "journal.db"
-    while True:
-        reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        owed = reader.execute("select tokens from spent where tenant = 'debtor'").fetchone()
-        reader.close()
-        if owed is not None and owed[0] > 0:
-            return
-        assert box.agent is not None
-        assert box.agent.handle.poll() is None
+
+    def kept() -> bool:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as reader:
+            owed = reader.execute("select tokens from spent where tenant = 'debtor'").fetchone()
+        return owed is not None and owed[0] > 0
+
+    assert box.agent is not None
+    box.agent.until(kept)

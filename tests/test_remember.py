@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from make_models import make_classifier, make_gpt2
-from real_box import PATIENCE_S, Box
+from real_box import CALLER, PATIENCE_S, Box
 from scene import Scene, model, the
 
 from agent import remembering
@@ -350,8 +350,7 @@ def known_uses(box: Box) -> dict[str, float]:
 def test_an_agent_killed_with_9_knows_its_models_again(box: Box) -> None:
     complete(box, 3)
     assert box.agent is not None
-    while known_uses(box).get("acme/gen") != 3.0:
-        assert box.agent.handle.poll() is None, "the agent ended before it kept anything"
+    box.agent.until(lambda: known_uses(box).get("acme/gen") == 3.0)
     box.agent.kill()
     spoil(box.folder / "agent" / "journal.db")
     box.agent_module = "agent"  # which keeps nothing for a minute, but at its end
@@ -363,10 +362,9 @@ def test_an_agent_killed_with_9_knows_its_models_again(box: Box) -> None:
 
 
 def complete(box: Box, times: int) -> None:
-    import httpx2
 
     for _ in range(times):
-        answer = httpx2.post(
+        answer = CALLER.post(
             f"{box.gateway_url}/v1/completions",
             headers={"Authorization": f"Bearer {box.keys['acme']}"},
             json={"model": "acme/gen", "prompt": "the bunk", "max_tokens": 2, "temperature": 0},

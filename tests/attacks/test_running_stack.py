@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 from process_memory import children
-from real_box import PATIENCE_S, Box, running_box
+from real_box import CALLER, PATIENCE_S, Box, running_box
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_classifier, tiny_gpt2, tiny_llama
 
@@ -42,7 +42,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
 
 
 def ask(box: Box, tenant: str, route: str, **body: object) -> httpx2.Response:
-    return httpx2.post(
+    return CALLER.post(
         f"{box.gateway_url}/v1/{route}",
         headers={"Authorization": f"Bearer {box.keys[tenant]}"},
         json=body,
@@ -148,7 +148,7 @@ def test_node_and_control_speak_over_tls_alone(box: Box) -> None:
     assert box.control is not None
     url = box.operator().nodes()[0].route_url
     assert url is not None
-    through_router = httpx2.post(
+    through_router = CALLER.post(
         f"{box.url}/v1/completions",
         headers={"Authorization": f"Bearer {box.keys['acme']}"},
         json={"model": "acme/gen", "prompt": PROMPT, "max_tokens": 1},
@@ -243,7 +243,7 @@ def written(box: Box) -> dict[str, bytes]:
         for name in ("cmdline", "environ", "comm"):
             found[f"{name} of {pid}"] = Path(f"/proc/{pid}/{name}").read_bytes()
     found["metrics"] = box.metrics().encode()
-    found["control's metrics"] = httpx2.get(f"{box.url}/metrics", timeout=PATIENCE_S).content
+    found["control's metrics"] = CALLER.get(f"{box.url}/metrics", timeout=PATIENCE_S).content
     found["events"] = str(box.operator().events(limit=1000)).encode()
     for root in ("control", "agent"):
         for path in (box.folder / root).rglob("*"):
@@ -269,7 +269,7 @@ def test_what_callers_say_and_hold_is_written_nowhere(box: Box) -> None:
         own = {"Authorization": f"Bearer {box.keys['acme']}"}
         way = client.get("/api/v1/route", params={"model": "acme/gen"}, headers=own).json()
     ticket = way["items"][0]["ticket"]
-    answer = httpx2.get(
+    answer = CALLER.get(
         f"{box.gateway_url}/v1/models", headers={"Authorization": f"Bearer {ticket}"}, timeout=PATIENCE_S
     )
     assert answer.status_code == 200
