@@ -170,14 +170,14 @@ def failing_stack(folder: Path) -> Iterator[Stack]:
         try:
             box.control_at = f"https://{line.address}"
             box.start_control()
-            box.start_agent("--calibrate", "off")
+            box.start_agent()
             for tenant in TENANTS:
                 box.add_tenant(tenant)
                 for name in MODELS:
                     box.tenant(tenant).push(f"{tenant}/{name}", folder / name)
             box.wait_planned(len(TENANTS) * len(MODELS))
             planned = rf"plan \d+\.\d+: {len(TENANTS)} tenants, {len(TENANTS) * len(MODELS)} versions"
-            second, _ = box.another_agent("cpu:56MiB", "--calibrate", "off", wait=planned)
+            second, _ = box.another_agent("cpu:56MiB", wait=planned)
             stack = Stack(box, line, second)
             for name in (*MODELS[1:], MODELS[0]):
                 stack.answered(f"acme/{name}")

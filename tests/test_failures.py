@@ -134,7 +134,7 @@ def test_what_was_used_before_an_agent_was_killed_is_told_by_the_next(stack: Sta
     stack.until_journaled(len(got))
     stack.agent.kill()
     stack.cable.become(Line.WHOLE)
-    stack.box.start_agent("--calibrate", "off")
+    stack.box.start_agent()
     tokens += sum(each.json()["usage"]["total_tokens"] for each in got)
     assert stack.charged("acme") == (answers + len(got), tokens)
     stack.until_delivered()
@@ -211,7 +211,7 @@ def test_requests_of_a_killed_agent_are_answered_by_another_node(stack: Stack) -
     assert {caller.said for caller in callers} <= {"answered", "answered again"}
     assert "answered again" in {caller.said for caller in callers}
     assert len({caller.text for caller in callers}) == 1
-    stack.box.start_agent("--calibrate", "off")
+    stack.box.start_agent()
     got = stack.answered("acme/gen0")
     assert got.headers["x-bunkhouse-tier"] == "disk"
     stack.until_delivered()

@@ -32,7 +32,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     with closing(box):
         box.start_control()
         try:
-            box.start_agent("--calibrate", "off")
+            box.start_agent()
         except AssertionError:
             if box.agent is not None and box.agent.handle.wait(PATIENCE_S) == NOT_ALLOWED:
                 pytest.skip("this user may mount no file system of its own")

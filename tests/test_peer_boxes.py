@@ -112,8 +112,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             "cpu:96MiB",
             "--control-store",
             str(folder / "control" / "models"),
-            "--calibrate",
-            "off",
             wait=rf"plan \d+\.\d+: \d+ tenants, {len(MODELS) + len(TWINS)} versions",
         )
         try:

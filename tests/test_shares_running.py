@@ -84,7 +84,7 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
         box.add_tenant("acme")
         box.tenant("acme").push("acme/gen", folder / "gen")
         planned = r"plan \d+\.\d+: 1 tenants, 1 versions"
-        second, port = box.another_agent("cpu:48MiB", "--calibrate", "off", wait=planned)
+        second, port = box.another_agent("cpu:48MiB", wait=planned)
         others.callback(second.stop)
         crowd = Crowd(box, [box.gateway_url, f"http://127.0.0.1:{port}", box.url])
         for name in ("r1", "r2"):
