@@ -1,7 +1,7 @@
 """What all tests start from: no compiled kernels, unless a module asks for them; the longest files first.
 
-Covers: the switch, the order in which files start, and collecting without garbage collection. Does not cover:
-anything else; fixtures live beside the tests that use them.
+Covers: the switch, the order in which files start, examples without a deadline, and collecting without
+garbage collection. Does not cover: anything else; fixtures live beside the tests that use them.
 
 A node compiles its kernels for two seconds at each start, and most tests of nodes do not depend on them.
 """
@@ -12,11 +12,15 @@ import gc
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from packer.kernels import SWITCH
 
 os.environ.setdefault(SWITCH, "off")
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 # In this order, before all others: a file runs in one process from end to end, so that a long one that starts
 # last leaves the other cores idle. Worth a place from some ten seconds on.

@@ -34,8 +34,6 @@ from control.authority import (
 from control.catalog import NodeRow, TokenRow
 from packer.types import BadValue
 
-NOW = datetime.now(UTC)
-
 
 def csr(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> str:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "whatever I say")])
@@ -90,31 +88,31 @@ def test_a_node_certificate_is_short_lived_and_names_the_node_alone(authority: A
     assert list(names) == [x509.UniformResourceIdentifier("spiffe://c1/node/control.example.com")]
     assert leaf.subject.rfc4514_string() == "CN=node control.example.com"
     longest = issued(authority, "n" * 63)
-    assert authority.identify(der(longest), NOW).node == "n" * 63
+    assert authority.identify(der(longest), datetime.now(UTC)).node == "n" * 63
     assert not leaf.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
 def test_the_name_comes_from_control_not_from_the_request(authority: Authority) -> None:
-    identity = authority.identify(der(issued(authority, "n7")), NOW)
+    identity = authority.identify(der(issued(authority, "n7")), datetime.now(UTC))
     assert identity.node == "n7"
 
 
 def test_identity_carries_the_key(authority: Authority) -> None:
     leaf = issued(authority)
-    assert authority.identify(der(leaf), NOW).key_sha256 == key_sha256_of(leaf)
+    assert authority.identify(der(leaf), datetime.now(UTC)).key_sha256 == key_sha256_of(leaf)
 
 
 def test_an_expired_certificate_is_refused_on_a_connection_that_lives_on(authority: Authority) -> None:
     leaf = der(issued(authority))
-    authority.identify(leaf, NOW + timedelta(hours=23))
+    authority.identify(leaf, datetime.now(UTC) + timedelta(hours=23))
     with pytest.raises(NotANode, match="expired"):
-        authority.identify(leaf, NOW + timedelta(hours=25))
+        authority.identify(leaf, datetime.now(UTC) + timedelta(hours=25))
 
 
 @pytest.mark.parametrize("certificate", [None, b""])
 def test_no_certificate_is_nobody(authority: Authority, certificate: bytes | None) -> None:
     with pytest.raises(NotANode, match="no certificate was shown"):
-        authority.identify(certificate, NOW)
+        authority.identify(certificate, datetime.now(UTC))
 
 
 def test_a_certificate_of_another_cluster_is_nobody(authority: Authority, tmp_path: Path) -> None:
@@ -122,9 +120,9 @@ def test_a_certificate_of_another_cluster_is_nobody(authority: Authority, tmp_pa
     (tmp_path / "other").mkdir()
     other = Authority(tmp_path / "other", "c1")
     with pytest.raises(NotANode, match="another CA"):
-        authority.identify(der(issued(other)), NOW)
+        authority.identify(der(issued(other)), datetime.now(UTC))
     with pytest.raises(NotANode, match="not of this cluster"):
-        authority.identify(der(issued(Authority(tmp_path, "c2"))), NOW)
+        authority.identify(der(issued(Authority(tmp_path, "c2"))), datetime.now(UTC))
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n", "x" * 9000])
