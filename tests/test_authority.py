@@ -61,14 +61,6 @@ def test_the_ca_is_made_once_and_its_key_is_private(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "ca.key").stat().st_mode) == 0o600
 
 
-def test_a_ca_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> None:
-    Authority(tmp_path, "c1")
-    (tmp_path / "ca.key").unlink()
-    again = Authority(tmp_path, "c1")
-    # The pair fits: what it issues verifies against what it shows.
-    issued(again).verify_directly_issued_by(x509.load_pem_x509_certificate(again.ca_pem.encode()))
-
-
 def test_the_pin_is_the_digest_of_the_ca_key(authority: Authority) -> None:
     spki = (
         x509.load_pem_x509_certificate(authority.ca_pem.encode())

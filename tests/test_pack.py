@@ -153,10 +153,10 @@ def test_a_flip_of_any_header_bit_is_found() -> None:
 def test_a_flip_in_any_byte_of_the_file_is_found() -> None:
     """Chunks, tags, side files, index and all padding: there is no byte that may change unseen."""
     data = bytearray(pack_bytes())
-    for at in range(HEADER_BYTES, len(data), 5):
-        data[at] ^= 1 << (at // 5) % 8
+    for at in range(HEADER_BYTES, len(data), 11):
+        data[at] ^= 1 << (at // 11) % 8
         corrupt(bytes(data))
-        data[at] ^= 1 << (at // 5) % 8
+        data[at] ^= 1 << (at // 11) % 8
     with memory_file(bytes(data)) as fd:
         verify(PackReader(fd, KEY, REF))
 
