@@ -34,6 +34,10 @@ PROBE_MOVED_PARTS = 4
 PROBE_PAUSE_MS = 10_000
 # Gains worked out anew in one ranking, at some 7 microseconds each; the others serve as they are.
 STALE_GAINS_MAX = 12
+# What a host copy counts for while its model is on a device: the next use will most likely find it there, and
+# of those that do not the copy saves as much as any other. Measured in the full stack (docs/benchmarks.md):
+# a quarter or six tenths do as well; counting it in full costs 2 % more cold time.
+BENEATH_SHARE = 0.5
 
 
 # --- what a restore costs -------------------------------------------------------------------------
@@ -152,8 +156,11 @@ def watch_estimates(node: Node, tier: Tier, now_ms: int) -> None:
 
 
 def copy_index(known: Gains, model: Model, tier: Tier, nbytes: int, ranking: Ranking) -> float:
-    """What a copy of ``nbytes`` in the host or disk tier is, or would be, worth."""
+    """What a copy of ``nbytes`` in the host or disk tier is, or would be, worth. One beneath a model that is
+    on a device, or about to be, because somebody waits for it, counts for less."""
     gain_ms = known.host_ms if tier is Tier.HOST else known.disk_ms
+    if tier is Tier.HOST and (model.state is State.RESIDENT or model.waiters):
+        gain_ms *= BENEATH_SHARE
     return keep_index(ranking, model.reuse, gain_ms, nbytes)
 
 
@@ -327,7 +334,7 @@ def _ranked_copies(
         yield from sorted((_begun_or(value, model, tier), model.name, model) for model in free)
         return
     ranking, gains_of, epoch = Ranking(node.shared, now_ms), Renewal(node).gains, node.gains_epoch
-    in_host, held_state = tier is Tier.HOST, CopyState.HELD
+    in_host, held_state, resident = tier is Tier.HOST, CopyState.HELD, State.RESIDENT
     uses_per_ms = ranking.uses_per_ms
     found: list[_Rated] = []
     for model in models:
@@ -345,6 +352,8 @@ def _ranked_copies(
             known = gains_of(model)
         gain_ms = known.host_ms if in_host else known.disk_ms
         # ``copy_index`` without its calls.
+        if in_host and (model.state is resident or model.waiters):
+            gain_ms *= BENEATH_SHARE
         index = rate * (gain_ms if gain_ms > 1 else 1) / (copy.held_bytes or 1)
         if index < below or not model.planned:
             found.append((index, model.name, model))

@@ -134,6 +134,12 @@ MUTANTS = (
         "        if copy.state is not held_state:\n",
     ),
     Mutant(
+        "a copy beneath a resident model counts in full",
+        "room",
+        "        if in_host and (model.state is resident or model.waiters):\n",
+        "        if in_host and model.waiters:\n",
+    ),
+    Mutant(
         "a dead worker's leases pin the next stay",
         "residency",
         "            model.leases = 0\n            model.residency += 1",

@@ -105,6 +105,17 @@ def test_host_room_is_made_for_a_more_valuable_model_and_never_waited_for() -> N
     assert restore.host_bytes == 30 * MIB
 
 
+def test_a_copy_beneath_a_resident_model_goes_before_one_that_is_all_there_is() -> None:
+    newcomer = model("acme/newcomer", 40)
+    scene = Scene(A, B, newcomer, devices_mib=(A.image_bytes * 2 // MIB,), host_mib=65)
+    for spec in (B, A, newcomer):
+        scene.feed(PackFound(spec.ref, 30 * MIB, 30 * MIB))
+    scene.warm(B)
+    scene.later(300_000).warm(A)
+    actions = scene.later(3_600_000).ask(newcomer)
+    assert (the(actions, Evict).ref, the(actions, Drop).ref) == (B.ref, A.ref), "A is on the device still"
+
+
 def test_of_two_devices_the_tighter_fit_is_taken() -> None:
     scene = Scene(A, devices_mib=(100, 50))
     assert the(scene.ask(A), Restore).device == "cpu:1"
