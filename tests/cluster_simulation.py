@@ -74,6 +74,7 @@ class Fleet:
         self.full = full
         self.rng = rng = Random(f"fleet {seed}")
         self.rushing = Random(f"rushes {seed}")  # of its own: other histories stay what they were
+        self.grouping = Random(f"gangs {seed}")
         self.reached: Counter[str] = Counter()
         self.trace: list[str] = []
         self.digest = hashlib.sha256()
@@ -382,7 +383,10 @@ class Fleet:
             WORKSPACE_BYTES,
             self.versions,
             replicas=self.rushing.choice((1, 2, 3)),
+            cuts=tuple(range(1, len(chunks))),
         )
+        if len(chunks) > 1 and not self.grouping.randrange(3):
+            spec = replace(spec, devices=2)
         self.specs[ref] = spec
         await self.control.push(spec)
 
