@@ -198,8 +198,7 @@ async def healthz(routing: Router, request: web.Request, caller: Caller) -> web.
 async def pass_route(routing: Router, request: web.Request, caller: Caller) -> web.Response:
     """Control's answer, since it alone signs tickets; while it is away the one without nodes, by which the
     caller goes on calling here."""
-    text = request.query.get("model", "")
-    spec = router.resolve(routing, caller, text)
+    spec = direct.asked_model(routing, request, caller)
     query = request.raw_path.partition("?")[2].partition("#")[0]
     answer = await routing.line.route(query, request.headers["Authorization"])
     if answer is None:

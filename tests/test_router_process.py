@@ -227,7 +227,9 @@ async def test_before_the_first_word_it_says_that_it_is_not_ready(scene: Scene) 
 async def test_operators_see_routers(scene: Scene) -> None:
     said = scene.control.server.control.routers
     start = scene.control.server.control.start_name
+    feed = scene.control.server.control.feed
     await until(lambda: (known := said.of("r1")) is not None and known.ask.start == start)
+    await until(lambda: (known := said.of("r1")) is not None and feed.behind(known.ask.have) == 0)
     rows = (await scene.control.call("GET", "/api/v1/routers")).json()["items"]
     assert [(row["router"], row["state"], row["url"], row["behind"]) for row in rows] == [
         ("r1", "up", scene.router.url, 0)

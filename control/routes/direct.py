@@ -21,11 +21,12 @@ from control.operations import Given, ModelText, Operation, Result
 from control.routes.access import Access, Caller, Handle, Route, S
 from control.routes.forwarding import candidates, seq_needed
 from control.routes.router import resolve
+from control.routing import Routing
 from control.state import Control
 from packer.gangs import share_bytes
 from packer.http import json_response
 from packer.tickets import TICKET_LIFE_MS
-from packer.types import BadValue
+from packer.types import BadValue, ModelSpec
 
 # Nodes named at once: those that have the model on a device share its calls.
 NODES_MAX = 3
@@ -53,11 +54,15 @@ class DirectAnswer:
     expires_ms: int
 
 
-async def show_route(control: Control, request: web.Request, caller: Caller) -> web.Response:
+def asked_model(control: Routing, request: web.Request, caller: Caller) -> ModelSpec:
     text = request.query.get("model")
     if text is None:
         raise BadValue("model", "is missing: tenant/name or tenant/name@version")
-    spec = resolve(control, caller, text)
+    return resolve(control, caller, text)
+
+
+async def show_route(control: Control, request: web.Request, caller: Caller) -> web.Response:
+    spec = asked_model(control, request, caller)
     nodes: list[str] = []
     if control.config.direct:
         found = await candidates(control, caller, spec)

@@ -151,6 +151,7 @@ async def test_the_certificate_of_a_removed_router_is_refused(site: Site) -> Non
 async def test_a_router_is_told_no_more_than_routing_needs(site: Site) -> None:
     """No operator's key, no secret, no quota, no place of weights, no digest of a file."""
     await site.control.call("PATCH", "/api/v1/tenants/acme/quota", {"requests_per_minute": 4321})
+    await site.node.beat(site.folder)
     answer = await site.thief.ask(site.folder)
     told = decode(answer.body, RouterAnswer)
     kinds = {word.name.partition("/")[0] for word in told.words}
