@@ -110,6 +110,7 @@ class Fleet:
         self.members: dict[str, Member] = {}
         self.control: SimulatedControl
         self.control_process: Process | None = None
+        self.follows = False  # a router beside control's own; other histories stay what they were
         self.follower = Follower(self, fleet_core.step)
 
     # --- running ----------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ class Fleet:
 
     async def _live(self) -> None:
         self.start_control()
-        following = asyncio.ensure_future(self.follower.run())
+        following = asyncio.ensure_future(self.follower.run()) if self.follows else None
         for i in range(self.rng.choice((1, 2, 3, 3))):
             name = f"n{i}"
             self.members[name] = member = Member(self, name, self.rng.randrange(1 << 30))
@@ -239,8 +240,9 @@ class Fleet:
         await self._try(self._push())
         await asyncio.sleep(NEWS_S)
         cluster_judges.judge_arrival(self)
-        following.cancel()
-        await self.follower.judge()
+        if following is not None:
+            following.cancel()
+            await self.follower.judge()
         self._rush()
         await asyncio.sleep(RUSH_S)
         await self._ask_everything()

@@ -84,6 +84,18 @@ def test_every_cluster_is_safe_and_ends_well_and_together_they_reach_every_rare_
     assert not missed, f"these branches were never taken: {missed}"
 
 
+def test_a_router_of_its_own_follows_every_cluster() -> None:
+    """In the end it knows what control knows, whatever was lost, and however often control came anew."""
+    reached: Counter[str] = Counter()
+    for seed in range(46, 56):
+        fleet = Fleet(SEED_FIRST + seed)
+        fleet.follows = True
+        reached += fleet.run().reached
+    assert reached["a router heard a control that was started again"]
+    assert reached["a router's answer was lost"]
+    assert reached["a router took no old answer"]
+
+
 PRINT_DIGESTS = """
 from cluster_simulation import Fleet
 print(*(Fleet(seed).run().digest.hexdigest() for seed in range(4)))
