@@ -9,7 +9,8 @@ replicas ordered, control sends for one more copy when what requests have waited
 holders would have paid for its restore (whoever goes on renting until the rent has reached the price pays at
 most twice what the best would have). That request pays for the restore by its own wait; if the node refuses,
 a holder answers it. One copy comes at a time. Among holders the one is asked where the fewest wait; where
-nobody waits, always the same one: so copies that are no longer needed are not used, and age out.
+nobody waits, always the same one: so copies that are no longer needed are hardly used, and are the first that
+a node gives up. Each router goes by its own requests; of several, two may send for a copy at one moment.
 """
 
 from __future__ import annotations

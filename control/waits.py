@@ -15,9 +15,10 @@ from math import exp2
 
 from packer.types import ModelRef
 
-# What was waited counts half after this long: waiting that comes so thinly that a restore is never made up
-# for within minutes is cheaper than a copy.
-WAITED_HALF_MS = 60_000
+# What was waited counts half after this long: a copy takes room from others, so its restore must be made up
+# for within half a minute or so. With three times this much `scripts/bench_copies.py` finds a copy more at
+# small loads, which spares hundredths of a second.
+WAITED_HALF_MS = 20_000
 # Versions whose waiting is remembered; the oldest go first. One is about 300 bytes.
 OWED_MAX = 1_000
 # A node that would not take a copy is not asked for one again for this long.
