@@ -103,4 +103,4 @@ class ShareJudge:
 def _share_of(member: Member, name: str) -> Share:
     """What a node may let in by: once the term is over it halves before whatever it does next."""
     share = member.node.tenants[name].rates.share
-    return share.halved() if member.node.shares.are_due(member.now_ms) else share
+    return share.halved() if member.node.shares.are_due(member.clock_ms()) else share
