@@ -168,7 +168,8 @@ class Shares:
         while True:
             await online.wait()
             try:
-                await asyncio.wait_for(self._due.wait(), self._rest_s())
+                async with asyncio.timeout(self._rest_s()):
+                    await self._due.wait()
             except TimeoutError:
                 if not self._has_news():
                     continue
@@ -379,7 +380,8 @@ class Shares:
             self._waiting += 1
             try:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), left_ms / 1000)
+                    async with asyncio.timeout(left_ms / 1000):
+                        await self._changed.wait()
             finally:
                 self._waiting -= 1
 

@@ -110,7 +110,8 @@ class Nursery:
         asyncio.get_running_loop().add_reader(ours, self._on_reply)
         self._watching = asyncio.create_task(self._watch(self._process))
         try:
-            await asyncio.wait_for(self._ready.wait(), NURSERY_READY_TIMEOUT_S)
+            async with asyncio.timeout(NURSERY_READY_TIMEOUT_S):
+                await self._ready.wait()
         except TimeoutError:
             await self.close()
             raise WorkerDead(f"the nursery was not ready after {NURSERY_READY_TIMEOUT_S:g} s") from None
@@ -159,7 +160,8 @@ class Nursery:
                 number, tenant, device.device, device.kind, device.uuid, self._threads, _heap_bytes(device)
             )
             await send(self._sock, order, [their_orders.fileno(), their_data.fileno()], self._lock)
-            pid, pidfd = await asyncio.wait_for(spawned, SPAWN_TIMEOUT_S)
+            async with asyncio.timeout(SPAWN_TIMEOUT_S):
+                pid, pidfd = await spawned
         except (OSError, TimeoutError, WorkerDead) as error:
             orders.close()
             data.close()
@@ -221,7 +223,8 @@ class Nursery:
         if self._process is None or self._watching is None:
             return
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.died.wait(), CLOSE_TIMEOUT_S)
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.died.wait()
         if not self.died.is_set():
             with suppress(ProcessLookupError):
                 self._process.kill()

@@ -161,7 +161,8 @@ class UsageMeter:
         while True:
             idle = not (self._running or self._untold or self._pending)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._due.wait(), None if idle else RUNNING_S)
+                async with asyncio.timeout(None if idle else RUNNING_S):
+                    await self._due.wait()
             await asyncio.sleep(FLUSH_S)
             # A stop does not cut off what waits for the journal's thread; ``flush`` follows it.
             try:

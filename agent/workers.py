@@ -505,7 +505,8 @@ class WorkerHandle:
             with suppress(OSError):
                 self._orders.shutdown(socket.SHUT_RDWR)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.died.wait(), CLOSE_TIMEOUT_S)
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self.died.wait()
             self.kill()
             await self.died.wait()
 

@@ -103,7 +103,8 @@ class FeedDesk:
             if piece.words or piece.base != have or left_ms <= 0 or self._closed or not may_wait():
                 return piece
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), left_ms / 1000)
+                async with asyncio.timeout(left_ms / 1000):
+                    await self._changed.wait()
 
     def settle(self, most: int) -> bool:
         """Say anew what may be out of date, so many things at most; all of it for the first who listens.

@@ -87,7 +87,8 @@ class Questions:
         self._pending.setdefault(node, []).append(question)
         self._wake(node)
         try:
-            return await asyncio.wait_for(reply, ANSWER_WAIT_S)
+            async with asyncio.timeout(ANSWER_WAIT_S):
+                return await reply
         except TimeoutError:
             return None
         finally:

@@ -75,7 +75,8 @@ class ShareDesk:
             if left_ms <= 0:
                 break
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._freed.wait(), left_ms / 1000)
+                async with asyncio.timeout(left_ms / 1000):
+                    await self._freed.wait()
             current = self.book.holders.get(event.node)
             if current is None or (current.session, current.number) != (event.session, event.number):
                 break  # another exchange has come: nobody waits for this one

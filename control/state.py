@@ -344,7 +344,8 @@ class Control(Routing):
         if earlier is not None and not earlier.done():
             earlier.set_result(False)  # its connection is most likely dead
         try:
-            return await asyncio.wait_for(poll, wait_ms / 1000)
+            async with asyncio.timeout(wait_ms / 1000):
+                return await poll
         except TimeoutError:
             return False
         finally:
@@ -389,7 +390,8 @@ class Control(Routing):
                 return answer  # it was removed while it waited
             waiting = self._source_waits.setdefault(asked.ref, asyncio.Event())
             with suppress(TimeoutError):
-                await asyncio.wait_for(waiting.wait(), left_ms / 1000)
+                async with asyncio.timeout(left_ms / 1000):
+                    await waiting.wait()
 
     # --- records ---
 

@@ -64,7 +64,7 @@ for seed in range(int(sys.argv[2])):
     Fleet(seed).run()
 """
 # Enough to see that the simulation of a cluster is whole: without a bug it must not break.
-BASELINE_SEEDS = 20
+BASELINE_SEEDS = CLUSTER_SEEDS
 
 # The tests of a module, quick ones first. The core's mutants without an entry get those of the core.
 CORE_TESTS = ("test_residency", "test_quota", "test_turns", "test_lending", "test_hits", "test_chosen")

@@ -77,7 +77,8 @@ class Follower:
         answered: asyncio.Future[RouterAnswer | None] = asyncio.get_running_loop().create_future()
         process.spawn(_answer(fleet.control, ask, answered))
         try:
-            answer = await asyncio.wait_for(answered, PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                answer = await answered
         except TimeoutError:
             return False
         if answer is None:

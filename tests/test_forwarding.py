@@ -190,7 +190,8 @@ async def test_comments_pass_at_once_and_events_when_they_are_whole(fleet: Fleet
     fleet.gateways[0].respond = respond
     url = f"{fleet.control.url}/v1/chat/completions"
     async with fleet.control.session.post(url, json={"model": "acme/m"}, headers=fleet.headers) as answer:
-        assert await asyncio.wait_for(answer.content.readany(), PATIENCE_S) == comment
+        async with asyncio.timeout(PATIENCE_S):
+            assert await answer.content.readany() == comment
         more.set()
         assert await answer.content.readuntil(b"\n\n") == b"data: [1]\n\n"
 

@@ -118,7 +118,8 @@ async def test_a_caller_that_leaves_while_it_is_answered_stops_the_engine(stream
         headers = {"Authorization": f"Bearer {node.acme}"}
         body = {"model": "acme/chat", "prompt": "a", "stream": stream}
         asking = asyncio.create_task(session.post(f"{url}/v1/completions", json=body, headers=headers))
-        await asyncio.wait_for(running.wait(), SOON_SECONDS)
+        async with asyncio.timeout(SOON_SECONDS):
+            await running.wait()
         if stream:
             answer = await asking
             assert await answer.content.readline() != b""

@@ -88,7 +88,8 @@ async def test_a_certificate_is_renewed_at_two_thirds_of_its_life(tmp_path: Path
         renewed = asyncio.Event()
         identity.watch(renewed.set)
         async with beating(uplink):
-            await asyncio.wait_for(renewed.wait(), PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await renewed.wait()
         assert serial(identity) != before
         assert (tmp_path / "box" / "identity" / "node.key").read_bytes() == key
 
@@ -191,7 +192,8 @@ async def test_after_a_week_only_a_new_token_helps(tmp_path: Path) -> None:
             uplink = make_uplink(control, folder, owner, await token_file(control, folder))
             await join_only(uplink, folder / "join.token")
         with pytest.raises(BadIdentity, match=r"more than 7 days.*bunk node token create"):
-            await asyncio.wait_for(uplink.run(GATEWAY), PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await uplink.run(GATEWAY)
         assert in_control(control)
         key = (folder / "identity" / "node.key").read_bytes()
         with_token = make_uplink(control, folder, owner, await token_file(control, folder))
@@ -278,7 +280,8 @@ async def test_a_removed_node_joins_afresh_in_the_same_directory(tmp_path: Path)
             await until(lambda: "box" in control.server.control._polls)
             await control.call("DELETE", "/api/v1/nodes/box")
             with pytest.raises(Removed, match=r"former-1.*join again with a new token"):
-                await asyncio.wait_for(asyncio.shield(task), PATIENCE_S)
+                async with asyncio.timeout(PATIENCE_S):
+                    await asyncio.shield(task)
         aside = folder / "identity" / "former-1"
         assert (aside / "node.key").read_bytes() == key
         assert (aside / "identity.json").exists()
@@ -414,7 +417,8 @@ async def test_a_copy_that_joins_under_another_name_is_told_what_to_do(tmp_path:
         token = await token_file(control, tmp_path / "copy", "copy")
         copy = make_uplink(control, tmp_path / "copy", Owner(), token, "copy")
         with pytest.raises(BadIdentity, match=r"409.*key of the node 'box'.*Remove the folder"):
-            await asyncio.wait_for(copy.run(GATEWAY), PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await copy.run(GATEWAY)
         shutil.rmtree(tmp_path / "copy" / "identity")
         owner = Owner()
         async with beating(make_uplink(control, tmp_path / "copy", owner, token, "copy")):

@@ -101,7 +101,8 @@ class SlowHands:
         """Takes an hour, unless it is told to stop."""
         self.fills.append(order)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.stopped.wait(), 3600)
+            async with asyncio.timeout(3600):
+                await self.stopped.wait()
             return FillFailed(order.ref, "stopped", order.order, stopped=True)
         return Filled(order.ref, order.order)
 

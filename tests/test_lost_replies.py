@@ -129,7 +129,8 @@ async def test_a_lost_answer_to_any_post_of_a_node_leaves_one_effect(
         losses.next[renew] = 1
         identity.now_s = lambda: due_s
         await control.tenant("globex")  # its plan ends the long poll
-        await asyncio.wait_for(renewed.wait(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            await renewed.wait()
         identity.now_s = time.time
         losses.next[late] = 1
         with pytest.raises(aiohttp.ClientError):

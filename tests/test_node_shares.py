@@ -139,6 +139,23 @@ def nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agent.shares.AHEAD_ALL_MAX", 0)
 
 
+@pytest.mark.parametrize("turns", range(5))
+def test_exchanges_end_when_they_are_told_to_also_in_the_moment_of_a_reason_to_go_on(turns: int) -> None:
+    """The uplink waits for that end before it joins anew; at a node that goes on it never would."""
+
+    async def work() -> None:
+        box = Fleet("a", "b").boxes["a"]
+        await asyncio.sleep(10)
+        box.shares.nudge()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        box.kill()
+        await asyncio.wait([box.task], timeout=1)
+        assert box.task.cancelled()
+
+    fleet_test(work())
+
+
 def fleet_test(work: Coroutine[Any, Any, None]) -> None:
     run_virtual(work)
 

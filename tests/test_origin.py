@@ -143,14 +143,16 @@ async def test_ranges_are_fetched_ahead_and_no_more_than_the_limit() -> None:
         started.append(start)
         if len(started) == RANGES_AHEAD:
             enough.set()
-        await asyncio.wait_for(enough.wait(), 30)
+        async with asyncio.timeout(30):
+            await enough.wait()
         async for piece in patterned(spec, path, start, nbytes):
             yield piece
 
     async with open_origin(sized(CONTROL_ORIGIN, {"a": size}), fetch) as origin:
         source = FeedSource(origin.descriptors["a"])
         source.expect([(0, size)])
-        await asyncio.wait_for(enough.wait(), 30)
+        async with asyncio.timeout(30):
+            await enough.wait()
         assert started == [number * RANGE_BYTES for number in range(RANGES_AHEAD)]
         data = bytearray(size)
         await asyncio.to_thread(source.read_into, 0, memoryview(data))
@@ -179,7 +181,8 @@ async def test_large_asks_of_many_files_wait_for_one_another_and_small_ones_do_n
         sources = {path: FeedSource(origin.descriptors[path]) for path in names}
         for source in sources.values():
             source.expect([(0, 8 * MIB)])
-        await asyncio.wait_for(enough.wait(), 30)
+        async with asyncio.timeout(30):
+            await enough.wait()
         got = await asyncio.to_thread(ask, origin.descriptors["small"], 5, 1000)
         assert got == pattern("small", 5, 1000)
         assert len(begun) == LARGE_ASKS_MAX
@@ -187,7 +190,8 @@ async def test_large_asks_of_many_files_wait_for_one_another_and_small_ones_do_n
         data = bytearray(8 * MIB)
         await asyncio.to_thread(sources[one].read_into, 0, memoryview(data))
         assert bytes(data) == pattern(one, 0, 8 * MIB)
-        await asyncio.wait_for(freed.wait(), 30)
+        async with asyncio.timeout(30):
+            await freed.wait()
         for path in names:
             if path != one:
                 await asyncio.to_thread(sources[path].read_into, 0, memoryview(data))
@@ -241,7 +245,8 @@ async def test_many_large_side_files_are_read_in_any_order() -> None:
     async with open_origin(replace(spec(CONTROL_ORIGIN), files=registered), fetch) as origin:
         sources = [(file, open_source(origin.descriptors[file.path])) for file in reversed(registered)]
         load = Ingest(sources, REF, "transformers", Task.EMBEDDING, None)
-        await asyncio.wait_for(asyncio.to_thread(load.open), 60)
+        async with asyncio.timeout(60):
+            await asyncio.to_thread(load.open)
     assert {path: data for path, data in load.side_files.items() if path != ORIGIN_HEADERS} == files
 
 

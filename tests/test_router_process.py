@@ -149,7 +149,8 @@ async def test_a_router_that_is_removed_stops_at_once(scene: Scene) -> None:
     router = scene.router.router
     assert (await scene.embed()).status == 200
     assert (await scene.control.call("DELETE", "/api/v1/routers/r1")).status == 204
-    error = await asyncio.wait_for(router.failed(), PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
+        error = await router.failed()
     assert isinstance(error, Removed)
     assert "bunk router token create" in str(error)
     agent = scene.agent

@@ -365,7 +365,22 @@ SERVER = ("agent", "packer", "control")
 EVERYTHING = (*SERVER, "sdk", "scripts", "tests")
 
 
-RULES = (find_imports, find_long, find_vague_name, find_missing_docstring, find_sleep)
+def find_swallowed_cancel(source: Source) -> Iterator[Finding]:
+    """``asyncio.wait_for`` of Python 3.11 returns, and forgets that it was cancelled, when what it waits for
+    happens in the same moment: a loop around it then runs for ever, and who ends it waits as long."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "asyncio.wait_for":
+            yield Finding(source.path, node.lineno, "asyncio.wait_for swallows cancels: use asyncio.timeout")
+
+
+RULES = (
+    find_imports,
+    find_long,
+    find_vague_name,
+    find_missing_docstring,
+    find_sleep,
+    find_swallowed_cancel,
+)
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +420,10 @@ def test_files_say_what_they_cover(findings: dict[str, list[Finding]]) -> None:
 
 def test_tests_do_not_sleep(findings: dict[str, list[Finding]]) -> None:
     report([finding for finding in findings[find_sleep.__name__] if finding.path.startswith("tests/")])
+
+
+def test_no_wait_swallows_a_cancel(findings: dict[str, list[Finding]]) -> None:
+    report(findings[find_swallowed_cancel.__name__])
 
 
 def test_the_longest_files_are_there() -> None:
@@ -540,3 +559,8 @@ def test_missing_docstring_and_sleep_are_found() -> None:
     assert list(find_missing_docstring(Source.of("x.py", "x = 1")))
     assert list(find_sleep(Source.of("tests/test_x.py", "import time\ntime.sleep(1)")))
     assert not list(find_sleep(Source.of("tests/test_x.py", "import asyncio\nasyncio.sleep(1)")))
+
+
+def test_a_wait_that_swallows_cancels_is_found() -> None:
+    assert list(find_swallowed_cancel(Source.of("agent/x.py", "asyncio.wait_for(event.wait(), 1)")))
+    assert not list(find_swallowed_cancel(Source.of("agent/x.py", "condition.wait_for(bool)")))

@@ -97,7 +97,8 @@ async def test_a_standby_becomes_the_worker_of_the_next_tenant_and_is_replaced(l
         os.kill(third, signal.SIGKILL)
         await until_gone(third)
         fresh = await nursery.spawn("initech", DEVICE)
-        await asyncio.wait_for(fresh.ping(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            await fresh.ping()
         assert fresh.pid != third
         for worker in (first, second, fresh):
             await worker.close()
@@ -110,7 +111,8 @@ async def test_a_worker_that_has_a_tenant_takes_no_other(nursery: Nursery) -> No
     async with spawned(nursery) as worker:
         worker.tenant = ""  # as an agent that lost its mind would have it
         with pytest.raises(WorkerDead):
-            await asyncio.wait_for(worker.bind("globex"), PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await worker.bind("globex")
 
 
 # --- footprints -----------------------------------------------------------------------------------
@@ -281,7 +283,8 @@ async def test_a_killed_worker_is_noticed_by_all_who_wait_and_nobody_else(
             [frame async for frame in frames]
         with pytest.raises(WorkerDead):
             await order
-        await asyncio.wait_for(victim.died.wait(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            await victim.died.wait()
         with pytest.raises(WorkerDead):
             await tell(victim, storyteller)
         with pytest.raises(WorkerDead):
@@ -328,7 +331,8 @@ async def test_slow_origins_do_not_hold_up_evictions(worker: WorkerHandle, llama
         )
         for number in range(12)
     ]
-    await asyncio.wait_for(worker.evict(llama.ref), PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.evict(llama.ref)
     silent.close()
     never_fed.close()
     for failure in await asyncio.gather(*slow, return_exceptions=True):

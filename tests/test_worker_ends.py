@@ -104,8 +104,10 @@ async def test_a_dead_nursery_is_reported_and_swept_by_the_next() -> None:
     await worker.evict(ModelRef("acme", "nothing", "0" * 16))  # answered once the worker is up
     (private,) = Path("/dev/shm").glob(f"bunkhouse-nursery-*/{worker.pid}")
     os.kill(first.pid, signal.SIGKILL)
-    await asyncio.wait_for(first.died.wait(), PATIENCE_S)
-    await asyncio.wait_for(worker.died.wait(), PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
+        await first.died.wait()
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.died.wait()
     with pytest.raises(WorkerDead):
         await first.spawn("acme", DEVICE)
     second = Nursery(threads=1)
@@ -154,7 +156,8 @@ async def impostor() -> AsyncIterator[tuple[WorkerHandle, socket.socket, socket.
 async def test_a_worker_that_sends_nonsense_frames_is_killed(garbage: bytes) -> None:
     async with impostor() as (handle, _, data):
         data.sendall(garbage)
-        await asyncio.wait_for(handle.died.wait(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            await handle.died.wait()
 
 
 async def test_a_worker_that_answers_no_ping_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +165,8 @@ async def test_a_worker_that_answers_no_ping_is_killed(monkeypatch: pytest.Monke
     monkeypatch.setattr("agent.workers.PULSE_S", 0.01)
     async with impostor() as (handle, _, _):
         with pytest.raises(WorkerDead):
-            await asyncio.wait_for(handle.evict(ModelRef("acme", "x", "0" * 16)), PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await handle.evict(ModelRef("acme", "x", "0" * 16))
         assert handle.died.is_set()
 
 
@@ -185,7 +189,8 @@ async def test_a_worker_that_sends_nonsense_replies_is_killed() -> None:
         await asyncio.to_thread(orders.recv, 100)
         orders.send(b"{}")
         with pytest.raises(WorkerDead):
-            await asyncio.wait_for(order, PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await order
 
 
 @pytest.mark.parametrize("field", ["restore_ms", "restored_bytes", "disk_bytes", "deduplicated_bytes"])
@@ -197,7 +202,8 @@ async def test_a_worker_that_states_impossible_figures_is_killed(field: str, lie
         asked = json.loads(await asyncio.to_thread(orders.recv, 100))
         orders.send(f'{{"type": "Done", "id": {asked["id"]}, "{field}": {lie}}}'.encode())
         with pytest.raises(WorkerDead):
-            await asyncio.wait_for(order, PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await order
 
 
 async def test_a_restore_took_no_longer_and_moved_no_more_than_it_can_have() -> None:
@@ -213,7 +219,8 @@ async def test_a_restore_took_no_longer_and_moved_no_more_than_it_can_have() -> 
         assert isinstance(received[0], RestorePack)
         send_message(orders, Serving(received[0].id, STATED_MAX))
         send_message(orders, Done(received[0].id, STATED_MAX, restored_bytes=STATED_MAX))
-        done = await asyncio.wait_for(order, PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            done = await order
     assert done.restore_ms <= PATIENCE_S * 1000 + 1
     assert (done.restored_bytes, served) == (4096, [4096])
 
@@ -228,7 +235,8 @@ async def test_a_worker_s_code_can_not_speak_for_the_node(said: str, believed: s
         asked = asyncio.ensure_future(anext(aiter(frames)))
         data.sendall(encode_frame(Fault(1, said, "no"))[0])
         with pytest.raises(EngineError) as error:
-            await asyncio.wait_for(asked, PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await asked
         assert error.value.code == believed
 
 
@@ -243,7 +251,8 @@ async def test_a_worker_that_dies_computed_nothing_for_free() -> None:
         now_s[0] = 107.0
         handle.kill()
         with pytest.raises(WorkerDead):
-            await asyncio.wait_for(asked, PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await asked
     assert took == [7000]
 
 
@@ -274,7 +283,8 @@ async def test_replies_nobody_waits_for_are_ignored() -> None:
         assert received is not None
         assert isinstance(received[0], EvictModel)
         send_message(orders, Done(received[0].id))
-        await asyncio.wait_for(order, PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            await order
 
 
 async def test_an_order_with_the_most_files_arrives_whole() -> None:

@@ -71,7 +71,8 @@ async def taken(folder: Path, *script: Make) -> Plan | None:
     """What is in force after these answers."""
     uplink = ScriptedUplink(Owner(), folder, list(script))
     async with beating(uplink):
-        await asyncio.wait_for(uplink.asked.wait(), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            await uplink.asked.wait()
     return uplink.owner.plan
 
 

@@ -74,7 +74,8 @@ async def test_a_worker_that_computes_for_nobody_is_ended(
     await asyncio.wait({asked}, timeout=0.5)
     assert not asked.done()
     asked.cancel()
-    await asyncio.wait_for(evil.died.wait(), PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
+        await evil.died.wait()
     assert await generate(good, plain, "hello") >= 1
     await good.close()
 
@@ -85,7 +86,8 @@ async def test_a_tokenizer_that_panics_fails_its_request_alone(nursery: Nursery,
     worker, spec = await loaded(nursery, "evil", tokenizer_with(tmp_path / "evil", pre_tokenizer=split))
     for _ in range(2):
         with pytest.raises(WorkerFailure):
-            await asyncio.wait_for(generate(worker, spec, "x" * 60), PATIENCE_S)
+            async with asyncio.timeout(PATIENCE_S):
+                await generate(worker, spec, "x" * 60)
     assert await generate(worker, spec, "hello") >= 1
     await worker.close()
 
@@ -95,5 +97,6 @@ async def test_a_worker_has_no_more_memory_than_its_heap(nursery: Nursery, tmp_p
     bomb = {"type": "Sequence", "normalizers": [tenfold] * 12}
     evil, spec = await loaded(nursery, "evil", tokenizer_with(tmp_path / "evil", normalizer=bomb))
     with pytest.raises((WorkerDead, WorkerFailure, EngineError)):
-        await asyncio.wait_for(generate(evil, spec, "aaaa"), PATIENCE_S)
+        async with asyncio.timeout(PATIENCE_S):
+            await generate(evil, spec, "aaaa")
     await evil.close()
