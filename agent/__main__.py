@@ -92,6 +92,8 @@ async def run(config: AgentConfig) -> int:
         node.control_listener.guard(app)
     runner = http.runner(app, STOP_GRACE_S)
     try:
+        if node.uplink is not None:
+            node.uplink.joining.check()
         await node.start()
         await runner.setup()
         url = await _listen(config, node, runner)
@@ -102,6 +104,9 @@ async def run(config: AgentConfig) -> int:
             ready = json.dumps({"url": url, "pid": os.getpid()})
             write_private(config.ready_file, ready.encode())
         return await _until_stopped(node, config.advertise_url or url, stop)
+    except BadIdentity as error:
+        log.critical("%s", error)
+        return EXIT_FAILED
     finally:
         if node.control_listener is not None:
             node.control_listener.close()

@@ -142,16 +142,25 @@ class Joining:
             return True
         return False
 
-    async def join(self, gateway_url: str = "") -> None:
-        """Until control has let it in, however long it is away. Raises ``BadIdentity`` when only a person can
-        help."""
+    def check(self) -> None:
+        """Raises ``BadIdentity`` where it never joined and has no token to join with: before anything else is
+        started in vain."""
+        if self._identity.answer is None:
+            read_token(self._token(), self._joiner.what)
+
+    def _token(self) -> Path:
         if self._token_file is None:
             what, command = self._joiner.what, self._joiner.command
             raise BadIdentity(f"this {what} has not joined: start {command} with --join-token-file")
-        pause_s = RETRY_FIRST_S
+        return self._token_file
+
+    async def join(self, gateway_url: str = "") -> None:
+        """Until control has let it in, however long it is away. Raises ``BadIdentity`` when only a person can
+        help."""
+        token_file, pause_s = self._token(), RETRY_FIRST_S
         while True:
             try:
-                return await self._join(self._token_file, gateway_url)
+                return await self._join(token_file, gateway_url)
             except aiohttp.ClientConnectorCertificateError as error:
                 hint = "start control with --node-host and the name or address in --control"
                 log.warning(
