@@ -59,6 +59,15 @@ class Mutant:
     new: str
 
 
+# What is worth keeping is wrong with these, and nothing is broken: no history shows it, single tests do.
+WORTH_MUTANTS = (
+    Mutant(
+        "a copy beneath a resident model counts in full",
+        "room",
+        "        if in_host and (model.state is resident or model.waiters):\n",
+        "        if in_host and model.waiters:\n",
+    ),
+)
 MUTANTS = (
     Mutant(
         "what outlives its version is charged to nobody",
@@ -132,12 +141,6 @@ MUTANTS = (
         "room",
         "        if copy.state is not held_state or copy.readers:\n",
         "        if copy.state is not held_state:\n",
-    ),
-    Mutant(
-        "a copy beneath a resident model counts in full",
-        "room",
-        "        if in_host and (model.state is resident or model.waiters):\n",
-        "        if in_host and model.waiters:\n",
     ),
     Mutant(
         "a dead worker's leases pin the next stay",

@@ -21,7 +21,7 @@ from copies_mutants import COPIES_MUTANTS
 from fleet_mutants import FLEET_MUTANTS
 from gang_mutants import GANG_MUTANTS
 from identity_mutants import IDENTITY_MUTANTS
-from mutants import MUTANTS, Mutant
+from mutants import MUTANTS, WORTH_MUTANTS, Mutant
 from prefetch_mutants import PREFETCH_MUTANTS
 from quota_mutants import LENDING_MUTANTS, RATE_MUTANTS
 from router_mutants import ROUTER_MUTANTS
@@ -31,6 +31,7 @@ from usage_mutants import USAGE_MUTANTS
 ROOT = Path(__file__).resolve().parent.parent
 EVERY_MUTANT = (
     MUTANTS
+    + WORTH_MUTANTS
     + LENDING_MUTANTS
     + RATE_MUTANTS
     + PREFETCH_MUTANTS
