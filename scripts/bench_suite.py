@@ -165,7 +165,7 @@ def write_suite_json(report: SuiteReport, path: Path) -> None:
 def write_markdown(report: SuiteReport, path: Path, date: str, command: str) -> None:
     """The same tables for the documentation, so that nobody types a figure.
 
-    A file that has the two marks of this bench keeps everything around them; any other is replaced.
+    What stands between the two marks of this bench is replaced; a file without them gets both at its end.
     """
     lines = [f"{date}, {report.machine}, {report.cores} cores. `{command}`.", ""]
     lines += [f"* {name}: {value}" for name, value in report.facts.items()]
@@ -182,11 +182,10 @@ def write_markdown(report: SuiteReport, path: Path, date: str, command: str) -> 
     text = "\n".join(lines) + "\n"
     begin, end = (f"<!-- {word} of bench {report.bench} -->\n" for word in ("begin", "end"))
     around = path.read_text() if path.exists() else ""
+    before, after = around, ""
     if around.count(begin) == around.count(end) == 1:
-        before, _, rest = around.partition(begin)
-        _, _, after = rest.partition(end)
-        text = f"{before}{begin}\n{text}\n{end}{after}"
-    _replace(path, text)
+        before, after = around.partition(begin)[0], around.partition(end)[2]
+    _replace(path, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def _goal_row(judgement: Judgement) -> str:

@@ -238,6 +238,18 @@ def test_documentation_keeps_what_is_around_the_tables(tmp_path: Path) -> None:
     assert path.read_text() == text
 
 
+def test_documentation_without_a_place_for_the_tables_gets_them_at_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "benchmarks.md"
+    path.write_text("# Ours\n<!-- end of bench gateway -->\nMore.\n")
+    bench_suite.write_markdown(make_report(), path, "2026-11-21", "bench")
+    text = path.read_text()
+    assert text.startswith(
+        "# Ours\n<!-- end of bench gateway -->\nMore.\n<!-- begin of bench restore -->\n\n2026"
+    )
+    bench_suite.write_markdown(make_report(), path, "2026-11-21", "bench")
+    assert path.read_text() == text
+
+
 def test_check_names_what_was_missed() -> None:
     log = io.StringIO()
     assert bench_suite.name_missed(make_report(), log) == 1
