@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import aiohttp
@@ -30,7 +31,7 @@ FAULT_SAID_EVERY_S = 10.0
 FAULTS_KEPT_MAX = 1_000
 
 
-class Routing:
+class Routing(ABC):
     """Of one process. ``session`` and ``lines`` are there once it has started."""
 
     session: aiohttp.ClientSession
@@ -48,9 +49,9 @@ class Routing:
         # By place: the fault that was said last, when, and how often it came since.
         self._faults: dict[str, tuple[str, float, int]] = {}
 
+    @abstractmethod
     def act(self, actions: Sequence[fleet.Action]) -> None:
         """Carry out what the cluster core ordered."""
-        raise NotImplementedError
 
     def check_ready(self) -> None:
         """Raises ``ApiError`` while it is not known who may call."""
