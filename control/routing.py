@@ -53,6 +53,7 @@ class Routing(ABC):
     def act(self, actions: Sequence[fleet.Action]) -> None:
         """Carry out what the cluster core ordered."""
 
+    @abstractmethod
     def check_ready(self) -> None:
         """Raises ``ApiError`` while it is not known who may call."""
 

@@ -276,6 +276,9 @@ class Control(Routing):
 
     # --- nodes ---
 
+    def check_ready(self) -> None:
+        """Control knows who may call before it listens."""
+
     def act(self, actions: Sequence[fleet.Action]) -> None:
         """Carry out what the cluster core ordered."""
         for action in actions:

@@ -106,6 +106,13 @@ def test_what_control_did_not_take_is_brought_again_with_growing_pauses(
     assert all(after > before for before, after in pairwise(pauses))
 
 
+@pytest.mark.parametrize("ahead", [-1, 1])
+def test_a_message_of_another_release_is_refused_with_the_way_out(ahead: int) -> None:
+    body = encode(BeatAnswer(wire.WIRE_VERSION + ahead, None, 1))
+    with pytest.raises(BadMessage, match="this side speaks 1: upgrade the older"):
+        decode(body, BeatAnswer)
+
+
 def test_nothing_above_the_limit_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     body = encode(BeatAnswer(wire.WIRE_VERSION, None, 1))
     monkeypatch.setattr(wire, "MESSAGE_BYTES_MAX", len(body))
