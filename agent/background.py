@@ -25,6 +25,14 @@ class Background:
         task.add_done_callback(self.tasks.discard)
         return task
 
+    async def finish(self, within_s: float) -> bool:
+        """Let what runs now come to its end; whether all of it has in that time. Nothing is cancelled."""
+        running = list(self.tasks)
+        if not running:
+            return True
+        _, left = await asyncio.wait(running, timeout=within_s)
+        return not left
+
     async def close(self) -> None:
         """Cancel what still runs, and return when all of it has ended."""
         for task in list(self.tasks):

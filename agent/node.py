@@ -77,6 +77,10 @@ from packer.wire import Plan, PlanNumber, Record, RegretReport, Report
 
 log = logging.getLogger("bunk.node")
 
+# A stopped node goes on writing packs of models that it has loaded for this long, some 20 GB at a usual
+# disk's speed. With what answers get before it, beneath the 30 s after which Kubernetes kills.
+PACK_GRACE_S = 20.0
+
 _NO_FETCH = "this version's files are in control's store, and this node was started without --control"
 
 
@@ -247,6 +251,8 @@ class RunningNode:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self.loop.broken.done():
+            await self.orders.finish_packs(PACK_GRACE_S)
         await self.loop.close()
         await self.sharing.close()
         await self.orders.close()

@@ -111,6 +111,8 @@ class Orders:
         # Where packs come from; None: origins only.
         self.sources: Sources | None = None
         self._background = Background()
+        # The rest of packs whose load is over: the model serves already, from its device.
+        self._packing = Background()
         # None before the first plan.
         self._planned: frozenset[ModelRef] | None = None
 
@@ -129,8 +131,15 @@ class Orders:
     def _is_planned(self, ref: ModelRef) -> bool:
         return self._planned is None or ref in self._planned
 
+    async def finish_packs(self, within_s: float) -> None:
+        """Before ``close``: what was read from an origin that may be away at the next start is kept. A pack
+        that takes longer stays begun, and a later load goes on from there."""
+        if not await self._packing.finish(within_s):
+            log.warning("stopped before %d packs were whole; later loads go on", len(self._packing.tasks))
+
     async def close(self) -> None:
         await self.roster.close()
+        await self._packing.close()
         await self._background.close()
 
     # --- orders -----------------------------------------------------------------------------------
@@ -218,7 +227,7 @@ class Orders:
         await self._note_image(order, worker, mapped=False)
         if making is not None:
             making.loaded = True
-            self._background.start(self._finish_pack(order, making, obtained, worker, done))
+            self._packing.start(self._finish_pack(order, making, obtained, worker, done))
         return Restored(
             order.ref,
             order.device,

@@ -1,0 +1,51 @@
+"""What a node does before it stops, on real workers, real files and a real journal.
+
+Covers: packs of models that serve already. Does not cover: answers that are being written
+(``test_failures``), the journal's parts (``test_flushing``) or a kill (``test_crash``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+from running_workers import PATIENCE_S, known
+from test_orders_tiers import close_hands, nursery, open_hands, plan
+from tiny_models import copy_minilm
+
+from agent.spawning import Nursery
+from packer.events import Packed, Restored
+from packer.types import GIB, Task, Tier
+
+pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
+__all__ = ["nursery"]  # a fixture
+
+
+async def test_a_pack_of_a_model_that_serves_is_finished(nursery: Nursery, tmp_path: Path) -> None:
+    """Its origin may be away when the node starts again. A stop waits for it, and only for so long."""
+    minilm = known(copy_minilm(tmp_path / "minilm"), "minilm", Task.EMBEDDING)
+    hands = await open_hands(nursery, tmp_path)
+    plan(hands, minilm)
+    journal = hands.orders._journal
+    busy = threading.Event()
+    making = hands.orders._making
+    publish = making.publish
+
+    async def slowly(*args: object) -> int:
+        # A disk that is slow to take the pack's row.
+        journal._thread.submit(busy.wait)
+        return await publish(*args)  # type: ignore[arg-type]
+
+    making.publish = slowly  # type: ignore[method-assign]
+    restored = await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
+    assert isinstance(restored, Restored)
+    await hands.orders.finish_packs(0)
+    assert hands.posted.empty(), "not longer than it was told to"
+    stopping = asyncio.create_task(hands.orders.finish_packs(PATIENCE_S))
+    asyncio.get_running_loop().call_soon(busy.set)
+    await stopping
+    assert isinstance(hands.posted.get_nowait(), Packed)
+    assert [row.ref for row in await journal.call(journal.journal.packs)] == [minilm.ref]
+    await close_hands(hands)
