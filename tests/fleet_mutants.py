@@ -438,6 +438,6 @@ FLEET_MUTANTS = (
         "nothing is learned from a use",
         INTENSITY,
         "        known.explained = (x0 + s0, x1 + s1, x2 + s2,",
-        "        _ = [x0 + s0, x1 + s1, x2 + s2,",
+        "        _ = (x0 + s0, x1 + s1, x2 + s2,",
     ),
 )

@@ -62,6 +62,11 @@ def anchors(mutant: Mutant) -> int:
         return 0
 
 
+def source_with(mutant: Mutant) -> str:
+    """The module's text with the bug in it."""
+    return path_of(mutant).read_text().replace(mutant.old, mutant.new)
+
+
 def find(what: str) -> Mutant:
     return next(mutant for mutant in EVERY_MUTANT if mutant.what == what)
 
@@ -81,10 +86,9 @@ class Planter(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return importlib.util.spec_from_file_location(name, path_of(self.mutant), loader=self)
 
     def get_source(self, name: str) -> str:
-        source = path_of(self.mutant).read_text()
-        count = source.count(self.mutant.old)
+        count = anchors(self.mutant)
         assert count == 1, f"mutant {self.mutant.what!r}: its text is {count} times in {self.name}"
-        return source.replace(self.mutant.old, self.mutant.new)
+        return source_with(self.mutant)
 
 
 def install(mutant: Mutant) -> None:

@@ -35,6 +35,24 @@ def test_every_mutant_can_be_planted() -> None:
         assert all((planted.ROOT / "tests" / f"{name}.py").exists() for name in tests)
 
 
+def test_every_planted_bug_is_one(tmp_path: Path) -> None:
+    """A module that can not be read, or has a name that is nowhere defined, fails under any test."""
+    bugs = {f"{number:03}.py": mutant for number, mutant in enumerate(planted.EVERY_MUTANT)}
+    for name, mutant in bugs.items():
+        (tmp_path / name).write_text(planted.source_with(mutant))
+    (tmp_path / "control.py").write_text("print(nowhere)\n")
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--target-version=py311"]
+    told = subprocess.run(
+        [*ruff, "--select=E9,F82", "--output-format=concise", "."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
+    assert "control.py" in told, "the check itself works"
+    assert [mutant.what for name, mutant in bugs.items() if name in told] == []
+
+
 @pytest.mark.parametrize(
     ("what", "by"),
     [
