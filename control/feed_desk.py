@@ -33,6 +33,7 @@ class FeedDesk:
         self._feed = core.Feed()
         self._stale: dict[str, None] = {}
         self._open = False
+        self._shuts = 0
         self._changed = asyncio.Event()
         self._closed = False
 
@@ -45,13 +46,13 @@ class FeedDesk:
         for change in changes:
             match change:
                 case PutKey(row):
-                    self._stale[f"{KEY}/{row.key_id}"] = None
+                    self._note(f"{KEY}/{row.key_id}", there=True)
                 case DropKey(key_id):
-                    self._stale[f"{KEY}/{key_id}"] = None
+                    self._note(f"{KEY}/{key_id}", there=False)
                 case PutModel(spec):
-                    self._stale[f"{MODEL}/{spec.ref}"] = None
+                    self._note(f"{MODEL}/{spec.ref}", there=True)
                 case DropModel(ref):
-                    self._stale[f"{MODEL}/{ref}"] = None
+                    self._note(f"{MODEL}/{ref}", there=False)
                 case PutNode(row):
                     self.note_node(row.node)
                 case DropNode(node):
@@ -61,9 +62,18 @@ class FeedDesk:
     def note_node(self, node: str) -> None:
         """Something was heard of it, or it is gone."""
         if self._open:
-            self._stale[f"{NODE}/{node}"] = None
-            self._stale[f"{PLACES}/{node}"] = None
+            there = node in self._catalog().nodes
+            self._note(f"{NODE}/{node}", there)
+            self._note(f"{PLACES}/{node}", there)
             self._wake()
+
+    def _note(self, name: str, there: bool) -> None:
+        """What is no more and was never told is nothing to anybody: so what waits to be told is not more than
+        what is so and what was, however long nobody asks."""
+        if there or name in self._feed.told:
+            self._stale[name] = None
+        else:
+            self._stale.pop(name, None)
 
     def wake(self) -> None:
         """Answer everybody who waits now: one of them may be no more, or is to be told something else."""
@@ -81,6 +91,7 @@ class FeedDesk:
     def shut(self) -> None:
         """There is no router any more."""
         self._open = False
+        self._shuts += 1
         self._stale.clear()
         core.forget(self._feed)
 
@@ -93,8 +104,10 @@ class FeedDesk:
     async def piece(self, have: int, wait_ms: int, may_wait: Callable[[], bool]) -> core.Piece:
         """What somebody must hear who has heard up to ``have``; while that is nothing, waits for ``wait_ms``
         as long as ``may_wait`` holds."""
-        until_ms = self._now_ms() + wait_ms
+        until_ms, shuts = self._now_ms() + wait_ms, self._shuts
         while True:
+            if shuts != self._shuts:
+                return core.Piece(have, have, (), False)  # to a router that is no more
             if not self.settle(SLICE):
                 await asyncio.sleep(0)  # nodes and operators are answered meanwhile
                 continue

@@ -7,6 +7,7 @@ Does not cover: the way there (``test_router_process``).
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from running_control import empty_report, model_report
 
 from control import choosing, feed
 from control import cluster as fleet
-from control.catalog import Catalog, KeyRow, NodeRow, PutKey, PutModel, PutNode
+from control.catalog import Catalog, Change, DropModel, KeyRow, NodeRow, PutKey, PutModel, PutNode
 from control.feed_desk import FeedDesk
 from control.router_view import RouterView, StaleAnswer
 from control.router_wire import NO_MORE, RouterAnswer, Told
@@ -75,6 +76,38 @@ def heard(mine: dict[str, bytes], piece: feed.Piece) -> dict[str, bytes]:
         else:
             mine[word.name] = word.text
     return mine
+
+
+# --- the desk ------------------------------------------------------------------------------------
+
+
+async def test_a_poll_that_outlives_the_last_router_keeps_nothing(site: Site) -> None:
+    """It was waiting when its router was removed, and is answered because of that."""
+    waiting = asyncio.create_task(site.desk.piece(site.view.have, 60_000, lambda: True))
+    await asyncio.sleep(0)
+    site.desk.shut()
+    site.desk.wake()
+    assert (await waiting).words == ()
+    assert not site.desk._open
+    site.node("late")
+    assert not site.desk._stale
+    again = await site.desk.piece(0, 0, lambda: True)  # of another router, that joined since
+    assert again.words
+
+
+def test_what_came_and_went_while_nobody_listened_is_forgotten(site: Site) -> None:
+    """A router that is away for a month hears what is so; a tenant that pushes and deletes fills no memory."""
+    for number in range(1_000):
+        ref = replace(REF, version=f"{number:016x}")
+        changes: tuple[Change, ...] = (PutModel(replace(SPEC, ref=ref)), DropModel(ref))
+        for change in changes:
+            site.catalog.apply(change, 2)
+            site.desk.note([change])
+    assert len(site.desk._stale) <= 1
+    site.catalog.apply(DropModel(REF), 3)
+    site.desk.note([DropModel(REF)])
+    site.tell()
+    assert not site.theirs.models
 
 
 # --- a router's view ------------------------------------------------------------------------------
