@@ -8,6 +8,7 @@ beat what is stored of its node. Does not cover: the tables (``control.store``) 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,8 @@ from control.catalog import Catalog, NodeRow
 from control.store import Acked, SpooledRecords, StoreUnavailable
 from packer.usage import UsageBatch
 from packer.wire import Beat, Record
+
+log = logging.getLogger("bunk.control")
 
 # Records waiting to be stored; beats that bring more are asked to come back.
 RECORDS_PENDING_MAX = 100_000
@@ -57,6 +60,8 @@ class RecordDesk:
         self._pending: list[PendingRecords] = []
         self._own: list[Record] = []
         self._due = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self._failed = False
 
     def note(self, kind: str, tenant: str, model: str, detail: str) -> None:
         """Note a fact of control's own for ``bunk events``; stored with the next batch."""
@@ -85,24 +90,36 @@ class RecordDesk:
             await self._due.wait()
             self._due.clear()
             try:
-                await self.flush()
+                # A stop does not cut off what waits for the writer's thread; whoever stops flushes after it.
+                await asyncio.shield(self.flush())
             except StoreUnavailable as error:
                 self._log_fault("records", error)
 
     async def flush(self) -> None:
-        """Store what waits. Raises ``StoreUnavailable``."""
-        batch, self._pending = self._pending, []
-        own, self._own = self._own, []
-        if not batch and not own:
-            return
-        try:
-            acked = await self._write([item.spooled for item in batch], own)
-        except StoreUnavailable as error:
-            for item in batch:
-                if not item.stored.done():
-                    item.stored.set_exception(error)
-                    item.stored.exception()  # its beat may have left
-            raise
+        """Store what waits, after what is being stored. Raises ``StoreUnavailable``: nodes bring theirs again
+        then, and control's own wait."""
+        async with self._writing:
+            batch, self._pending = self._pending, []
+            own, self._own = self._own, []
+            if not batch and not own:
+                return
+            try:
+                await self._store(batch, own)
+            except StoreUnavailable as error:
+                self._own = [*own, *self._own][:RECORDS_PENDING_MAX]
+                _refuse(batch, error)
+                raise
+            except Exception as error:
+                # Our mistake: said once. Nobody may wait for ever because of it, and what follows is stored.
+                if not self._failed:
+                    log.exception("storing records failed in an unforeseen way")
+                self._failed = True
+                unforeseen = StoreUnavailable(f"{type(error).__name__}: {error}")
+                _refuse(batch, unforeseen)
+                raise unforeseen from error
+
+    async def _store(self, batch: Sequence[PendingRecords], own: Sequence[Record]) -> None:
+        acked = await self._write([item.spooled for item in batch], own)
         for item in batch:
             spooled, high = item.spooled, acked.records[item.spooled.counted_by]
             nodes = self._catalog().nodes
@@ -113,3 +130,10 @@ class RecordDesk:
                 nodes[spooled.node] = row
             if not item.stored.done():
                 item.stored.set_result(Stored(high, acked.usage[spooled.counted_by]))
+
+
+def _refuse(batch: Sequence[PendingRecords], error: StoreUnavailable) -> None:
+    for item in batch:
+        if not item.stored.done():
+            item.stored.set_exception(error)
+            item.stored.exception()  # its beat may have left

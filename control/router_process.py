@@ -40,7 +40,6 @@ from packer.identity import BadIdentity, Identity
 
 log = logging.getLogger("bunk.router")
 
-TICK_S = 1.0
 # Requests that are being answered may take this long to end at an orderly stop.
 STOP_S = 10.0
 RETRY_VIEW_MS = 1_000
@@ -135,7 +134,10 @@ class Router(Routing):
         host, port = self._app_runner.addresses[0][:2]
         url = f"http://{Address(host, port)}"
         self.url = self.url or url
-        self._tasks = [asyncio.create_task(self.line.run()), asyncio.create_task(self._tick())]
+        self._tasks = [
+            asyncio.create_task(self.line.run()),
+            asyncio.create_task(self.each_second({"tick": self._tick})),
+        ]
         if self.config.ready_file is not None:
             write_private(self.config.ready_file, json.dumps({"url": url}).encode())
         log.info("routing at %s", url)
@@ -177,11 +179,9 @@ class Router(Routing):
     def act(self, actions: Sequence[fleet.Action]) -> None:
         """Nothing to carry out: nodes get their plans from control, which says what of them is to be said."""
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
-            rooms.settle(self.cluster, rooms.SETTLED_MAX)
+    def _tick(self) -> None:
+        self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
+        rooms.settle(self.cluster, rooms.SETTLED_MAX)
 
 
 # --- routes ---------------------------------------------------------------------------------------

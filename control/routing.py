@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import aiohttp
 from aiohttp import web
@@ -20,11 +20,13 @@ from control import cluster as fleet
 from control.catalog import Catalog
 from control.node_tls import NodeLines
 from control.router_counters import RouterCounters
+from control.store import StoreUnavailable
 from packer.body_budget import BodyBudget
 from packer.known_keys import KnownKeys
 
 log = logging.getLogger("bunk.control")
 
+TICK_S = 1.0
 # The same fault again within this time is counted, not said: requests to a dead node come by the thousand.
 FAULT_SAID_EVERY_S = 10.0
 # Places are routes and nodes; beyond this all are said anew.
@@ -92,6 +94,20 @@ class Routing(ABC):
             self._kept.add(task)
             task.add_done_callback(self._ended)
 
+    async def each_second(self, parts: Mapping[str, Callable[[], Awaitable[None] | None]]) -> None:
+        """Do these, in their order, until cancelled. One that fails, even by a mistake of ours, keeps neither
+        the others nor its own next time from happening: nobody would notice that time stands still."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            for name, part in parts.items():
+                try:
+                    if (doing := part()) is not None:
+                        await doing
+                except (StoreUnavailable, OSError) as error:
+                    self.log_fault(name, error)
+                except Exception as error:
+                    self.log_fault(name, error, unforeseen=True)
+
     def _ended(self, task: asyncio.Task[object]) -> None:
         self._kept.discard(task)
         if not task.cancelled():
@@ -99,14 +115,16 @@ class Routing(ABC):
 
     # --- faults ---
 
-    def log_fault(self, where: str, error: Exception) -> None:
-        """Say it, but a fault that many requests meet (a node that is gone) only once in a while."""
+    def log_fault(self, where: str, error: Exception, unforeseen: bool = False) -> None:
+        """Say it, but a fault that many requests meet (a node that is gone) only once in a while.
+        ``unforeseen``: it is a mistake of ours, whose place in the code is said as well."""
         text, now_s = f"{where}: {error}", time.monotonic()
         said, said_s, more = self._faults.pop(where, ("", 0.0, 0))
         if text == said and now_s - said_s < FAULT_SAID_EVERY_S:
             self._faults[where] = (said, said_s, more + 1)
             return
-        log.error("%s%s", text, f" (before that {more} more times: {said})" if more else "")
+        before = f" (before that {more} more times: {said})" if more else ""
+        log.error("%s%s", text, before, exc_info=error if unforeseen else None)
         if len(self._faults) >= FAULTS_KEPT_MAX:
             self._faults.clear()
         self._faults[where] = (text, now_s, 0)

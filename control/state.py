@@ -17,7 +17,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -66,8 +66,7 @@ log = logging.getLogger("bunk.control")
 
 T = TypeVar("T")
 
-TICK_S = 1.0
-SWEEP_EVERY_S = 600.0
+SWEEP_EVERY_MS = 600_000
 # Requests that are being answered may take this long to end at an orderly stop.
 STOP_S = 10.0
 # Model directories hashed at one time; each is one busy core.
@@ -102,6 +101,7 @@ class Control(Routing):
         self._writer = ThreadPoolExecutor(1, "control-writer")
         self._reader = ThreadPoolExecutor(1, "control-reader")
         self._usage_aged = 0  # the day on which old usage was looked at
+        self._sweep_at_ms = self.now_ms() + SWEEP_EVERY_MS
         self._polls: dict[str, asyncio.Future[bool]] = {}
         # By version: set when those who wait for a pack of it must ask again. No more than there are turns.
         self._source_waits: dict[ModelRef, asyncio.Event] = {}
@@ -161,7 +161,16 @@ class Control(Routing):
         self.shares.open(self.start_name, self.catalog.nodes)
 
     def run_background(self) -> None:
-        self._background = [asyncio.create_task(self.records.run()), asyncio.create_task(self._tick())]
+        each_second: dict[str, Callable[[], Awaitable[None] | None]] = {
+            "nodes": self._tick_nodes,
+            "shares": self._tick_shares,
+            "sweep": self._sweep_if_due,
+            "certificates": self._tick_papers,
+        }
+        self._background = [
+            asyncio.create_task(self.records.run()),
+            asyncio.create_task(self.each_second(each_second)),
+        ]
 
     async def close(self) -> None:
         """Stop in order: polls are answered by then, what is kept runs out, records are stored."""
@@ -407,22 +416,22 @@ class Control(Routing):
 
     # --- time ---
 
-    async def _tick(self) -> None:
-        sweep_at = self.now_ms() + int(SWEEP_EVERY_S * 1000)
-        while True:
-            await asyncio.sleep(TICK_S)
-            try:
-                self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
-                rooms.settle(self.cluster, rooms.SETTLED_MAX)
-                self.shares.step(SharesTicked())
-                self._release_clones()
-                if self.now_ms() >= sweep_at:
-                    sweep_at = self.now_ms() + int(SWEEP_EVERY_S * 1000)
-                    await self.sweep(wall_ms())
-                self.shown.tick(self.now_ms())
-                self.advance_rotation()
-            except (StoreUnavailable, OSError) as error:
-                self.log_fault("tick", error)
+    def _tick_nodes(self) -> None:
+        self.act(fleet.step(self.cluster, fleet.Ticked(), self.now_ms()))
+        rooms.settle(self.cluster, rooms.SETTLED_MAX)
+        self._release_clones()
+
+    def _tick_shares(self) -> None:
+        self.shares.step(SharesTicked())
+
+    async def _sweep_if_due(self) -> None:
+        if self.now_ms() >= self._sweep_at_ms:
+            self._sweep_at_ms = self.now_ms() + SWEEP_EVERY_MS
+            await self.sweep(wall_ms())
+
+    def _tick_papers(self) -> None:
+        self.shown.tick(self.now_ms())
+        self.advance_rotation()
 
     def advance_rotation(self) -> None:
         """Another stage of replacing the CA, when it is time; every node hears of what it must trust."""

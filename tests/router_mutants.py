@@ -25,7 +25,7 @@ ROUTER_MUTANTS = (
     Mutant(
         "routers are not told that a node was heard",
         DESK,
-        '            self._stale[f"{NODE}/{node}"] = None\n',
+        '            self._note(f"{NODE}/{node}", there)\n',
         "",
     ),
     Mutant("routers are told where weights lie", TOLD, 'replace(spec, origin="", files=())', "spec"),

@@ -96,7 +96,7 @@ async def test_a_poll_that_outlives_the_last_router_keeps_nothing(site: Site) ->
 
 
 def test_what_came_and_went_while_nobody_listened_is_forgotten(site: Site) -> None:
-    """A router that is away for a month hears what is so; a tenant that pushes and deletes fills no memory."""
+    """A router is away for a month; a tenant that pushes and deletes meanwhile fills no memory."""
     for number in range(1_000):
         ref = replace(REF, version=f"{number:016x}")
         changes: tuple[Change, ...] = (PutModel(replace(SPEC, ref=ref)), DropModel(ref))
