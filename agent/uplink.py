@@ -1,9 +1,10 @@
 """The node's line to control: beat, plans, records, and fetching what control's store holds.
 
 Covers: what a node that has joined says to control, and when it must join or renew; the node always dials.
-Does not cover: how it joins (``packer/joining.py``), keys and certificates (``packer/identity.py``) or what a
-plan means (``packer/residency.py``). While control is away nothing here fails a request: the node serves with
-its last plan and this keeps trying, with growing pauses.
+Does not cover: the session and its pauses (``packer/control_line.py``), how it joins (``packer/joining.py``),
+keys and certificates (``packer/identity.py``) or what a plan means (``packer/residency.py``). While control
+is away nothing here fails a request: the node serves with its last plan and this keeps trying, with growing
+pauses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 import secrets
 import ssl
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -25,20 +25,10 @@ from agent.control_clock import ControlClock
 from agent.origin import PIECE_BYTES, OriginUnavailable
 from agent.shares import Shares
 from agent.sources import ControlAway
-from packer.control_answers import Answer, read_answer, refusal_of, text_of
+from packer.control_answers import Answer, refusal_of, text_of
+from packer.control_line import CONNECT_TIMEOUT_S, POLL_WAIT_MS, ControlLine
 from packer.identity import Identity
-from packer.joining import (
-    ANSWER_TIMEOUT_S,
-    EXPIRY_MARGIN_S,
-    JSON,
-    RETRY_FIRST_S,
-    Forgotten,
-    Joiner,
-    Joining,
-    Refused,
-    Renewed,
-    pause,
-)
+from packer.joining import ANSWER_TIMEOUT_S, RETRY_FIRST_S, Forgotten, Joiner, Refused, Renewed, pause
 from packer.peer_lists import KnownPeers
 from packer.questions import QUESTIONS_MAX, Question, Replies, Reply
 from packer.types import ModelRef, ModelSpec
@@ -56,18 +46,13 @@ from packer.wire import (
     SourcesAnswer,
     SourcesAsk,
     decode,
-    encode,
 )
 
 log = logging.getLogger("bunk.uplink")
 
 NODE = Joiner("node", "/node/v1", "the agent")
-# A long poll: short enough that middleboxes keep the connection, long enough to be nearly free.
-POLL_WAIT_MS = 20_000
 # Reports go out this long after a change, so that a burst of changes is one beat.
 REPORT_PAUSE_S = 0.2
-# A control that takes no connection by then is not there.
-CONNECT_TIMEOUT_S = 5.0
 SOURCES_TIMEOUT_S = 3.0  # a model waits for this answer, and can be loaded without it
 SOURCES_CONNECT_TIMEOUT_S = 2.0
 
@@ -95,7 +80,7 @@ class UplinkOwner(Protocol):
     def heard_clock(self, control_ms: int) -> None: ...  # control's wall clock, just now
 
 
-class Uplink:
+class Uplink(ControlLine):
     """Runs until cancelled. ``changed`` says that there is something new to report."""
 
     def __init__(
@@ -107,13 +92,10 @@ class Uplink:
         token_file: Path | None,
         shares: Shares | None = None,
     ) -> None:
+        super().__init__(NODE, identity, control_url, name, token_file)
         self._owner = owner
-        self._identity = identity
-        self._url = control_url.rstrip("/")
-        self.joining = Joining(NODE, identity, control_url, name, token_file)
         self._shares = shares
         self._changed = asyncio.Event()
-        self._session: aiohttp.ClientSession | None = None
         self._online = asyncio.Event()
         # Beats overtake each other; control goes by the newest of this life.
         self.life = secrets.token_hex(8)
@@ -152,52 +134,16 @@ class Uplink:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 self._online.clear()
 
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[None]:
-        """A session with the present certificate; tests put a simulated network in its place."""
-        connector = aiohttp.TCPConnector(ssl=self._identity.context(), limit=0)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            self._session = session
-            try:
-                yield
-            finally:
-                self._session = None
-
-    async def _post(self, path: str, message: object, timeout_s: float, connect_s: float) -> Answer:
-        """Send one message over the session that is open; raises ``aiohttp.ClientError`` or
-        ``TimeoutError``, and ``RuntimeError`` when the session is just being made anew."""
-        if self._session is None:
-            raise RuntimeError("no session")
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s)
-        async with self._session.post(
-            f"{self._url}{path}", data=encode(message), headers=JSON, timeout=timeout
-        ) as answer:
-            return await read_answer(answer)
-
-    async def _post_now(self, path: str, message: object) -> Answer:
-        """What control answers at once."""
-        return await self._post(path, message, ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S)
-
     # --- beats ------------------------------------------------------------------------------------
 
     async def _poll(self) -> None:
         """Long polls, one after the other: this is how plans arrive."""
-        pause_s = RETRY_FIRST_S
-        while True:
-            try:
-                await self._beat(POLL_WAIT_MS if self.connected else 0)
-            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
-                if self.connected:
-                    log.warning("control is away, serving on with the last plan: %s", error)
-                self._online.clear()
-                if self._identity.expired(EXPIRY_MARGIN_S):
-                    raise Renewed from None  # leads to the check for expiry in run()
-                pause_s = await pause(pause_s)
-            else:
-                pause_s = RETRY_FIRST_S
-                if self._identity.renew_due() and await self.joining.renew(self._post_now):
-                    raise Renewed
+        await self._ask_for_ever(lambda: self._beat(POLL_WAIT_MS if self.connected else 0), self._lost)
+
+    def _lost(self, error: Exception) -> None:
+        if self.connected:
+            log.warning("control is away, serving on with the last plan: %s", error)
+        self._online.clear()
 
     async def _push(self) -> None:
         """Short beats when something changed: reports and records."""

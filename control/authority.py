@@ -3,7 +3,7 @@
 Covers: the certificates of nodes and of control, reading who a client certificate speaks for, the text of a
 join token, and the pure decision whether a token may be redeemed. Does not cover: the CAs' keys and their
 rotation (``control.ca``), storing tokens and nodes (``control.catalog``), the routes
-(``control.routes.joining``), or the node's side (it checks the pin before it sends the secret).
+(``control.routes.certifying``), or the node's side (it checks the pin before it sends the secret).
 """
 
 from __future__ import annotations

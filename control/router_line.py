@@ -1,8 +1,9 @@
 """A router's line to control: its certificate, and what is new, by long polls. The router always dials.
 
-Covers: joining, asking for the feed and handing answers to the view, renewal, being removed. Does not cover:
-what answers mean (``control.router_view``) or serving tenants (``control.router_process``). While control is
-away nothing here fails a request: this keeps trying, with growing pauses.
+Covers: asking for the feed, handing answers to the view, being removed. Does not cover: the session and its
+pauses (``packer.control_line``), what answers mean (``control.router_view``) or serving tenants
+(``control.router_process``). While control is away nothing here fails a request: this keeps trying, with
+growing pauses.
 """
 
 from __future__ import annotations
@@ -17,37 +18,22 @@ from pathlib import Path
 from typing import NoReturn
 
 import aiohttp
-from aiohttp import AddrInfoType
 
 from control.places import dialled_url
 from control.router_view import RouterView, StaleAnswer
 from control.router_wire import RouterAnswer, RouterAsk
 from packer.control_answers import Answer, read_answer, refusal_of
+from packer.control_line import CONNECT_TIMEOUT_S, POLL_WAIT_MS, ControlLine
 from packer.identity import Identity
-from packer.joining import (
-    ANSWER_TIMEOUT_S,
-    EXPIRY_MARGIN_S,
-    JSON,
-    RETRY_FIRST_S,
-    Forgotten,
-    Joiner,
-    Joining,
-    Refused,
-    Renewed,
-    pause,
-)
+from packer.joining import ANSWER_TIMEOUT_S, Forgotten, Joiner, Refused, Renewed
 from packer.release import server_version
-from packer.wire import WIRE_VERSION, BadMessage, decode, encode
+from packer.wire import WIRE_VERSION, BadMessage, decode
 
 log = logging.getLogger("bunk.router")
 
 ROUTER = Joiner("router", "/router/v1", "bunk-control router")
-# A long poll: short enough that middleboxes keep the connection, long enough to be nearly free.
-POLL_WAIT_MS = 20_000
 # Between two questions when there is always something new, so that a busy fleet's news come in bundles.
 REST_S = 0.02
-# A control that takes no connection by then is not there.
-CONNECT_TIMEOUT_S = 5.0
 # Control's answer to a tenant who asks where to call nodes. Without it the tenant calls through here.
 ROUTE_TIMEOUT_S = 5.0
 
@@ -61,7 +47,7 @@ class Figures:
     calls: int
 
 
-class RouterLine:
+class RouterLine(ControlLine):
     """Runs until cancelled. ``news`` is called when there was some."""
 
     def __init__(
@@ -74,62 +60,43 @@ class RouterLine:
         figures: Callable[[], Figures],
         news: Callable[[], None],
     ) -> None:
-        self._identity = identity
-        self._url = control_url.rstrip("/")
-        self._joining = Joining(ROUTER, identity, control_url, name, token_file)
+        super().__init__(ROUTER, identity, control_url, name, token_file)
         self._view = view
         self._figures = figures
         self._news = news
-        self._session: aiohttp.ClientSession | None = None
         self._life = secrets.token_hex(8)
         self._asked = 0
-        self._control_at = ""  # control's address, as this box last connected to it
+        self._more = False  # control had more to say than one answer holds
         self.connected = False
 
     async def run(self) -> None:
         """Join if need be, then ask for ever. See ``Joining.run``."""
-        await self._joining.run(self._talk)
+        await self.joining.run(self._talk)
 
     async def _talk(self) -> None:
-        connector = aiohttp.TCPConnector(ssl=self._identity.context(), limit=0, socket_factory=self._socket)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()
-        ) as session:
-            self._session = session
+        async with self._connected():
             try:
-                await self._poll()
+                await self._ask_for_ever(self._hear, self._lost)
             finally:
-                self._session = None
                 self.connected = False
 
-    async def _poll(self) -> None:
-        pause_s, more = RETRY_FIRST_S, False
-        while True:
-            try:
-                answer = await self._ask(POLL_WAIT_MS if self.connected and not more else 0)
-                more = answer.more
-            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:
-                if self.connected:
-                    log.warning("control is away, routing on as it said last: %s", error)
-                self.connected = False
-                if isinstance(error, StaleAnswer):
-                    self._view.lose_place()
-                self._view.lose_pieces()
-                more = False
-                if self._identity.expired(EXPIRY_MARGIN_S):
-                    raise Renewed from None  # leads to the check for expiry in run()
-                pause_s = await pause(pause_s)
-                continue
-            pause_s = RETRY_FIRST_S
-            if not self.connected:
-                log.info("connected to control at %s", self._url)
-                self.connected = True
-            if self._identity.renew_due() and await self._joining.renew(self._post_now):
-                raise Renewed
-            if not more:
-                self._news()
-                await asyncio.sleep(REST_S)
+    async def _hear(self) -> None:
+        answer = await self._ask(POLL_WAIT_MS if self.connected and not self._more else 0)
+        self._more = answer.more
+        if not self.connected:
+            log.info("connected to control at %s", self._url)
+            self.connected = True
+        if not self._more:
+            self._news()
+            await asyncio.sleep(REST_S)
+
+    def _lost(self, error: Exception) -> None:
+        if self.connected:
+            log.warning("control is away, routing on as it said last: %s", error)
+        self.connected = self._more = False
+        if isinstance(error, StaleAnswer):
+            self._view.lose_place()
+        self._view.lose_pieces()
 
     async def _ask(self, wait_ms: int) -> RouterAnswer:
         self._asked += 1
@@ -149,7 +116,9 @@ class RouterLine:
             round(self._identity.now_s() * 1000),
             server_version(),
         )
-        answer = await self._post("/router/v1/view", ask, wait_ms / 1000 + ANSWER_TIMEOUT_S)
+        answer = await self._post(
+            "/router/v1/view", ask, wait_ms / 1000 + ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+        )
         if answer.status != 200:
             self._complain(answer)
         got = decode(answer.body, RouterAnswer)
@@ -168,17 +137,6 @@ class RouterLine:
         if answer.status in (401, 403):
             raise Refused(text)
         raise aiohttp.ClientError(f"control answered {answer.status}: {text}")
-
-    async def _post_now(self, path: str, message: object) -> Answer:
-        return await self._post(path, message, ANSWER_TIMEOUT_S)
-
-    async def _post(self, path: str, message: object, timeout_s: float) -> Answer:
-        assert self._session is not None
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
-        async with self._session.post(
-            f"{self._url}{path}", data=encode(message), headers=JSON, timeout=timeout, allow_redirects=False
-        ) as answer:
-            return await read_answer(answer)
 
     # --- tenants' questions that control answers --------------------------------------------------
 
@@ -199,11 +157,6 @@ class RouterLine:
             return None
 
     # --- where control is -------------------------------------------------------------------------
-
-    def _socket(self, address: AddrInfoType) -> socket.socket:
-        family, kind, protocol, _, place = address
-        self._control_at = str(place[0])
-        return socket.socket(family, kind, protocol)
 
     def dialled(self, url: str) -> str:
         """A node's URL as this box reaches it: one that means control's own machine has its address here."""

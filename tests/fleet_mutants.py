@@ -206,10 +206,9 @@ FLEET_MUTANTS = (
     ),
     Mutant(
         "one lost answer ends the uplink",
-        UPLINK,
-        "            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:\n"
-        "                if self.connected:",
-        "            except (aiohttp.ClientError, OSError) as error:\n                if self.connected:",
+        "packer.control_line",
+        "            except (aiohttp.ClientError, TimeoutError, OSError, BadMessage) as error:\n",
+        "            except (aiohttp.ClientError, OSError) as error:\n",
     ),
     Mutant(
         "an answer that is cut short ends a join",

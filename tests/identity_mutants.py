@@ -9,7 +9,7 @@ from __future__ import annotations
 from mutants import Mutant
 
 LIVES, CA, READING, UPLINK = "control.lives", "control.ca", "packer.certificates", "agent.uplink"
-IDENTITY, JOINING, LINES = "packer.identity", "control.routes.joining", "control.node_tls"
+IDENTITY, JOINING, LINES = "packer.identity", "control.routes.certifying", "control.node_tls"
 
 IDENTITY_MUTANTS = (
     Mutant(

@@ -58,8 +58,8 @@ ROUTER_MUTANTS = (
     Mutant(
         "a name is enough to be a removed router",
         ENTERING,
-        "    if row is None or row.key_sha256 != identity.key_sha256:\n        raise router_removed",
-        "    if row is None:\n        raise router_removed",
+        "    if row is None or row.key_sha256 != identity.key_sha256:\n        raise removed",
+        "    if row is None:\n        raise removed(Joiner.ROUTER",
     ),
     Mutant(
         "a node's token makes a router",

@@ -232,7 +232,7 @@ async def test_ten_minutes_between_the_clocks_hinder_nothing(tmp_path: Path, ske
         mock.patch("control.routes.nodes.wall_ms", partial(_wall_ms, skew)),
         mock.patch("control.routing.wall_ms", partial(_wall_ms, skew)),
         mock.patch("control.state.wall_ms", partial(_wall_ms, skew)),
-        mock.patch("control.routes.joining.wall_ms", partial(_wall_ms, skew)),
+        mock.patch("control.routes.certifying.wall_ms", partial(_wall_ms, skew)),
     ):
         async with running(tmp_path / "control") as control:
             owner = Owner()

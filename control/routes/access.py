@@ -20,7 +20,7 @@ import msgspec
 from aiohttp import web
 
 from control.authority import NodeIdentity, NotANode
-from control.catalog import Change, NodeRow, RouterRow, TenantRow
+from control.catalog import Change, Joiner, NodeRow, RouterRow, TenantRow
 from control.idempotency import BODY, LIFE_MS, Claim, claim_of
 from control.model_store import ModelStoreError
 from control.operations import IDEMPOTENCY_HEADER, MANAGEMENT, Operation, Passed
@@ -259,12 +259,7 @@ def _identify_node(control: Control, request: web.Request) -> Caller:
         raise ApiError(403, "not_a_node", "Only nodes may call this, and a router is none.")
     row = control.catalog.nodes.get(identity.node)
     if row is None or row.key_sha256 != identity.key_sha256:
-        raise ApiError(
-            403,
-            "node_removed",
-            f"The node {identity.node!r} was removed from this cluster.",
-            hint="Join again with a new token from: bunk node token create",
-        )
+        raise removed(Joiner.NODE, identity.node)
     return Caller(node=row)
 
 
@@ -274,16 +269,16 @@ def _identify_router(control: Control, request: web.Request) -> Caller:
         raise ApiError(403, "not_a_router", "Only routers may call this, and a node is none.")
     row = control.catalog.routers.get(identity.router)
     if row is None or row.key_sha256 != identity.key_sha256:
-        raise router_removed(identity.router)
+        raise removed(Joiner.ROUTER, identity.router)
     return Caller(router=row)
 
 
-def router_removed(router: str) -> ApiError:
+def removed(what: Joiner, name: str) -> ApiError:
     return ApiError(
         403,
-        "router_removed",
-        f"The router {router!r} was removed from this cluster.",
-        hint="Join again with a new token from: bunk router token create",
+        f"{what}_removed",
+        f"The {what} {name!r} was removed from this cluster.",
+        hint=f"Join again with a new token from: bunk {what} token create",
     )
 
 

@@ -2,7 +2,7 @@
 
 Covers both sides, because a node's name means the same on each. The second table is served on the node
 listener only, where all of it needs a client certificate whose node exists. Does not cover: joining and
-certificates (``control.routes.joining``), or who is sent a plan (``control.cluster``).
+certificates (``control.routes.certifying``), or who is sent a plan (``control.cluster``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from control.operations import Given, NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.places import check_gateway_url, check_url, dialled_url, own_address
 from control.record_desk import Stored, TooManyRecords
-from control.routes.access import Access, Caller, Route, not_found, read_json
+from control.routes.access import Access, Caller, Route, not_found, read_json, removed
 from control.routing import wall_ms
 from control.shares import HolderRemoved
 from control.state import Control
@@ -361,7 +361,7 @@ def _check_still(control: Control, row: NodeRow) -> NodeRow:
     """The node as it is now, after a wait. Raises ``ApiError`` 403 when it was removed meanwhile."""
     current = control.catalog.nodes.get(row.node)
     if current is None or current.incarnation != row.incarnation:
-        raise ApiError(403, "node_removed", f"The node {row.node!r} was removed from this cluster.")
+        raise removed(Joiner.NODE, row.node)
     return current
 
 

@@ -1,47 +1,39 @@
 """Routers that are processes of their own: tokens and the list for operators; joining and the feed for them.
 
 Covers both sides, because a router's name means the same on each. The second table is served on the node
-listener only. Does not cover: what a router is told (``control.router_wire``), how the feed is numbered
-(``control.feed``), or what a router does (``control.router_process``).
+listener only. Does not cover: what must be shown for a certificate (``control.routes.certifying``), what a
+router is told (``control.router_wire``), how the feed is numbered (``control.feed``), or what a router does
+(``control.router_process``).
 
 A router's certificate opens these routes and no node's; a node's opens none of these.
 """
 
 from __future__ import annotations
 
-import secrets
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
 from aiohttp import web
+from cryptography import x509
 
 from control import etags
 from control.authority import (
     TOKEN_TTL_S_DEFAULT,
     TOKEN_TTL_S_MAX,
-    JoinRefused,
-    check_redemption,
-    key_sha256_of,
+    Authority,
     parse_node,
 )
-from control.catalog import ROUTERS_MAX, Change, DropRouter, DropToken, Joiner, PutRouter, PutToken, RouterRow
+from control.catalog import ROUTERS_MAX, Change, DropRouter, DropToken, Joiner, PutRouter, RouterRow
 from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
 from control.operations import NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.router_wire import NO_MORE, RouterAnswer, RouterAsk, Told
 from control.routers_said import SILENT_AFTER_MS
-from control.routes.access import Access, Caller, Route, identify_key, not_found, read_json, router_removed
+from control.routes.access import Access, Caller, Route, identify_key, not_found, read_json, removed
+from control.routes.certifying import Entry, Kind, certificate_routes
 from control.routes.direct import show_route
-from control.routes.joining import (
-    JOIN_BYTES_MAX,
-    certificate_answer,
-    check_key_is_free,
-    last_speaker,
-    refuse_too_late,
-    refused_join,
-    request_in,
-)
 from control.routes.nodes import (
     NAME_CHARS_MAX,
     POLL_MS_MAX,
@@ -49,11 +41,11 @@ from control.routes.nodes import (
     decode_message,
     give_token,
 )
-from control.routing import wall_ms
 from control.state import Control
-from packer.http import ApiError, json_response
+from packer.certificates import Speaker
+from packer.http import json_response
 from packer.types import KIB, BadValue
-from packer.wire import NUMBER_MAX, WIRE_VERSION, JoinAsk, LateRenewAsk, PlanNumber, RenewAsk, encode
+from packer.wire import NUMBER_MAX, WIRE_VERSION, JoinAsk, PlanNumber, encode
 
 # A question is a few numbers and names.
 ASK_BYTES_MAX = 4 * KIB
@@ -154,62 +146,34 @@ async def remove(control: Control, request: web.Request, caller: Caller) -> web.
     return web.Response(status=204)
 
 
-# --- joining --------------------------------------------------------------------------------------
+# --- certificates ---------------------------------------------------------------------------------
 
 
-async def join(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    async with control.bodies.body(request, "join!", JOIN_BYTES_MAX) as body:
-        ask = decode_message(body, JoinAsk)
-    router = parse_node(ask.name)
-    csr = request_in(control, ask.csr_pem)
-    key_sha256 = key_sha256_of(csr)
-    async with control.writing:
-        token = control.catalog.tokens.get(ask.token_id)
-        known = control.catalog.routers.get(router)
-        try:
-            check_redemption(
-                token, ask.token_secret, router, key_sha256, known, wall_ms(), joiner=Joiner.ROUTER
-            )
-            check_key_is_free(control, f"router {router}", key_sha256)
-        except JoinRefused as error:
-            raise refused_join(control, error, f"router {router} from {request.remote}") from None
-        if known is None and len(control.catalog.routers) >= ROUTERS_MAX:
-            raise ApiError(
-                507, "too_many_routers", f"There are {ROUTERS_MAX} routers, the limit; remove one first."
-            )
-        assert token is not None  # a token that is absent was refused above
-        row = known or RouterRow(router, secrets.token_hex(8), key_sha256, wall_ms())
-        used = replace(token, used_key_sha256=key_sha256, used_node=router)
-        await control.write([PutToken(used), PutRouter(row)])
-    control.record("router_joined", detail=f"{router} from {request.remote}, token {token.token_id}")
-    return certificate_answer(control, control.authority.issue_router(csr, router), router)
+class Routers(Kind[RouterRow]):
+    joiner, access, most = Joiner.ROUTER, Access.ROUTER, ROUTERS_MAX
 
+    def rows(self, control: Control) -> Mapping[str, RouterRow]:
+        return control.catalog.routers
 
-async def renew(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    row = _row_of(caller)
-    async with control.bodies.body(request, caller.owner, JOIN_BYTES_MAX) as body:
-        ask = decode_message(body, RenewAsk)
-    csr = request_in(control, ask.csr_pem)
-    if key_sha256_of(csr) != row.key_sha256:
-        raise ApiError(
-            409, "other_key", "A certificate is renewed for the router's own key; join again to change it."
-        )
-    _check_still(control, row)
-    return certificate_answer(control, control.authority.issue_router(csr, row.router), row.router)
+    def caller(self, caller: Caller) -> tuple[str, RouterRow]:
+        row = _row_of(caller)
+        return row.router, row
 
+    def named(self, speaker: Speaker) -> str:
+        return speaker.router
 
-async def renew_late(control: Control, request: web.Request, caller: Caller) -> web.Response:
-    """As a node's (``joining.renew_late``)."""
-    async with control.bodies.body(request, "join!", JOIN_BYTES_MAX) as body:
-        ask = decode_message(body, LateRenewAsk)
-    csr = request_in(control, ask.csr_pem)
-    speaker = last_speaker(control, ask.certificate_pem)
-    row = control.catalog.routers.get(speaker.router)
-    if row is None or not row.key_sha256 == speaker.key_sha256 == key_sha256_of(csr):
-        raise router_removed(speaker.router)
-    late_s = refuse_too_late(control, speaker, "router")
-    control.record("router_renewed_late", detail=f"{row.router} from {request.remote}, {late_s:.0f} s late")
-    return certificate_answer(control, control.authority.issue_router(csr, row.router), row.router)
+    def url(self, ask: JoinAsk, request: web.Request) -> str:
+        return ""  # routers call
+
+    async def enter(self, control: Control, entry: Entry[RouterRow]) -> None:
+        made = RouterRow(entry.name, entry.incarnation, entry.key_sha256, entry.joined_ms)
+        await control.write([entry.used, PutRouter(entry.known or made)])
+
+    def refuse_copy(self, control: Control, name: str) -> None:
+        """Copies of routers are not told apart."""
+
+    def issue(self, authority: Authority, csr: x509.CertificateSigningRequest, name: str) -> str:
+        return authority.issue_router(csr, name)
 
 
 def _row_of(caller: Caller) -> RouterRow:
@@ -221,7 +185,7 @@ def _check_still(control: Control, row: RouterRow) -> None:
     """Raises ``ApiError`` 403 when it was removed meanwhile."""
     current = control.catalog.routers.get(row.router)
     if current is None or current.incarnation != row.incarnation:
-        raise router_removed(row.router)
+        raise removed(Joiner.ROUTER, row.router)
 
 
 # --- the feed -------------------------------------------------------------------------------------
@@ -344,9 +308,7 @@ ROUTES: tuple[Route[Control], ...] = (
 )
 
 NODE_ROUTES: tuple[Route[Control], ...] = (
-    Route("POST", "/router/v1/join", Access.OPEN, join),
-    Route("POST", "/router/v1/renew", Access.ROUTER, renew),
-    Route("POST", "/router/v1/renew-late", Access.OPEN, renew_late),
+    *certificate_routes(Routers()),
     Route("POST", "/router/v1/view", Access.ROUTER, view, stays=False),
     Route("GET", "/router/v1/route", Access.ROUTER, pass_route, stays=False),
 )
