@@ -58,7 +58,7 @@ ROUTER_MUTANTS = (
     Mutant(
         "a name is enough to be a removed router",
         ENTERING,
-        "    if row is None or row.key_sha256 != identity.key_sha256:\n        raise removed",
+        "    if row is None or row.key_sha256 != identity.key_sha256:\n        raise removed(Joiner.ROUTER",
         "    if row is None:\n        raise removed(Joiner.ROUTER",
     ),
     Mutant(

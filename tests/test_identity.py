@@ -129,7 +129,7 @@ async def test_the_key_never_leaves_the_box(tmp_path: Path) -> None:
         return sent[-1]
 
     async with running(tmp_path / "control") as control:
-        with mock.patch("agent.uplink.encode", seen), mock.patch("packer.joining.encode", seen):
+        with mock.patch("packer.control_line.encode", seen), mock.patch("packer.joining.encode", seen):
             await joined(control, tmp_path / "box", Owner())
         private = "".join((tmp_path / "box" / "identity" / "node.key").read_text().splitlines()[1:-1])
         assert any(b"csr_pem" in data for data in sent)

@@ -13,16 +13,19 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest_asyncio
 from listed_routes import routes_of, sent_method
 from running_control import FakeNode, Running, model_files, running
 from running_routers import FakeRouter, fake_router, joined_router
 
+from control.catalog import DropNode, DropRouter
 from control.router_process import build_router_app
 from control.router_wire import RouterAnswer
+from control.routes import certifying
 from control.server import build_node_app
-from packer.wire import WIRE_VERSION, RenewAsk, decode, encode
+from packer.wire import WIRE_VERSION, LateRenewAsk, RenewAsk, decode, encode
 
 # What anybody may call at a router, and what needs a caller on its machine.
 OPEN = {("GET", "/healthz"), ("GET", "/v2/health/live"), ("GET", "/v2/health/ready")}
@@ -205,6 +208,32 @@ async def test_a_renewal_is_for_the_routers_own_key(site: Site) -> None:
     ask = encode(RenewAsk(WIRE_VERSION, other.csr_pem()))
     answer = await site.thief.call("POST", "/router/v1/renew", ask, folder=site.folder)
     assert (answer.status, answer.error["code"]) == (409, "other_key")
+
+
+async def test_a_certificate_that_ended_is_renewed_for_its_own_kind_alone(site: Site) -> None:
+    """A router's last certificate makes no node, and a node's no router, though both are the same CA's."""
+    for who, own, other in ((site.thief, "router", "node"), (site.node, "node", "router")):
+        ask = encode(LateRenewAsk(WIRE_VERSION, who.csr_pem(), who.chain_pem))
+        refused = await who.call("POST", f"/{other}/v1/renew-late", ask)
+        assert (refused.status, refused.error["code"]) == (403, f"{other}_removed")
+        assert (await who.call("POST", f"/{own}/v1/renew-late", ask)).status == 200
+
+
+async def test_who_is_removed_while_its_renewal_comes_in_gets_no_certificate(site: Site) -> None:
+    catalog = site.control.server.control.catalog
+    for who, path, gone in (
+        (site.thief, "/router/v1/renew", DropRouter("thief")),
+        (site.node, "/node/v1/renew", DropNode("n1")),
+    ):
+
+        def remove(body: bytes, kind: type[RenewAsk], gone: DropRouter | DropNode = gone) -> RenewAsk:
+            catalog.apply(gone, 0)
+            return decode(body, kind)
+
+        with mock.patch.object(certifying, "decode_message", remove):
+            ask = encode(RenewAsk(WIRE_VERSION, who.csr_pem()))
+            answer = await who.call("POST", path, ask, folder=site.folder)
+        assert (answer.status, answer.error["code"]) == (403, f"{path.split('/')[1]}_removed")
 
 
 async def test_hostile_questions_are_refused_by_field(site: Site) -> None:
