@@ -101,7 +101,6 @@ class Control(Routing):
         self._writer = ThreadPoolExecutor(1, "control-writer")
         self._reader = ThreadPoolExecutor(1, "control-reader")
         self._usage_aged = 0  # the day on which old usage was looked at
-        self._sweep_at_ms = self.now_ms() + SWEEP_EVERY_MS
         self._polls: dict[str, asyncio.Future[bool]] = {}
         # By version: set when those who wait for a pack of it must ask again. No more than there are turns.
         self._source_waits: dict[ModelRef, asyncio.Event] = {}
@@ -123,6 +122,7 @@ class Control(Routing):
         self._store: Store
         self._read_store: Store
         self._lock_file: int
+        self._sweep_at_ms: int
 
     # --- life ---
 
@@ -161,6 +161,7 @@ class Control(Routing):
         self.shares.open(self.start_name, self.catalog.nodes)
 
     def run_background(self) -> None:
+        self._sweep_at_ms = self.now_ms() + SWEEP_EVERY_MS
         each_second: dict[str, Callable[[], Awaitable[None] | None]] = {
             "nodes": self._tick_nodes,
             "shares": self._tick_shares,
