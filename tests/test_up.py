@@ -54,6 +54,7 @@ worker.stdout.readline()
 seen = {{
     "argv": sys.argv, "token": open(token).read(), "mode": stat.S_IMODE(os.stat(token).st_mode),
     "worker": worker.pid, "environment": dict(os.environ),
+    "context": open(os.environ["XDG_CONFIG_HOME"] + "/bunkhouse/context.json").read(),
 }}
 with open(os.path.join(options["--data-dir"], "seen.json"), "w") as file:
     json.dump(seen, file)
@@ -336,6 +337,8 @@ def test_a_stack_on_all_addresses_is_called_over_loopback(start: Start) -> None:
 def test_the_context_of_a_stack_that_was_killed_is_replaced(start: Start, tmp_path: Path) -> None:
     killed = start()
     pids = pids_of(killed, killed.ready())
+    while_starting = {"url": "", "key_file": "", "starting": str(killed.data_dir / "up.lock")}
+    assert json.loads(str(killed.seen()["context"])) == while_starting
     killed.process.kill()
     assert all(gone(pid) for pid in pids[:2])
     os.kill(pids[2], signal.SIGKILL)  # as above
@@ -348,6 +351,7 @@ def test_a_data_directory_that_is_a_file_is_said(start: Start, tmp_path: Path) -
     (tmp_path / "file").touch()
     code, said = start(data_dir="file").end()
     assert (code, "is not a directory: choose another --data-dir" in said) == (1, True)
+    assert not (tmp_path / "config" / "bunkhouse" / "context.json").exists()
 
 
 def test_the_tenants_key_is_kept_over_restarts_while_it_is_valid(start: Start) -> None:

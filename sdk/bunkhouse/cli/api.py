@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bunkhouse import _errors
-from bunkhouse.cli.context import NoTarget, find_target
+from bunkhouse.cli.context import NoTarget, StillStarting, find_target
 from bunkhouse.cli.private import BadFile
 from bunkhouse.cli.tables import Output, error_document, printable
 
@@ -30,6 +30,7 @@ EXIT_INTERRUPTED = 130
 EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (_errors.BadValue, EXIT_USAGE),
     (NoTarget, EXIT_USAGE),
+    (StillStarting, 6),
     (_errors.NotFound, 3),
     (_errors.AuthenticationFailed, 4),
     (_errors.PermissionDenied, 4),

@@ -13,15 +13,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bunkhouse._request import KEY_ENV, URL_ENV
-from bunkhouse.cli.private import BadFile, others_may_read, read_private, write_private
+from bunkhouse.cli.private import BadFile, is_locked, others_may_read, read_private, write_private
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What ``bunk up`` leaves for the commands in other terminals: no secret, only where it is."""
+    """What ``bunk up`` leaves for the commands in other terminals: no secret, only where it is.
+
+    While it starts, ``starting`` is the lock that it holds until it ends, and its URL is not known yet.
+    """
 
     url: str
     key_file: str
+    starting: str = ""
+
+    @property
+    def still_starts(self) -> bool:
+        return bool(self.starting) and is_locked(Path(self.starting))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,10 @@ class Target:
 
 class NoTarget(Exception):
     """Nothing says which server to talk to."""
+
+
+class StillStarting(Exception):
+    """A ``bunk up`` runs, and nobody can talk to it yet."""
 
 
 def context_path() -> Path:
@@ -49,12 +61,12 @@ def read_context() -> Context | None:
         return None
     try:
         value = json.loads(read_private(path))
-        url, key_file = value["url"], value["key_file"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        url, key_file, starting = value["url"], value["key_file"], value.get("starting", "")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadFile(f"{path} is damaged: delete it, or start `bunk up` again") from None
-    if not isinstance(url, str) or not isinstance(key_file, str):
+    if not (isinstance(url, str) and isinstance(key_file, str) and isinstance(starting, str)):
         raise BadFile(f"{path} is damaged: delete it, or start `bunk up` again")
-    return Context(url, key_file)
+    return Context(url, key_file, starting)
 
 
 def write_context(context: Context) -> None:
@@ -80,6 +92,8 @@ def find_target(url: str | None, key_file: Path | None) -> Target:
     context = read_context()
     chosen = url or os.environ.get(URL_ENV) or (context.url if context else None)
     if not chosen:
+        if context is not None and context.still_starts:
+            raise StillStarting("`bunk up` is still starting: it says when Bunkhouse is running")
         raise NoTarget(f"no server: start one with `bunk up`, or give --url or {URL_ENV}")
     if key_file is not None:
         return Target(chosen, read_key(key_file))

@@ -24,7 +24,7 @@ from bunkhouse._errors import AuthenticationFailed, BadAnswer, BunkhouseError, N
 from bunkhouse._types import About, Node, Router
 from bunkhouse._version import __version__
 from bunkhouse.cli.api import EXIT_FAILED, output_option, reported, target_options
-from bunkhouse.cli.context import NoTarget, find_target
+from bunkhouse.cli.context import NoTarget, StillStarting, find_target
 from bunkhouse.cli.private import BadFile
 from bunkhouse.cli.tables import Output, printable, span, table
 from bunkhouse.cli.up import default_data_dir
@@ -106,6 +106,9 @@ def _server_checks(url: str | None, key_file: Path | None) -> Iterator[Check]:
     """A server that can not be asked is a failed check and the end of its checks, not of the command."""
     try:
         target = find_target(url, key_file)
+    except StillStarting as error:
+        yield Check("control", "fail", str(error), "run this again then; its logs are in DATA_DIR/logs")
+        return
     except (NoTarget, BadFile) as error:
         yield Check("control", "fail", str(error), "name the server with --url and its key with --key-file")
         return

@@ -1,7 +1,7 @@
 """Small files that only their owner may read: keys, tokens, the context, ready files.
 
 Covers: reading with a limit, and writing so that a reader sees the old or the new content, never a
-part, and nobody else sees anything. Does not cover: what is in them.
+part, and nobody else sees anything; whether a process still holds a lock. Does not cover: what is in them.
 """
 
 from __future__ import annotations
@@ -60,3 +60,24 @@ def others_may_read(path: Path) -> bool:
         return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
     except OSError:
         return False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on this file. Never where there are no such locks, nor a ``bunk up``."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False

@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,7 @@ def _run(wanted: Wanted, out: Output) -> int:
     supervisor: Supervisor | None = None
     lock: DataDirLock | None = None
     code = 0
+    starting = Context("", "", str(wanted.data_dir / "up.lock"))
     try:
         _make_directories(wanted)
         lock = DataDirLock(wanted.data_dir / "up.lock")
@@ -158,6 +160,7 @@ def _run(wanted: Wanted, out: Output) -> int:
         _check_port("--node-listen", wanted.node_listen, UpFailed)
         _check_port("--agent-listen", wanted.agent_listen, UpFailed)
         supervisor = Supervisor(wanted.data_dir / "logs", lock)
+        _say_starting(starting)
         _serve(wanted, supervisor, out)
     except StopAsked:
         _note(out, "stopping")
@@ -170,8 +173,17 @@ def _run(wanted: Wanted, out: Output) -> int:
                 _note(out, f"warning: {complaint}")
             supervisor.close()
         if lock is not None:
+            remove_context(starting)
             lock.close()
     return code
+
+
+def _say_starting(starting: Context) -> None:
+    """Commands in other terminals say that it starts, and not that there is no server. What can not be
+    written now is complained about when it matters."""
+    with suppress(BadFile):
+        if _other_context(starting) is None:
+            write_context(starting)
 
 
 def _note(out: Output, text: str) -> None:
@@ -265,7 +277,8 @@ def _leave_context(context: Context, out: Output) -> bool:
         if other is None:
             write_context(context)
             return True
-        _note(out, f"warning: commands in other terminals stay with {other.url}, which runs too")
+        which = other.url or f"the stack in {Path(other.starting).parent}"
+        _note(out, f"warning: commands in other terminals stay with {which}, which runs too")
     except BadFile as error:
         _note(out, f"warning: other terminals will need --url and --key-file: {error}")
     return False
@@ -280,6 +293,9 @@ def _other_context(context: Context) -> Context | None:
         other = read_context()
         if other is None or other.key_file == context.key_file:
             return None
+        if other.starting:
+            ours = Path(other.starting).parent in Path(context.starting or context.key_file).parents
+            return None if ours or not other.still_starts else other
         key = read_private(Path(other.key_file)).strip()
         with Client(other.url, key, timeout_s=CALL_TIMEOUT_S, retry=RetryPolicy(tries_max=1)) as client:
             client.nodes()
