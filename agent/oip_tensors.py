@@ -21,6 +21,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from agent.openai_shapes import INPUTS_MAX, bad_field
 from packer.http import ECHO_CHARS_MAX, JSON_BYTES_MAX, ApiError, decode_json
+from packer.json_words import told
 from packer.oip import TENSOR_BODY_BYTES_MAX, TENSOR_JSON_BYTES_MAX, json_too_large
 from packer.types import (
     DATATYPE_BYTES,
@@ -383,8 +384,8 @@ def _decoded(field: str, raw: bytes, kind: Any) -> list[Any]:
     try:
         values: list[Any] = msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeError) as error:
-        text = str(error).replace("$", "")[: 2 * ECHO_CHARS_MAX]
-        raise bad_field(field, text) from None
+        at, said = told(str(error))
+        raise bad_field(f"{field}{at}", said[: 2 * ECHO_CHARS_MAX]) from None
     return values
 
 

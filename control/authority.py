@@ -159,7 +159,10 @@ def check_redemption(
         if known is None:
             raise JoinRefused("the node that redeemed this token was removed; make a new token")
     if token.node is not None and token.node != node:
-        raise JoinRefused(f"the join token is for a {joiner} named {token.node!r}, not {node!r}")
+        raise JoinRefused(
+            f"the join token is for a {joiner} named {token.node!r}, not {node!r}: start it with --name "
+            f"{token.node}, or make a token without --name"
+        )
     if known is not None and known.key_sha256 != key_sha256:
         raise JoinRefused(
             f"a {joiner} named {node!r} exists with another key; remove it first with "

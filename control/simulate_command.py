@@ -97,7 +97,7 @@ def _lines(path: Path) -> Iterator[io.TextIOBase]:
         with path.open("rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
-            with gzip.open(raw) if packed else raw as plain, io.TextIOWrapper(plain, "utf-8") as text:
+            with gzip.open(raw) if packed else raw as plain, io.TextIOWrapper(plain, "utf-8-sig") as text:
                 yield text
     except UnicodeDecodeError:
         raise BadValue(str(path), "is not UTF-8 text") from None
@@ -202,6 +202,27 @@ def _print_outcome(outcome: Outcome, took_s: float) -> None:
     print(f"{outcome.steps} whole steps, {rate:,.0f} requests per second of wall time", file=sys.stderr)
 
 
+def _print_summary(outcomes: Sequence[Outcome]) -> None:
+    """All fleets that were tried, a line each."""
+    rows: list[Sequence[str]] = [("boxes", "RAM each", "mean s", "p50 s", "p99 s", "refused", "moved")]
+    for outcome in outcomes:
+        fleet, found = outcome.fleet, outcome.all
+        times = (f"{each:.3f}" for each in (found.cold_s_mean, found.cold_s_p50, found.cold_s_p99))
+        moved = _size(sum(outcome.moved_bytes.values()))
+        rows.append((str(fleet.boxes), _size(fleet.ram_bytes), *times, str(found.refused), moved))
+    print(f"\nall fleets that were tried\n{_table(rows)}")
+
+
+def _unmet(trace: Trace, last: Fleet) -> str:
+    """What to try next. Where all models fit the devices at once, more of them does not help."""
+    if last.memory_bytes < sum(sized.size_bytes for sized in trace.catalog):
+        return "try more boxes or RAM"
+    return (
+        "all models fit the devices of the last one, so what is left are first uses: see disk_gbps, "
+        "origin_gbps, fixed_ms"
+    )
+
+
 def _as_json(outcomes: Sequence[Outcome], goal: Goal | None, best: Outcome | None) -> str:
     items = []
     for outcome in outcomes:
@@ -232,6 +253,16 @@ def run_fleet(trace: Trace, fleet: Fleet) -> tuple[Outcome, float]:
     return outcome, time.perf_counter() - started
 
 
+def _note_absent(fleet: Fleet, trace: Trace) -> None:
+    """A quota of a tenant that the trace never names may be meant, or a typing mistake."""
+    calling = {sized.tenant for sized in trace.catalog}
+    absent = [spec.tenant for spec in fleet.tenants if spec.tenant not in calling]
+    if absent:
+        more = f" and {len(absent) - TENANTS_SHOWN} more" if len(absent) > TENANTS_SHOWN else ""
+        names = ", ".join(absent[:TENANTS_SHOWN])
+        print(f"{PROG}: note: the trace has no request of {names}{more}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
@@ -248,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BadTrace, BadValue, NoMatplotlib) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    _note_absent(given.fleet, trace)
     outcomes: list[Outcome] = []
     best: Outcome | None = None
     for fleet in fleets:
@@ -258,11 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if goal is not None and goal.met(outcome):
             best = outcome
             break
-    return _finish(options, goal, outcomes, best)
+    if len(outcomes) > 1 and options.json != Path("-"):
+        _print_summary(outcomes)
+    return _finish(options, goal, outcomes, best, trace)
 
 
 def _finish(
-    options: argparse.Namespace, goal: Goal | None, outcomes: list[Outcome], best: Outcome | None
+    options: argparse.Namespace,
+    goal: Goal | None,
+    outcomes: list[Outcome],
+    best: Outcome | None,
+    trace: Trace,
 ) -> int:
     text = _as_json(outcomes, goal, best)
     try:
@@ -280,7 +318,7 @@ def _finish(
         return 0
     words = f"{goal.figure} within {goal.most_s:g} s"
     if best is None:
-        print(f"\nno fleet that was tried has {words}; try more boxes or RAM", file=sys.stderr)
+        print(f"\nno fleet that was tried has {words}; {_unmet(trace, outcomes[-1].fleet)}", file=sys.stderr)
         return EXIT_UNMET
     print(f"\nthe smallest fleet that was tried with {words}: {best.fleet}", file=sys.stderr)
     return 0

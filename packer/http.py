@@ -32,6 +32,7 @@ from aiohttp.typedefs import Handler, Middleware
 from packer.crowd import SMALL_BYTES_MAX, Crowd, Crowded, in_time
 from packer.doors import KEEPALIVE_SECONDS, DoorRunner, Doors
 from packer.events import RefusalReason
+from packer.json_words import told
 from packer.types import KIB, MIB, KeySpec, ModelSpec
 
 T = TypeVar("T")
@@ -335,7 +336,6 @@ def too_large(limit_bytes: int) -> ApiError:
     )
 
 
-_AT = re.compile(r" - at `\$\.?(.*)`$")
 # A high surrogate without a low one behind it, or a low one without a high one before it.
 _HALF = re.compile(
     rb"(?<!\\)(?:\\\\)*(?=(\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|"
@@ -352,17 +352,12 @@ def decode_json(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        text = str(error)
-        at = _AT.search(text)
-        message = text[: at.start()] if at else text
-        # The decoder does not say which key of a map it was; and what is missing is the field to name.
-        name = at[1].partition("[...]")[0] if at else ""
-        missing = _MISSING.fullmatch(message)
-        if missing is not None:
-            name, message = f"{name}.{missing[1]}".lstrip("."), "is missing."
-        raise ApiError(
-            400, "invalid_value", f"{name or 'body'}: {message[: 2 * ECHO_CHARS_MAX]}", field=name or None
-        ) from None
+        name, said = told(str(error))
+        missing = _MISSING.fullmatch(said)
+        if missing is not None:  # that is the field to name
+            name, said = f"{name}.{missing[1]}".lstrip("."), "is missing."
+        said = said[: 2 * ECHO_CHARS_MAX]
+        raise ApiError(400, "invalid_value", f"{name or 'body'}: {said}", field=name or None) from None
     except RecursionError:
         raise ApiError(400, "invalid_json", "The request's body is nested too deeply.") from None
     except (msgspec.DecodeError, UnicodeError) as error:

@@ -151,7 +151,11 @@ class Joining:
     def _token(self) -> Path:
         if self._token_file is None:
             what, command = self._joiner.what, self._joiner.command
-            raise BadIdentity(f"this {what} has not joined: start {command} with --join-token-file")
+            made = f"bunk {what} token create --save-to FILE"
+            raise BadIdentity(
+                f"this {what} has not joined: make a token ({made}), and start {command} with "
+                "--join-token-file FILE"
+            )
         return self._token_file
 
     async def join(self, gateway_url: str = "") -> None:

@@ -96,6 +96,8 @@ def _rows(lines: Iterable[str], file: str) -> Iterator[tuple[int, Mapping[str, o
     if first.lstrip().startswith("{"):
         yield from _json_rows(first, numbered, file)
         return
+    if first.lstrip().startswith("["):
+        raise BadTrace(file, 1, "row", "is a JSON list; write one object per line")
     header = [name.strip() for name in next(csv.reader([first]))]
     if len(set(header)) != len(header):
         raise BadTrace(file, 1, "header", f"a column is named twice: {', '.join(header)[:200]}")
@@ -127,6 +129,11 @@ def _json_rows(first: str, rest: Iterator[str], file: str) -> Iterator[tuple[int
         if following is None:
             return
         number, line = number + 1, following
+
+
+def _missing(file: str, line: int, column: str, needed: str, row: Mapping[str, object]) -> BadTrace:
+    found = ", ".join(row)[:NAME_CHARS_MAX]
+    return BadTrace(file, line, column, f"this column is missing; needed are {needed}; here are: {found}")
 
 
 def _number(value: object, file: str, line: int, column: str, unit_s: float) -> float:
@@ -201,7 +208,7 @@ def parse_models(lines: Iterable[str], file: str) -> Sizes:
     for line, row in _rows(lines, file):
         for column in ("model", "size"):
             if column not in row:
-                raise BadTrace(file, line, column, "this column is missing; needed are model and size")
+                raise _missing(file, line, column, "model and size", row)
         tenant, name = _named(row, file, line)
         workspace = _size(row["workspace"], file, line, "workspace") if row.get("workspace") else 0
         if (tenant, name) in sizes.known:
@@ -219,13 +226,12 @@ def parse_trace(lines: Iterable[str], file: str, sizes: Sizes, token_ms: float =
     rows: list[tuple[int, int, int]] = []
     catalog: list[Sized] = []
     numbers: dict[tuple[str, str], int] = {}
+    said: list[tuple[object, object]] = []  # what each model's first row said of its size
     for line, row in _rows(lines, file):
         time_column = _one_of(row, _TIMES, file, line)
         if time_column is None or "model" not in row:
             missing = "model" if time_column else "time_s"
-            raise BadTrace(
-                file, line, missing, "this column is missing; needed are time_s or time_ms, and model"
-            )
+            raise _missing(file, line, missing, "time_s or time_ms, and model", row)
         scale = _TIMES[time_column]
         at_ms = int(_number(row[time_column], file, line, time_column, scale) * scale)
         named = _named(row, file, line)
@@ -233,8 +239,11 @@ def parse_trace(lines: Iterable[str], file: str, sizes: Sizes, token_ms: float =
         if number is None:
             number = numbers[named] = len(catalog)
             catalog.append(_sized(named, row, sizes, file, line))
+            said.append((row.get("size"), row.get("devices")))
             if len(catalog) > MODELS_MAX:
                 raise BadTrace(file, line, "model", f"more than {MODELS_MAX} models")
+        elif said[number] != (row.get("size"), row.get("devices")):
+            _check_same(catalog[number], row, sizes, file, line)
         rows.append((at_ms, number, _duration_ms(row, file, line, token_ms)))
         if len(rows) > REQUESTS_MAX:
             raise BadTrace(file, line, "row", f"more than {REQUESTS_MAX} requests; cut the trace")
@@ -259,6 +268,19 @@ def _sized(named: tuple[str, str], row: Mapping[str, object], sizes: Sizes, file
             "all that are not there (--size), or add a column size",
         )
     return found
+
+
+def _check_same(first: Sized, row: Mapping[str, object], sizes: Sizes, file: str, line: int) -> None:
+    """A row that says nothing of the model agrees with all others. Raises ``BadTrace``."""
+    if row.get("size") in (None, ""):
+        return
+    again = _sized((first.tenant, first.name), row, sizes, file, line)
+    for column, before, now in (
+        ("size", first.size_bytes, again.size_bytes),
+        ("devices", first.devices, again.devices),
+    ):
+        if before != now:
+            raise BadTrace(file, line, column, f"{first} has {now} here and {before} in an earlier line")
 
 
 def _duration_ms(row: Mapping[str, object], file: str, line: int, token_ms: float) -> int:

@@ -247,7 +247,8 @@ async def test_the_command_says_what_happens_or_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--data-dir", str(tmp_path / "control")]
-    assert rotate_command.main(arguments) == 1
+    assert rotate_command.main(arguments) == 2
+    assert "name the --data-dir of a control server" in capsys.readouterr().err
     async with running(tmp_path / "control"):
         assert rotate_command.main(arguments) == 1
         assert "another control server uses" in capsys.readouterr().err

@@ -55,6 +55,14 @@ async def test_headers_pass_by_list(fleet: Fleet) -> None:
     assert not {"Cookie", "X-Forwarded-For"} & seen.headers.keys()
 
 
+@pytest.mark.parametrize("path", ["moderations", "responses", "audio/speech", "embeddings/", "%65mbeddings"])
+async def test_what_no_node_has_is_refused_before_a_model_is_looked_for(fleet: Fleet, path: str) -> None:
+    answer = await fleet.control.call("POST", f"/v1/{path}", {"model": "acme/m"}, key=fleet.key)
+    assert (answer.status, answer.json()["error"]["code"]) == (404, "unknown_route")
+    assert "there are /v1/models, /v1/embeddings," in answer.json()["error"]["message"]
+    assert fleet.gateways[0].seen == []
+
+
 async def test_a_stream_is_passed_on_piece_by_piece(fleet: Fleet) -> None:
     """Each event arrives before the node has written the next: nothing is gathered on the way."""
     turns = [asyncio.Event() for _ in range(3)]

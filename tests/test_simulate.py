@@ -262,6 +262,10 @@ def test_tokens_give_a_duration_and_sizes_come_from_list_column_or_default() -> 
         (["time_s,model,size", "1,a,0"], 2, "size", "above 0"),
         (['{"time_s": 1, "model": "a"}', "{"], 2, "row", "not JSON"),
         (['{"time_s": 1, "model": "a"}', "[1]"], 2, "row", "not an object"),
+        (["time_s;model", "1;a"], 2, "time_s", "here are: time_s;model"),
+        (['[{"time_s": 1, "model": "a"}]'], 1, "row", "is a JSON list"),
+        (["time_s,model,size", "1,a,1GB", "2,b,2GB", "3,a,2GB"], 4, "size", "1000000000 in an earlier line"),
+        (["time_s,model,size,devices", "1,a,1GB,2", "2,a,1GB,"], 3, "devices", "has 1 here and 2 in"),
         (['{"time_s": true, "model": "a"}'], 1, "time_s", "not a number"),
         (['{"time_s": 1, "model": ["a"]}'], 1, "model", "not a name"),
     ],
@@ -271,6 +275,11 @@ def test_a_bad_trace_is_named_by_line_and_field(lines: list[str], line: int, col
         parse_trace(lines, "trace.csv", ONE_SIZE)
     assert (caught.value.file, caught.value.line, caught.value.column) == ("trace.csv", line, column)
     assert str(caught.value).startswith(f"trace.csv: line {line}: {column}: ")
+
+
+def test_rows_that_say_a_models_size_in_other_words_or_not_at_all_agree() -> None:
+    lines = ["time_s,model,size", "1,a,1GB", "2,a,", "3,a,1000MB"]
+    assert parse_trace(lines, "t", ONE_SIZE).catalog[0].size_bytes == GB
 
 
 def test_an_unknown_model_says_how_to_make_it_known() -> None:
@@ -432,6 +441,29 @@ def test_solve_stops_at_the_first_fleet_that_is_good_enough(
     assert all(p50 > 0.1 for p50 in p50s[:-1])
     assert p50s[-1] <= 0.1
     assert main([*words, "--boxes", "1..2", "--solve", "mean=0s"]) == EXIT_UNMET
+    assert "try more boxes or RAM" in capsys.readouterr().err
+
+
+def test_many_fleets_end_with_a_line_each_and_what_no_longer_helps_is_said(
+    trace_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten models of 10 GB: from four boxes of 30 GB on, only first uses wait."""
+    words = ["--trace", str(trace_file), "--fleet", "1x30GB", "--size", "10GB", "--boxes", "4..5"]
+    assert main([*words, "--solve", "p99=1ms"]) == EXIT_UNMET
+    shown = capsys.readouterr()
+    summary = shown.out.partition("all fleets that were tried\n")[2].splitlines()
+    assert [line.split()[0] for line in summary] == ["boxes", "4", "5"]
+    assert "all models fit the devices of the last one" in shown.err
+
+
+def test_a_spreadsheets_csv_is_read_and_a_tenant_that_never_calls_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, fleet = tmp_path / "trace.csv", tmp_path / "fleet.toml"
+    trace.write_bytes(b"\xef\xbb\xbftime_s,model\r\n1,x/a\r\n")
+    fleet.write_text('fleet = "1x30GB"\n[tenants.x]\nweight = 2\n[tenants.zed]\nweight = 2\n')
+    assert main(["--trace", str(trace), "--fleet", str(fleet), "--size", "1GB"]) == 0
+    assert "no request of zed\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

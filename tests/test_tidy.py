@@ -93,6 +93,7 @@ PURE_FILES = (
     "packer/shortlist.py",
     "packer/estimate.py",
     "packer/traces.py",
+    "packer/json_words.py",
     "packer/fleet.py",
     "packer/outcome.py",
     "packer/simulate.py",

@@ -6,8 +6,6 @@ call to a node and its answer back (``forwarding``), or what an answer means (``
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 from aiohttp import web
 
@@ -36,10 +34,6 @@ from packer.http import (
 )
 from packer.types import BadValue, ModelSpec, parse_model
 
-# What may follow /v1/ and reach a node: plain words. No dots, no percent signs, so that a path means
-# the same to this router and to the node.
-PATH = re.compile(r"[a-z0-9_-]{1,64}(?:/[a-z0-9_-]{1,64}){0,7}")
-
 
 class Names(msgspec.Struct):
     """The one field of a call that the router reads; the node checks all others."""
@@ -67,16 +61,20 @@ def resolve(control: Routing, caller: Caller, text: str) -> ModelSpec:
     return spec
 
 
+def unknown_route(method: str, path: str) -> ApiError:
+    """Also for what OpenAI has and we have not: before anybody looks for its model."""
+    there = "/v1/models, /v1/embeddings, /v1/classify, /v1/completions and /v1/chat/completions"
+    message = f"There is no {method[:16]} {path[:80]!r} here; there are {there}."
+    return ApiError(404, "unknown_route", message)
+
+
 async def route(control: Routing, request: web.Request, caller: Caller) -> web.StreamResponse:
     """A call that names its model in its JSON body."""
     watch = Stopwatch()
     path = request.raw_path.partition("?")[0]
-    if request.method != "POST" or not PATH.fullmatch(path.removeprefix("/v1/")):
-        raise ApiError(
-            404,
-            "unknown_route",
-            f"There is no {request.method[:16]} /v1/{path.removeprefix('/v1/')[:80]!r} here.",
-        )
+    # As it came: a path means the same to this router and to the node.
+    if request.method != "POST" or path not in SERVED:
+        raise unknown_route(request.method, path)
     check_room(control)
     # The body is held until a node has answered with its first byte, so that another can be tried.
     async with control.bodies.body(request, caller.owner, JSON_BYTES_MAX) as body:
@@ -106,6 +104,7 @@ PASSED = (
     _passed("/v1/completions", "createCompletion", "Continue a text.", "text/event-stream"),
     _passed("/v1/chat/completions", "createChatCompletion", "Answer a conversation.", "text/event-stream"),
 )
+SERVED = frozenset(each.path for each in PASSED)
 ROUTES = (
     Route(
         "GET",

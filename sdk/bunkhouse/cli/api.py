@@ -175,7 +175,7 @@ NO_LIMIT = -1
 
 
 class Rate(_IntParam):
-    """A whole number, or ``none``, which gives -1."""
+    """A whole number from 1 on, or ``none``, which gives -1."""
 
     name = "number"
 
@@ -186,6 +186,8 @@ class Rate(_IntParam):
             return NO_LIMIT
         if not re.fullmatch(r"\d{1,18}", value):
             self.fail(f"{value[:40]!r} is not a whole number, nor none")
+        if int(value) == 0:
+            self.fail("0 would let nothing in: write a number from 1 on, or none for no limit")
         return int(value)
 
 

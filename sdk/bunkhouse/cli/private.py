@@ -63,7 +63,7 @@ def others_may_read(path: Path) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on this file. Never where there are no such locks, nor a ``bunk up``."""
+    """Whether a process holds this lock. Never where there are no such locks, nor a ``bunk up``."""
     try:
         import fcntl
     except ImportError:
