@@ -508,25 +508,6 @@ def test_the_contexts_key_goes_to_the_contexts_server_only(
     assert (result.exit_code, str(context) in result.stderr) == (1, True)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no bunk up")
-def test_a_stack_that_starts_is_not_called_absent(bunk: Bunk, url: str, tmp_path: Path) -> None:
-    """As long as its lock is held; what a killed one left is no stack."""
-    import fcntl
-
-    context, lock = tmp_path / "config" / "bunkhouse" / "context.json", tmp_path / "up.lock"
-    context.parent.mkdir(parents=True)
-    context.write_text(json.dumps({"url": "", "key_file": "", "starting": str(lock)}))
-    assert bunk("ps", plain=True).exit_code == 2
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        result = bunk("ps", plain=True)
-        assert (result.exit_code, "is still starting" in result.stderr) == (6, True)
-        assert bunk("doctor", plain=True).stdout.startswith("fail  control: `bunk up` is still starting")
-        assert bunk("ps", "--url", url, plain=True).exit_code == 4  # no key, and it is asked
-    result = bunk("ps", plain=True)
-    assert (result.exit_code, "no server" in result.stderr) == (2, True)
-
-
 @pytest.mark.parametrize("words", [("--url", "http://h:1"), ("--key-file=k",), ("-o", "json")])
 def test_an_option_before_its_command_is_told_where_it_goes(bunk: Bunk, words: Sequence[str]) -> None:
     result = bunk(*words, "ps", plain=True)

@@ -6,6 +6,7 @@ calls of the real ones. Does not cover the real ones (the end-to-end test does).
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -20,7 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from fake_control import OPERATOR_KEY
+
+from bunkhouse.cli.main import bunk as bunk_command
 
 pytestmark = [
     pytest.mark.processes,
@@ -427,3 +431,24 @@ def test_other_terminals_find_the_stack(start: Start, python: Path, tmp_path: Pa
     assert [row["tenant"] for row in json.loads(listed.stdout)["items"]] == ["default"]
     same_server = str(ready["url"]).replace("127.0.0.1", "localhost")
     assert bunk("tenant", "ls", "--url", same_server).returncode == 4
+
+
+def test_a_stack_that_starts_is_not_called_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as its lock is held; what a killed one left is no stack."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for name in ("BUNKHOUSE_URL", "BUNKHOUSE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    lock = tmp_path / "up.lock"
+    (tmp_path / "bunkhouse").mkdir()
+    context = {"url": "", "key_file": "", "starting": str(lock)}
+    (tmp_path / "bunkhouse" / "context.json").write_text(json.dumps(context))
+    bunk = CliRunner()
+    assert bunk.invoke(bunk_command, ["ps"]).exit_code == 2
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = bunk.invoke(bunk_command, ["ps"])
+        assert (result.exit_code, "is still starting" in result.stderr) == (6, True)
+        result = bunk.invoke(bunk_command, ["doctor"])
+        assert result.stdout.startswith("fail  control: `bunk up` is still starting")
+    result = bunk.invoke(bunk_command, ["ps"])
+    assert (result.exit_code, "no server" in result.stderr) == (2, True)
