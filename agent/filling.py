@@ -74,10 +74,10 @@ class Filling:
         self._spec_of = spec_of
         self._may = may
         self._worker: WorkerHandle | None = None
-        self._stopped = False
+        self._order = 0  # the one that the worker was forked for
+        self._stopped = 0  # the last one that was to stop, which may not have begun then
 
     async def fill(self, order: Fill, form: HostForm) -> Event:
-        self._stopped = False
         try:
             if not self._may(order.ref):
                 raise WorkerFailure("its weights have not been compared with the registered ones yet")
@@ -90,24 +90,28 @@ class Filling:
                 raise WorkerFailure("the segment is still being written")
         except (WorkerDead, WorkerFailure, OSError) as error:  # a timeout is one of the last
             await freed(self._segments.drop(order.ref))
-            if not self._stopped:
+            stopped = self._stopped == order.order
+            if not stopped:
                 log.warning("filling the host tier with %s: %s", order.ref, error)
-            return FillFailed(order.ref, public(error), order.order, self._stopped)
+            return FillFailed(order.ref, public(error), order.order, stopped)
         return Filled(order.ref, order.order)
 
     async def _in_a_process(self, order: Fill, copy: PackCopy, segment: Segment) -> None:
         """Raises ``WorkerDead`` and ``WorkerFailure``. The process is gone when this returns."""
+        if self._stopped == order.order:
+            raise WorkerDead("it was told to stop")
         worker = await self._nursery.fork(order.ref.tenant, NO_DEVICE)
-        self._worker = worker
+        self._worker, self._order = worker, order.order
         try:
-            if self._stopped:
+            if self._stopped == order.order:
                 raise WorkerDead("it was told to stop")
             await worker.fill(self._spec_of(order.ref), copy, segment)
         finally:
             self._worker = None
             await worker.close()
 
-    def stop(self) -> None:
-        self._stopped = True
-        if self._worker is not None:
+    def stop(self, order: int) -> None:
+        """End the fill of this number, be it over, under way or about to begin."""
+        self._stopped = order
+        if self._worker is not None and self._order == order:
             self._worker.kill()

@@ -251,18 +251,23 @@ class RunningNode:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Whoever told the node to stop may lose patience: then it costs packs, and nothing that is known.
+        await self._keep()
         if not self.loop.broken.done():
             await self.orders.finish_packs(PACK_GRACE_S)
         await self.loop.close()
         await self.sharing.close()
         await self.orders.close()
         await self._nursery.close()
-        await self.flushing.once()
-        await self.usage.flush(at_once=True)
-        await self._recollection.keep()
+        await self._keep()
         self._segments.close()
         self._journal.close()
         devices.close()
+
+    async def _keep(self) -> None:
+        await self.flushing.once()
+        await self.usage.flush(at_once=True)
+        await self._recollection.keep()
 
     async def nursery_died(self) -> None:
         """Returns when no more workers can be forked."""

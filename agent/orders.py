@@ -111,7 +111,8 @@ class Orders:
         # Where packs come from; None: origins only.
         self.sources: Sources | None = None
         self._background = Background()
-        # The rest of packs whose load is over: the model serves already, from its device.
+        # Packs of models that serve already: the rest of those beside a load that is over, and those that are
+        # made of what lies on a device.
         self._packing = Background()
         # None before the first plan.
         self._planned: frozenset[ModelRef] | None = None
@@ -353,11 +354,14 @@ class Orders:
         return await self._ahead.fill(order, self.host_form)
 
     def stop_fill(self, order: StopFill) -> None:
-        self._ahead.stop()
+        self._ahead.stop(order.order)
 
     # --- packs ------------------------------------------------------------------------------------
 
     async def pack(self, order: Pack) -> Event:
+        return await self._packing.start(self._pack(order))
+
+    async def _pack(self, order: Pack) -> Event:
         ref = order.ref
         worker = self.roster.find(ref, order.device)
         making: Making | None = None

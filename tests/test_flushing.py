@@ -15,6 +15,7 @@ from running_workers import config_in
 
 from agent.counters import PendingRecord
 from agent.node import RunningNode
+from packer.events import TookLate
 
 
 def node_in(folder: Path) -> RunningNode:
@@ -76,3 +77,18 @@ async def test_a_stop_loses_nothing_that_waits_for_the_journal(
     assert await spooled_times(node) == [1]
     await node.loop.close()
     node._journal.close()
+
+
+async def test_what_is_known_is_kept_before_a_stop_waits_for_packs(tmp_path: Path) -> None:
+    """That wait is long, and whoever told the node to stop may lose patience and kill it."""
+    node, kept = node_in(tmp_path), []
+
+    async def finish_packs(within_s: float) -> None:
+        batch = await node._journal.call(node._journal.journal.usage.batch)
+        kept.append((await spooled_times(node), [row.used.device_ms for row in batch.rows]))
+
+    node.orders.finish_packs = finish_packs  # type: ignore[method-assign]
+    note(node, 1)
+    node.usage.observe(TookLate("acme", 40))
+    await node.close()
+    assert kept == [([1], [40])]

@@ -11,19 +11,20 @@ import threading
 from pathlib import Path
 
 import pytest
-from running_workers import PATIENCE_S, known
+from running_workers import DEVICE, PATIENCE_S, known
 from test_orders_tiers import close_hands, nursery, open_hands, plan
 from tiny_models import copy_minilm
 
 from agent.spawning import Nursery
-from packer.events import Packed, Restored
+from packer.events import Pack, Packed, Restored
 from packer.types import GIB, Task, Tier
 
 pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
 __all__ = ["nursery"]  # a fixture
 
 
-async def test_a_pack_of_a_model_that_serves_is_finished(nursery: Nursery, tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["beside the load", "of what lies on the device"])
+async def test_a_pack_of_a_model_that_serves_is_finished(nursery: Nursery, tmp_path: Path, when: str) -> None:
     """Its origin may be away when the node starts again. A stop waits for it, and only for so long."""
     minilm = known(copy_minilm(tmp_path / "minilm"), "minilm", Task.EMBEDDING)
     hands = await open_hands(nursery, tmp_path)
@@ -39,13 +40,19 @@ async def test_a_pack_of_a_model_that_serves_is_finished(nursery: Nursery, tmp_p
         return await publish(*args)  # type: ignore[arg-type]
 
     making.publish = slowly  # type: ignore[method-assign]
-    restored = await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
-    assert isinstance(restored, Restored)
+    if when == "beside the load":
+        restored = await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
+        assert isinstance(restored, Restored)
+    else:
+        assert isinstance(await hands.restore(minilm, Tier.ORIGIN), Restored)
+        packing = asyncio.create_task(hands.orders.pack(Pack(minilm.ref, DEVICE.device, GIB // 2, 7)))
+        packing.add_done_callback(lambda done: hands.posted.put_nowait(done.result()))
+        await asyncio.sleep(0)
     await hands.orders.finish_packs(0)
     assert hands.posted.empty(), "not longer than it was told to"
     stopping = asyncio.create_task(hands.orders.finish_packs(PATIENCE_S))
     asyncio.get_running_loop().call_soon(busy.set)
     await stopping
-    assert isinstance(hands.posted.get_nowait(), Packed)
     assert [row.ref for row in await journal.call(journal.journal.packs)] == [minilm.ref]
+    assert isinstance(await hands.next(Packed), Packed)
     await close_hands(hands)

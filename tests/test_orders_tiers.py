@@ -425,6 +425,13 @@ async def test_what_is_told_to_stop_or_can_not_be_filled_leaves_no_segment(
     assert isinstance(answer, FillFailed)
     assert answer.stopped
     hands.orders.stop_fill(StopFill(minilm.ref, 5))  # it has ended: nothing happens
+    order = Fill(minilm.ref, packed.host_bytes, 6)
+    filling = asyncio.create_task(hands.orders.fill(order))
+    hands.orders.stop_fill(StopFill(minilm.ref, 6))  # in the very moment: its task has not begun to run
+    answer = await filling
+    assert isinstance(answer, FillFailed)
+    assert answer.stopped
+    order = Fill(minilm.ref, packed.host_bytes, 7)
     whole = flip(hands, minilm, 0.5)
     answer = await hands.orders.fill(order)
     assert isinstance(answer, FillFailed)
