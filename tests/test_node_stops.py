@@ -11,8 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from running_hands import close_hands, nursery, open_hands, plan
 from running_workers import DEVICE, PATIENCE_S, known
-from test_orders_tiers import close_hands, nursery, open_hands, plan
 from tiny_models import copy_minilm
 
 from agent.spawning import Nursery
@@ -39,7 +39,7 @@ async def test_a_pack_of_a_model_that_serves_is_finished(nursery: Nursery, tmp_p
         journal._thread.submit(busy.wait)
         return await publish(*args)  # type: ignore[arg-type]
 
-    making.publish = slowly  # type: ignore[method-assign]
+    making.publish = slowly  # type: ignore[method-assign, assignment]
     if when == "beside the load":
         restored = await hands.restore(minilm, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
         assert isinstance(restored, Restored)

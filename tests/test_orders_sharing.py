@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import safetensors.numpy
+from running_hands import Hands, close_hands, flip, nursery, open_hands, plan
 from running_workers import DEVICE, Known, known
-from test_orders_tiers import Hands, close_hands, flip, nursery, open_hands, plan
 from tiny_models import copy_minilm
 
 from agent.spawning import Nursery

@@ -7,179 +7,44 @@ itself (``test_worker_moves``).
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
-from make_models import make_llama
 from process_memory import read_worker
-from running_workers import DEVICE, PATIENCE_S, Known, known
-from tiny_models import copy_minilm
+from running_hands import (
+    FORMS,
+    Hands,
+    close_hands,
+    flip,
+    hands,
+    llama,
+    minilm,
+    nursery,
+    open_hands,
+    plan,
+    replace_ref,
+)
+from running_workers import DEVICE, Known
 
-from agent.devices import DeviceConfig
-from agent.facade import EngineRequest
-from agent.journal import open_journal
-from agent.journal_thread import JournalThread
-from agent.orders import Orders
-from agent.packs import PackDirectory
-from agent.segments import HostSegments
 from agent.spawning import Nursery
-from agent.workers import WorkerHandle
 from packer.events import (
     Drop,
     Dropped,
     Event,
-    Evict,
-    Evicted,
-    Fill,
-    Filled,
-    FillFailed,
-    Packed,
     PackFailed,
-    Restore,
     Restored,
     RestoreFailed,
     ServingEnded,
-    StopFill,
     WorkerDied,
 )
 from packer.index import HEADER_BYTES
-from packer.types import GIB, MIB, HostForm, ModelRef, ModelSpec, Task, Tier
+from packer.types import GIB, MIB, HostForm, ModelRef, Tier
 
 pytestmark = [pytest.mark.processes, pytest.mark.asyncio(loop_scope="module")]
-
-
-@dataclass
-class Hands:
-    """Orders, what they posted and what they noted."""
-
-    orders: Orders
-    packs: PackDirectory
-    segments: HostSegments
-    specs: dict[ModelRef, ModelSpec]
-    posted: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    notes: list[tuple[str, int]] = field(default_factory=list)
-
-    async def next(self, kind: type[Event]) -> Event:  # type: ignore[valid-type]
-        """The next posted event of this kind."""
-        async with asyncio.timeout(PATIENCE_S):
-            while not isinstance(event := await self.posted.get(), kind):
-                pass
-        return event
-
-    async def restore(self, model: Known, tier: Tier, **more: int) -> Event | None:
-        return await self.orders.restore(Restore(model.ref, DEVICE.device, tier, order=1, **more))
-
-    async def load(self, model: Known) -> Packed:
-        """From the origin, with a pack beside it."""
-        restored = await self.restore(model, Tier.ORIGIN, disk_bytes=GIB // 2, pack_order=7)
-        assert isinstance(restored, Restored), restored
-        packed = await self.next(Packed | PackFailed)  # type: ignore[arg-type]
-        assert isinstance(packed, Packed), packed
-        assert packed.order == 7
-        return packed
-
-    async def evict(self, model: Known, keep_chunks: int = 0) -> None:
-        assert await self.orders.evict(Evict(model.ref, DEVICE.device, keep_chunks, 2)) == Evicted(
-            model.ref, DEVICE.device, 2
-        )
-
-    async def answer(self, model: Known) -> bytes:
-        op = "embed" if model.spec.task is Task.EMBEDDING else "generate"
-        fields = {"inputs": ["hello"]} if op == "embed" else {"prompt": "hello", "temperature": 0}
-        request = EngineRequest(op, fields)  # type: ignore[arg-type]
-        run = self.orders.run(model.ref, DEVICE.device, request, lambda nbytes: None)
-        frames = [frame async for frame in run]
-        return frames[0].body + "".join(str(frame.header.get("delta", "")) for frame in frames).encode()
-
-    def pids(self) -> list[int]:
-        return self.orders.roster.pids()[DEVICE.device]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def nursery() -> AsyncIterator[Nursery]:
-    nursery = Nursery(threads=1)
-    await nursery.start()
-    try:
-        yield nursery
-    finally:
-        await nursery.close()
-
-
-async def open_hands(nursery: Nursery, folder: Path) -> Hands:
-    async def fetch(spec: ModelSpec, path: str, start: int, nbytes: int) -> AsyncIterator[bytes]:
-        raise AssertionError("control must not be asked")
-        yield b""
-
-    specs: dict[ModelRef, ModelSpec] = {}
-    packs, segments = PackDirectory(folder / "packs"), HostSegments()
-    journal = JournalThread(open_journal(folder))
-    orders = Orders(
-        nursery,
-        {DEVICE.device: DEVICE},
-        packs,
-        segments,
-        journal,
-        fetch,
-        lambda ref: specs[ref],
-        lambda: 0,
-        host_form=HostForm.WIRE,
-    )
-    hands = Hands(orders, packs, segments, specs)
-    orders.post = hands.posted.put_nowait
-    orders.repairs.note = lambda kind, ref, detail, count: hands.notes.append((kind, count))
-    return hands
-
-
-async def close_hands(hands: Hands) -> None:
-    await hands.orders.close()
-    hands.segments.close()
-    hands.orders._journal.close()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def hands(nursery: Nursery, tmp_path: Path) -> AsyncIterator[Hands]:
-    hands = await open_hands(nursery, tmp_path)
-    yield hands
-    await close_hands(hands)
-
-
-@pytest.fixture
-def minilm(tmp_path: Path) -> Known:
-    return known(copy_minilm(tmp_path / "minilm"), "minilm", Task.EMBEDDING)
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Known:
-    """Several chunks in a few megabytes."""
-    directory = make_llama(tmp_path / "llama", 2, hidden=256, layers=2, heads=4)
-    return known(directory, "llama", Task.GENERATION)
-
-
-def plan(hands: Hands, *models: Known) -> None:
-    for model in models:
-        hands.specs[model.ref] = model.spec
-
-
-def flip(hands: Hands, model: Known, *shares: float) -> bytes:
-    """Turn a bit at each share of the file that holds the pack's extents; returns the file as it was."""
-    path = [*hands.packs.base_paths(model.ref), hands.packs.path(model.ref)][0]
-    whole = path.read_bytes()
-    with path.open("r+b") as file:
-        for share in shares:
-            at = int(len(whole) * share)
-            file.seek(at)
-            file.write(bytes([whole[at] ^ 1]))
-    return whole
-
-
-FORMS = pytest.mark.parametrize("form", [HostForm.WIRE, HostForm.RAW])
+__all__ = ["hands", "llama", "minilm", "nursery"]  # fixtures
 
 
 @FORMS
@@ -387,69 +252,6 @@ async def test_a_part_that_comes_from_disk_leaves_all_of_it_in_the_host_tier(
     assert await hands.answer(minilm) == wanted
 
 
-async def test_a_copy_is_filled_ahead_of_need_in_a_process_that_is_gone_afterwards(
-    hands: Hands, minilm: Known
-) -> None:
-    plan(hands, minilm)
-    packed = await hands.load(minilm)
-    wanted = await hands.answer(minilm)
-    await hands.evict(minilm)
-    before = hands.pids()
-    order = Fill(minilm.ref, packed.host_bytes, 5)
-    assert await hands.orders.fill(order) == Filled(minilm.ref, 5)
-    assert hands.pids() == before
-    assert hands.segments.allocated_bytes() == packed.host_bytes
-    # Nobody can change it any more, and all that a restore needs is in it.
-    await hands.orders.drop(Drop(minilm.ref, Tier.DISK, 4))
-    assert isinstance(await hands.restore(minilm, Tier.HOST), Restored)
-    assert await hands.answer(minilm) == wanted
-
-
-async def test_what_is_told_to_stop_or_can_not_be_filled_leaves_no_segment(
-    hands: Hands, minilm: Known, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan(hands, minilm)
-    packed = await hands.load(minilm)
-    await hands.evict(minilm)
-    order = Fill(minilm.ref, packed.host_bytes, 5)
-    fork = Nursery.fork
-
-    async def stopped_meanwhile(self: Nursery, tenant: str, device: DeviceConfig) -> WorkerHandle:
-        worker = await fork(self, tenant, device)
-        hands.orders.stop_fill(StopFill(minilm.ref, 5))
-        return worker
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Nursery, "fork", stopped_meanwhile)
-        answer = await hands.orders.fill(order)
-    assert isinstance(answer, FillFailed)
-    assert answer.stopped
-    hands.orders.stop_fill(StopFill(minilm.ref, 5))  # it has ended: nothing happens
-    order = Fill(minilm.ref, packed.host_bytes, 6)
-    filling = asyncio.create_task(hands.orders.fill(order))
-    hands.orders.stop_fill(StopFill(minilm.ref, 6))  # in the very moment: its task has not begun to run
-    answer = await filling
-    assert isinstance(answer, FillFailed)
-    assert answer.stopped
-    order = Fill(minilm.ref, packed.host_bytes, 7)
-    whole = flip(hands, minilm, 0.5)
-    answer = await hands.orders.fill(order)
-    assert isinstance(answer, FillFailed)
-    assert not answer.stopped
-    assert hands.segments.allocated_bytes() == 0
-    # The pack stays as it is, for the next restore to mend.
-    assert hands.packs.path(minilm.ref).read_bytes() != whole
-    assert isinstance(await hands.restore(minilm, Tier.DISK), Restored)
-    hands.orders._unproven.add(minilm.ref)
-    answer = await hands.orders.fill(order)
-    assert isinstance(answer, FillFailed)
-    hands.orders._unproven.discard(minilm.ref)
-    hands.packs.path(minilm.ref).unlink()
-    answer = await hands.orders.fill(order)
-    assert isinstance(answer, FillFailed)
-    assert answer.message == "No such file or directory", "tenants read it: it names no directory of the node"
-
-
 async def test_a_failed_load_leaves_no_part_behind(hands: Hands, minilm: Known) -> None:
     """A part was there and the whole was to come from an origin that is gone: then nothing is there."""
     plan(hands, minilm)
@@ -529,75 +331,3 @@ async def test_a_disk_without_room_costs_the_pack_and_not_the_load(hands: Hands,
     failed = await hands.next(PackFailed)
     assert isinstance(failed, PackFailed)
     assert "free above its floor" in failed.message
-
-
-def replace_ref(hands: Hands, model: Known) -> Known:
-    other = Known(model.directory, replace(model.spec, ref=replace(model.ref, name="other")))
-    plan(hands, other)
-    return other
-
-
-@FORMS
-async def test_many_swaps_with_failures_leave_everything_as_it_was(
-    hands: Hands, llama: Known, form: HostForm
-) -> None:
-    """Swaps through host and disk, bad chunks and killed workers among them: memory, descriptors and threads
-    are back to where they were, here and in the worker."""
-    hands.orders.host_form = form
-    other = replace_ref(hands, llama)
-    plan(hands, llama)
-    packed = {model.ref: await hands.load(model) for model in (llama, other)}
-    wanted = await hands.answer(llama)
-    before = await rounds(hands, (llama, other), packed, wanted, 20)
-    after = await rounds(hands, (llama, other), packed, wanted, 80)
-    assert after.agent_fds == before.agent_fds
-    assert after.worker_fds == before.worker_fds
-    assert after.worker_threads <= before.worker_threads
-    assert after.worker_rss_bytes <= before.worker_rss_bytes + 8 * MIB
-    assert after.segment_bytes == before.segment_bytes == 0
-
-
-@dataclass(frozen=True)
-class Sizes:
-    agent_fds: int
-    worker_fds: int
-    worker_threads: int
-    worker_rss_bytes: int
-    segment_bytes: int
-
-
-async def rounds(
-    hands: Hands, models: tuple[Known, ...], packed: dict[ModelRef, Packed], wanted: bytes, count: int
-) -> Sizes:
-    for turn in range(count):
-        model = models[turn % len(models)]
-        await hands.evict(model)
-        if turn % 40 == 30:
-            for other in models:
-                await hands.evict(other)
-            os.kill(hands.pids()[0], 9)
-            await hands.next(WorkerDied)
-            for other in models:
-                if other is not model:
-                    assert isinstance(await hands.restore(other, Tier.DISK), Restored)
-        if turn % 10 == 5:
-            flip(hands, model, 0.5)
-        host_bytes = packed[model.ref].host_bytes
-        assert isinstance(await hands.restore(model, Tier.DISK, host_bytes=host_bytes), Restored)
-        await hands.evict(model, 1)
-        assert isinstance(await hands.restore(model, Tier.HOST, first_chunk=1), Restored)
-        assert await hands.answer(model) == wanted
-        await hands.orders.drop(Drop(model.ref, Tier.HOST, 3))
-    for model in models:
-        await hands.evict(model)
-    (pid,) = hands.pids()
-    status = dict(
-        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
-    )
-    return Sizes(
-        len(os.listdir("/proc/self/fd")),
-        len(os.listdir(f"/proc/{pid}/fd")),
-        int(status["Threads"]),
-        int(status["VmRSS"].split()[0]) * 1024,
-        hands.segments.allocated_bytes() + hands.segments.lent_bytes(),
-    )

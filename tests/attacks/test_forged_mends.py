@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from running_hands import Hands, close_hands, flip, nursery, open_hands, plan
 from running_workers import Known
 from test_orders_sharing import first, second
-from test_orders_tiers import Hands, close_hands, flip, nursery, open_hands, plan
 
 from agent.spawning import Nursery
 from packer.codec import wire_sizes
