@@ -95,6 +95,7 @@ class NodeRow:
     acked_seq: int = 0  # highest spooled record stored, of those that ``spool`` counts
     spool: str = ""  # as told by the node; empty: a node of an earlier release
     pool: str = POOL_DEFAULT  # as the token said that it last joined with
+    draining: bool = False  # its plan tells it to take no more requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,14 @@ class DropNode:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainNode:
+    """Or no longer. Not the whole row: what was spooled is counted in it meanwhile."""
+
+    node: str
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PutRouter:
     row: RouterRow
 
@@ -253,6 +262,7 @@ Change = (
     | DropUpload
     | PutNode
     | DropNode
+    | DrainNode
     | PutRouter
     | DropRouter
     | PutToken
@@ -271,7 +281,7 @@ def changes_plan(change: Change) -> bool:
             return row.tenant is not None
         case PutTenant() | DropTenant() | DropKey() | PutQuota() | PutModel() | DropModel():
             return True
-        case PutNode() | DropNode() | PutRouter() | DropRouter():
+        case PutNode() | DropNode() | DrainNode() | PutRouter() | DropRouter():
             return True
         case _:
             return False
@@ -336,6 +346,8 @@ class Catalog:
                 self.nodes[row.node] = row
             case DropNode(node):
                 self.nodes.pop(node, None)
+            case DrainNode(node, draining):
+                self.nodes[node] = replace(self.nodes[node], draining=draining)
             case PutRouter(row):
                 self.routers[row.router] = row
             case DropRouter(router):

@@ -47,9 +47,11 @@ class PlanMaker:
             shared = self._shared = self._make_shared(facts)
             self._shared_text = None
         change = self._peers.change_from(have_peers)
+        row = self._catalog().nodes.get(node)
         return replace(
             shared,
             node=node,
+            draining=row is not None and row.draining,
             peers=change.peers,
             peers_base=change.base,
             peers_gone=change.gone,

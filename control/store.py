@@ -122,6 +122,12 @@ def m006_routers(db: Database) -> None:
     db.execute("alter table tokens add column joiner text not null default 'node'")
 
 
+@migrations()
+def m007_draining(db: Database) -> None:
+    """Nodes that are told to take no more requests."""
+    db.execute("alter table nodes add column draining integer not null default 0")
+
+
 class StoreUnavailable(Exception):
     """The database could not be read or written (disk full, I/O error, held by another process)."""
 
@@ -250,10 +256,11 @@ class Store:
             yield rows.PutUpload(
                 rows.UploadRow(upload_id, tenant, name, version, declared, created_ms, bool(committed))
             )
-        for row in query(
-            "select node, incarnation, key_sha256, gateway_url, joined_ms, acked_seq, spool, pool from nodes"
+        for *row, draining in query(
+            "select node, incarnation, key_sha256, gateway_url, joined_ms, acked_seq, spool, pool, draining "
+            "from nodes"
         ):
-            yield rows.PutNode(rows.NodeRow(*row))
+            yield rows.PutNode(replace(rows.NodeRow(*row), draining=bool(draining)))
         for *row, joiner in query(
             "select token_id, secret_sha256, node, created_ms, expires_ms, used_key_sha256, used_node, "
             "pool, joiner from tokens"
@@ -303,6 +310,8 @@ class Store:
                 self._put("nodes", row)
             case rows.DropNode(node):
                 self._db.execute("delete from nodes where node = ?", (node,))
+            case rows.DrainNode(node, draining):
+                self._db.execute("update nodes set draining = ? where node = ?", (int(draining), node))
             case rows.PutRouter(row):
                 self._put("routers", row)
             case rows.DropRouter(router):

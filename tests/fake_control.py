@@ -98,6 +98,7 @@ class FakeControl:
                 web.delete("/api/v1/models/{ref:.+}", self.delete_model),
                 web.get("/api/v1/nodes", self.list_nodes),
                 web.post("/api/v1/nodes/tokens", self.create_token),
+                web.patch("/api/v1/nodes/{node}", self.set_node),
                 web.delete("/api/v1/nodes/{node}", self.delete_node),
                 web.get("/api/v1/routers", self.list_routers),
                 web.post("/api/v1/routers/tokens", self.create_token),
@@ -345,6 +346,13 @@ class FakeControl:
         row = {"token": text, "token_id": f"token{len(self.tokens)}", "expires_ms": 4_000_000_000_000, **ask}
         self.tokens.append(row)
         return web.json_response(row, status=201)
+
+    async def set_node(self, request: web.Request) -> web.Response:
+        row = self.nodes.get(request.match_info["node"])
+        if row is None:
+            return refuse(404, "node_not_found", "There is no such node.")
+        row["state"] = "draining" if (await request.json())["draining"] else "up"
+        return web.json_response(row)
 
     async def delete_node(self, request: web.Request) -> web.Response:
         if self.nodes.pop(request.match_info["node"], None) is None:

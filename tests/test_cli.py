@@ -115,6 +115,7 @@ COMMANDS: list[Sequence[str]] = [
     ("node", "ls"),
     ("node", "ls", "--pool", "l40s"),
     ("node", "token", "create", "--name", "box", "--ttl", "1h", "--pool", "l40s"),
+    ("node", "drain", "box"),
     ("node", "rm", "box"),
     ("router", "ls"),
     ("router", "token", "create", "--name", "r1", "--ttl", "1h"),

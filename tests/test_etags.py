@@ -103,6 +103,8 @@ async def test_every_change_can_be_made_to_depend_on_what_was_seen(site: Site) -
         body = {"PATCH": {"weight": 3}, "PUT": {"weight": 4}}.get(method)
         if (method, path) == ("PATCH", "/api/v1/models/{ref:.+}"):
             body = {"batch_max": 3}
+        if method == "PATCH" and path.startswith("/api/v1/nodes/"):
+            body = {"draining": True}
         stale = ['"0000000000000000.0000000000000000"', f"W/{etag}", '""']
         for given in stale:
             refused = await site.control.call(method, where, body, headers={"If-Match": given})

@@ -99,6 +99,7 @@ def test_operators_calls(client: bunkhouse.Client, control: FakeControl) -> None
     assert client.nodes()[0].devices[0].device == "cpu:0"
     token = client.create_node_token(name="box", ttl_s=60)
     assert token.token not in repr(token)
+    assert client.set_node("box", draining=True).state == "draining"
     client.delete_node("box")
     client.revoke_key(key.key_id)
     client.delete_tenant("acme")

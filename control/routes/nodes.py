@@ -112,9 +112,9 @@ class TokenAnswer:
 @dataclass(frozen=True, slots=True)
 class NodeAnswer:
     node: str
-    state: (
-        str  # "up", "draining", "silent", "unheard" (not since control started), "cloned" (two boxes are it)
-    )
+    # "up", "draining", "drained" (nothing runs there any more), "silent", "unheard" (not since control
+    # started), "cloned" (two boxes are it)
+    state: str
     gateway_url: str
     joined_ms: int
     heard_ago_ms: int | None
@@ -176,7 +176,7 @@ async def list_all(control: Control, request: web.Request, caller: Caller) -> we
     rows = [row for row in control.catalog.nodes.values() if named is None or row.pool == named]
     rows.sort(key=lambda row: row.node)
     asked = asked_page(request, None, parts=1)
-    return json_response(page_of(asked, rows, lambda row: (row.node,), lambda row: _shown(control, row)))
+    return json_response(page_of(asked, rows, lambda row: (row.node,), lambda row: shown(control, row)))
 
 
 async def show(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -184,10 +184,15 @@ async def show(control: Control, request: web.Request, caller: Caller) -> web.Re
     row = control.catalog.nodes.get(node)
     if row is None:
         raise not_found("node", node)
-    return etags.read(request, row.incarnation, _shown(control, row))
+    return etags.read(request, state_of(row), shown(control, row))
 
 
-def _shown(control: Control, row: NodeRow) -> NodeAnswer:
+def state_of(row: NodeRow) -> tuple[str, bool]:
+    """What others change of a node: what it says of itself changes all the time."""
+    return row.incarnation, row.draining
+
+
+def shown(control: Control, row: NodeRow) -> NodeAnswer:
     skew_ms = control.said.clock_skew_ms(row.node)
     return _node_answer(row, control.cluster.nodes[row.node], skew_ms, control.now_ms())
 
@@ -200,8 +205,11 @@ def _node_answer(row: NodeRow, view: fleet.NodeView, clock_skew_ms: int | None, 
         state = "silent"
     elif report is None:
         state = "unheard"
+    elif report.draining:
+        busy = any(model.leases or model.waiting for model in report.models)
+        state = "draining" if busy else "drained"
     else:
-        state = "draining" if report.draining else "up"
+        state = "draining" if row.draining else "up"
     return NodeAnswer(
         node=row.node,
         state=state,
@@ -238,7 +246,7 @@ async def remove(control: Control, request: web.Request, caller: Caller) -> web.
     node = request.match_info["node"]
 
     def check(row: NodeRow) -> None:
-        etags.check_match(request, row.incarnation, lambda: _shown(control, row))
+        etags.check_match(request, state_of(row), lambda: shown(control, row))
 
     await remove_node(control, node, check)
     control.record("node_removed", detail=f"{node}, by key {caller.key_id}")

@@ -125,6 +125,12 @@ def delete_node(name: str) -> Call[None]:
     return Call(json_request("DELETE", path, repeatable=True), _decode.nothing)
 
 
+def set_node(name: str, draining: bool) -> Call[Node]:
+    path = f"/api/v1/nodes/{segment(name, 'name')}"
+    request = json_request("PATCH", path, {"draining": draining}, repeatable=True)
+    return Call(request, _decode.one(_decode.node))
+
+
 def routers() -> Listing[Router, tuple[Router, ...]]:
     return Listing("/api/v1/routers", _decode.page(_decode.router), tuple)
 

@@ -362,6 +362,11 @@ class AsyncClient:
     async def delete_node(self, name: str) -> None:
         await self._run(_admin.delete_node(name))
 
+    async def set_node(self, name: str, *, draining: bool) -> Node:
+        """Whether the node is to take no new requests. Its ``state`` becomes ``draining``, and ``drained``
+        when none runs there any more."""
+        return await self._run(_admin.set_node(name, draining))
+
     async def routers(self) -> tuple[Router, ...]:
         """All routers that are processes of their own."""
         return await self._whole(_admin.routers())

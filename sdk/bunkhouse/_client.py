@@ -357,6 +357,11 @@ class Client:
     def delete_node(self, name: str) -> None:
         self._run(_admin.delete_node(name))
 
+    def set_node(self, name: str, *, draining: bool) -> Node:
+        """Whether the node is to take no new requests. Its ``state`` becomes ``draining``, and ``drained``
+        when none runs there any more."""
+        return self._run(_admin.set_node(name, draining))
+
     def routers(self) -> tuple[Router, ...]:
         """All routers that are processes of their own."""
         return self._whole(_admin.routers())

@@ -291,8 +291,9 @@ class About:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A box that joined. ``state``: up, draining, silent, unheard (not since control started), or cloned (two
-    boxes use its identity). ``route_url``: where the router calls it over mutual TLS; None: nowhere."""
+    """A box that joined. ``state``: up, draining, drained (nothing runs there any more), silent, unheard (not
+    since control started), or cloned (two boxes use its identity). ``route_url``: where the router calls it
+    over mutual TLS; None: nowhere."""
 
     node: str
     state: str

@@ -184,8 +184,9 @@ def check_nodes(nodes: tuple[Node, ...], now_ms: int) -> Iterator[Check]:
         detail = f"{node.state}{heard}"
         if node.state == "up":
             yield Check(name, "ok", detail)
-        elif node.state == "draining":
-            yield Check(name, "warn", detail, "it takes no new requests; `bunk node rm` when it is empty")
+        elif node.state in ("draining", "drained"):
+            hint = f"it takes no new requests; `bunk node drain --undo {node.node}` lets it"
+            yield Check(name, "warn", detail, hint)
         elif node.state == "cloned":
             hint = "`bunk events` says which; on the copy stop bunk-agent, remove the folder 'identity' in "
             hint += "its data directory and join it with a new token; if you copied nothing: `bunk node rm`"

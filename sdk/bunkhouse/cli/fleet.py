@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from bunkhouse._client import Client
+from bunkhouse._errors import BadValue
 from bunkhouse._types import Device, Event, Node, NodeToken, Placement, Regret
 from bunkhouse.cli.api import Span, api_command, confirm, save_option, yes_option
 from bunkhouse.cli.private import write_private
@@ -19,6 +20,8 @@ from bunkhouse.cli.tables import Output, ago, moment, printable, size, span, tab
 
 # Seconds between two looks for new events.
 FOLLOW_S = 1.0
+# And for the end of what runs on a box that drains.
+DRAIN_LOOK_S = 1.0
 # Events fetched per look while following; more are fetched at once until none are left.
 FOLLOW_LIMIT = 500
 
@@ -68,6 +71,25 @@ def _node_rm(client: Client, out: Output, name: str, yes: bool) -> None:
     out.document({"deleted": name}, f"removed node {name}")
 
 
+@click.option("--undo", is_flag=True, help="Let it take requests again.")
+@click.option("--wait", is_flag=True, help="Wait until no request runs there any more.")
+@click.argument("name", metavar="NODE")
+def _node_drain(client: Client, out: Output, name: str, wait: bool, undo: bool) -> None:
+    """Let a box end what runs there and take no new requests, before work on it or its removal."""
+    if wait and undo:
+        raise BadValue("--wait", "waits for a box to be drained, which --undo ends; give one of them")
+    now = client.set_node(name, draining=not undo)
+    while wait and now.state == "draining":
+        time.sleep(DRAIN_LOOK_S)
+        now = client.set_node(name, draining=True)
+    text = {
+        "draining": f"{name} takes no new requests; some may still run there (--wait waits for their end)",
+        "drained": f"{name} takes no new requests, and none runs there",
+        "up": f"{name} takes requests",
+    }
+    out.document(now, text.get(now.state, f"{name} is {now.state}: it is told when it is heard again"))
+
+
 @node.group("token")
 def token() -> None:
     """Join tokens."""
@@ -97,6 +119,7 @@ def give_token(out: Output, created: NodeToken, save_to: Path | None) -> None:
 
 api_command(node, "ls")(_node_ls)
 api_command(node, "rm")(_node_rm)
+api_command(node, "drain")(_node_drain)
 api_command(token, "create")(_token_create)
 
 

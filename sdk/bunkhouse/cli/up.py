@@ -365,7 +365,7 @@ def _joined(client: Client) -> bool:
     except Unreachable:
         # Control died, or is slow: the supervisor finds out which.
         return False
-    return any(node.node == NODE and node.state == "up" for node in nodes)
+    return any(node.node == NODE and node.state in ("up", "draining", "drained") for node in nodes)
 
 
 def _ensure_tenant(client: Client, wanted: Wanted) -> str:
