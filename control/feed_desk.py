@@ -154,4 +154,4 @@ class FeedDesk:
             return None
         if kind == NODE:
             return node_told(view, node.key_sha256)
-        return places_told(view.report) if view.report is not None else None
+        return places_told(view.report.models) if view.report is not None else None

@@ -68,6 +68,7 @@ class RouterLine(ControlLine):
         self._asked = 0
         self._more = False  # control had more to say than one answer holds
         self.connected = False
+        self.tried = asyncio.Event()  # control has said all that there is, or could not be asked
 
     async def run(self) -> None:
         """Join if need be, then ask for ever. See ``Joining.run``."""
@@ -87,6 +88,7 @@ class RouterLine(ControlLine):
             log.info("connected to control at %s", self._url)
             self.connected = True
         if not self._more:
+            self.tried.set()
             self._news()
             await asyncio.sleep(REST_S)
 
@@ -94,6 +96,7 @@ class RouterLine(ControlLine):
         if self.connected:
             log.warning("control is away, routing on as it said last: %s", error)
         self.connected = self._more = False
+        self.tried.set()
         if isinstance(error, StaleAnswer):
             self._view.lose_place()
         self._view.lose_pieces()
@@ -157,6 +160,15 @@ class RouterLine(ControlLine):
             return None
 
     # --- where control is -------------------------------------------------------------------------
+
+    @property
+    def control_at(self) -> str:
+        """Control's address, as this box last connected to it; empty before."""
+        return self._control_at
+
+    def was_at(self, address: str) -> None:
+        """Where control was before this process was started; what it connects to counts more."""
+        self._control_at = self._control_at or address
 
     def dialled(self, url: str) -> str:
         """A node's URL as this box reaches it: one that means control's own machine has its address here."""

@@ -4,8 +4,9 @@ Covers: building its application out of the routes that control's own router has
 orderly stop, and what stops it. Does not cover: the routes (``control.routes``), the line
 (``control.router_line``), or the command line (``control.router_command``).
 
-It keeps nothing but its identity on disk. Any number of them may stand behind a TCP load balancer: none
-counts anything that another would have to know, since nodes enforce the limits.
+On disk it keeps its identity, and what control last told it (``control.kept_view``). Any number of them may
+stand behind a TCP load balancer: none counts anything that another would have to know, since nodes enforce
+the limits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cryptography import x509
 from control import cluster as fleet
 from control import rooms
 from control.config import Address
+from control.kept_view import KeptView, ViewKeeper
 from control.node_session import open_session
 from control.node_tls import NodeLines, NoLine
 from control.operations import Operation, Result
@@ -37,12 +39,16 @@ from packer.certificates import parse_cas
 from packer.durable import write_private
 from packer.http import ApiError, json_response, protect, runner
 from packer.identity import BadIdentity, Identity
+from packer.joining import Removed
+from packer.wire import BadMessage
 
 log = logging.getLogger("bunk.router")
 
 # Requests that are being answered may take this long to end at an orderly stop.
 STOP_S = 10.0
 RETRY_VIEW_MS = 1_000
+# A control that has not answered by then is away: what was kept is used.
+KEPT_AFTER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +68,12 @@ class RouterConfig:
 @dataclass(frozen=True, slots=True)
 class RouterHealth:
     """``view_age_ms``: since this router last knew all that control knew. It grows while control is away, and
-    the router routes on."""
+    the router routes on. ``kept``: it was started meanwhile, and knows what it kept before."""
 
     status: str
     view_age_ms: int
     connected: bool
+    kept: bool
 
 
 class RouterPapers:
@@ -114,6 +121,10 @@ class Router(Routing):
             lambda: Figures(self.url, self.cluster.in_flight, self.routed.calls),
             self.wake_waiting,
         )
+        self.keeper = ViewKeeper(
+            config.data_dir, self.identity, self.view, self.view_age_ms, lambda: self.line.control_at
+        )
+        self.settled = asyncio.Event()  # whether to go by what was kept
         self._app_runner: web.AppRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -137,6 +148,8 @@ class Router(Routing):
         self._tasks = [
             asyncio.create_task(self.line.run()),
             asyncio.create_task(self.each_second({"tick": self._tick})),
+            asyncio.create_task(self.each_second({"keep": self.keeper.look})),  # a disk may be slow
+            asyncio.create_task(self._fall_back()),
         ]
         if self.config.ready_file is not None:
             write_private(self.config.ready_file, json.dumps({"url": url}).encode())
@@ -148,6 +161,8 @@ class Router(Routing):
         try:
             await asyncio.shield(self._tasks[0])
         except BadIdentity as error:
+            if isinstance(error, Removed):
+                await self.keeper.forget()
             return error
         raise RuntimeError("the line to control ended")
 
@@ -162,7 +177,36 @@ class Router(Routing):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._app_runner is not None:
             await self._app_runner.cleanup()
+        await self.keeper.close()
         await self.session.close()
+
+    def view_age_ms(self) -> int:
+        """How old what this router knows is; 0 while control would tell it."""
+        return 0 if self.line.connected else self.now_ms() - (self.view.whole_ms or 0)
+
+    async def _fall_back(self) -> None:
+        """When control does not answer now, route by what it said before this router was stopped."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(KEPT_AFTER_S):
+                await self.line.tried.wait()
+        try:
+            kept = None if self.view.is_ready else await self.keeper.load()
+            if kept is not None and not self.view.is_ready:
+                self._go_by(kept)
+        except Exception as error:
+            self.log_fault("what was kept", error, unforeseen=True)
+        self.settled.set()
+
+    def _go_by(self, kept: KeptView) -> None:
+        age_ms = max(0, round(self.identity.now_s() * 1000) - kept.heard_ms)
+        self.line.was_at(kept.control_at)
+        try:
+            self.view.take_kept(kept.words, kept.epoch, kept.seq, age_ms)
+        except BadMessage as error:
+            log.warning("what is kept in %s is not used: %s", self.keeper.path, error)
+            return
+        log.warning("control does not answer: routing as it said %d s ago", age_ms / 1000)
+        self.wake_waiting()
 
     def check_ready(self) -> None:
         """Raises ``ApiError`` 503 until control has said what there is: no key is known before."""
@@ -191,8 +235,8 @@ async def healthz(routing: Router, request: web.Request, caller: Caller) -> web.
     if routing.stopping:
         raise ApiError(503, "stopping", "This router is stopping.", kind="server_error")
     routing.check_ready()
-    age_ms = 0 if routing.line.connected else routing.now_ms() - (routing.view.whole_ms or 0)
-    return json_response(RouterHealth("ok", age_ms, routing.line.connected))
+    health = RouterHealth("ok", routing.view_age_ms(), routing.line.connected, routing.view.is_kept)
+    return json_response(health)
 
 
 async def pass_route(routing: Router, request: web.Request, caller: Caller) -> web.Response:

@@ -3,14 +3,15 @@
 Covers: which answers count, gathering what comes in pieces until it is whole, and taking it up at one time.
 Does not cover: asking (``control.router_line``), numbers (``control.feed``), or choosing nodes.
 
-While control is away nothing is taken back: the router goes on with what it knew last.
+While control is away nothing is taken back: the router goes on with what it knew last. It can say all of it
+again in control's words, and be told so: what a router keeps on its disk (``control.kept_view``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -30,9 +31,13 @@ from control.router_wire import (
     Place,
     PlacesTold,
     RouterAnswer,
+    Told,
+    key_told,
+    model_told,
+    places_told,
 )
-from packer.types import BadValue, parse_ref
-from packer.wire import BadMessage, ModelReport, Report, decode
+from packer.types import BadValue, ModelSpec, parse_ref
+from packer.wire import BadMessage, ModelReport, Report, decode, encode
 
 
 class StaleAnswer(BadMessage):
@@ -46,6 +51,27 @@ class _Node:
 
     told: NodeTold
     models: tuple[ModelReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a router knew at one time."""
+
+    epoch: int
+    seq: int
+    keys: tuple[tuple[KeyRow, int], ...]
+    models: tuple[tuple[ModelSpec, int], ...]
+    nodes: tuple[tuple[str, NodeTold, tuple[ModelReport, ...]], ...]
+
+    def words(self) -> Iterator[Told]:
+        """As control says it. Nothing here changes any more, so that a thread may ask."""
+        for row, seq in self.keys:
+            yield Told(f"{KEY}/{row.key_id}", msgspec.Raw(key_told(row, seq)))
+        for spec, seq in self.models:
+            yield Told(f"{MODEL}/{spec.ref}", msgspec.Raw(model_told(spec, seq)))
+        for name, told, models in self.nodes:
+            yield Told(f"{NODE}/{name}", msgspec.Raw(encode(told)))
+            yield Told(f"{PLACES}/{name}", msgspec.Raw(places_told(models)))
 
 
 class RouterView:
@@ -72,6 +98,8 @@ class RouterView:
         self.epoch = 0
         self.start = ""
         self.whole_ms: int | None = None  # when this last was all that control knew
+        self.changes = 0  # times that something of it became otherwise
+        self.is_kept = False  # it is what was kept, and control has said nothing since
 
     @property
     def is_ready(self) -> bool:
@@ -110,7 +138,41 @@ class RouterView:
             raise
         fleet.step(self._cluster, fleet.Changed(answer.epoch, answer.seq), self._now_ms())
         self._take_up(taken, anew)
-        self.whole_ms = self._now_ms()
+        self.whole_ms, self.is_kept = self._now_ms(), False
+        self.changes += bool(coming)
+
+    def take_kept(self, words: Sequence[Told], epoch: int, seq: int, age_ms: int) -> None:
+        """What this router knew before it was started, so long ago, while it knows nothing else. Control is
+        asked for all of it again. Raises ``BadMessage``; nothing has changed then."""
+        taken = _Taken({word.name: word.text for word in words}, {})
+        self.epoch = max(self.epoch, epoch)  # as if it had not been stopped: an older control is overtaken
+        fleet.step(self._cluster, fleet.Changed(epoch, seq), self._now_ms())
+        self._take_up(taken, anew=False)
+        self.whole_ms, self.is_kept = self._now_ms() - age_ms, True
+
+    def snapshot(self) -> Snapshot:
+        catalog = self._catalog
+        return Snapshot(
+            *self._cluster.newest,
+            tuple((row, catalog.key_seq.get(key_id, 0)) for key_id, row in catalog.keys.items()),
+            tuple((spec, catalog.model_seq.get(ref, 0)) for ref, spec in catalog.models.items()),
+            tuple((name, self._last_told(name, node), node.models) for name, node in self._nodes.items()),
+        )
+
+    def _last_told(self, name: str, node: _Node) -> NodeTold:
+        """With what a control that was started again has not said yet, and the one before it had."""
+        view = self._cluster.nodes[name]
+        if node.told.heard or view.report is None:
+            return node.told
+        return replace(
+            node.told,
+            heard=True,
+            draining=view.report.draining,
+            have_epoch=view.have[0],
+            have_seq=view.have[1],
+            load=view.load_said,
+            devices=view.report.devices,
+        )
 
     def lose_place(self) -> None:
         """Ask for all of it again."""

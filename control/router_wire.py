@@ -8,6 +8,7 @@ A router is not told: operators' keys, quotas, where weights lie (origins, files
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -15,7 +16,7 @@ import msgspec
 from control.catalog import KeyRow
 from control.cluster import NEAR_STATES, NodeView
 from packer.types import ModelSpec
-from packer.wire import DeviceReport, ModelReport, Report, encode
+from packer.wire import DeviceReport, ModelReport, encode
 
 # What stands before a name in the feed.
 KEY, MODEL, NODE, PLACES = "key", "model", "node", "places"
@@ -157,8 +158,8 @@ def node_told(view: NodeView, key_sha256: str) -> bytes:
     )
 
 
-def places_told(report: Report) -> bytes:
-    return encode(PlacesTold(tuple(place for model in report.models if (place := _place(model)) is not None)))
+def places_told(models: Iterable[ModelReport]) -> bytes:
+    return encode(PlacesTold(tuple(place for model in models if (place := _place(model)) is not None)))
 
 
 def _place(model: ModelReport) -> Place | None:

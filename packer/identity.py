@@ -25,6 +25,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from packer.certificates import (
@@ -135,6 +136,14 @@ class Identity:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
         return request.public_bytes(serialization.Encoding.PEM).decode()
+
+    def secret_for(self, purpose: str) -> bytes:
+        """32 bytes that only this box's key leads to. Raises ``OSError`` and ``ValueError``."""
+        key = serialization.load_pem_private_key(self._key_path.read_bytes(), None)
+        der = key.private_bytes(
+            serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return HKDF(hashes.SHA256(), 32, None, f"bunkhouse {purpose}".encode()).derive(der)
 
     def save(self, answer: JoinAnswer) -> None:
         write_private(self._answer_path, encode(answer))

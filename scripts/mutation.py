@@ -87,6 +87,8 @@ MODULE_TESTS = {
     "control.cluster": ("test_cluster", "test_copies", "test_sources_route", "test_router", "test_feed"),
     "control.feed": ("test_feed",),
     "control.feed_desk": ("test_feed", "test_router_process"),
+    "control.kept_view": ("test_kept_view", "attacks/test_kept_views"),
+    "control.router_process": ("test_router_process",),
     "control.router_view": ("test_feed",),
     "control.router_wire": ("test_feed", "attacks/test_routers"),
     "control.routes.access": ("attacks/test_routers", "attacks/test_control_auth"),

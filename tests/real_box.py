@@ -201,7 +201,7 @@ class Box:
             words += ["--device", device]
         return Process(self.agent_module, *words)
 
-    def another_router(self, name: str) -> tuple[Process, str]:
+    def another_router(self, name: str, *, wait: str = "connected to control") -> tuple[Process, str]:
         """A router that is a process of its own, and its URL; again with the identity that it has, if it was
         here before. It is the caller's to stop."""
         token_file = self.folder / f"{name}.token"
@@ -212,7 +212,7 @@ class Box:
         router = Process("control", *words)
         try:
             url = router.wait_for(r"routing at (\S+)")[1]
-            router.wait_for("connected to control")
+            router.wait_for(wait)
         except BaseException:
             router.stop()
             raise

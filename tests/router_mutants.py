@@ -9,6 +9,7 @@ from __future__ import annotations
 from mutants import Mutant
 
 FEED, DESK, VIEW, TOLD = "control.feed", "control.feed_desk", "control.router_view", "control.router_wire"
+KEPT, LINE = "control.kept_view", "control.router_process"
 ENTERING, ROUTES = "control.routes.access", "control.routes.routers"
 
 ROUTER_MUTANTS = (
@@ -72,5 +73,66 @@ ROUTER_MUTANTS = (
         ROUTES,
         "    tenant = identify_key(control, request, Access.TENANT)\n    return await show_route",
         '    tenant = Caller(request.query["model"].partition("/")[0])\n    return await show_route',
+    ),
+    Mutant(
+        "a router believes any file",
+        KEPT,
+        "    if not hmac.compare_digest(seal, hmac",
+        "    if 0 and not hmac.compare_digest(seal, hmac",
+    ),
+    Mutant(
+        "a router goes by what another one kept",
+        KEPT,
+        "    if (kept.cluster, kept.router) != (cluster, router):\n",
+        "    if 0:\n",
+    ),
+    Mutant("what a router kept is never too old", KEPT, "    if age_ms > AGE_MS_MAX:\n", "    if 0:\n"),
+    Mutant(
+        "what a router kept is as young as a clock that was set back says",
+        KEPT,
+        "    if age_ms < -AHEAD_MS_MAX:\n",
+        "    if 0:\n",
+    ),
+    Mutant("a router waits for whoever writes into a pipe", KEPT, " | os.O_NONBLOCK | ", " | "),
+    Mutant("a router keeps every word at once", KEPT, "begun_s >= self._next_s and ", ""),
+    Mutant("a slow disk is kept busy", KEPT, "max(KEEP_EVERY_S, (loop", "min(KEEP_EVERY_S, (loop"),
+    Mutant(
+        "a calm view grows old on the disk", KEPT, "or heard_ms - self._kept", "or 0 * heard_ms - self._kept"
+    ),
+    Mutant(
+        "a router keeps anew what it was started with",
+        KEPT,
+        "if not self._view.is_ready or self._view.is_kept:",
+        "if not self._view.is_ready:",
+    ),
+    Mutant(
+        "a stop loses what was heard last",
+        KEPT,
+        "        if not self._closed and self._has_news(STOP_STAMP_MS):\n",
+        "        if 0:\n",
+    ),
+    Mutant(
+        "a removed router keeps what it was told",
+        LINE,
+        "                await self.keeper.forget()\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "what was kept counts although control answers",
+        LINE,
+        "kept = None if self.view.is_ready else await",
+        "kept = await",
+    ),
+    Mutant(
+        "a router that was started again hears an older control",
+        VIEW,
+        "        self.epoch = max(self.epoch, epoch)",
+        "        self.epoch = 0",
+    ),
+    Mutant(
+        "a router keeps nothing of nodes that a new control has not heard",
+        VIEW,
+        "        if node.told.heard or view.report is None:\n",
+        "        if 1:\n",
     ),
 )

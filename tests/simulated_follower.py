@@ -1,7 +1,7 @@
 """A router that is a process of its own, in a simulated cluster: it hears control over a line that loses.
 
 Covers: asking for the feed through the real route, losing questions and answers, old answers that come again,
-pieces that end half-way, control's crashes, backups that were put back; and that what it knows
+pieces that end half-way, control's crashes, backups that were put back, its own; and that what it knows
 in the end is what control knows. Does not cover: carrying calls (they go through control's own router).
 """
 
@@ -17,7 +17,7 @@ from simulated_control import SimulatedControl
 
 from control import cluster as fleet_core
 from control.catalog import Catalog, RouterRow
-from control.router_view import RouterView
+from control.router_view import RouterView, Snapshot
 from control.router_wire import RouterAnswer, RouterAsk
 from control.routes.routers import answer_view
 from control.store import StoreUnavailable
@@ -58,14 +58,36 @@ class Follower:
         self._chance = Random(f"follower {fleet.seed}")
         self._lose = self._chance.choice((0.0, 0.1, 0.5))
         self._earlier: list[RouterAnswer] = []
-        self.catalog, self.cluster = Catalog(), fleet_core.Cluster()
-        self.view = RouterView(self.catalog, self.cluster, lambda: 0)
+        self._restarts = Random(f"restarts of the follower {fleet.seed}")
+        self._kept: Snapshot | None = None
+        self._new_view()
 
     async def run(self) -> None:
         """Beside everything else, until cancelled."""
         while True:
             await asyncio.sleep(self._chance.randrange(1, PAUSE_S * 10) / 10)
             await self.ask(self._lose)
+            if self.view.is_ready and self._restarts.random() < 0.2:
+                self._kept = self.view.snapshot()
+            if self._kept is not None and self._restarts.random() < 0.05:
+                self._start_again(self._kept)
+
+    def _start_again(self, kept: Snapshot) -> None:
+        """With what it kept a while ago; control may be away or not."""
+        self._new_view()
+        watched, fleet_core.step = fleet_core.step, self._step
+        try:
+            self.view.take_kept(tuple(kept.words()), kept.epoch, kept.seq, 0)
+            fleet_core.check(self.cluster)
+        finally:
+            fleet_core.step = watched
+        again = self.view.snapshot()
+        self._fleet.require(again == kept, "a router was started again with something else")
+        self._fleet.reached["a router was started again with what it kept"] += 1
+
+    def _new_view(self) -> None:
+        self.catalog, self.cluster = Catalog(), fleet_core.Cluster()
+        self.view = RouterView(self.catalog, self.cluster, lambda: 0)
 
     async def ask(self, lose: float) -> bool:
         """One question; whether all that there is was heard."""

@@ -94,6 +94,7 @@ def test_a_router_of_its_own_follows_every_cluster() -> None:
     assert reached["a router heard a control that was started again"]
     assert reached["a router's answer was lost"]
     assert reached["a router took no old answer"]
+    assert reached["a router was started again with what it kept"]
 
 
 PRINT_DIGESTS = """

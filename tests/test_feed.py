@@ -1,8 +1,8 @@
 """What routers are told: numbered words in pieces, and what a router makes of them.
 
 Covers: that whoever hears the pieces in order knows what is so, however many answers are lost, things are no
-more, or control is started again; which answers do not count; that a router orders nodes as control does.
-Does not cover: the way there (``test_router_process``).
+more, or control is started again; which answers do not count; that a router orders nodes as control does,
+also one that was started again. Does not cover: the way there (``test_router_process``).
 """
 
 from __future__ import annotations
@@ -152,6 +152,13 @@ class Site:
         numbers = (piece.base, piece.number, piece.more)
         return RouterAnswer(WIRE_VERSION, "cluster", self.start, self.epoch, self.seq, "", 0, *numbers, words)
 
+    def restart_router(self) -> None:
+        """It knows what it kept, and nothing else."""
+        kept = self.view.snapshot()
+        self.theirs, self.routed = Catalog(), fleet.Cluster()
+        self.view = RouterView(self.theirs, self.routed, lambda: NOW_MS)
+        self.view.take_kept(tuple(kept.words()), kept.epoch, kept.seq, age_ms=7)
+
     def tell(self) -> None:
         while (answer := self.answer()).words or answer.base != self.view.have:
             self.view.take(answer)
@@ -283,3 +290,68 @@ def test_a_node_at_an_address_that_nobody_serves_is_not_dialled(site: Site) -> N
     site.view.take(replace(site.answer(), base=have, number=have + 1, words=word))
     assert site.routed.nodes["near"].gateway_url == ""
     assert site.order(site.routed) == ["far"]
+
+
+# --- a router that is started again ---------------------------------------------------------------
+
+
+def test_what_a_router_keeps_is_what_control_told_it(site: Site) -> None:
+    """Word for word: so nothing is taken up twice when control tells all of it again."""
+    told = {word.name: word.text for word in site.desk._feed.told.values()}
+    assert {word.name: bytes(word.text) for word in site.view.snapshot().words()} == told
+
+
+def test_a_router_that_was_started_again_goes_by_what_it_kept(site: Site) -> None:
+    before, keys, models = site.view, site.theirs.keys, site.theirs.models
+    site.restart_router()
+    assert (site.view.is_ready, site.view.is_kept, site.view.is_whole) == (True, True, True)
+    assert (site.view.epoch, site.view.whole_ms) == (before.epoch, NOW_MS - 7)
+    assert (site.view.have, site.view.start) == (0, "")  # all of it is asked for again
+    assert (site.theirs.keys, site.theirs.models) == (keys, models)
+    assert (site.theirs.key_seq, site.theirs.model_seq) == ({"k1": 1}, {REF: 1})
+    assert site.theirs.latest == site.catalog.latest
+    assert site.order(site.routed) == ["near", "far"]
+    assert fleet.knows(site.routed, "near", 1)
+    assert site.routed.nodes["near"].load_said == 3
+    fleet.check(site.routed)
+
+
+def test_control_has_the_last_word_over_what_was_kept(site: Site) -> None:
+    """A key, a model and a node that are no more go with control's first answer."""
+    site.restart_router()
+    site.catalog = Catalog()
+    site.restart(epoch=2)
+    site.node("new")
+    site.tell()
+    assert (site.view.is_kept, site.view.epoch) == (False, 2)
+    assert (list(site.theirs.keys), list(site.theirs.models)) == ([], [])
+    assert list(site.routed.nodes) == ["new"]
+
+
+def test_a_router_that_was_started_again_hears_no_older_control(site: Site) -> None:
+    """As if it had not been stopped: a backup that was put back must overtake it first."""
+    site.restart(epoch=4)
+    site.tell()
+    site.restart_router()
+    site.restart(epoch=3)
+    with pytest.raises(StaleAnswer):
+        site.tell()
+    assert list(site.theirs.keys) == ["k1"]
+
+
+def test_what_a_new_control_had_not_said_yet_is_kept_as_the_one_before_said_it(site: Site) -> None:
+    site.restart(epoch=2)
+    site.tell()
+    site.restart_router()
+    assert site.order(site.routed) == ["near", "far"]
+    assert fleet.knows(site.routed, "near", 1)
+    site.tell()  # control still has not heard them
+    assert site.order(site.routed) == ["near", "far"]
+
+
+def test_words_that_can_not_be_read_are_not_taken_up_in_part(site: Site) -> None:
+    words = (*site.view.snapshot().words(), Told("key/k2", msgspec.Raw(b'{"tenant": 5}')))
+    view = RouterView(catalog := Catalog(), fleet.Cluster(), lambda: NOW_MS)
+    with pytest.raises(BadMessage):
+        view.take_kept(words, 1, 1, 0)
+    assert (view.is_ready, catalog.keys, catalog.models) == (False, {}, {})

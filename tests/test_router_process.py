@@ -1,7 +1,7 @@
 """A router that is a process of its own, with real listeners and lines, in the test's loop.
 
 Covers: joining, calls over mutual TLS to nodes, what it knows of keys, models and nodes as control's word
-changes, control being away, being removed, tickets. Does not cover: real processes
+changes, control being away, also at its start, being removed, tickets. Does not cover: real processes
 (``test_routers_running``), the numbers of the feed (``test_feed``), or strangers (``attacks/test_routers``).
 """
 
@@ -77,7 +77,10 @@ async def test_it_brings_calls_to_nodes_over_mutual_tls(scene: Scene) -> None:
     models = await scene.router.call("GET", "/v1/models", key=scene.key)
     assert [card["id"] for card in models.json()["data"]] == ["acme/m"]
     health = await scene.router.call("GET", "/healthz")
-    assert (health.status, health.json()) == (200, {"status": "ok", "view_age_ms": 0, "connected": True})
+    assert (health.status, health.json()) == (
+        200,
+        {"status": "ok", "view_age_ms": 0, "connected": True, "kept": False},
+    )
 
 
 async def test_what_control_changes_counts_here_a_moment_later(scene: Scene) -> None:
@@ -212,6 +215,62 @@ async def test_it_starts_again_with_the_identity_that_it_has(scene: Scene) -> No
         assert answer.status == 200
 
 
+async def test_a_router_that_starts_while_control_is_away_routes_as_before(scene: Scene) -> None:
+    """By what it kept, and it says how old that is; when control is back, control has the word."""
+    await scene.router.router.stop()
+    listen = parse_address(scene.control.bound.node_url.removeprefix("https://"), "node_url")
+    await scene.control_life.aclose()
+    router = Router(router_config(scene.control, scene.folder / "r1", "r1", None))
+    async with serving(router, scene.control) as again:
+        await until(lambda: router.view.is_ready)
+        health = (await again.call("GET", "/healthz")).json()
+        assert (health["status"], health["connected"], health["kept"]) == ("ok", False, True)
+        scene.router = again
+        assert (await scene.embed()).status == 200
+        assert (await scene.embed(scene.key + "x")).status == 401
+        assert scene.seen == [f"Bearer {scene.key}"]
+        await ended(scene.agent.task)
+        async with running(scene.folder / "control", plain_routes=False, node_listen=listen):
+            await until(lambda: router.line.connected and router.view.is_whole)
+            health = (await again.call("GET", "/healthz")).json()
+            assert (health["connected"], health["kept"], health["view_age_ms"]) == (True, False, 0)
+            assert router.cluster.nodes["box"].near == (scene.ref,)
+
+
+async def test_a_router_that_was_removed_while_it_was_stopped_is_let_in_by_nobody(scene: Scene) -> None:
+    """As one whose line was cut: it goes by what it knew until it hears of it, and nodes have heard."""
+    await scene.router.router.stop()
+    kept = scene.folder / "r1" / "view.kept"
+    assert kept.exists()
+    assert (await scene.control.call("DELETE", "/api/v1/routers/r1")).status == 204
+    agent = scene.agent
+    await until(lambda: agent.owner.plan is not None and not agent.owner.plan.routers)
+    listen = parse_address(scene.control.bound.node_url.removeprefix("https://"), "node_url")
+    await scene.control_life.aclose()
+    router = Router(router_config(scene.control, scene.folder / "r1", "r1", None))
+    async with serving(router, scene.control) as again:
+        await until(lambda: router.view.is_ready)
+        scene.router = again
+        assert (await scene.embed()).status == 503
+        assert scene.seen == []
+        async with running(scene.folder / "control", plain_routes=False, node_listen=listen):
+            async with asyncio.timeout(PATIENCE_S):
+                assert isinstance(await router.failed(), Removed)
+    assert not kept.exists()
+
+
+async def test_a_control_that_answers_is_believed_before_what_was_kept(scene: Scene) -> None:
+    """A key that was revoked meanwhile is good for no moment."""
+    await scene.router.router.stop()
+    await scene.control.call("DELETE", f"/api/v1/keys/{scene.key.split('_')[1]}")
+    router = Router(router_config(scene.control, scene.folder / "r1", "r1", None))
+    with mock.patch.object(router.keeper, "load", side_effect=AssertionError("it was asked for")):
+        async with serving(router, scene.control) as again:
+            await until(lambda: router.view.is_ready)
+            scene.router = again
+            assert (await scene.embed()).status == 401
+
+
 async def test_before_the_first_word_it_says_that_it_is_not_ready(scene: Scene) -> None:
     """Not that a key is wrong: a load balancer and a client both come again."""
     token = await router_token(scene.control, scene.folder / "r2")
@@ -247,9 +306,10 @@ async def test_keys_and_tokens_are_not_in_its_log_or_files(
     scene.agent.listener.close()
     await scene.control.call("DELETE", "/api/v1/nodes/box")
     await scene.embed()
+    await scene.router.router.stop()
     secret = scene.key.split("_", 2)[2]
     files = [path for path in (scene.folder / "r1").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {"node.key", "node.crt", "identity.json"}
+    assert {path.name for path in files} == {"node.key", "node.crt", "identity.json", "view.kept"}
     assert [path for path in files if secret.encode() in path.read_bytes()] == []
     assert {path.stat().st_mode & 0o077 for path in files} == {0}
     assert secret not in caplog.text
