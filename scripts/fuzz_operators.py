@@ -41,6 +41,8 @@ RUN_BYTES_MAX = 64 * MIB
 ADDRESS_BYTES = 10 * RUN_BYTES_MAX
 # Of the processor's time; none of these small calls has so much to do.
 CALL_SECONDS_MAX = 20
+# Of the clock, for a call that only waits: a machine that is busy elsewhere makes no call slow.
+STUCK_SECONDS_MAX = 300
 REPORT_CHARS_MAX = 4000
 SLOW = "takes very long"
 # After a slow call others of the operation are tried, so often.
@@ -121,12 +123,14 @@ def try_operator(
             step, positional, keywords = arguments.draw()
             given = [*map(shown, positional), *(f"{name}={shown(value)}" for name, value in keywords.items())]
             tell(f"call {operator.name}({', '.join(given)})"[:REPORT_CHARS_MAX])
-            signal.alarm(CALL_SECONDS_MAX)
+            signal.setitimer(signal.ITIMER_PROF, CALL_SECONDS_MAX)
+            signal.alarm(STUCK_SECONDS_MAX)
             try:
                 ran += check_call(step, positional, keywords)
             except Finding as finding:
                 tell(f"finding {finding}: {operator.name}({', '.join(given)})"[:REPORT_CHARS_MAX])
                 return
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
             del step, positional, keywords
             fenced.free()
@@ -179,7 +183,7 @@ def result_of(operator: Operator, seed: str, calls: int, seconds: float) -> tupl
     if kind == "finding":
         return rest, 0
     code = os.waitstatus_to_exitcode(status)
-    if code == -signal.SIGALRM:
+    if code in (-signal.SIGPROF, -signal.SIGALRM):
         return f"{SLOW}: {rest}", 0
     how = signal.Signals(-code).name if code < 0 else f"status {code}"
     return f"ends the process ({how}): {rest}", 0

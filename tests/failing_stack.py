@@ -136,6 +136,15 @@ class Stack:
         """So many models of the first node can be restored without control, which has their origin."""
         self.box.events("packed", least=count)
 
+    def until_here(self, model: str) -> None:
+        """Control knows that the first node has the model on its device."""
+
+        def here() -> bool:
+            rows = [row for row in self.box.operator().ps().items if row.ref.startswith(f"{model}@")]
+            return any((row.node, row.state) == ("box", "resident") for row in rows)
+
+        self.until(here)
+
     def until_delivered(self) -> None:
         """Every record that the node ever had is in control, and none is twice."""
 

@@ -120,6 +120,15 @@ def wait_gone(pidfds: list[int]) -> None:
         os.close(pidfd)
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for its parent to hear so."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in ("Z", "X")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -251,9 +260,11 @@ class Box:
         return answer.text
 
     def worker_pids(self) -> list[int]:
-        """Workers are the nursery's children; the nursery is the agent's only child."""
+        """Workers are the nursery's children; the nursery is the agent's only child. One that has ended is
+        none, also while the nursery has not heard so."""
         assert self.agent is not None
-        return [worker for nursery in children(self.agent.handle.pid) for worker in children(nursery)]
+        workers = [worker for nursery in children(self.agent.handle.pid) for worker in children(nursery)]
+        return [worker for worker in workers if not has_ended(worker)]
 
     def wait_planned(self, versions: int) -> None:
         """Until the agent has a plan with this many model versions."""

@@ -195,6 +195,7 @@ def test_requests_of_a_killed_agent_are_answered_by_another_node(stack: Stack) -
     the caller's next try is answered. Nothing of the dead agent stays, and the next one has its packs."""
     stack.until_delivered()
     stack.answered("acme/gen0")
+    stack.until_here("acme/gen0")
     callers = [Caller(stack, "acme/gen0", number % 2 == 0) for number in range(4)]
     threads = [threading.Thread(target=caller.call) for caller in callers]
     for thread in threads:
@@ -268,6 +269,7 @@ def test_a_node_that_is_cut_off_serves_on_and_is_left_out_until_it_is_back(
 ) -> None:
     """``model`` is on this node alone, so that the router has every reason to ask it."""
     stack.answered(model)
+    stack.until_here(model)
     stack.until_delivered()
     answers, tokens = stack.counted("acme")
     assert stack.answered(model, routed=True).headers["x-bunkhouse-node"] == "box"

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from running_workers import config_in
 
+from agent.__main__ import STOP_GRACE_S
 from agent.counters import PendingRecord
-from agent.node import RunningNode
+from agent.node import PACK_GRACE_S, RunningNode
+from agent.workers import CLOSE_TIMEOUT_S
+from bunkhouse.cli.supervise import STOP_WAIT_S
 from packer.events import TookLate
 
 
@@ -92,3 +95,8 @@ async def test_what_is_known_is_kept_before_a_stop_waits_for_packs(tmp_path: Pat
     node.usage.observe(TookLate("acme", 40))
     await node.close()
     assert kept == [([1], [40])]
+
+
+def test_bunk_up_waits_for_all_that_its_agent_does_at_a_stop() -> None:
+    """Its patience was shorter than the agent's own: it killed agents that were writing packs."""
+    assert STOP_WAIT_S > STOP_GRACE_S + PACK_GRACE_S + 2 * CLOSE_TIMEOUT_S

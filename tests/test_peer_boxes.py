@@ -254,8 +254,12 @@ def test_a_busy_model_is_served_from_as_many_nodes_as_it_has_replicas(pair: Pair
             return min(answered["box"], answered["second"]) >= 4
 
         pair.second.until(shared)
-    holding = [row for row in pair.box.operator().ps().items if "/busy@" in row.ref]
-    assert {row.node for row in holding if row.state == "resident"} == {"box", "second"}
+
+    def reported() -> bool:
+        holding = [row for row in pair.box.operator().ps().items if "/busy@" in row.ref]
+        return {row.node for row in holding if row.state == "resident"} == {"box", "second"}
+
+    pair.second.until(reported)
     now = pair.box.operator().plan("acme/busy").copies
     assert now is not None
     assert (now.replicas, now.holders, now.next_node) == (2, ("box", "second"), None)

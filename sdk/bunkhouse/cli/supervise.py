@@ -23,8 +23,9 @@ from pathlib import Path
 
 from bunkhouse._request import KEY_ENV
 
-# A child that was told to stop gets this long to finish its answers and close its files.
-STOP_WAIT_S = 12.0
+# A child that was told to stop gets this long to finish its answers (5 s), an agent also the packs of models
+# that it has just loaded (20 s), and to close its workers and files. Who is in a hurry asks twice.
+STOP_WAIT_S = 40.0
 # How often a file is looked for while a child starts; a signal or a death is noticed at once.
 LOOK_S = 0.05
 # A log above this is set aside at start; the one before that is overwritten.
