@@ -35,11 +35,11 @@ def forecast(node: Node, ref: ModelRef, now_ms: int) -> Forecast:
     finally:
         for model, gains, price, memo in kept:
             model.gains, model.shade.price, use = gains, price, model.reuse
-            use.epoch_ms, use.factors, use.rated_ms, use.per_ms = memo
+            use.epoch_ms, use.factors, use.due, use.rated_ms, use.per_ms = memo
 
 
-def _memo(use: Intensity) -> tuple[int, tuple[float, ...], int, float]:
-    return use.epoch_ms, use.factors, use.rated_ms, use.per_ms
+def _memo(use: Intensity) -> tuple[int, tuple[float, ...], float, int, float]:
+    return use.epoch_ms, use.factors, use.due, use.rated_ms, use.per_ms
 
 
 def _forecast(node: Node, ref: ModelRef, now_ms: int) -> Forecast:

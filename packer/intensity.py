@@ -1,9 +1,9 @@
 """How soon a model is likely to be used again: a self-exciting process, learned online per model.
 
 Covers: the intensity of a model's uses (a Hawkes process with exponential kernels from a minute to ten
-days, A. G. Hawkes 1971; weights by online expectation-maximisation), its mean over the next minutes, and
-evaluating it for a thousand models in well under a millisecond. Does not cover: what a restore costs or
-who may be evicted (``keep``, ``room``).
+days, A. G. Hawkes 1971; weights by online expectation-maximisation), what a silence says of the next use,
+the mean rate over the next minutes, and evaluating it for a thousand models in well under a millisecond.
+Does not cover: what a restore costs or who may be evicted (``keep``, ``room``).
 
 People's traffic comes in bursts inside sessions inside days, so one time constant is always wrong. Each
 use raises the intensity by one share per kernel; how large a share each kernel gets is learned from the
@@ -12,14 +12,25 @@ prior. So where traffic has no bursts, or a scan touches many models once, nobod
 hazard rate over size is optimal among causal policies when sizes divide (Panigrahy et al. 2022); this is
 the hazard rate.
 
+Kernels only know how often a model was used, not that it has fallen silent. A silence is measured by the uses
+that its own kernels expected of it meanwhile, which makes silences of all models comparable: if the kernels
+said all there is to say, every model would end its silence at rate one on that scale (time rescaling, Brown
+et al. 2002). Two things are learned and assumed of it:
+- The node counts at which silences uses do come, and corrects every rate by that. Where models are used in
+  turns, the one just used is the last to come again; where they stop for good, a long silence lasts.
+- The more often a model was used without a stop, the less likely is it that any one use was its last; but a
+  silence in which e^n uses were expected less and less likely outweighs that (as in the model of buyers who
+  leave unseen: Fader, Hardie and Lee 2005). So its rate is cut, to a tenth and not below: models come back.
+
 Standard library only, no clock: times come in as milliseconds. The same uses give the same intensity.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from math import exp
+from math import exp, inf
 
 # Eight kernels from a minute to ten days, each about four times slower than the one before: bursts,
 # sessions, working days, habits. One setting for every node and trace.
@@ -43,11 +54,37 @@ BASE_MS = 432_000_000.0
 # of the shortest kernel grows by e per minute, so an epoch ends at e^400; floating point ends at e^709.
 EPOCH_MS = 400 * int(SHORTEST_MS)
 
+# Silences are told apart by the uses that were expected meanwhile, up to these bounds and above the last. What
+# is used in turns ends its silence when one use is expected, in the middle between two of them.
+SILENCE_ENDS = (0.35, 0.7, 1.4, 2.8, 5.6, 11.2, 22.4)
+SILENCES = len(SILENCE_ENDS) + 1
+_ENDS = (*SILENCE_ENDS, inf)
+# Silences that weigh as much, of each length, as what was seen of it: before, the kernels are believed.
+SILENCES_PRIOR = 20.0
+# Of more than this many both counts are halved: a node whose models are used in new ways learns it anew.
+SILENCES_MAX = 4_000.0
+# Silences shorter than the shortest kernel are bursts. Nobody is evicted between their uses, and a busy model
+# that has no others shall not speak for all.
+SILENCE_MS = SHORTEST_MS
+# Nor shall the busiest of the others: of n silences of a model some two roots of n are learned from, which
+# are picked by the fractions of n times the golden ratio. They repeat no pattern that its uses could have.
+_GOLDEN = 0.6180339887498949
+# A model's rate is corrected over the silence until one more use of it is expected: after that use another
+# silence begins, and what is used every few minutes is wanted although it was used just now.
+CORRECTED_USES = 1.0
+# Before anything is known one use in eleven is a model's last for a long time; of a model that was used a
+# hundred times one in a thousand.
+ENDED_USES = 0.1
+# What is left of the rate of a model that has stopped for sure.
+BACK_SHARE = 0.1
+
 # Uses of all models that may wait until the node learns from them; a minute at the longest.
 SHARED_PENDING_MAX = 16
 
 # What a kernel's excitation contributes to the mean over the horizon, per ms.
 _GAINS = tuple((1.0 - exp(-HORIZON_MS / scale)) / HORIZON_MS for scale in SCALES_MS)
+# Share of a kernel's excitation that is gone when a silence begins to count.
+_BEGUN = tuple(1.0 - exp(-SILENCE_MS / scale) for scale in SCALES_MS)
 # The kernels one by one, for ``note_use``: how fast they decay, and what excitation they give per ms.
 _PACE0, _PACE1, _PACE2, _PACE3, _PACE4, _PACE5, _PACE6, _PACE7 = (-1.0 / scale for scale in SCALES_MS)
 _PER_MS0, _PER_MS1, _PER_MS2, _PER_MS3, _PER_MS4, _PER_MS5, _PER_MS6, _PER_MS7 = (
@@ -72,6 +109,14 @@ class Shared:
     # ``shares`` in uses of a model's own, as they are weighed.
     priors: tuple[float, ...] = (SHARED_USES * PRIOR_SHARE,) * KERNELS
     pending: int = 0  # uses that are counted in ``explained`` only, as yet
+    # Uses that ended silences, by how long these were, and uses that were expected during silences, by how
+    # long they were then.
+    ended: list[float] = field(default_factory=lambda: [0.0] * SILENCES)
+    expected: list[float] = field(default_factory=lambda: [0.0] * SILENCES)
+    # The one over the other, and what to add to that times a silence for the sum over all of it.
+    hazards: tuple[float, ...] = (1.0,) * SILENCES
+    offsets: tuple[float, ...] = (0.0,) * SILENCES
+    heard: bool = False  # a silence since ``hazards`` were worked out
 
 
 @dataclass(slots=True, eq=False)
@@ -88,10 +133,11 @@ class Intensity:
     elapsed: tuple[float, ...] = _ZEROS
     # Uses that no kernel explains.
     base_uses: float = 0.0
-    # The mean rate over the horizon as (epoch, base, factor per kernel); see ``Ranking``.
+    # Uses to come as (epoch, base, factor per kernel), and how many at the last use; see ``Ranking``.
     epoch_ms: int = -1
     base_per_ms: float = 0.0
-    factors: tuple[float, ...] = (0.0,) * KERNELS
+    factors: tuple[float, ...] = _ZEROS
+    due: float = 0.0
     # The rate as last worked out by ``Ranking.rates``, and when.
     rated_ms: int = -1
     per_ms: float = 0.0
@@ -108,6 +154,8 @@ def note_use(known: Intensity, shared: Shared, now_ms: int) -> None:
     passed_ms = now_ms - known.last_ms
     if passed_ms < 0:
         passed_ms, now_ms = 0, known.last_ms
+    if passed_ms >= SILENCE_MS and (known.uses * _GOLDEN % 1.0) ** 2 * known.uses < 1.0:
+        _note_silence(known, shared, passed_ms)
     l0, l1, l2, l3, l4, l5, l6, l7 = known.levels
     d0 = l0 * exp(passed_ms * _PACE0)
     d1 = l1 * exp(passed_ms * _PACE1)
@@ -177,6 +225,38 @@ def _note_first(known: Intensity, shared: Shared, now_ms: int) -> None:
         _learn_shared(shared, now_ms)
 
 
+def _note_silence(known: Intensity, shared: Shared, passed_ms: int) -> None:
+    """A use ends a silence: learn at which one, by the uses that were expected meanwhile. What was expected
+    before ``SILENCE_MS`` does not count: until then nobody asked whether it would end."""
+    silence = begun = 0.0
+    for at, scale_ms in enumerate(SCALES_MS):
+        weight = (known.explained[at] + shared.priors[at]) / (known.elapsed[at] + SHARED_USES)
+        due = weight * known.levels[at]
+        silence += due * (1.0 - exp(-passed_ms / scale_ms))
+        begun += due * _BEGUN[at]
+    end = bisect(SILENCE_ENDS, silence)
+    shared.ended[end] += 1.0
+    for place in range(bisect(SILENCE_ENDS, begun), end):
+        shared.expected[place] += SILENCE_ENDS[place] - begun
+        begun = SILENCE_ENDS[place]
+    shared.expected[end] += max(silence - begun, 0.0)
+    shared.heard = True
+
+
+def _learn_silences(shared: Shared) -> None:
+    """How much more or less often uses come after each length of silence than the kernels expect."""
+    shared.heard = False
+    if sum(shared.ended) > SILENCES_MAX:
+        shared.ended = [uses / 2 for uses in shared.ended]
+        shared.expected = [uses / 2 for uses in shared.expected]
+    pairs = zip(shared.ended, shared.expected, strict=True)
+    hazards = [(ended + SILENCES_PRIOR) / (expected + SILENCES_PRIOR) for ended, expected in pairs]
+    offsets = [0.0]
+    for place, end in enumerate(SILENCE_ENDS):
+        offsets.append(offsets[place] + end * (hazards[place] - hazards[place + 1]))
+    shared.hazards, shared.offsets = tuple(hazards), tuple(offsets)
+
+
 def _learn_shared(shared: Shared, now_ms: int) -> None:
     """Take in the uses since the last time as if all were now: they lie within the shortest kernel, and
     what a whole node does moves slowly."""
@@ -192,40 +272,48 @@ def _learn_shared(shared: Shared, now_ms: int) -> None:
             shared.uses - level + PRIOR_USES
         )
     shared.priors = tuple([SHARED_USES * share for share in shared.shares])
+    if shared.heard:
+        _learn_silences(shared)
 
 
 def encode_shared(shared: Shared, shift_ms: int = 0) -> list[float]:
     """What all models have in common, as plain numbers; its time moved by ``shift_ms``."""
     uses = float(shared.uses + shared.pending)
-    return [uses, float(shared.last_ms + shift_ms), *shared.levels, *shared.explained]
+    times = [uses, float(shared.last_ms + shift_ms)]
+    return [*times, *shared.levels, *shared.explained, *shared.ended, *shared.expected]
 
 
 def decode_shared(numbers: Sequence[float], shift_ms: int = 0) -> Shared:
-    """The inverse of ``encode_shared``. Raises ``ValueError`` on anything that it does not write."""
-    if len(numbers) != 2 + 2 * KERNELS or any(not 0 <= value < 1e15 for value in numbers[2:]):
+    """The inverse of ``encode_shared``. Raises ``ValueError`` on anything that it does not write.
+
+    What was written before silences were counted lacks them: they are learned anew.
+    """
+    at = 2 + 2 * KERNELS
+    if len(numbers) not in (at, at + 2 * SILENCES) or any(not 0 <= value < 1e15 for value in numbers[2:]):
         raise ValueError(f"{len(numbers)} numbers are not what a node has learned of uses")
     uses, last_ms = numbers[:2]
     if not 0 <= uses < 1e15 or not -1e15 < last_ms < 1e15 or max(numbers[2 : 2 + KERNELS]) > uses:
         raise ValueError("what a node has learned of uses has impossible counts or times")
     shared = Shared(int(uses), int(last_ms) + shift_ms)
-    shared.levels, shared.explained = list(numbers[2 : 2 + KERNELS]), tuple(numbers[2 + KERNELS :])
+    shared.levels, shared.explained = list(numbers[2 : 2 + KERNELS]), tuple(numbers[2 + KERNELS : at])
+    if len(numbers) > at:
+        shared.ended, shared.expected = list(numbers[at : at + SILENCES]), list(numbers[at + SILENCES :])
+        shared.heard = True
     _learn_shared(shared, shared.last_ms)
     return shared
 
 
 def _settle(known: Intensity, shared: Shared, epoch_ms: int) -> None:
-    """Express the present excitation relative to ``epoch_ms``."""
+    """Express the uses to come relative to ``epoch_ms``."""
     since_ms = min(known.last_ms - epoch_ms, EPOCH_MS)
-    parts = zip(known.explained, known.elapsed, known.levels, shared.shares, _GAINS, SCALES_MS, strict=True)
+    parts = zip(known.explained, known.elapsed, known.levels, shared.shares, strict=True)
+    due = [
+        (explained + SHARED_USES * share) / (elapsed + SHARED_USES) * level
+        for explained, elapsed, level, share in parts
+    ]
+    known.due = sum(due)
     known.factors = tuple(
-        [
-            (explained + SHARED_USES * share)
-            / (elapsed + SHARED_USES)
-            * level
-            * gain
-            * exp(since_ms / scale_ms)
-            for explained, elapsed, level, share, gain, scale_ms in parts
-        ]
+        [uses * exp(since_ms / scale_ms) for uses, scale_ms in zip(due, SCALES_MS, strict=True)]
     )
     known.epoch_ms = epoch_ms
 
@@ -233,18 +321,19 @@ def _settle(known: Intensity, shared: Shared, epoch_ms: int) -> None:
 class Ranking:
     """The rates of many models at one moment.
 
-    The excitation of every model decays by the same factors, so a model's rate is eight products of its own
-    factors with those of the moment; its exponentials are paid once per use and epoch.
+    The excitation of every model decays by the same factors, so what a model's kernels still expect is eight
+    products of its own factors with those of the moment; its exponentials are paid once per use and epoch.
     """
 
-    __slots__ = ("_decay", "_epoch_ms", "_now_ms", "_shared")
+    __slots__ = ("_decay", "_epoch_ms", "_gains", "_now_ms", "_shared")
 
     def __init__(self, shared: Shared, now_ms: int) -> None:
         self._shared = shared
         self._now_ms = now_ms
         self._epoch_ms = now_ms - now_ms % EPOCH_MS
         passed_ms = now_ms - self._epoch_ms
-        self._decay = tuple(exp(-passed_ms / scale_ms) for scale_ms in SCALES_MS)
+        self._decay = decay = [exp(-passed_ms / scale_ms) for scale_ms in SCALES_MS]
+        self._gains = [gain * left for gain, left in zip(_GAINS, decay, strict=True)]
 
     def uses_per_ms(self, known: Intensity) -> float:
         """Expected uses per ms over the next ``HORIZON_MS``; 0 for a model that was never used."""
@@ -253,26 +342,35 @@ class Ranking:
     def rates(self, models: Iterable[Intensity]) -> list[float]:
         """``uses_per_ms`` of many in one tight loop, since there may be a thousand."""
         found: list[float] = []
-        now_ms, epoch_ms = self._now_ms, self._epoch_ms
+        now_ms, epoch_ms, shared = self._now_ms, self._epoch_ms, self._shared
         d0, d1, d2, d3, d4, d5, d6, d7 = self._decay
+        g0, g1, g2, g3, g4, g5, g6, g7 = self._gains
+        hazards, offsets, ends, horizon_ms = shared.hazards, shared.offsets, _ENDS, HORIZON_MS
         for known in models:
             if known.rated_ms == now_ms:
                 found.append(known.per_ms)
                 continue
             if known.epoch_ms != epoch_ms:
-                _settle(known, self._shared, epoch_ms)
+                _settle(known, shared, epoch_ms)
             f0, f1, f2, f3, f4, f5, f6, f7 = known.factors
-            known.per_ms = rate = (
-                known.base_per_ms
-                + f0 * d0
-                + f1 * d1
-                + f2 * d2
-                + f3 * d3
-                + f4 * d4
-                + f5 * d5
-                + f6 * d6
-                + f7 * d7
-            )
+            rate = f0 * g0 + f1 * g1 + f2 * g2 + f3 * g3 + f4 * g4 + f5 * g5 + f6 * g6 + f7 * g7
+            left = f0 * d0 + f1 * d1 + f2 * d2 + f3 * d3 + f4 * d4 + f5 * d5 + f6 * d6 + f7 * d7
+            silence = known.due - left
+            if silence < 0.0:
+                silence = 0.0
+            until = rate * horizon_ms
+            until = silence + (until if until < CORRECTED_USES else CORRECTED_USES)
+            place = bisect(ends, silence)
+            # How much more likely the silence is if the last use was not the last for long.
+            goes_on = exp(-silence) * known.uses
+            goes_on = BACK_SHARE + (1.0 - BACK_SHARE) * goes_on / (goes_on + ENDED_USES)
+            if until < ends[place]:
+                rate *= hazards[place] * goes_on
+            else:
+                last = bisect(ends, until)
+                ended = offsets[last] + hazards[last] * until - offsets[place] - hazards[place] * silence
+                rate *= ended / (until - silence) * goes_on
+            known.per_ms = rate = known.base_per_ms + rate
             known.rated_ms = now_ms
             found.append(rate)
         return found

@@ -439,4 +439,40 @@ FLEET_MUTANTS = (
         "        known.explained = (x0 + s0, x1 + s1, x2 + s2,",
         "        _ = (x0 + s0, x1 + s1, x2 + s2,",
     ),
+    Mutant(
+        "a model that has stopped keeps its rate",
+        INTENSITY,
+        "goes_on = exp(-silence) * known.uses",
+        "goes_on = float(known.uses)",
+    ),
+    Mutant(
+        "what a silence says is not learned",
+        INTENSITY,
+        "        _note_silence(known, shared, passed_ms)\n    l0",
+        "        pass\n    l0",
+    ),
+    Mutant(
+        "only this moment of a silence counts",
+        INTENSITY,
+        "CORRECTED_USES = 1.0",
+        "CORRECTED_USES = 1e-9",
+    ),
+    Mutant(
+        "a busy model speaks for all",
+        INTENSITY,
+        " and (known.uses * _GOLDEN % 1.0) ** 2 * known.uses < 1.0",
+        "",
+    ),
+    Mutant(
+        "silences of the past are never outweighed",
+        INTENSITY,
+        "    if sum(shared.ended) > SILENCES_MAX:\n",
+        "    if sum(shared.ended) > 1e300:\n",
+    ),
+    Mutant(
+        "silences do not survive a journal",
+        INTENSITY,
+        "        shared.heard = True\n    _learn_shared",
+        "        shared.ended = [0.0] * SILENCES\n    _learn_shared",
+    ),
 )

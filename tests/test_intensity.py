@@ -14,18 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packer.intensity import (
+    BACK_SHARE,
     BASE_MS,
     BASE_USES,
+    ENDED_USES,
     EPOCH_MS,
     HORIZON_MS,
     KERNELS,
     PRIOR_SHARE,
     SCALES_MS,
+    SHARED_PENDING_MAX,
+    SILENCE_ENDS,
+    SILENCES_MAX,
     Intensity,
     Ranking,
     Shared,
     decode,
+    decode_shared,
     encode,
+    encode_shared,
     note_use,
 )
 
@@ -52,7 +59,9 @@ def test_scales_reach_from_a_minute_to_ten_days() -> None:
 
 def test_after_one_use_the_rate_is_the_prior_integrated_over_the_horizon() -> None:
     kernels = sum(PRIOR_SHARE * (1 - math.exp(-HORIZON_MS / scale)) / HORIZON_MS for scale in SCALES_MS)
-    assert math.isclose(rate(after(5_000), 5_000), BASE_USES / BASE_MS + kernels, rel_tol=1e-12)
+    # One in eleven is never used again for long, and of these a tenth.
+    goes_on = BACK_SHARE + (1 - BACK_SHARE) / (1 + ENDED_USES)
+    assert math.isclose(rate(after(5_000), 5_000), BASE_USES / BASE_MS + kernels * goes_on, rel_tol=1e-12)
 
 
 def test_a_model_never_used_has_no_rate() -> None:
@@ -96,6 +105,120 @@ def test_it_learns_whether_a_use_is_followed_by_another() -> None:
     note_use(pairs, Shared(), lone_use_ms)
     note_use(even, Shared(), lone_use_ms)
     assert rate(pairs, lone_use_ms + 1_000) > rate(even, lone_use_ms + 1_000)
+
+
+HOUR_MS = 3_600_000
+MINUTE_MS = 60_000
+
+
+def test_a_model_that_has_stopped_gives_way_to_a_slower_one_that_has_not() -> None:
+    """Used every five minutes for two days and then no more, against one that is used every two hours."""
+    stopped, slow = after(*range(0, 2 * DAY_MS, 5 * MINUTE_MS)), after(*range(0, 2 * DAY_MS, 2 * HOUR_MS))
+    assert rate(stopped, 2 * DAY_MS) > 10 * rate(slow, 2 * DAY_MS)
+    for at_ms in range(2 * DAY_MS, 2 * DAY_MS + 6 * HOUR_MS, 2 * HOUR_MS):
+        note_use(slow, Shared(), at_ms)
+    assert rate(stopped, 2 * DAY_MS + 5 * HOUR_MS) < rate(slow, 2 * DAY_MS + 5 * HOUR_MS)
+
+
+def test_a_silence_that_is_nothing_special_cuts_little_and_a_long_one_nine_tenths() -> None:
+    """What the kernels say alone is what is said of a model whose uses never end."""
+    known = after(*range(0, 2 * DAY_MS, HOUR_MS))
+    endless = decode([1e14, *encode(known)[1:]])
+    last_ms = known.last_ms
+    shares = [
+        rate(known, last_ms + hours * HOUR_MS) / rate(endless, last_ms + hours * HOUR_MS) for hours in (1, 24)
+    ]
+    assert 0.95 < shares[0] < 1.0
+    assert BACK_SHARE < shares[1] < 0.5
+
+
+def test_the_more_often_it_was_used_the_longer_a_silence_is_forgiven() -> None:
+    known = after(*range(0, 2 * DAY_MS, HOUR_MS))
+    rates = [
+        rate(decode([uses, *encode(known)[1:]]), known.last_ms + 8 * HOUR_MS) for uses in (10.0, 100.0, 1e4)
+    ]
+    assert rates == sorted(rates)
+    assert rates[2] > 2 * rates[0]
+
+
+def in_turns(rounds: int, gap_ms: int = 10 * MINUTE_MS) -> tuple[list[Intensity], Shared, int]:
+    """Eight models, one after the other, round and round; and when the next would be used."""
+    models, shared = [Intensity() for _ in range(8)], Shared()
+    for at in range(rounds * len(models)):
+        note_use(models[at % len(models)], shared, at * gap_ms)
+    return models, shared, rounds * len(models) * gap_ms
+
+
+def test_of_models_used_in_turns_the_one_just_used_is_expected_last() -> None:
+    models, shared, now_ms = in_turns(60)
+    rates = Ranking(shared, now_ms).rates(models)
+    assert rates[0] > 2 * rates[-1]
+    early, early_shared, then_ms = in_turns(2)
+    rates = Ranking(early_shared, then_ms).rates(early)
+    assert rates[0] < rates[-1]  # two rounds prove nothing
+
+
+def test_what_is_used_every_few_minutes_is_wanted_although_it_was_used_just_now() -> None:
+    models, shared, now_ms = in_turns(60, 15_000)  # each every two minutes
+    rates = Ranking(shared, now_ms).rates(models)
+    assert min(rates) > max(rates) / 2
+    assert min(rates) * HORIZON_MS > 3
+
+
+def test_no_model_speaks_for_all_and_uses_within_a_minute_not_at_all() -> None:
+    known, shared = Intensity(), Shared()
+    for at in range(10_000):
+        note_use(known, shared, at * 59_999)
+    assert sum(shared.ended) == sum(shared.expected) == 0.0
+    for at in range(10_000):
+        note_use(known, shared, 10_000 * 60_000 + at * 60_000)
+    assert 50 < sum(shared.ended) < 200  # two roots of ten thousand in a model's life, this is half of it
+
+
+def test_what_is_known_of_silences_is_bounded_and_can_be_learned_anew() -> None:
+    shared = Shared()
+    for number in range(3 * int(SILENCES_MAX)):
+        known = Intensity()
+        note_use(known, shared, number * 7_200_000)
+        note_use(known, shared, number * 7_200_000 + 600_000)
+    assert SILENCES_MAX / 2 <= sum(shared.ended) <= SILENCES_MAX + SHARED_PENDING_MAX
+    assert max(shared.expected) < 2 * SILENCES_MAX
+
+
+def test_silences_survive_a_journal_and_one_without_them_is_taken() -> None:
+    _, shared, now_ms = in_turns(60)
+    numbers = encode_shared(shared, -now_ms)
+    again = decode_shared(numbers, now_ms)
+    assert again.hazards == shared.hazards != Shared().hazards
+    assert again.offsets == shared.offsets
+    older = decode_shared(numbers[: 2 + 2 * KERNELS], now_ms)
+    assert older.levels == shared.levels
+    assert older.hazards == Shared().hazards
+    for wrong in (numbers[:-1], [*numbers, 0.0], [*numbers[:-1], -1.0], [*numbers[:-1], math.nan]):
+        with pytest.raises(ValueError, match="learned of uses"):
+            decode_shared(wrong, now_ms)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2 * DAY_MS)), max_size=80),
+    st.integers(0, 4 * DAY_MS),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_history_makes_a_rate_negative_or_a_silence_count_twice(
+    uses: list[tuple[int, int]], later_ms: int
+) -> None:
+    models, shared, now_ms = [Intensity() for _ in range(5)], Shared(), 0
+    for number, passed_ms in uses:
+        now_ms += passed_ms
+        note_use(models[number], shared, now_ms)
+    assert sum(shared.ended) <= len(uses)
+    assert all(hazard > 0.0 for hazard in shared.hazards)
+    # The sum of hazards over a silence has no steps: that is what the offsets are for.
+    for place, end in enumerate(SILENCE_ENDS):
+        below = shared.offsets[place] + shared.hazards[place] * end
+        assert math.isclose(below, shared.offsets[place + 1] + shared.hazards[place + 1] * end, rel_tol=1e-9)
+    for known, found in zip(models, Ranking(shared, now_ms + later_ms).rates(models), strict=True):
+        assert found > 0.0 if known.uses else found == 0.0
 
 
 @given(st.lists(st.integers(0, 40 * DAY_MS), min_size=1, max_size=60), st.integers(0, 60 * DAY_MS))
