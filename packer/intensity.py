@@ -54,8 +54,8 @@ BASE_MS = 432_000_000.0
 # of the shortest kernel grows by e per minute, so an epoch ends at e^400; floating point ends at e^709.
 EPOCH_MS = 400 * int(SHORTEST_MS)
 
-# Silences are told apart by the uses that were expected meanwhile, up to these bounds and above the last. What
-# is used in turns ends its silence when one use is expected, in the middle between two of them.
+# Silences are told apart by the uses that were expected meanwhile, up to these bounds and above the last.
+# What is used in turns ends its silence when one use is expected, in the middle between two of them.
 SILENCE_ENDS = (0.35, 0.7, 1.4, 2.8, 5.6, 11.2, 22.4)
 SILENCES = len(SILENCE_ENDS) + 1
 _ENDS = (*SILENCE_ENDS, inf)
