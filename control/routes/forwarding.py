@@ -281,7 +281,8 @@ async def first_answer(
     raise ApiError(
         503,
         "no_node",
-        "No node can answer now: none is connected, none could be reached, or none knows of it yet.",
+        "No node can answer now: none is connected, all drain, none could be reached, or none knows of it "
+        "yet.",
         kind="server_error",
         hint="The operator sees the nodes with: bunk node ls",
         retry_ms=RETRY_NO_NODE_MS,

@@ -205,11 +205,11 @@ def _node_answer(row: NodeRow, view: fleet.NodeView, clock_skew_ms: int | None, 
         state = "silent"
     elif report is None:
         state = "unheard"
-    elif report.draining:
-        busy = any(model.leases or model.waiting for model in report.models)
+    elif row.draining:
+        busy = not report.draining or any(model.leases or model.waiting for model in report.models)
         state = "draining" if busy else "drained"
-    else:
-        state = "draining" if row.draining else "up"
+    else:  # also while it has not heard yet that it no longer drains
+        state = "up"
     return NodeAnswer(
         node=row.node,
         state=state,

@@ -19,6 +19,7 @@ from typing import Annotated
 from aiohttp import web
 
 from control import copies
+from control.choosing import is_there
 from control.copies import Stand
 from control.operations import Given, ModelText, NodeText, Operation, Result, worded
 from control.routes.access import Access, Caller, Route, not_found
@@ -81,6 +82,7 @@ class ExplainAnswer:
     requests: Sequence[StoryItem]
     items: Sequence[DecisionItem]
     silent: Sequence[str]
+    copies: Stand | None = None  # of a version with more than one replica
 
 
 async def plan(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -95,14 +97,20 @@ async def plan(control: Control, request: web.Request, caller: Caller) -> web.Re
             continue
         victims, others = _seen(caller, forecast.victims)
         items.append(PlanItem(node, _forecast_seen(caller, forecast, victims), others))
-    stand = copies.stand(control.cluster, spec, control.now_ms()) if spec.replicas > 1 else None
-    return json_response(PlanAnswer(str(spec.ref), items, stand))
+    return json_response(PlanAnswer(str(spec.ref), items, _stand(control, spec)))
+
+
+def _stand(control: Control, spec: ModelSpec | None) -> Stand | None:
+    if spec is None or spec.replicas == 1:
+        return None
+    return copies.stand(control.cluster, spec, control.now_ms())
 
 
 async def explain(control: Control, request: web.Request, caller: Caller) -> web.Response:
     text = request.query.get("request")
     if (text is None) == ("model" not in request.query):
         raise BadValue("model", "give either a model or a request")
+    spec: ModelSpec | None = None
     if text is None:
         spec = _model(control, caller, request.query.get("model"))
         asks, subject = Asks.MODEL, str(spec.ref)
@@ -110,7 +118,11 @@ async def explain(control: Control, request: web.Request, caller: Caller) -> web
         if not REQUEST_PATTERN.fullmatch(text):
             raise BadValue("request", "is the x-request-id of an answer, 1 to 64 letters, digits, - and _")
         asks, subject = Asks.REQUEST, text
-    nodes = _nodes(control, request)[:EXPLAIN_NODES_MAX]
+    nodes = list(_nodes(control, request))
+    if spec is not None:  # those that have it have most to say of it
+        ref = spec.ref
+        nodes.sort(key=lambda node: not is_there(control.cluster, node, ref))
+    nodes = nodes[:EXPLAIN_NODES_MAX]
     replies = await _ask(control, caller, nodes, asks, subject)
     stories: list[StoryItem] = []
     items: list[DecisionItem] = []
@@ -128,7 +140,7 @@ async def explain(control: Control, request: web.Request, caller: Caller) -> web
     if asks is Asks.REQUEST and not stories and not silent:
         raise not_found("request", subject)
     items.sort(key=lambda item: item.decision.at_ms)
-    return json_response(ExplainAnswer(stories, items, silent))
+    return json_response(ExplainAnswer(stories, items, silent, _stand(control, spec)))
 
 
 # --- who and where --------------------------------------------------------------------------------

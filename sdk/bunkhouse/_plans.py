@@ -72,11 +72,13 @@ def _others(fields: Fields) -> Others:
 
 def _forecasts(body: Fields) -> Forecasts:
     items = tuple(_forecast(each) for each in body.each("items"))
-    copies = _copies(body.inner("copies")) if body.raw("copies") is not None else None
-    return Forecasts(body.text("model"), items, copies)
+    return Forecasts(body.text("model"), items, _copies_of(body))
 
 
-def _copies(found: Fields) -> Copies:
+def _copies_of(body: Fields) -> Copies | None:
+    if body.raw("copies") is None:
+        return None
+    found = body.inner("copies")
     return Copies(
         replicas=found.number("replicas"),
         holders=tuple(str(node) for node in found.list("holders")),
@@ -122,6 +124,7 @@ def _explanation(body: Fields) -> Explanation:
         tuple(_story(each.text("node"), each.inner("story")) for each in body.each("requests")),
         tuple(_decision(each) for each in body.each("items")),
         tuple(str(node) for node in body.list("silent")),
+        _copies_of(body),
     )
 
 

@@ -557,11 +557,13 @@ class RequestStory:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What ``explain`` returns, oldest first. ``silent``: nodes that did not answer."""
+    """What ``explain`` returns, oldest first. ``silent``: nodes that did not answer. ``copies``: of a model
+    with more than one replica, how it stands with them now."""
 
     requests: tuple[RequestStory, ...]
     items: tuple[Decision, ...]
     silent: tuple[str, ...]
+    copies: Copies | None = None
 
 
 @dataclass(frozen=True, slots=True)

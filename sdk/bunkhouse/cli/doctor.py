@@ -177,7 +177,9 @@ def check_nodes(nodes: tuple[Node, ...], now_ms: int) -> Iterator[Check]:
         yield Check("nodes", "fail", "none has joined: nothing can be served", hint)
         return
     if all(node.state != "up" for node in nodes):
-        yield Check("nodes", "fail", "none is up: nothing can be served", "look at bunk-agent's log on them")
+        drained = all(node.state in ("draining", "drained") for node in nodes)
+        hint = "all drain: `bunk node drain --undo NODE`" if drained else "look at bunk-agent's log on them"
+        yield Check("nodes", "fail", "none is up: nothing can be served", hint)
     for node in nodes:
         name = f"node {node.node}"
         heard = "" if node.heard_ago_ms is None else f", heard {span(node.heard_ago_ms)} ago"

@@ -6,7 +6,7 @@ Covers: boxes, where bytes are, what happened. Does not cover: starting a stack 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
@@ -85,7 +85,7 @@ def _node_drain(client: Client, out: Output, name: str, wait: bool, undo: bool) 
     text = {
         "draining": f"{name} takes no new requests; some may still run there (--wait waits for their end)",
         "drained": f"{name} takes no new requests, and none runs there",
-        "up": f"{name} takes requests",
+        "up": f"{name} takes requests again",
     }
     out.document(now, text.get(now.state, f"{name} is {now.state}: it is told when it is heard again"))
 
@@ -163,8 +163,26 @@ def _regrets(client: Client, out: Output) -> None:
     )
 
 
+def telling(rows: Sequence[Placement]) -> Sequence[Placement]:
+    """Without nodes that hold nothing of a version and were never asked for it, but for one of a version that
+    is nowhere: of many nodes nearly all rows would say so."""
+    named = {row.ref for row in rows if _says_something(row)}
+    shown = []
+    for row in rows:
+        if _says_something(row) or row.ref not in named:
+            named.add(row.ref)
+            shown.append(row)
+    return shown
+
+
+def _says_something(row: Placement) -> bool:
+    held = row.device_bytes or row.host_bytes or row.disk_bytes or row.deduplicated_bytes
+    return bool(held or row.requests or row.waiting or row.leases) or row.state != "absent"
+
+
 @click.option("--regret", is_flag=True, help="Show how far each node was from the clairvoyant optimum.")
-def _ps(client: Client, out: Output, regret: bool) -> None:
+@click.option("--all", "whole", is_flag=True, help="Also nodes that hold nothing of a version.")
+def _ps(client: Client, out: Output, regret: bool, whole: bool) -> None:
     """Show where every version's bytes are and what it has done."""
     if regret:
         _regrets(client, out)
@@ -173,8 +191,9 @@ def _ps(client: Client, out: Output, regret: bool) -> None:
     if out.json:
         out.document(now, "")
         return
+    shown = now.items if whole else telling(now.items)
     out.rows(
-        now.items,
+        shown,
         [
             ("MODEL", lambda row: row.ref),
             ("NODE", lambda row: row.node),
@@ -194,6 +213,9 @@ def _ps(client: Client, out: Output, regret: bool) -> None:
         ],
         "no models on any node",
     )
+    if len(shown) < len(now.items):
+        left_out = len(now.items) - len(shown)
+        click.echo(f"{left_out} rows of nodes that hold nothing of a version are left out: --all", err=True)
     if now.devices:
         click.echo("\n" + _device_table(now.devices))
 
@@ -244,7 +266,8 @@ def _events(
         click.echo("no events", err=True)
     for event in page.items:
         click.echo(printable(_event_line(event)))
-    if len(page.items) >= limit:
+    # Without --after these are the newest already.
+    if after is not None and len(page.items) >= limit:
         click.echo(f"go on: bunk events --after {page.next}", err=True)
 
 

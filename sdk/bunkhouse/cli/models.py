@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from bunkhouse._client import Client
-from bunkhouse._errors import BadValue
+from bunkhouse._errors import BadValue, BunkhouseError
 from bunkhouse._types import Model, Progress, ProgressCallback
 from bunkhouse.cli.api import Delay, api_command, confirm, yes_option
 from bunkhouse.cli.tables import Output, moment, printable, size
@@ -102,7 +102,16 @@ def _model_push(
             click.echo("run it again to go on from here", err=True)
             raise
     if devices not in (None, pushed.devices) or replicas not in (None, pushed.replicas):
-        pushed = client.set_model(pushed.ref, devices=devices, replicas=replicas)
+        try:
+            pushed = client.set_model(pushed.ref, devices=devices, replicas=replicas)
+        except BunkhouseError:
+            on = "1 device" if pushed.devices == 1 else f"{pushed.devices} devices"
+            click.echo(
+                f"{pushed.ref} is registered, on {on} and up to {pushed.replicas} nodes as before; "
+                f"`bunk model rm {pushed.ref}` removes it",
+                err=True,
+            )
+            raise
     _warn(pushed)
     on = "a device" if pushed.devices == 1 else f"{pushed.devices} devices"
     nodes = f" of up to {pushed.replicas} nodes" if pushed.replicas > 1 else ""

@@ -7,6 +7,8 @@ node's, or the answers' values (``bunkhouse._types``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 
 import click
 
@@ -122,6 +124,18 @@ def _decision_text(row: Decision) -> str:
     return "\n".join(lines)
 
 
+def decision_lines(items: Sequence[Decision]) -> list[str]:
+    """A line each; one decision that was taken again and again at once is shown with its last time."""
+    lines: list[str] = []
+    for alike, group in groupby(items, key=lambda row: replace(row, at_ms=0, request=None)):
+        times = [row.at_ms for row in group]
+        text = _decision_text(replace(alike, at_ms=times[-1]))
+        first, newline, rest = text.partition("\n")
+        again = f"  ({len(times)} times since {moment(times[0])})" if len(times) > 1 else ""
+        lines.append(first + again + newline + rest)
+    return lines
+
+
 @click.option("--node", metavar="NODE", help="Ask this node only.")
 @click.argument("subject", metavar="MODEL|REQUEST")
 def _explain(client: Client, out: Output, subject: str, node: str | None) -> None:
@@ -137,8 +151,9 @@ def _explain(client: Client, out: Output, subject: str, node: str | None) -> Non
     else:
         found = client.explain(request=subject, node=node)
     lines = [_story_text(story) for story in found.requests]
-    lines += [_decision_text(decision) for decision in found.items]
+    lines += decision_lines(found.items)
     lines += [f"{name}: no answer" for name in found.silent]
+    lines += [_copies_text(found.copies)] if found.copies is not None else []
     out.document(found, printable("\n".join(lines) or f"nothing was decided about {subject} lately"))
 
 
