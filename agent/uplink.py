@@ -103,7 +103,6 @@ class Uplink(ControlLine):
         self._told = ""  # by control's newest answer
         self._peers = KnownPeers()
         self._clock = ControlClock()
-        self._complaint = ""  # of control about this node, said once
 
     def changed(self) -> None:
         self._changed.set()
@@ -235,9 +234,7 @@ class Uplink(ControlLine):
             raise Forgotten(text)
         if answer.status == 401:
             raise Refused(text)
-        if code == "node_cloned" and code != self._complaint:
-            log.error("%s", text)
-            self._complaint = code
+        self._say_cloned(code, text)
         raise aiohttp.ClientError(f"beat: control answered {answer.status}: {text}")
 
     async def _consider(self, plan: Plan) -> None:

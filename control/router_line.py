@@ -66,6 +66,7 @@ class RouterLine(ControlLine):
         self._news = news
         self._life = secrets.token_hex(8)
         self._asked = 0
+        self._told = ""  # by control's newest answer
         self._more = False  # control had more to say than one answer holds
         self.connected = False
         self.tried = asyncio.Event()  # control has said all that there is, or could not be asked
@@ -118,6 +119,8 @@ class RouterLine(ControlLine):
             self._identity.ca_sha256,
             round(self._identity.now_s() * 1000),
             server_version(),
+            self._told,
+            self._identity.box,
         )
         answer = await self._post(
             "/router/v1/view", ask, wait_ms / 1000 + ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
@@ -128,6 +131,7 @@ class RouterLine(ControlLine):
         mine = self._identity.answer
         if mine is None or got.cluster != mine.cluster or (got.life, got.asked) != (ask.life, ask.number):
             raise BadMessage("control's answer is to another question")
+        self._told, self._complaint = got.told, ""
         view.take(got)
         if got.ca_pem and self._identity.adopt_cas(got.ca_pem):
             raise Renewed
@@ -139,6 +143,7 @@ class RouterLine(ControlLine):
             raise Forgotten(text)
         if answer.status in (401, 403):
             raise Refused(text)
+        self._say_cloned(code, text)
         raise aiohttp.ClientError(f"control answered {answer.status}: {text}")
 
     # --- tenants' questions that control answers --------------------------------------------------

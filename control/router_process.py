@@ -38,7 +38,7 @@ from control.routing import Routing
 from packer.certificates import parse_cas
 from packer.durable import write_private
 from packer.http import ApiError, json_response, protect, runner
-from packer.identity import BadIdentity, Identity
+from packer.identity import BadIdentity, Identity, box_facts
 from packer.joining import Removed
 from packer.wire import BadMessage
 
@@ -110,6 +110,7 @@ class Router(Routing):
         super().__init__()
         self.config = config
         self.identity = Identity(config.data_dir / "identity")
+        self.identity.box = box_facts(())
         self.url = config.url
         self.view = RouterView(self.catalog, self.cluster, self.now_ms, lambda url: self.line.dialled(url))
         self.line = RouterLine(

@@ -9,14 +9,14 @@ A router is not told: operators' keys, quotas, where weights lie (origins, files
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from control.catalog import KeyRow
 from control.cluster import NEAR_STATES, NodeView
 from packer.types import ModelSpec
-from packer.wire import DeviceReport, ModelReport, encode
+from packer.wire import BoxFacts, DeviceReport, ModelReport, encode
 
 # What stands before a name in the feed.
 KEY, MODEL, NODE, PLACES = "key", "model", "node", "places"
@@ -40,6 +40,8 @@ class RouterAsk:
     ca_sha256: str = ""  # of the text of the CA certificates that it trusts
     sent_ms: int = 0  # its wall clock
     release: str = ""
+    told: str = ""  # by control's newest answer
+    box: BoxFacts = field(default_factory=BoxFacts)
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -66,6 +68,7 @@ class RouterAnswer:
     words: tuple[Told, ...]
     now_ms: int = 0  # control's wall clock
     ca_pem: str = ""  # the CAs to trust from now on; empty: those that it has
+    told: str = ""  # to be repeated with the next question
 
 
 NO_MORE = msgspec.Raw(b"null")

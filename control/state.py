@@ -27,12 +27,14 @@ from typing import TypeVar
 from control import cluster as fleet
 from control import rooms
 from control.authority import Authority
+from control.boxes import Boxes
 from control.catalog import (
     AgeUsage,
     Change,
     DropReplays,
     DropToken,
     DropUpload,
+    Joiner,
     KeyRow,
     PutKey,
     UploadRow,
@@ -48,6 +50,7 @@ from control.plan_making import PlanFacts, PlanMaker
 from control.questions import Questions
 from control.record_desk import RecordDesk
 from control.ref_lock import RefLock
+from control.router_wire import RouterAsk
 from control.routers_said import RoutersSaid
 from control.routing import Routing, wall_ms
 from control.said import Said
@@ -109,9 +112,10 @@ class Control(Routing):
         self._plans = PlanMaker(lambda: self.catalog)
         self.shares = ShareDesk(self.now_ms, self._end_poll)
         self.said = Said()
+        self.boxes = Boxes(lambda: self.start_name)  # of nodes
         self.records = RecordDesk(lambda: self.catalog, self._write_records, self.wall_ms, self.log_fault)
         self.feed = FeedDesk(lambda: self.catalog, self.cluster, self.now_ms)
-        self.routers = RoutersSaid()
+        self.routers = RoutersSaid(lambda: self.start_name)
         self.start_name = secrets.token_hex(8)
         self.ticket_keys: tuple[str, ...] = ()
         # Set by start().
@@ -319,33 +323,42 @@ class Control(Routing):
 
     def note_said(self, node: str, beat: Beat, peer: str | None) -> None:
         """What a beat says of the box that it comes from; finds out that there are two of them."""
-        self.said.note(node, beat, peer, self.wall_ms())
-        other = self.said.hear(node, beat.life, self._turn_told(beat.told), self.now_ms())
+        self.said.note(node, beat, self.wall_ms())
+        both = self.boxes.hear(node, beat.life, beat.told, beat.box, peer, self.now_ms())
         view = self.cluster.nodes.get(node)
-        if other is None or view is None or view.cloned:
+        if not both or view is None or view.cloned:
             return
-        boxes = f"{self.said.box_text(node, beat.life)}; and {self.said.box_text(node, other)}"
-        log.error("two boxes use the identity of node %s: %s", node, boxes)
-        self.record("node_cloned", detail=f"{node}: two boxes use its identity: {boxes}")
+        self._say_cloned(Joiner.NODE, node, both)
         self.act(fleet.step(self.cluster, fleet.Cloned(node, True), self.now_ms()))
         self.feed.note_node(node)
 
+    def note_router(self, router: str, ask: RouterAsk, peer: str | None) -> None:
+        """The same of a router's question."""
+        turn = self.routers.boxes.turn(router)
+        both = self.routers.note(router, ask, peer, self.now_ms(), self.wall_ms())
+        if self.routers.boxes.turn(router) != turn:
+            self.feed.wake()  # one that waits, and is another box, is found out by its next word
+        if both and not self.routers.is_cloned(router):
+            self._say_cloned(Joiner.ROUTER, router, both)
+            self.routers.note_cloned(router)
+            self.feed.wake()
+
+    def _say_cloned(self, what: Joiner, name: str, both: str) -> None:
+        log.error("two boxes use the identity of %s %s: %s", what, name, both)
+        self.record(f"{what}_cloned", detail=f"{name}: two boxes use its identity: {both}")
+
     def _release_clones(self) -> None:
         for node, view in self.cluster.nodes.items():
-            if view.cloned and self.said.is_alone(node, self.now_ms()):
-                log.info("one box is left with the identity of node %s", node)
-                self.record("node_alone", detail=f"{node}: one box is left with its identity")
+            if view.cloned and self.boxes.is_alone(node, self.now_ms()):
+                self._say_alone(Joiner.NODE, node)
                 self.act(fleet.step(self.cluster, fleet.Cloned(node, False), self.now_ms()))
                 self.feed.note_node(node)
+        for router in self.routers.released(self.now_ms()):
+            self._say_alone(Joiner.ROUTER, router)
 
-    def tell_turn(self, node: str) -> str:
-        """What an answer tells the node, to be repeated with its next beats."""
-        return f"{self.start_name}.{self.said.turn(node)}"
-
-    def _turn_told(self, told: str) -> int:
-        """The turn that a node repeats; 0 when another start of control gave it out."""
-        start, _, turn = told.rpartition(".")
-        return int(turn) if start == self.start_name and turn.isdecimal() and len(turn) < 10 else 0
+    def _say_alone(self, what: Joiner, name: str) -> None:
+        log.info("one box is left with the identity of %s %s", what, name)
+        self.record(f"{what}_alone", detail=f"{name}: one box is left with its identity")
 
     async def poll(self, node: str, wait_ms: int) -> bool:
         """Wait for a newer plan on behalf of a node; True when there is one."""

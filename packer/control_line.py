@@ -7,6 +7,7 @@ away, renewal in time. Does not cover: how a box gets its first certificate, or 
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -30,6 +31,8 @@ from packer.joining import (
 )
 from packer.wire import BadMessage, encode
 
+log = logging.getLogger("bunk.line")
+
 # A long poll: short enough that middleboxes keep the connection, long enough to be nearly free.
 POLL_WAIT_MS = 20_000
 # A control that takes no connection by then is not there.
@@ -46,6 +49,8 @@ class ControlLine:
         self._url = control_url.rstrip("/")
         self.joining = Joining(joiner, identity, control_url, name, token_file)
         self._session: aiohttp.ClientSession | None = None
+        self._cloned_code = f"{joiner.what}_cloned"
+        self._complaint = ""  # of control about this box, said once
         self._control_at = ""  # control's address, as this box last connected to it
 
     @asynccontextmanager
@@ -81,6 +86,12 @@ class ControlLine:
     async def _post_now(self, path: str, message: object) -> Answer:
         """What control answers at once."""
         return await self._post(path, message, ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S)
+
+    def _say_cloned(self, code: str, text: str) -> None:
+        """Control refuses with this; two boxes with one identity are what a person must hear of."""
+        if code == self._cloned_code and code != self._complaint:
+            log.error("%s", text)
+            self._complaint = code
 
     async def _ask_for_ever(
         self, ask: Callable[[], Awaitable[object]], lost: Callable[[Exception], None]

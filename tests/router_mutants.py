@@ -135,4 +135,43 @@ ROUTER_MUTANTS = (
         "        if node.told.heard or view.report is None:\n",
         "        if 1:\n",
     ),
+    Mutant(
+        "copies of a router are not found", "control.boxes", "self._turn_told(told), now_ms)", "0, now_ms)"
+    ),
+    Mutant(
+        "any start's turn is believed",
+        "control.boxes",
+        "int(turn) if start == self._start() and",
+        "int(turn) if",
+    ),
+    Mutant(
+        "a copied router is told what is new",
+        ROUTES,
+        "        if control.routers.is_cloned(name):\n",
+        "        if 0:\n",
+    ),
+    Mutant(
+        "a copied router gets tickets",
+        ROUTES,
+        "    ROUTERS.refuse_copy(control, _row_of(caller).router)\n",
+        "",
+    ),
+    Mutant(
+        "a copied identity gets certificates",
+        "control.routes.certifying",
+        "    kind.refuse_copy(control, name)\n    late_s",
+        "    late_s",
+    ),
+    Mutant(
+        "a router stays a copy for ever",
+        "control.routers_said",
+        "        for router in released:\n            del self._cloned[router]\n",
+        "",
+    ),
+    Mutant(
+        "who is removed as a copy joins again as one",
+        "control.routers_said",
+        "        self._cloned.pop(router, None)\n",
+        "",
+    ),
 )

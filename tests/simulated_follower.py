@@ -60,6 +60,7 @@ class Follower:
         self._earlier: list[RouterAnswer] = []
         self._restarts = Random(f"restarts of the follower {fleet.seed}")
         self._kept: Snapshot | None = None
+        self._lives = 0
         self._new_view()
 
     async def run(self) -> None:
@@ -86,6 +87,7 @@ class Follower:
         self._fleet.reached["a router was started again with what it kept"] += 1
 
     def _new_view(self) -> None:
+        self._lives, self._told = self._lives + 1, ""
         self.catalog, self.cluster = Catalog(), fleet_core.Cluster()
         self.view = RouterView(self.catalog, self.cluster, lambda: 0)
 
@@ -95,7 +97,8 @@ class Follower:
         process = fleet.control_process
         if not fleet.control.ready or process is None or self._chance.random() < lose:
             return False
-        ask = RouterAsk(WIRE_VERSION, "life", 1, view.have, 0, view.epoch, view.start)
+        life = f"life {self._lives}"
+        ask = RouterAsk(WIRE_VERSION, life, 1, view.have, 0, view.epoch, view.start, told=self._told)
         answered: asyncio.Future[RouterAnswer | None] = asyncio.get_running_loop().create_future()
         process.spawn(_answer(fleet.control, ask, answered))
         try:
@@ -113,6 +116,9 @@ class Follower:
             self._take(replace(self._chance.choice(self._earlier)))
             fleet.reached["an old answer came to a router again"] += 1
         self._earlier = [*self._earlier[-3:], answer]
+        self._told = answer.told
+        require = fleet.require
+        require(not fleet.control.routers.is_cloned(ROW.router), "a restart of a router is taken for a copy")
         return self._take(answer) and view.is_whole
 
     def _take(self, answer: RouterAnswer) -> bool:

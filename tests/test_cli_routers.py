@@ -59,6 +59,7 @@ def test_the_doctor_names_routers_that_are_not_heard_or_whose_clock_is_off() -> 
         Router("a", "up", "http://a", "10.0.0.1", 1, 5_000),
         Router("b", "silent", None, None, 1, 90_000),
         Router("c", "up", None, None, 1, 5, clock_skew_ms=-70_000),
+        Router("d", "cloned", None, None, 1, 5),
     ]
     found = [(check.name, check.state) for check in check_routers(tuple(rows))]
     assert found == [
@@ -66,4 +67,5 @@ def test_the_doctor_names_routers_that_are_not_heard_or_whose_clock_is_off() -> 
         ("router b", "warn"),
         ("router c", "ok"),
         ("router c", "fail"),
+        ("router d", "fail"),
     ]

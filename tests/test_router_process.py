@@ -8,6 +8,7 @@ changes, control being away, also at its start, being removed, tickets. Does not
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -23,9 +24,11 @@ from running_routers import RunningRouter, joined_router, router_config, router_
 from running_uplinks import Agent, ended, joined_agent, resident
 
 from control.config import parse_address
+from control.lives import CLONE_MEMORY_MS
 from control.router_process import Router
 from control.routes import forwarding
 from packer.joining import Removed
+from packer.wire import BoxFacts
 
 
 @dataclass(slots=True)
@@ -269,6 +272,46 @@ async def test_a_control_that_answers_is_believed_before_what_was_kept(scene: Sc
             await until(lambda: router.view.is_ready)
             scene.router = again
             assert (await scene.embed()).status == 401
+
+
+async def test_two_boxes_with_one_routers_identity_are_both_told_nothing(scene: Scene) -> None:
+    """They are found out when the second has begun, and go on as routers that lost their line; when one of
+    them is gone for long enough, the other hears again."""
+    control, first = scene.control.server.control, scene.router.router
+    shutil.copytree(scene.folder / "r1", scene.folder / "copy")
+    copy = Router(router_config(scene.control, scene.folder / "copy", "r1", None))
+    copy.identity.box = BoxFacts("copy", "another boot")
+    async with serving(copy, scene.control):
+        event = await scene.control.recorded("router_cloned")
+        assert event["detail"].startswith("r1: two boxes use its identity: host ")
+        assert "host copy, at 127.0.0.1, boot another" in event["detail"]
+        await until(lambda: not first.line.connected and not copy.line.connected)
+        await until(lambda: first.line._complaint == copy.line._complaint == "router_cloned")
+        (row,) = (await scene.control.call("GET", "/api/v1/routers")).json()["items"]
+        assert row["state"] == "cloned"
+        assert (await scene.embed()).status == 200
+        direct = await scene.router.call("GET", "/api/v1/route?model=acme/m", key=scene.key)
+        assert direct.json()["items"] == []
+    later_ms = control.now_ms() + CLONE_MEMORY_MS + 1
+    with mock.patch.object(control, "now_ms", return_value=later_ms):
+        await scene.control.recorded("router_alone")
+        await until(lambda: first.line.connected)
+        (row,) = (await scene.control.call("GET", "/api/v1/routers")).json()["items"]
+        assert row["state"] == "up"
+    assert first.line._complaint == ""
+
+
+async def test_a_router_that_is_started_again_is_no_copy(scene: Scene) -> None:
+    await scene.router.router.stop()
+    for boot in range(10):
+        again = Router(router_config(scene.control, scene.folder / "r1", "r1", None))
+        again.identity.box = BoxFacts("r1", f"boot {boot}")
+        async with serving(again, scene.control) as running_again:
+            await running_again.until_heard()
+            await scene.control.key("acme")
+            await running_again.until_heard()
+    (row,) = (await scene.control.call("GET", "/api/v1/routers")).json()["items"]
+    assert row["state"] == "up"
 
 
 async def test_before_the_first_word_it_says_that_it_is_not_ready(scene: Scene) -> None:

@@ -22,6 +22,7 @@ from aiohttp import web
 from control.authority import NodeIdentity, NotANode
 from control.catalog import Change, Joiner, NodeRow, RouterRow, TenantRow
 from control.idempotency import BODY, LIFE_MS, Claim, claim_of
+from control.lives import CLONE_MEMORY_MS
 from control.model_store import ModelStoreError
 from control.operations import IDEMPOTENCY_HEADER, MANAGEMENT, Operation, Passed
 from control.questions import OPERATOR_OWNER
@@ -279,6 +280,27 @@ def removed(what: Joiner, name: str) -> ApiError:
         f"{what}_removed",
         f"The {what} {name!r} was removed from this cluster.",
         hint=f"Join again with a new token from: bunk {what} token create",
+    )
+
+
+# What runs on the copy, and what neither box is given.
+_CLONED = {
+    Joiner.NODE: ("bunk-agent", "Neither is sent requests or plans"),
+    Joiner.ROUTER: ("bunk-control router", "Neither is told what is new"),
+}
+
+
+def cloned(what: Joiner, name: str) -> ApiError:
+    """For each of two boxes that share an identity: nobody knows which is right."""
+    process, withheld = _CLONED[what]
+    return ApiError(
+        409,
+        f"{what}_cloned",
+        f"Two boxes use the identity of {what} {name!r}: a machine image or data directory was copied with "
+        f"it. {withheld} until one of them is silent for {CLONE_MEMORY_MS // 60_000} minutes. On the copy: "
+        f"stop {process}, remove the folder 'identity' in its data directory, and join it under a name of "
+        f"its own with a new token (`bunk {what} token create`). If you did not copy anything, remove the "
+        f"{what}: its key was stolen.",
     )
 
 

@@ -37,12 +37,11 @@ from control.catalog import (
     TokenRow,
 )
 from control.etags import CHANGED, IF_MATCH, IF_NONE_MATCH, SAME_TEXT, TAGGED
-from control.lives import CLONE_MEMORY_MS
 from control.operations import Given, NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.places import check_gateway_url, check_url, dialled_url, own_address
 from control.record_desk import Stored, TooManyRecords
-from control.routes.access import Access, Caller, Route, not_found, read_json, removed
+from control.routes.access import Access, Caller, Route, cloned, not_found, read_json, removed
 from control.routing import wall_ms
 from control.shares import HolderRemoved
 from control.state import Control
@@ -59,6 +58,7 @@ from packer.wire import (
     BadMessage,
     Beat,
     BeatAnswer,
+    BoxFacts,
     CalibrationReport,
     DeviceReport,
     OriginTurn,
@@ -268,6 +268,7 @@ async def remove_node(
         ]
         await control.write([*changes, DropNode(node)])
         control.said.forget(node)
+        control.boxes.forget(node)
         control.act(fleet.step(control.cluster, fleet.NodeRemoved(node), control.now_ms()))
         control.feed.note_node(node)
         control.wake_sources()
@@ -290,15 +291,7 @@ def refuse_clone(control: Control, node: str) -> None:
     """Raises ``ApiError`` 409 while two boxes use the node's identity: nobody knows which is right."""
     view = control.cluster.nodes.get(node)
     if view is not None and view.cloned:
-        raise ApiError(
-            409,
-            "node_cloned",
-            f"Two boxes use the identity of node {node!r}: a machine image or data directory was copied with "
-            "it. Neither is sent requests or plans until one of them is silent for "
-            f"{CLONE_MEMORY_MS // 60_000} minutes. On the copy: stop bunk-agent, remove the folder "
-            "'identity' in its data directory, and join it under a name of its own with a new token "
-            "(`bunk node token create`). If you did not copy anything, remove the node: its key was stolen.",
-        )
+        raise cloned(Joiner.NODE, node)
 
 
 # --- beats ----------------------------------------------------------------------------------------
@@ -357,7 +350,7 @@ async def answer_beat(
     nudged = control.shares.take_nudge(row.node)
     questions = control.questions.take(row.node)
     ca_pem = control.authority.ca_pem if message.ca_sha256 not in ("", control.authority.ca_sha256) else ""
-    told, now_ms = control.tell_turn(row.node), control.wall_ms()
+    told, now_ms = control.boxes.told(row.node), control.wall_ms()
     answered = (message.life, message.number)
     usage_acked = stored.usage_acked
     return BeatAnswer(
@@ -391,13 +384,9 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
     if any(not 0 <= number <= NUMBER_MAX for number in numbers):
         raise BadValue("beat", f"numbers must be from 0 to {NUMBER_MAX}")
     names = [message.have_start, message.spool, message.life, message.told, message.ca_sha256]
-    names += [message.box.host, message.box.boot, *message.box.devices]
     if max(map(len, names)) > NAME_CHARS_MAX:
-        raise BadValue(
-            "have_start, spool, life, told, ca_sha256, box", f"at most {NAME_CHARS_MAX} characters"
-        )
-    if len(message.box.devices) > BOX_DEVICES_MAX:
-        raise BadValue("box", f"at most {BOX_DEVICES_MAX} devices")
+        raise BadValue("have_start, spool, life, told, ca_sha256", f"at most {NAME_CHARS_MAX} characters")
+    check_box(message.box)
     check_gateway_url(report.gateway_url)
     if report.peer_url:
         check_url(report.peer_url, "peer_url", ("https",))
@@ -407,6 +396,14 @@ def _check_beat(message: Beat, row: NodeRow) -> None:
         raise BadValue("regret", f"at most {REGRET_CHARS_MAX} characters")
     if len(report.calibration) > CALIBRATION_CHARS_MAX:
         raise BadValue("calibration", f"at most {CALIBRATION_CHARS_MAX} characters")
+
+
+def check_box(box: BoxFacts) -> None:
+    """Raises ``BadValue`` for what no box says of itself."""
+    if max(map(len, (box.host, box.boot, *box.devices))) > NAME_CHARS_MAX:
+        raise BadValue("box", f"names of at most {NAME_CHARS_MAX} characters")
+    if len(box.devices) > BOX_DEVICES_MAX:
+        raise BadValue("box", f"at most {BOX_DEVICES_MAX} devices")
 
 
 def _counted(report: TenantReport) -> Iterator[int]:

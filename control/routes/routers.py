@@ -31,13 +31,14 @@ from control.operations import NodeText, Operation, Result
 from control.pages import PAGED, Page, asked_page, page_of
 from control.router_wire import NO_MORE, RouterAnswer, RouterAsk, Told
 from control.routers_said import SILENT_AFTER_MS
-from control.routes.access import Access, Caller, Route, identify_key, not_found, read_json, removed
+from control.routes.access import Access, Caller, Route, cloned, identify_key, not_found, read_json, removed
 from control.routes.certifying import Entry, Kind, certificate_routes
 from control.routes.direct import show_route
 from control.routes.nodes import (
     NAME_CHARS_MAX,
     POLL_MS_MAX,
     TokenAnswer,
+    check_box,
     decode_message,
     give_token,
 )
@@ -65,7 +66,7 @@ class RouterShown:
     """``behind``: words of the feed that it has not confirmed; None while it is not heard."""
 
     router: str
-    state: str  # "up", "silent", "unheard" (not since control started)
+    state: str  # "up", "silent", "unheard" (not since control started), "cloned" (two boxes are it)
     url: str  # where it serves tenants, as it says
     peer: str  # the address that it calls from
     joined_ms: int
@@ -108,6 +109,8 @@ def _shown(control: Control, row: RouterRow) -> RouterShown:
         return RouterShown(row.router, "unheard", "", "", row.joined_ms, None, None, 0, 0, "", None)
     ago_ms = control.now_ms() - said.heard_ms
     state = "silent" if ago_ms > SILENT_AFTER_MS else "up"
+    if control.routers.is_cloned(row.router):
+        state = "cloned"
     ask = said.ask
     current = ask.start == control.start_name
     return RouterShown(
@@ -170,10 +173,14 @@ class Routers(Kind[RouterRow]):
         await control.write([entry.used, PutRouter(entry.known or made)])
 
     def refuse_copy(self, control: Control, name: str) -> None:
-        """Copies of routers are not told apart."""
+        if control.routers.is_cloned(name):
+            raise cloned(Joiner.ROUTER, name)
 
     def issue(self, authority: Authority, csr: x509.CertificateSigningRequest, name: str) -> str:
         return authority.issue_router(csr, name)
+
+
+ROUTERS = Routers()
 
 
 def _row_of(caller: Caller) -> RouterRow:
@@ -206,16 +213,21 @@ async def answer_view(control: Control, row: RouterRow, ask: RouterAsk, peer: st
     if ask.epoch > control.meta.epoch:
         # This database is a backup that was put back, and the router would take no word of it.
         await control.leap_epoch(PlanNumber(ask.epoch, 0))
-    control.routers.note(row.router, ask, peer, control.now_ms(), control.wall_ms())
+    control.note_router(row.router, ask, peer)
+    ROUTERS.refuse_copy(control, row.router)
+    turn = control.routers.boxes.turn(row.router)
 
     def may_wait() -> bool:
         current = control.catalog.routers.get(row.router)
         trusts = ask.ca_sha256 == control.authority.ca_sha256
-        return trusts and current is not None and current.incarnation == row.incarnation
+        same = current is not None and current.incarnation == row.incarnation
+        alone = control.routers.boxes.turn(row.router) == turn and not control.routers.is_cloned(row.router)
+        return trusts and same and alone
 
     have = ask.have if ask.start == control.start_name else 0
     piece = await control.feed.piece(have, min(ask.wait_ms, POLL_MS_MAX), may_wait)
     _check_still(control, row)
+    ROUTERS.refuse_copy(control, row.router)
     words = tuple(
         Told(word.name, msgspec.Raw(word.text) if word.text is not None else NO_MORE) for word in piece.words
     )
@@ -233,6 +245,7 @@ async def answer_view(control: Control, row: RouterRow, ask: RouterAsk, peer: st
         words,
         control.wall_ms(),
         control.authority.ca_pem if ask.ca_sha256 != control.authority.ca_sha256 else "",
+        control.routers.boxes.told(row.router),
     )
 
 
@@ -240,8 +253,9 @@ def _check_ask(ask: RouterAsk) -> None:
     numbers = (ask.number, ask.have, ask.wait_ms, ask.epoch, ask.in_flight, ask.calls, ask.sent_ms)
     if any(not 0 <= number <= NUMBER_MAX for number in numbers):
         raise BadValue("ask", f"numbers must be from 0 to {NUMBER_MAX}")
-    if max(map(len, (ask.life, ask.start, ask.ca_sha256, ask.release))) > NAME_CHARS_MAX:
-        raise BadValue("life, start, ca_sha256, release", f"at most {NAME_CHARS_MAX} characters")
+    if max(map(len, (ask.life, ask.start, ask.ca_sha256, ask.release, ask.told))) > NAME_CHARS_MAX:
+        raise BadValue("life, start, ca_sha256, release, told", f"at most {NAME_CHARS_MAX} characters")
+    check_box(ask.box)
     if len(ask.url) > URL_CHARS_MAX:
         raise BadValue("url", f"at most {URL_CHARS_MAX} characters")
 
@@ -249,6 +263,7 @@ def _check_ask(ask: RouterAsk) -> None:
 async def pass_route(control: Control, request: web.Request, caller: Caller) -> web.Response:
     """Where a tenant's program may call nodes itself: asked through a router, answered by control, which
     alone signs tickets. The router shows the tenant's own key, so it gets none for whom it does not serve."""
+    ROUTERS.refuse_copy(control, _row_of(caller).router)
     tenant = identify_key(control, request, Access.TENANT)
     return await show_route(control, request, tenant)
 
@@ -308,7 +323,7 @@ ROUTES: tuple[Route[Control], ...] = (
 )
 
 NODE_ROUTES: tuple[Route[Control], ...] = (
-    *certificate_routes(Routers()),
+    *certificate_routes(ROUTERS),
     Route("POST", "/router/v1/view", Access.ROUTER, view, stays=False),
     Route("GET", "/router/v1/route", Access.ROUTER, pass_route, stays=False),
 )

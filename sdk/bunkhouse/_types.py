@@ -314,8 +314,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A router that is a process of its own. ``state``: up, silent, or unheard (not since control started).
-    ``behind``: changes that it has not taken up yet; None: not known."""
+    """A router that is a process of its own. ``state``: up, silent, unheard (not since control started), or
+    cloned (two boxes use its identity). ``behind``: changes that it has not taken up yet; None: not known."""
 
     router: str
     state: str

@@ -25,7 +25,7 @@ from control.router_process import build_router_app
 from control.router_wire import RouterAnswer
 from control.routes import certifying
 from control.server import build_node_app
-from packer.wire import WIRE_VERSION, LateRenewAsk, RenewAsk, decode, encode
+from packer.wire import WIRE_VERSION, BoxFacts, LateRenewAsk, RenewAsk, decode, encode
 
 # What anybody may call at a router, and what needs a caller on its machine.
 OPEN = {("GET", "/healthz"), ("GET", "/v2/health/live"), ("GET", "/v2/health/ready")}
@@ -236,15 +236,63 @@ async def test_who_is_removed_while_its_renewal_comes_in_gets_no_certificate(sit
         assert (answer.status, answer.error["code"]) == (403, f"{path.split('/')[1]}_removed")
 
 
+async def test_a_copied_routers_identity_is_given_no_certificate_and_no_ticket(site: Site) -> None:
+    """Who stole it and the router itself ask in turn: nobody knows which is which, and both are told so."""
+    told = {"router": "", "thief": ""}
+    answers: list[tuple[int, str]] = []
+    for life in ("router", "thief", "router", "thief", "router", "thief"):
+        answer = await site.thief.ask(site.folder, life=life, told=told[life])
+        if answer.status == 200:
+            told[life] = decode(answer.body, RouterAnswer).told
+        answers.append((answer.status, "" if answer.status == 200 else answer.error["code"]))
+    assert answers[-1] == (409, "router_cloned"), answers
+    ask = encode(RenewAsk(WIRE_VERSION, site.thief.csr_pem()))
+    late = encode(LateRenewAsk(WIRE_VERSION, site.thief.csr_pem(), site.thief.chain_pem))
+    for method, path, body in (
+        ("POST", "/router/v1/renew", ask),
+        ("POST", "/router/v1/renew-late", late),
+        ("GET", "/router/v1/route?model=acme/m", None),
+    ):
+        headers = {"Authorization": f"Bearer {site.acme}"}
+        answer = await site.thief.call(method, path, body, folder=site.folder, headers=headers)
+        assert (answer.status, answer.error["code"]) == (409, "router_cloned"), path
+    assert (await site.control.call("DELETE", "/api/v1/routers/thief")).status == 204
+    again = await fake_router(site.control, "thief")
+    assert (await again.ask(site.folder)).status == 200
+
+
+async def test_turns_that_this_control_did_not_give_out_make_no_copy(site: Site) -> None:
+    """And one that is made up makes only who says it suspect."""
+    start, other = site.control.server.control.start_name, await fake_router(site.control, "other")
+    for life in ("one", "two"):
+        assert (await site.thief.ask(site.folder, life=life)).status == 200
+    for told in (
+        "x",
+        "7",
+        f"{start}.",
+        f"{start}.x",
+        f"{start}.-1",
+        "another.7",
+        "." * 64,
+        f"{start}.{7:040}",
+    ):
+        assert (await site.thief.ask(site.folder, life="one", told=told)).status == 200, told
+    assert (await site.thief.ask(site.folder, life="one", told=f"{start}.7")).status == 409
+    assert (await other.ask(site.folder, life="one")).status == 200
+
+
 async def test_hostile_questions_are_refused_by_field(site: Site) -> None:
-    names = "life, start, ca_sha256, release"
+    names = "life, start, ca_sha256, release, told"
     for change, field in (
         ({"have": -1}, "ask"),
         ({"epoch": 2**60}, "ask"),
         ({"wait_ms": -1}, "ask"),
         ({"life": "x" * 65}, names),
         ({"release": "x" * 65}, names),
+        ({"told": "x" * 65}, names),
         ({"url": "x" * 257}, "url"),
+        ({"box": BoxFacts("x" * 65)}, "box"),
+        ({"box": BoxFacts(devices=("x",) * 65)}, "box"),
     ):
         answer = await site.thief.ask(site.folder, **change)
         assert (answer.status, answer.error["field"]) == (400, field)

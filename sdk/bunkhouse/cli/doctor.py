@@ -190,9 +190,7 @@ def check_nodes(nodes: tuple[Node, ...], now_ms: int) -> Iterator[Check]:
             hint = f"it takes no new requests; `bunk node drain --undo {node.node}` lets it"
             yield Check(name, "warn", detail, hint)
         elif node.state == "cloned":
-            hint = "`bunk events` says which; on the copy stop bunk-agent, remove the folder 'identity' in "
-            hint += "its data directory and join it with a new token; if you copied nothing: `bunk node rm`"
-            yield Check(name, "fail", "two boxes use its identity: neither is sent anything", hint)
+            yield _cloned(name, "bunk-agent", "node")
         else:
             yield Check(name, "warn", detail, "is bunk-agent running there, and does it reach control?")
         for device in node.devices:
@@ -203,11 +201,20 @@ def check_nodes(nodes: tuple[Node, ...], now_ms: int) -> Iterator[Check]:
         yield from _check_calibration(name, node, now_ms)
 
 
+def _cloned(name: str, process: str, what: str) -> Check:
+    hint = f"`bunk events` says which; on the copy stop {process}, remove the folder 'identity' in its data "
+    hint += f"directory and join it with a new token; if you copied nothing: `bunk {what} rm`"
+    return Check(name, "fail", "two boxes use its identity: neither is sent anything", hint)
+
+
 def check_routers(routers: tuple[Router, ...]) -> Iterator[Check]:
     """A line per router that is a process of its own; none is no fault."""
     for router in routers:
         name = f"router {router.router}"
         heard = "" if router.heard_ago_ms is None else f", heard {span(router.heard_ago_ms)} ago"
+        if router.state == "cloned":
+            yield _cloned(name, "bunk-control router", "router")
+            continue
         if router.state != "up":
             hint = "is `bunk-control router` running there, and does it reach control? Gone: `bunk router rm`"
             yield Check(name, "warn", f"{router.state}{heard}", hint)
