@@ -37,7 +37,7 @@ async def exchange(control: Control, request: web.Request, caller: Caller) -> we
 async def answer_shares(control: Control, row: NodeRow, ask: SharesAsk) -> SharesAnswer:
     """What a node may have of its tenants' limits now; what it says is checked first."""
     _check(ask)
-    wishes = tuple(wish for said in ask.shares if (wish := _wish(control, said)) is not None)
+    wishes = tuple(wish for said in ask.shares if (wish := _wish(control, row.node, said)) is not None)
     asked = SharesAsked(
         row.node, ask.session, ask.number, ask.rest, wishes, ask.lasting, ask.divided, ask.begun
     )
@@ -48,11 +48,14 @@ async def answer_shares(control: Control, row: NodeRow, ask: SharesAsk) -> Share
     return answer
 
 
-def _wish(control: Control, said: TenantShare) -> Wish | None:
+def _wish(control: Control, node: str, said: TenantShare) -> Wish | None:
     """With the tenant's limits. What a node still has of a tenant that is no more, or has no limits any
-    more, counts until it has given it up: there may be limits again before that."""
-    quota = control.catalog.quotas.get(said.tenant)
+    more, counts until it has given it up: there may be limits again before that. Of what it names beside
+    those, having been heard before, it has nothing that it was given, and it is in no book."""
+    quota, book = control.catalog.quotas.get(said.tenant), control.shares.book
     if quota is None and not said.share.parts:
+        return None
+    if quota is None and said.tenant not in book.tenants and node not in book.unbound:
         return None
     count = grains(quota) if quota is not None else 0
     wished = said if count else replace(said, want=NOTHING)

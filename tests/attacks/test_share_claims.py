@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from running_control import FakeNode, Running, running
 
-from packer.shares import NOTHING, WHOLE, Share, TenantShare
+from packer.shares import NOTHING, WHOLE, Lags, Share, TenantShare
 from packer.wire import WIRE_VERSION, SharesAnswer, SharesAsk, decode, encode
 
 PATH = "/node/v1/shares"
@@ -145,3 +145,20 @@ async def test_a_body_beyond_the_limit_is_refused(tmp_path: Path) -> None:
         (node,) = await speakers(control, tmp_path, "node")
         answer = await node.node.call("POST", PATH, BytesIO(bytes(8 * 2**20 + 1)), folder=tmp_path)
         assert answer.status == 413
+
+
+async def test_tenants_that_a_node_makes_up_are_in_no_book(tmp_path: Path) -> None:
+    """One that was alone had the whole of everybody's limits, and names others of nobody with each word: as if
+    it had given some of each back, with debts for ever."""
+    async with running(tmp_path / "control") as control:
+        (liar,) = await speakers(control, tmp_path, "liar")
+        await liar.say([])
+        book = control.server.control.shares.book
+        for turn in range(3):
+            names = [f"nobody-{turn}-{number}" for number in range(200)]
+            debts = Lags(*[2**52] * 4)
+            made_up = [TenantShare(name, Share(1, 64), debts) for name in names]
+            await liar.say([*made_up, wants()], rest=WHOLE)
+            if not turn:
+                await control.join("second")
+        assert not [name for name in book.tenants if name.startswith("nobody")]
