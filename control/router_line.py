@@ -36,6 +36,9 @@ ROUTER = Joiner("router", "/router/v1", "bunk-control router")
 REST_S = 0.02
 # Control's answer to a tenant who asks where to call nodes. Without it the tenant calls through here.
 ROUTE_TIMEOUT_S = 5.0
+# So many of these at one time, of milliseconds each; who comes beside them calls through here. Control lets a
+# router have a thousand requests, and the one for news must not be refused because tenants ask.
+ROUTES_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class RouterLine(ControlLine):
         self._life = secrets.token_hex(8)
         self._asked = 0
         self._told = ""  # by control's newest answer
+        self._routes = 0  # tenants' questions that wait for control's answer
         self._more = False  # control had more to say than one answer holds
         self.connected = False
         self.tried = asyncio.Event()  # control has said all that there is, or could not be asked
@@ -149,12 +153,14 @@ class RouterLine(ControlLine):
     # --- tenants' questions that control answers --------------------------------------------------
 
     async def route(self, query: str, authorization: str) -> Answer | None:
-        """What control answers to a tenant who asks where to call nodes; None while it is away."""
+        """What control answers to a tenant who asks where to call nodes; None while it is away, or while too
+        many ask."""
         session = self._session
-        if session is None or not self.connected:
+        if session is None or not self.connected or self._routes >= ROUTES_MAX:
             return None
         timeout = aiohttp.ClientTimeout(total=ROUTE_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
         headers = {"Authorization": authorization}
+        self._routes += 1
         try:
             url = f"{self._url}/router/v1/route?{query}"
             async with session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as answer:
@@ -163,6 +169,8 @@ class RouterLine(ControlLine):
             # RuntimeError: the session is just being made anew.
             log.debug("control does not say where nodes are called: %s", error)
             return None
+        finally:
+            self._routes -= 1
 
     # --- where control is -------------------------------------------------------------------------
 

@@ -9,22 +9,29 @@ its work (``test_router_process``).
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import pytest_asyncio
+from aiohttp import web
 from listed_routes import routes_of, sent_method
-from running_control import FakeNode, Running, model_files, running
+from running_control import FakeNode, Running, model_files, running, until
 from running_routers import FakeRouter, fake_router, joined_router
 
+from control import router_line
 from control.catalog import DropNode, DropRouter
 from control.router_process import build_router_app
 from control.router_wire import RouterAnswer
 from control.routes import certifying
+from control.routes.access import Caller
+from control.routes.direct import show_route
 from control.server import build_node_app
+from control.state import Control
 from packer.wire import WIRE_VERSION, BoxFacts, LateRenewAsk, RenewAsk, decode, encode
 
 # What anybody may call at a router, and what needs a caller on its machine.
@@ -177,6 +184,34 @@ async def test_a_router_gets_tickets_only_with_a_tenants_key(site: Site) -> None
     assert (answer.status, answer.error["code"]) == (403, "tenant_key_required")
     foreign = {"Authorization": f"Bearer {site.globex}"}
     assert (await site.thief.call("GET", path, folder=site.folder, headers=foreign)).status == 404
+
+
+async def test_a_tenant_that_asks_a_router_very_often_does_not_cut_its_line(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control counts what comes with a router's certificate as that router's, its poll for news with it, and
+    refuses what is too much at one time: so a router asks control for a few tenants at a time."""
+    monkeypatch.setattr(router_line, "ROUTES_MAX", 2)
+    asked, go = 0, asyncio.Event()
+
+    async def held(control: Control, request: web.Request, caller: Caller) -> web.Response:
+        nonlocal asked
+        asked += 1
+        await go.wait()
+        return await show_route(control, request, caller)
+
+    path = "/api/v1/route?model=acme/m"
+    with mock.patch("control.routes.routers.show_route", held):
+        async with joined_router(site.control, site.folder / "r") as router:
+            calls = [asyncio.create_task(router.call("GET", path, key=site.acme)) for _ in range(5)]
+            await until(lambda: asked + sum(call.done() for call in calls) == 5)
+            assert asked == 2
+            told = [call.result() for call in calls if call.done()]
+            assert [(answer.status, answer.json()["items"]) for answer in told] == 3 * [(200, [])]
+            go.set()
+            assert {(await call).status for call in calls} == {200}
+            assert (await router.call("GET", path, key=site.acme)).status == 200
+            assert asked == 3
 
 
 async def test_tokens_and_keys_are_good_for_one_kind_alone(site: Site) -> None:

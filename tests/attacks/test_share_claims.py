@@ -148,8 +148,8 @@ async def test_a_body_beyond_the_limit_is_refused(tmp_path: Path) -> None:
 
 
 async def test_tenants_that_a_node_makes_up_are_in_no_book(tmp_path: Path) -> None:
-    """One that was alone had the whole of everybody's limits, and names others of nobody with each word: as if
-    it had given some of each back, with debts for ever."""
+    """One that was alone had the whole of everybody's limits; now each word names nobody, as if it had
+    given some of each back, with debts for ever."""
     async with running(tmp_path / "control") as control:
         (liar,) = await speakers(control, tmp_path, "liar")
         await liar.say([])
