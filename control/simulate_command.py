@@ -25,7 +25,15 @@ from pathlib import Path
 
 from control.simulate_plot import NoMatplotlib, draw_fleets, draw_outcome, need_matplotlib
 from control.simulated_router import Router
-from packer.fleet import BOXES_MAX, Fleet, FleetFile, check_quotas, parse_fleet, parse_fleet_file
+from packer.fleet import (
+    BOXES_MAX,
+    Fleet,
+    FleetFile,
+    check_quotas,
+    check_replicas,
+    parse_fleet,
+    parse_fleet_file,
+)
 from packer.outcome import Figures, Outcome
 from packer.simulate import Simulation
 from packer.traces import BadTrace, Sizes, Trace, parse_models, parse_trace
@@ -192,6 +200,12 @@ def _print_outcome(outcome: Outcome, took_s: float) -> None:
         print(f"... and {len(most) - TENANTS_SHOWN} tenants more (all are in the JSON)")
     moved = ", ".join(f"{_size(nbytes)} from {tier}" for tier, nbytes in outcome.moved_bytes.items())
     print(f"moved: {moved}")
+    if (waited := outcome.waited) is not None:
+        print(
+            f"waited for others of the same model, {fleet.together} of which run at once on a box: mean "
+            f"{waited.waited_s_mean:.3f} s, p99 {waited.waited_s_p99:.3f} s; {waited.copies} times a further "
+            "box was sent for a copy"
+        )
     if outcome.refusals:
         print("refused: " + ", ".join(f"{count} {reason}" for reason, count in outcome.refusals.items()))
     times = f"{outcome.regret:.2f} times" if outcome.regret else "beside"
@@ -245,7 +259,8 @@ def run_fleet(trace: Trace, fleet: Fleet) -> tuple[Outcome, float]:
     collecting = gc.isenabled()
     gc.disable()  # the replay makes no cycles, and much that a collection would look through
     try:
-        simulation = Simulation(trace, fleet, Router().choose)
+        router = Router()
+        simulation = Simulation(trace, fleet, router.choose, ended=router.ended)
         outcome = simulation.run()
     finally:
         if collecting:
@@ -269,13 +284,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goal = _goal(options.solve)
         given = _read_fleet(options.fleet)
         fleets = _fleets(options, given.fleet)
+        where = options.fleet if options.fleet.endswith(".toml") else "--fleet"
         for fleet in fleets:
-            check_quotas(fleet, options.fleet)
+            check_quotas(fleet, where)
         if options.plot is not None:
             need_matplotlib(options.plot)
         sizes = _read_sizes(options, given.sizes)
         with _lines(options.trace) as lines:
             trace = parse_trace(lines, str(options.trace), sizes, given.fleet.token_ms)
+        check_replicas(given.fleet, trace.catalog, where)
     except (BadTrace, BadValue, NoMatplotlib) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return EXIT_USAGE

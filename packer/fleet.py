@@ -15,18 +15,29 @@ One line: ``[BOXESx]DEVICESxSIZE`` and then settings, separated by commas. The s
     [models]
     "acme/chat" = "16GB"
     "acme/large" = {size = "200GB", devices = 2}
+    "acme/busy" = {size = "16GB", replicas = 3}
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from packer.policies import POLICY_NAMES
 from packer.traces import Sized, Sizes
-from packer.types import DEVICES_PER_MODEL_MAX, GIB, BadValue, ByteQuota, TenantQuota, TenantSpec, parse_bytes
+from packer.types import (
+    BATCH_INPUTS_MAX,
+    DEVICES_PER_MODEL_MAX,
+    GIB,
+    REPLICAS_PER_MODEL_MAX,
+    BadValue,
+    ByteQuota,
+    TenantQuota,
+    TenantSpec,
+    parse_bytes,
+)
 
 BOXES_MAX = 1_000
 DEVICES_MAX = 64
@@ -65,6 +76,10 @@ class Fleet:
     # Whether RAM is filled from disk ahead of need, as nodes do. It changes little but after a restart, and
     # takes the simulator as long as everything else.
     prefetch: bool = False
+    # Boxes that may hold a copy each, of models of which the list does not say it, and how many requests for
+    # one model a box works on at once; 0: any number, so that nobody ever waits for others.
+    replicas: int = 1
+    together: int = 0
     tenants: tuple[TenantSpec, ...] = ()
 
     @property
@@ -102,6 +117,8 @@ SETTINGS = (
     "deadline_s",
     "policy",
     "prefetch",
+    "replicas",
+    "together",
 )
 
 
@@ -155,6 +172,10 @@ def _with(fleet: Fleet, name: str, value: str, where: str) -> Fleet:
         return replace(fleet, ratio=_real(value, where, 0.01, 1.0))
     if name == "ram_ratio":
         return replace(fleet, ram_ratio=_real(value, where, 0.01, 1.0))
+    if name == "replicas":
+        return replace(fleet, replicas=_count(value, where, REPLICAS_PER_MODEL_MAX))
+    if name == "together":
+        return replace(fleet, together=_count(value, where, BATCH_INPUTS_MAX))
     if name == "token_ms":
         return replace(fleet, token_ms=_real(value, where, 0.0, 60_000.0))
     if name == "deadline_s":
@@ -221,17 +242,19 @@ def parse_fleet_file(text: str, file: str) -> FleetFile:
 
 
 def _sized(tenant: str, name: str, value: object, where: str) -> Sized:
-    """A size, or a table of ``size`` and ``devices``."""
-    size, devices = value, 1
+    """A size, or a table of ``size``, ``devices`` and ``replicas``."""
+    size, devices, replicas = value, 1, None
     if isinstance(value, dict):
-        if unknown := [key for key in value if key not in ("size", "devices")]:
-            raise BadValue(f"{where}.{unknown[0][:40]}", "is unknown; there are size and devices")
-        size, devices = value.get("size"), value.get("devices", 1)
+        if unknown := [key for key in value if key not in ("size", "devices", "replicas")]:
+            raise BadValue(f"{where}.{unknown[0][:40]}", "is unknown; there are size, devices and replicas")
+        size, devices, replicas = value.get("size"), value.get("devices", 1), value.get("replicas")
     if not isinstance(size, str):
         raise BadValue(where, 'is not a size: write for example "16GB" or {size = "16GB", devices = 2}')
     if type(devices) is not int or not 1 <= devices <= DEVICES_PER_MODEL_MAX:
         raise BadValue(f"{where}.devices", f"must be from 1 to {DEVICES_PER_MODEL_MAX}")
-    return Sized(tenant, name, _bytes(size, where, 1), devices=devices)
+    if replicas is not None and (type(replicas) is not int or not 1 <= replicas <= REPLICAS_PER_MODEL_MAX):
+        raise BadValue(f"{where}.replicas", f"must be from 1 to {REPLICAS_PER_MODEL_MAX}")
+    return Sized(tenant, name, _bytes(size, where, 1), devices=devices, replicas=replicas)
 
 
 def _fleet_of(value: object, file: str) -> Fleet:
@@ -295,6 +318,20 @@ def _byte_quota(value: object, where: str) -> ByteQuota:
     if most is not None and reserved > most:
         raise BadValue(f"{where}.reserved", f"{reserved} is above max, {most}")
     return ByteQuota(reserved, most)
+
+
+def check_replicas(fleet: Fleet, catalog: Sequence[Sized], where: str) -> None:
+    """Raises ``BadValue`` for replicas that could never come: a copy is sent for because requests wait for
+    each other."""
+    if fleet.together:
+        return
+    for sized in catalog:
+        if (sized.replicas or fleet.replicas) > 1:
+            raise BadValue(
+                f"{where}: together",
+                f"{sized} may have replicas, which come when its requests wait for each other: say with "
+                "together=8 how many of one model a box works on at once",
+            )
 
 
 def check_quotas(fleet: Fleet, where: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from packer.events import RefusalReason
 from packer.fleet import Fleet
+from packer.simulated_turns import Waited
 from packer.traces import Sized
 from packer.types import Tier
 
@@ -49,6 +50,8 @@ class Outcome:
     least_cold_s_mean: float
     regret: float
     steps: int
+    # Where the fleet says how many requests for a model run at once; else nobody waits for others.
+    waited: Waited | None = None
     cold: tuple[tuple[int, int, int], ...] = field(repr=False, default=())
 
 
@@ -86,7 +89,14 @@ class Tally:
         self.rejected_bytes[model] += size_bytes
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
-    def outcome(self, fleet: Fleet, catalog: Sequence[Sized], least_ms: float, steps: int) -> Outcome:
+    def outcome(
+        self,
+        fleet: Fleet,
+        catalog: Sequence[Sized],
+        least_ms: float,
+        steps: int,
+        waited: Waited | None = None,
+    ) -> Outcome:
         numbers: dict[str, list[int]] = {}
         for number, sized in enumerate(catalog):
             numbers.setdefault(sized.tenant, []).append(number)
@@ -105,6 +115,7 @@ class Tally:
             least_cold_s_mean=least_s,
             regret=whole.cold_s_mean / least_s if least_s else 0.0,
             steps=steps,
+            waited=waited,
             cold=tuple(self.cold),
         )
 

@@ -6,7 +6,7 @@ between boxes (``control.simulate_command`` gives control's own). Does not cover
 (``simulated_box``), files and tables (``control.simulate_command``).
 
 Pure: the same trace and fleet give the same outcome. Boxes report at once, nothing fails, and a caller who
-was refused does not come back.
+was refused does not come back, but for one that a box would not take a further copy for: a holder answers it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from packer.hits import finish_quietly, grant_at_once, use_at_once
 from packer.ledger import Lease, State
 from packer.outcome import Outcome, Tally
 from packer.regret import UseLog, missing_bytes
-from packer.simulated_box import Box, Choice, Pipe, Transfer, spec_of
+from packer.simulated_box import Box, Choice, Ended, Pipe, Transfer, spec_of
+from packer.simulated_turns import Turns
 from packer.traces import Trace
 from packer.types import Tier
 
 # The books are proved this often, besides at the end: a simulation of millions of steps need not look after
 # each, as production does.
 CHECK_STEPS = 4_096
+# A box with a model in one of these has it, or soon will.
+_NEAR = (State.RESIDENT, State.RESTORING)
 # After the last request comes nothing, for longer than any request takes.
 DAYS_MS = 10 * 86_400_000
 
@@ -57,6 +60,7 @@ class _Waiting:
     model: int
     at_ms: int
     duration_ms: int
+    again: bool = False  # it was refused where a further copy was to be
 
 
 # What happens at a moment: a lease of a box ends, or one of the above.
@@ -72,16 +76,27 @@ class Simulation:
     """One replay: the clock and the tally of its boxes."""
 
     def __init__(
-        self, trace: Trace, fleet: Fleet, choose: Choice = first_box, remembered: Sequence[Event] = ()
+        self,
+        trace: Trace,
+        fleet: Fleet,
+        choose: Choice = first_box,
+        remembered: Sequence[Event] = (),
+        ended: Ended | None = None,
     ) -> None:
         self.trace = trace
         self.fleet = fleet
         self._choose = choose
-        specs = tuple(spec_of(sized, number) for number, sized in enumerate(trace.catalog))
+        self._ended = ended
+        specs = tuple(spec_of(sized, number, fleet) for number, sized in enumerate(trace.catalog))
+        # Those that may be on several boxes, when requests wait for each other and there is more than one.
+        self._turns = Turns(fleet.together) if fleet.together else None
+        shared = self._turns is not None and ended is not None and fleet.boxes > 1
+        self._shared = [shared and spec.replicas > 1 for spec in specs]
         self.tally = Tally(len(specs))
         self._heap: list[_Due] = []
         self._sequence = 0
         self._waiting: dict[str, _Waiting] = {}
+        self._again: dict[str, bool] = {}  # requests in flight that were refused once
         self._homes = [0] * len(specs)
         self._checked_at = 0
         # Last: a box tells of itself from its first event on.
@@ -103,6 +118,9 @@ class Simulation:
                 self._next()
             if duration_ms < 0:
                 duration_ms = service_ms
+            if self._turns is not None:
+                self._arrive(self._turns, str(number), model, now_ms, duration_ms)
+                continue
             if not single:
                 box = boxes[self._box_for(model, now_ms)]
             end_ms = now_ms + duration_ms
@@ -135,6 +153,8 @@ class Simulation:
             assert box is not None
             if not finish_quietly(box.node, what, duration_ms, at_ms):
                 box.feed(Finished(what.request, duration_ms), at_ms)
+            if self._turns is not None:
+                self._tell_end(box, what.request, True, at_ms)
             return
         match what:
             case _Wake():
@@ -164,6 +184,23 @@ class Simulation:
             self._homes[model] = home = self._choose(self.boxes, model, now_ms)
         return home
 
+    def _arrive(self, turns: Turns, request: str, model: int, now_ms: int, duration_ms: int) -> None:
+        """Where requests wait for each other, each is a step of its box."""
+        if not self._shared[model]:
+            number = self._box_for(model, now_ms) if len(self.boxes) > 1 else 0
+        else:
+            number = self._choose(self.boxes, model, now_ms)
+            near = [box.number for box in self.boxes if box.models[model].state in _NEAR]
+            turns.copies += bool(near) and number not in near
+        self._ask(self.boxes[number], request, model, now_ms, duration_ms)
+
+    def _tell_end(self, box: Box, request: str, served: bool, now_ms: int) -> None:
+        """To whoever chose. Not of one that was asked for again: it is counted where it was sent first."""
+        again = self._again.pop(request, False)
+        model = self.trace.models[int(request)]
+        if self._shared[model] and self._ended is not None and not again:
+            self._ended(box.number, model, served, now_ms)
+
     def _ask(self, box: Box, request: str, model: int, now_ms: int, duration_ms: int) -> None:
         self._waiting[request] = _Waiting(model, now_ms, duration_ms)
         ref = box.models[model].spec.ref
@@ -173,12 +210,24 @@ class Simulation:
         waiting = self._waiting.pop(action.request)
         lease = box.node.requests[action.request]
         self.tally.note_grant(waiting.model, now_ms - waiting.at_ms, action.tier, waiting.at_ms)
-        heappush(
-            self._heap, (now_ms + waiting.duration_ms, int(action.request), lease, box, waiting.duration_ms)
-        )
+        begins_ms = now_ms
+        if self._turns is not None:
+            begins_ms = self._turns.take(box.number, waiting.model, now_ms, waiting.duration_ms)
+        ends_ms = begins_ms + waiting.duration_ms
+        heappush(self._heap, (ends_ms, int(action.request), lease, box, waiting.duration_ms))
 
     def refused(self, box: Box, action: Refuse, now_ms: int) -> None:
         waiting = self._waiting.pop(action.request)
+        self._tell_end(box, action.request, False, now_ms)
+        if self._shared[waiting.model] and not waiting.again:
+            holders = [each for each in self.boxes if each.models[waiting.model].state is State.RESIDENT]
+            if holders and box not in holders:
+                waiting.again = self._again[action.request] = True
+                self._waiting[action.request] = waiting
+                ref = box.models[waiting.model].spec.ref
+                until_ms = waiting.at_ms + self.fleet.deadline_s * 1000
+                holders[0].feed(Requested(action.request, ref, until_ms), now_ms)
+                return
         size = self.trace.catalog[waiting.model].size_bytes
         self.tally.note_refusal(waiting.model, action.reason, size)
 
@@ -201,7 +250,8 @@ class Simulation:
     def _outcome(self) -> Outcome:
         least_ms = least_cold_ms(self.trace, self.fleet)
         steps = sum(box.steps for box in self.boxes)
-        return self.tally.outcome(self.fleet, self.trace.catalog, least_ms, steps)
+        waited = self._turns.waited() if self._turns is not None else None
+        return self.tally.outcome(self.fleet, self.trace.catalog, least_ms, steps, waited)
 
 
 def least_cold_ms(trace: Trace, fleet: Fleet) -> float:

@@ -49,7 +49,7 @@ from packer.gangs import devices_in, run_bytes
 from packer.hits import calm_until_ms
 from packer.ledger import Model
 from packer.traces import Sized
-from packer.types import ModelRef, ModelSpec, Task, TenantSpec, Tier
+from packer.types import Batching, ModelRef, ModelSpec, Task, TenantSpec, Tier
 
 # Chunks are some hundred to a model, so that what eviction takes is exact to a percent; production's are of
 # a few MiB, and a step costs by their number.
@@ -123,7 +123,7 @@ class Hands(Protocol):
     def moved(self, tier: Tier, nbytes: int) -> None: ...
 
 
-def spec_of(sized: Sized, number: int) -> ModelSpec:
+def spec_of(sized: Sized, number: int, fleet: Fleet) -> ModelSpec:
     """The model as control would describe it."""
     size = sized.size_bytes
     chunk_bytes = max(CHUNK_BYTES_MIN, -(-size // CHUNKS_MAX))
@@ -141,6 +141,8 @@ def spec_of(sized: Sized, number: int) -> ModelSpec:
         sized.workspace_bytes,
         0,
         devices=sized.devices,
+        replicas=sized.replicas or fleet.replicas,
+        batching=Batching(max(fleet.together, 1)),
         # Its layers are unknown: it is taken to be cut anywhere, as many layers nearly can.
         cuts=tuple(range(1, len(chunks))) if sized.devices > 1 else (),
     )
@@ -322,3 +324,6 @@ class Box:
 
 
 Choice = Callable[[list[Box], int, int], int]
+# Whoever chose is told of the end of a request for a model that may have replicas: box, model, whether it was
+# served, when.
+Ended = Callable[[int, int, bool, int], None]

@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from packer.types import DEVICES_PER_MODEL_MAX, BadValue, parse_bytes
+from packer.types import DEVICES_PER_MODEL_MAX, REPLICAS_PER_MODEL_MAX, BadValue, parse_bytes
 
 # A trace is held in memory at some 100 bytes a request; more requests than this are a wrong file.
 REQUESTS_MAX = 50_000_000
@@ -50,6 +50,7 @@ class Sized:
     size_bytes: int
     workspace_bytes: int = 0
     devices: int = 1  # of one box, that it needs together; see ``gangs``
+    replicas: int | None = None  # boxes that may hold a copy each; None: as the fleet says
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}"
@@ -189,12 +190,16 @@ def _one_of(row: Mapping[str, object], columns: Mapping[str, float], file: str, 
 
 def _devices(row: Mapping[str, object], file: str, line: int) -> int:
     """How many devices a model needs; 1 where nothing says more."""
-    text = row.get("devices")
+    return _count(row, file, line, "devices", DEVICES_PER_MODEL_MAX) or 1
+
+
+def _count(row: Mapping[str, object], file: str, line: int, column: str, most: int) -> int | None:
+    text = row.get(column)
     if text in (None, ""):
-        return 1
-    number = _number(text, file, line, "devices", 0.0)
-    if number not in range(1, DEVICES_PER_MODEL_MAX + 1):
-        raise BadTrace(file, line, "devices", f"{str(text)[:40]} is not 1 to {DEVICES_PER_MODEL_MAX}")
+        return None
+    number = _number(text, file, line, column, 0.0)
+    if number not in range(1, most + 1):
+        raise BadTrace(file, line, column, f"{str(text)[:40]} is not 1 to {most}")
     return int(number)
 
 
@@ -203,7 +208,7 @@ def _devices(row: Mapping[str, object], file: str, line: int) -> int:
 
 def parse_models(lines: Iterable[str], file: str) -> Sizes:
     """A list of models: columns ``model`` and ``size`` (``16GB``), if they are there ``tenant``,
-    ``workspace`` (on each device) and ``devices``. Raises ``BadTrace``."""
+    ``workspace`` (on each device), ``devices`` and ``replicas``. Raises ``BadTrace``."""
     sizes = Sizes()
     for line, row in _rows(lines, file):
         for column in ("model", "size"):
@@ -214,7 +219,8 @@ def parse_models(lines: Iterable[str], file: str) -> Sizes:
         if (tenant, name) in sizes.known:
             raise BadTrace(file, line, "model", f"{tenant}/{name} is there twice")
         size, devices = _size(row["size"], file, line, "size"), _devices(row, file, line)
-        sizes.known[tenant, name] = Sized(tenant, name, size, workspace, devices)
+        replicas = _count(row, file, line, "replicas", REPLICAS_PER_MODEL_MAX)
+        sizes.known[tenant, name] = Sized(tenant, name, size, workspace, devices, replicas)
         if len(sizes.known) > MODELS_MAX:
             raise BadTrace(file, line, "model", f"more than {MODELS_MAX} models")
     return sizes

@@ -94,6 +94,7 @@ PURE_FILES = (
     "packer/estimate.py",
     "packer/traces.py",
     "packer/json_words.py",
+    "packer/simulated_turns.py",
     "packer/fleet.py",
     "packer/outcome.py",
     "packer/simulate.py",
