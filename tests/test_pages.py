@@ -24,6 +24,8 @@ from running_routers import fake_router
 
 import bunkhouse
 from bunkhouse import _request
+from control import cluster as fleet
+from control.routes import ps
 from control.server import PUBLIC_ROUTES
 from packer.usage import UsageBatch, UsageRow, Used, hour_of
 
@@ -124,6 +126,33 @@ async def test_rows_that_come_and_go_between_two_pages_shift_nothing(control: Ru
     assert (await control.call("DELETE", "/api/v1/tenants/beta")).status == 204
     path = f"/api/v1/tenants?limit=9&cursor={first['next_cursor']}"
     assert [row["tenant"] for row in (await control.call("GET", path)).json()["items"]] == ["bond", "core"]
+
+
+async def test_a_page_of_placements_costs_what_it_shows(
+    control: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of thousands of nodes reports every version: no tenant has control go through all that."""
+    state, made = control.server.control, 0
+    reports = tuple(model_report(str(ref), "resident", disk_bytes=1) for ref in state.catalog.models)
+    assert len(reports) >= 3
+    for number in range(20):
+        node = f"far{number:02}"
+        fleet.step(state.cluster, fleet.NodeJoined(node, "http://127.0.0.1:9"), state.now_ms())
+        beat = fleet.NodeBeat(node, empty_report("http://127.0.0.1:9", reports), 0, 0, False)
+        fleet.step(state.cluster, beat, state.now_ms())
+    whole = rows(await pages(control, "/api/v1/ps", 1000))
+    assert len(whole) > 20 * len(reports)
+    item = ps._item
+
+    def counted(*words: Any) -> Any:
+        nonlocal made
+        made += 1
+        return item(*words)
+
+    monkeypatch.setattr(ps, "_item", counted)
+    first = await control.call("GET", "/api/v1/ps?limit=10")
+    assert rows([first.json()]) == whole[:10]
+    assert made == 11, "one more says that there are more"
 
 
 async def test_a_page_of_large_rows_ends_early(control: Running, monkeypatch: pytest.MonkeyPatch) -> None:

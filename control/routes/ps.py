@@ -6,8 +6,9 @@ database. Events are records that nodes delivered, and control's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated
 
 import msgspec
@@ -88,20 +89,8 @@ class EventsAnswer:
 async def ps(control: Control, request: web.Request, caller: Caller) -> web.Response:
     tenant = own_tenant_filter(control, request, caller)
     asked = asked_page(request, tenant, parts=3)
-    items: list[PsItem] = []
-    devices: list[PsDevice] = []
-    for view in sorted(control.cluster.nodes.values(), key=lambda view: view.node):
-        if view.report is None:
-            continue
-        # Looked at by their first letters: a tenant must not have control parse what all others have.
-        own = f"{tenant}/" if tenant is not None else ""
-        found = (_item(view.node, report) for report in view.report.models if report.ref.startswith(own))
-        items += [item for item in found if item is not None and tenant in (None, item.tenant)]
-        if tenant is None:
-            # How full a device is tells a tenant about others.
-            devices += [_device(view.node, report) for report in view.report.devices]
-    rows: list[PsItem | PsDevice] = [*items, *devices]
-    page = page_of(asked, sorted(rows, key=_position), _position, lambda row: row)
+    rows = list(islice(_rows(control, tenant, asked.after or ("", "", "")), asked.limit + 1))
+    page = page_of(asked, rows, _position, lambda row: row)
     return json_response(
         PsAnswer(
             [row for row in page.items if isinstance(row, PsItem)],
@@ -109,6 +98,37 @@ async def ps(control: Control, request: web.Request, caller: Caller) -> web.Resp
             page.next_cursor,
         )
     )
+
+
+def _rows(control: Control, tenant: str | None, after: Position) -> Iterator[PsItem | PsDevice]:
+    """What follows on a position, in order. A fleet has a row for each version and node: no more is looked at
+    than is read, and for a tenant nothing of others but the names of what nodes have."""
+    views = [view for _, view in sorted(control.cluster.nodes.items()) if view.report is not None]
+    for text in _versions(control, tenant):
+        if text < after[1] or after[0] > "0":
+            continue
+        for view in views:
+            known = view.by_ref.get(text)
+            if known is not None and ("0", text, view.node) > after:
+                item = _item(view.node, known)
+                if item is not None:
+                    yield item
+    if tenant is not None:
+        return  # how full a device is tells a tenant about others
+    for view in views:
+        for report in sorted(view.report.devices if view.report else (), key=lambda report: report.device):
+            if ("1", view.node, report.device) > after:
+                yield _device(view.node, report)
+
+
+def _versions(control: Control, tenant: str | None) -> Sequence[str]:
+    """What there is, and what nodes still have of what was deleted."""
+    catalog, own = control.catalog, f"{tenant}/" if tenant is not None else ""
+    there = catalog.models if tenant is None else catalog.of_tenant.get(tenant, ())
+    texts = dict.fromkeys(map(str, there))
+    for where in (control.cluster.near, control.cluster.kept):
+        texts |= dict.fromkeys(text for text in where if text.startswith(own))
+    return sorted(texts)
 
 
 def _position(row: PsItem | PsDevice) -> Position:
