@@ -18,7 +18,7 @@ from agent.devices import DeviceConfig, inventory
 from packer.events import Event, LendingChosen, PolicyChosen, PrefetchChosen
 from packer.lending import MARGIN_PERCENT, MARGIN_PERCENT_MAX
 from packer.policies import POLICY_NAMES
-from packer.types import GIB, MIB, BadValue, HostForm, parse_bytes
+from packer.types import GIB, MIB, BadValue, HostForm, parse_budget, parse_bytes
 
 # The restore of a large model from a slow origin takes minutes; a caller that waits longer than this
 # is better served by an error that says when to come back.
@@ -249,7 +249,7 @@ def load(argv: Sequence[str]) -> AgentConfig:
         raise BadValue("--standbys", f"must be 0 (none) to {STANDBYS_MAX} per device")
     if not 0 <= options.lending_margin <= MARGIN_PERCENT_MAX:
         raise BadValue("--lending-margin", f"must be 0 to {MARGIN_PERCENT_MAX} percent")
-    disk_budget_bytes = parse_bytes(options.disk_bytes, "--disk-bytes")
+    disk_budget_bytes = parse_budget(options.disk_bytes, "--disk-bytes")
     return AgentConfig(
         data_dir=options.data_dir,
         control_url=control_url,
@@ -260,7 +260,7 @@ def load(argv: Sequence[str]) -> AgentConfig:
         listen_port=port,
         advertise_url=options.advertise_url,
         devices=inventory(options.device),
-        host_budget_bytes=parse_bytes(host_bytes, "--host-bytes")
+        host_budget_bytes=parse_budget(host_bytes, "--host-bytes")
         if host_bytes
         else _host_budget_default_bytes(),
         disk_budget_bytes=disk_budget_bytes,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import pynvml
 
 from packer.gangs import devices_in
-from packer.types import MIB, BadValue, parse_bytes
+from packer.types import MIB, BadValue, parse_budget
 
 # Left free on every GPU for the driver and for fragmentation.
 CUDA_RESERVE_BYTES = 256 * MIB
@@ -120,7 +120,7 @@ def inventory(wishes: Sequence[str]) -> tuple[DeviceConfig, ...]:
 
 
 def _cpu_device(size: str, index: int) -> DeviceConfig:
-    budget_bytes = parse_bytes(size, "--device") if size else _cpu_default_budget_bytes()
+    budget_bytes = parse_budget(size, "--device") if size else _cpu_default_budget_bytes()
     if budget_bytes < DEVICE_BYTES_MIN:
         raise BadValue("--device", f"cpu:{size}: the least is {DEVICE_BYTES_MIN // MIB}MiB")
     return DeviceConfig(f"cpu:{index}", "cpu", "cpu", budget_bytes)

@@ -241,6 +241,20 @@ def parse_bytes(text: str, field: str = "bytes") -> int:
     return int(number * scale)
 
 
+def parse_budget(text: str, field: str) -> int:
+    """As ``parse_bytes``, of what a person gives a tier. Raises ``BadValue`` also for a small number
+    without a unit, which was most likely to have one."""
+    nbytes = parse_bytes(text, field)
+    if 0 < nbytes < MIB and text.strip().replace(".", "").isdecimal():
+        plain = text.strip()[:40]
+        raise BadValue(
+            field,
+            f"{plain!r} has no unit, and so few bytes hold nothing: write {plain}MiB or {plain}GiB, "
+            f"or {plain}B if it is meant so",
+        )
+    return nbytes
+
+
 @dataclass(frozen=True, slots=True)
 class ByteQuota:
     """Bytes a tenant may hold in one tier: ``reserved`` is guaranteed, ``max`` is hard (None: no cap)."""

@@ -565,6 +565,13 @@ def test_sizes_are_parsed(text: str, count: int) -> None:
     assert api.Size().convert(text, None, None) == count
 
 
+@pytest.mark.parametrize("text", ["96", "1.5", "1048575"])
+def test_a_size_that_lacks_its_unit_is_refused_with_both_ways_out(text: str) -> None:
+    """`--device-reserved 96` reserved 96 bytes, in silence."""
+    with pytest.raises(click.BadParameter, match=rf"write {text}MiB or {text}GiB, or {text}B"):
+        api.Size().convert(text, None, None)
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(0, "0 B"), (1023, "1023 B"), (2**20, "1 MiB"), (1536, "1.5 KiB"), (2**50, "1024 TiB")],

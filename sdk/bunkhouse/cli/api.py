@@ -149,6 +149,10 @@ _SPAN = re.compile(r"(\d+)\s*([smhd]?)", re.IGNORECASE)
 _SPAN_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
+# A smaller number without a unit was most likely to have one.
+PLAIN_BYTES_LEAST = 2**20
+
+
 class Size(_IntParam):
     """Bytes: ``96MiB``, ``2GB``, ``1048576``; with ``none_allowed`` also ``none``, which gives -1."""
 
@@ -166,6 +170,15 @@ class Size(_IntParam):
         if not match:
             extra = ", or none" if self._none_allowed else ""
             self.fail(f"{value[:40]!r} is not a size: write for example 96MiB, 2GB or 1048576{extra}")
+        if (
+            not match[2]
+            and not value.strip().upper().endswith("B")
+            and 0 < float(match[1]) < PLAIN_BYTES_LEAST
+        ):
+            self.fail(
+                f"{match[1]!r} has no unit, and so few bytes hold nothing: write {match[1]}MiB or "
+                f"{match[1]}GiB, or {match[1]}B if it is meant so"
+            )
         power = " KMGT".index((match[2] or " ").upper())
         return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
