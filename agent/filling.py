@@ -92,7 +92,7 @@ class Filling:
             await freed(self._segments.drop(order.ref))
             stopped = self._stopped == order.order
             if not stopped:
-                log.warning("filling the host tier with %s: %s", order.ref, error)
+                log.warning("prefetching %s into host memory: %s", order.ref, error)
             return FillFailed(order.ref, public(error), order.order, stopped)
         return Filled(order.ref, order.order)
 

@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from bunkhouse.cli.main import bunk
-from control.simulate_command import EXIT_UNMET, EXIT_USAGE, main
+from bunkhouse.cli.simulate import OPTIONS
+from control.simulate_command import EXIT_UNMET, EXIT_USAGE, _parser, main
 from control.simulated_router import Router
 from packer import remember, residency
 from packer import simulate as simulate_module
@@ -533,6 +535,17 @@ def test_bunk_hands_over_to_the_server(trace_file: Path, monkeypatch: pytest.Mon
     assert called[0][1:] == ["simulate", "--trace", str(trace_file), "--help"]
     assert CliRunner().invoke(bunk, ["simulate", "-o", "json", "--size", "1GB"]).exit_code == 1
     assert called[1][1:] == ["simulate", "--size", "1GB", "--json", "-"]
+
+
+def test_shells_complete_the_servers_options() -> None:
+    servers = {
+        option for action in _parser()._actions for option in action.option_strings if option[1] == "-"
+    }
+    assert set(OPTIONS) == servers
+    completed = ShellComplete(bunk, {}, "bunk", "_BUNK_COMPLETE").get_completions(["simulate"], "--")
+    assert servers < {item.value for item in completed}
+    (value,) = ShellComplete(bunk, {}, "bunk", "X").get_completions(["simulate", "--trace"], "tr")
+    assert value.type == "file"
 
 
 def test_control_has_the_command() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import click
+from click.shell_completion import CompletionItem
 
 from bunkhouse.cli.api import EXIT_FAILED, output_option
 
@@ -19,12 +20,29 @@ trace, a list of models or a fleet that can not be used.
 """
 
 
+# For shells only: what is given is handed over as it is, and the server says what it does not know.
+OPTIONS = (
+    "--trace", "--fleet", "--models", "--size", "--boxes", "--ram", "--solve", "--json", "--plot", "--help",
+)  # fmt: skip
+
+
+class HandedOver(click.Command):
+    """Completes the options of the server's command, which this one has not."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            found += [CompletionItem(name) for name in OPTIONS if name.startswith(incomplete)]
+        return found
+
+
 @click.command(
+    cls=HandedOver,
     epilog=_EPILOG,
     context_settings={"ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
 )
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.argument("arguments", nargs=-1, type=click.Path())
 @output_option
 def simulate(output: str, arguments: tuple[str, ...]) -> None:
     """Replay a trace of requests on a fleet that you describe, and say what callers would have waited.
