@@ -116,6 +116,7 @@ class UsageMeter:
         # What is in the journal and not with control, perhaps of an earlier life; and when it was last told.
         self._untold = True
         self._told_at_s: float | None = None
+        self._reading = False  # the journal, for the next batch
 
     # --- counting ---------------------------------------------------------------------------------
 
@@ -217,7 +218,8 @@ class UsageMeter:
 
     def waits(self) -> bool:
         """Whether there may be something that control has not confirmed."""
-        return bool(self._running or self._pending or self._untold or self._flushing.locked())
+        counted = bool(self._running or self._pending or self._untold)
+        return counted or self._reading or self._flushing.locked()
 
     async def batch(self) -> UsageBatch:
         """What goes with the next beat."""
@@ -225,7 +227,11 @@ class UsageMeter:
             return NO_USAGE
         with suppress(JournalFailed):
             self._untold = False  # what is added from here on makes it true again
-            batch = await self._journal.call(self._journal.journal.usage.batch)
+            self._reading = True
+            try:
+                batch = await self._journal.call(self._journal.journal.usage.batch)
+            finally:
+                self._reading = False
             self._untold = self._untold or bool(batch.rows)
             # A full batch leaves more, which does not wait for its turn.
             full = len(batch.rows) == USAGE_ROWS_PER_BEAT_MAX

@@ -5,14 +5,13 @@ Covers: joining a running control server and answering what its beats bring. Doe
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from running_control import Running, empty_report
-from running_uplinks import Owner, make_uplink, token_file
+from running_uplinks import Owner, beating, make_uplink, token_file
 from scene import Scene, model
 
 from agent.decisions import Decisions
@@ -74,10 +73,6 @@ async def joined(control: Running, folder: Path, node: AskedNode) -> AsyncIterat
     """The node beats until the block ends; control has heard of it when it begins."""
     folder.mkdir(parents=True, exist_ok=True)
     uplink = make_uplink(control, folder, node, await token_file(control, folder))
-    task = asyncio.create_task(uplink.run("http://127.0.0.1:9"))
-    try:
+    async with beating(uplink):
         await node.until_versions(len(control.server.control.catalog.models))
         yield node
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

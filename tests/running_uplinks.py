@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from running_control import PATIENCE_S, Running, empty_report, model_report
 
 from agent.control_listener import ControlListener
 from agent.uplink import Uplink
-from packer.identity import Identity
+from packer.identity import BadIdentity, Identity
 from packer.questions import Question, Reply
 from packer.usage import NO_USAGE, UsageBatch
 from packer.wire import NO_PLAN, ModelReport, Plan, PlanNumber, Record, Report
@@ -106,9 +106,10 @@ def make_uplink(
 
 
 async def ended(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait for its end."""
+    """Cancel a task and wait for its end; what it died of before is raised, but for what needs a person."""
     task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    with suppress(asyncio.CancelledError, BadIdentity):
+        await task
 
 
 @asynccontextmanager

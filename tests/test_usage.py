@@ -290,7 +290,10 @@ async def test_control_is_told_every_few_seconds_and_again_until_it_confirms(met
     await meter.flush()
     assert meter.due()
     assert meter.waits()
-    first = await meter.batch()
+    looking = asyncio.create_task(meter.batch())
+    await asyncio.sleep(0)
+    assert meter.waits(), "while the journal is read"
+    first = await looking
     assert first.seq == 1
     assert await meter.batch() == NO_USAGE, "not again at once"
     metered.steady_s += TELL_S
