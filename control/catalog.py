@@ -310,6 +310,7 @@ class Catalog:
     key_seq: dict[str, int] = field(default_factory=dict)
     key_specs: dict[str, KeySpec] = field(default_factory=dict)  # what a caller's key is checked against
     model_seq: dict[ModelRef, int] = field(default_factory=dict)
+    replicated: dict[ModelRef, None] = field(default_factory=dict)  # versions that may have copies
 
     def apply(self, change: Change, seq: int) -> None:
         """Do one change; ``seq`` is the number of the first plan that has it."""
@@ -379,6 +380,8 @@ class Catalog:
         self.of_tenant.setdefault(spec.ref.tenant, {})[spec.ref] = None
         self.spec_bytes[spec.ref] = plan_bytes(spec)
         self.plan_model_bytes += self.spec_bytes[spec.ref]
+        if spec.replicas > 1:
+            self.replicated[spec.ref] = None
         if spec.latest:
             self.latest[spec.ref.model] = spec.ref
 
@@ -386,6 +389,7 @@ class Catalog:
         if self.models.pop(ref, None) is None:
             return
         self.model_seq.pop(ref, None)
+        self.replicated.pop(ref, None)
         self.plan_model_bytes -= self.spec_bytes.pop(ref)
         versions = self.of_tenant[ref.tenant]
         del versions[ref]

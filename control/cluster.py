@@ -29,6 +29,7 @@ from control.events import (
     NodeTold,
     NoteBack,
     NoteSilent,
+    OthersSeen,
     Pointed,
     PollEnded,
     Routed,
@@ -38,7 +39,7 @@ from control.events import (
     WakeSources,
 )
 from control.vacancy import Vacancy
-from control.waits import OWED_MAX, REFUSED_STATUSES, Flow, Waits, count, end
+from control.waits import OWED_MAX, REFUSED_STATUSES, Flow, Others, Waits, count, end, others_waited_ms
 from packer.types import ModelRef
 from packer.wire import PEERS_TRIED_MAX, ModelReport, Report
 
@@ -56,6 +57,7 @@ __all__ = [
     "NodeTold",
     "NoteBack",
     "NoteSilent",
+    "OthersSeen",
     "Pointed",
     "PollEnded",
     "Routed",
@@ -106,6 +108,7 @@ class NodeView:
     near: tuple[str, ...] = ()  # versions that it has on a device or is bringing there
     kept: tuple[str, ...] = ()  # versions that it has in host memory or on disk
     flows: dict[str, Flow] = field(default_factory=dict)  # requests for versions that may have copies
+    others: dict[str, Others] = field(default_factory=dict)  # of these, who came by other ways; none is 0
     # Requests in flight when it reported: what it said itself, and what this router had sent to it.
     load_said: int = 0
     in_flight_then: int = 0
@@ -177,6 +180,10 @@ def step(cluster: Cluster, event: Event, now_ms: int) -> list[Action]:
                 _expect(cluster, ref, Expected(node, now_ms + EXPECTED_MS, nbytes, devices))
         case Pointed(node, ref, nbytes, devices):
             _expect(cluster, ref, Expected(node, now_ms + EXPECTED_MS, nbytes, devices))
+            if node not in cluster.near.get(str(ref), {node: None}):
+                cluster.waits.paid(ref)  # a further copy
+        case OthersSeen():
+            _see_others(cluster, event, now_ms)
         case Answered():
             _answered(cluster, event, now_ms)
         case SourceAsked():
@@ -333,6 +340,20 @@ def _has_copy(cluster: Cluster, event: Routed, wait_ms: int, now_ms: int) -> boo
     return False
 
 
+def _see_others(cluster: Cluster, event: OthersSeen, now_ms: int) -> None:
+    """Of those who wait until the model is there nobody would be spared by another copy."""
+    if (view := cluster.nodes.get(event.node)) is None:
+        return
+    text = str(event.ref)
+    known, flow, before = view.by_ref.get(text), view.flows.get(text), view.others.pop(text, None)
+    own = flow.in_flight if flow is not None else 0
+    if known is None or known.state != "resident" or known.leases <= own:
+        return
+    now = view.others[text] = Others(known.leases - own, now_ms)
+    if event.grows:
+        cluster.waits.add(event.ref, others_waited_ms(before, now, own, event.together), now_ms)
+
+
 def _flow_ended(cluster: Cluster, view: NodeView, event: Answered, now_ms: int) -> None:
     """A request for a version that may have copies ended. A node that refused to have one is asked for none
     for a while, and is not expected to have one."""
@@ -405,6 +426,8 @@ def check(cluster: Cluster) -> None:
         counted = [flow.in_flight for flow in view.flows.values()]
         if not sum(counted) <= view.in_flight >= 0 or min(counted, default=0) < 0:
             raise FleetBroken(f"{view.in_flight} requests in flight to {view.node}, of these {counted}")
+        if any(others.count <= 0 for others in view.others.values()):
+            raise FleetBroken(f"{view.node} is remembered for requests of others that it has none of")
         if view.load_said < 0 or view.in_flight_then < 0:
             raise FleetBroken(f"{view.node} said {view.load_said} of {view.in_flight_then} requests")
         if view.have > cluster.newest:

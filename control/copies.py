@@ -10,12 +10,14 @@ holders would have paid for its restore (whoever goes on renting until the rent 
 most twice what the best would have). That request pays for the restore by its own wait; if the node refuses,
 a holder answers it. One copy comes at a time. Among holders the one is asked where the fewest wait; where
 nobody waits, always the same one: so copies that are no longer needed are hardly used, and are the first that
-a node gives up. Each router goes by its own requests; of several, two may send for a copy at one moment.
+a node gives up. A router goes by its own requests; of several, two may send for a copy at one moment. Control
+knows from nodes' reports what waits there besides, such as callers who go to nodes themselves: the first of
+them that asks where to call once the copy is due is told its node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from control.choosing import (
@@ -28,7 +30,8 @@ from control.choosing import (
     rank,
     spread_of,
 )
-from control.cluster import Cluster
+from control.cluster import Cluster, NodeView
+from control.events import OthersSeen
 from control.rooms import LOAD_BAND, load_of
 from control.waits import Owed
 from packer.gangs import share_bytes
@@ -61,8 +64,7 @@ def choose(cluster: Cluster, spec: ModelSpec, now_ms: int) -> Sequence[str]:
         return choose_near(cluster, spec.ref, now_ms)
     text, ranked = str(spec.ref), []
     for view, distance in holders(cluster, spec.ref, text, now_ms):
-        flow = view.flows.get(text)
-        waiting = flow.waiting(spec.batching.inputs_max) if flow is not None else 0
+        waiting = _waiting(view, text, spec.batching.inputs_max)
         ranked.append((distance, waiting, load_of(view) // LOAD_BAND, spread_of(text, view.node), view.node))
     ranked.sort()
     nodes = [entry[-1] for entry in ranked]
@@ -131,10 +133,30 @@ def wait_ms(cluster: Cluster, spec: ModelSpec, node: str, now_ms: int) -> int:
     flow = view.flows.get(text) if view is not None else None
     if flow is None or not flow.answers:
         return 0
-    held = holders(cluster, spec.ref, text, now_ms)
-    if len(held) >= spec.replicas or any(distance == COMING for _, distance in held):
-        return 0
-    return flow.wait_ms(spec.batching.inputs_max)
+    return flow.wait_ms(spec.batching.inputs_max) if _grows(cluster, spec, now_ms) else 0
+
+
+def _grows(cluster: Cluster, spec: ModelSpec, now_ms: int) -> bool:
+    """Whether one more copy may come, and none is on its way."""
+    held = holders(cluster, spec.ref, str(spec.ref), now_ms)
+    return len(held) < spec.replicas and all(distance != COMING for _, distance in held)
+
+
+def _waiting(view: NodeView, text: str, together: int) -> int:
+    """Requests at a node that must end before one more is answered, whoever sent them."""
+    flow, others = view.flows.get(text), view.others.get(text)
+    there = (flow.in_flight if flow is not None else 0) + (others.count if others is not None else 0)
+    return max(0, there + 1 - together)
+
+
+def seen(cluster: Cluster, specs: Iterable[ModelSpec], node: str, now_ms: int) -> list[OthersSeen]:
+    """What a node's report of just now says of these versions, which may have copies."""
+    view = cluster.nodes.get(node)
+    if view is None:
+        return []
+    told = [spec for spec in specs if (text := str(spec.ref)) in view.others or text in view.by_ref]
+    together = [(spec, spec.batching.inputs_max) for spec in told]
+    return [OthersSeen(node, spec.ref, most, _grows(cluster, spec, now_ms)) for spec, most in together]
 
 
 def is_further(cluster: Cluster, spec: ModelSpec, node: str) -> bool:

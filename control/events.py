@@ -99,6 +99,17 @@ class Pointed:
 
 
 @dataclass(frozen=True, slots=True)
+class OthersSeen:
+    """``node`` has just reported of a version that may have copies. ``together``: so many requests for it are
+    worked on at one time; ``grows``: one more copy may come, and none is on its way."""
+
+    node: str
+    ref: ModelRef
+    together: int
+    grows: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """A routed request ended, however; ``reached`` is False when the node could not be talked to. ``status``
     of its answer, if there was one."""
@@ -135,6 +146,7 @@ Event = (
     | Changed
     | Routed
     | Pointed
+    | OthersSeen
     | Answered
     | SourceAsked
     | Ticked

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from control import cluster as fleet
-from control import rooms
+from control import copies, rooms
 from control.authority import Authority
 from control.boxes import Boxes
 from control.catalog import (
@@ -316,6 +316,10 @@ class Control(Routing):
         """Take a beat in; True when its answer must carry the plan."""
         actions = fleet.step(self.cluster, event, self.now_ms())
         due = any(isinstance(action, fleet.SendPlan) for action in actions)
+        if self.catalog.replicated:
+            specs = [self.catalog.models[ref] for ref in self.catalog.replicated]
+            for seen in copies.seen(self.cluster, specs, event.node, self.now_ms()):
+                fleet.step(self.cluster, seen, self.now_ms())
         self.act([action for action in actions if not isinstance(action, fleet.SendPlan)])
         self.feed.note_node(event.node)
         self.wake_waiting()

@@ -4,8 +4,10 @@ Covers: what is measured of such a version at a node (how many requests of this 
 apart their answers come), and the waiting of a version that another copy has to pay for. Does not cover: what
 follows from it (``control.copies``), or when it is told (``control.cluster``).
 
-Only this router's own requests count, since nobody else's ends are known here at once. Of several routers
-each sees its part of the requests and its part of the answers: the product, which is the wait, is the same.
+Of its own requests a router knows each end at once. Of several routers each sees its part of the requests and
+its part of the answers: the product, which is the wait, is the same. What others sent, callers who go to
+nodes themselves among them, control alone knows, from how many requests nodes report: how many waited, times
+how long, is the same sum of waits.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ DECLINED_MAX = 64
 FLOWS_IDLE_MAX = 64
 # Answers by which the pace is measured; older ones count half, quarter and so on.
 PACED_ANSWERS_MAX = 64
+# Who is at a node in two reports waited from the one to the other; of reports further apart nobody knows. A
+# node reports every 20 s at the latest.
+REPORTS_APART_MS_MAX = 30_000
 # Answers of a node that has no room, no right or no time for a version.
 REFUSED_STATUSES = frozenset({429, 502, 503, 507})
 
@@ -63,6 +68,24 @@ class Flow:
     def wait_ms(self, together: int) -> int:
         """How long one more waits for others of the same version. Nothing is known before the second end."""
         return self.waiting(together) * self.busy_ms // self.answers if self.answers else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """Requests for a version at a node that this router did not send, as of the node's report."""
+
+    count: int
+    at_ms: int
+
+
+def others_waited_ms(before: Others | None, now: Others, own: int, together: int) -> int:
+    """What others waited for each other and for this router's ``own`` requests, since the report before."""
+    staying = min(before.count, now.count) if before is not None else 0
+    if before is None or not staying:
+        return 0
+    waiting = max(0, staying + own - together)
+    passed_ms = min(now.at_ms - before.at_ms, REPORTS_APART_MS_MAX)
+    return waiting * passed_ms * staying // (staying + own)
 
 
 def count(flows: dict[str, Flow], text: str) -> None:

@@ -82,6 +82,7 @@ MODULE_TESTS = {
     "packer.wire": ("test_push", "test_cluster", "test_uplink", "test_control", "attacks/test_control_auth"),
     "control.choosing": ("test_cluster", "test_choosing", "test_copies", "test_router", "test_forwarding"),
     "control.copies": ("test_copies", "test_copies_running"),
+    "control.routes.direct": ("test_copies_running",),
     "control.waits": ("test_copies", "test_copies_running"),
     "control.rooms": ("test_cluster", "test_choosing", "test_router"),
     "control.cluster": ("test_cluster", "test_copies", "test_sources_route", "test_router", "test_feed"),

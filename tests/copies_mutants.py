@@ -63,20 +63,20 @@ COPIES_MUTANTS = (
     Mutant(
         "the queue at a holder does not count",
         COPIES,
-        "        waiting = flow.waiting(spec.batching.inputs_max) if flow is not None else 0\n",
-        "        waiting = int(flow is not None and flow.in_flight > 0)\n",
+        "    return max(0, there + 1 - together)\n",
+        "    return int(there > 0)\n",
     ),
     Mutant(
         "waiting adds up where there are as many copies as may be",
         COPIES,
-        "    if len(held) >= spec.replicas or any(",
-        "    if any(",
+        "    return len(held) < spec.replicas and all(",
+        "    return all(",
     ),
     Mutant(
         "waiting adds up while a copy is on its way",
         COPIES,
-        " or any(distance == COMING for _, distance in held):\n",
-        ":\n",
+        " and all(distance != COMING for _, distance in held)\n",
+        "\n",
     ),
     Mutant(
         "a caller gets the refusal of a further copy",
@@ -186,5 +186,36 @@ COPIES_MUTANTS = (
         CHOOSING,
         "    sent = cluster.expected_at.get(view.node, ())\n    there |=",
         "    sent: dict[ModelRef, None] = {}\n    there |=",
+    ),
+    Mutant(
+        "who waits by other ways than the router brings no copy",
+        "control.cluster",
+        "        cluster.waits.add(event.ref, others_waited_ms",
+        "        0 and cluster.waits.add(event.ref, others_waited_ms",
+    ),
+    Mutant(
+        "a router's own requests are counted as others'",
+        "control.cluster",
+        "Others(known.leases - own, now_ms)",
+        "Others(known.leases, now_ms)",
+    ),
+    Mutant(
+        "others who just came have waited since the last report",
+        WAITS,
+        "min(before.count, now.count) if before",
+        "now.count if before",
+    ),
+    Mutant("others who share a pass wait", WAITS, "staying + own - together)", "staying + own)"),
+    Mutant(
+        "everybody who asks is told of the further copy",
+        "control.cluster",
+        "                cluster.waits.paid(ref)  # a further copy\n",
+        "                pass\n",
+    ),
+    Mutant(
+        "who calls nodes himself is told of holders alone",
+        "control.routes.direct",
+        "    if nodes and copies.is_further(",
+        "    if 0 and copies.is_further(",
     ),
 )

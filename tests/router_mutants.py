@@ -93,7 +93,6 @@ ROUTER_MUTANTS = (
         "    if age_ms < -AHEAD_MS_MAX:\n",
         "    if 0:\n",
     ),
-    Mutant("a router waits for whoever writes into a pipe", KEPT, " | os.O_NONBLOCK | ", " | "),
     Mutant("a router keeps every word at once", KEPT, "begun_s >= self._next_s and ", ""),
     Mutant("a slow disk is kept busy", KEPT, "max(KEEP_EVERY_S, (loop", "min(KEEP_EVERY_S, (loop"),
     Mutant(
@@ -120,8 +119,9 @@ ROUTER_MUTANTS = (
     Mutant(
         "what was kept counts although control answers",
         LINE,
-        "kept = None if self.view.is_ready else await",
-        "kept = await",
+        "            kept = None if self.view.is_ready else await self.keeper.load()\n"
+        "            if kept is not None and not self.view.is_ready:\n",
+        "            kept = await self.keeper.load()\n            if kept is not None:\n",
     ),
     Mutant(
         "a router that was started again hears an older control",

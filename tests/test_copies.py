@@ -16,12 +16,24 @@ from test_cluster import OTHER, REF, beat, cluster_of
 
 from control import copies
 from control.choosing import choose_near
-from control.cluster import EXPECTED_MS, Answered, Cluster, NodeBeat, NodeRemoved, Routed, Ticked, check, step
+from control.cluster import (
+    EXPECTED_MS,
+    Answered,
+    Cluster,
+    NodeBeat,
+    NodeRemoved,
+    Pointed,
+    Routed,
+    Ticked,
+    check,
+    step,
+)
 from control.waits import (
     DECLINED_MAX,
     DECLINED_MS,
     FLOWS_IDLE_MAX,
     OWED_MAX,
+    REPORTS_APART_MS_MAX,
     WAITED_HALF_MS,
     Flow,
     Owed,
@@ -359,3 +371,94 @@ def test_the_setting_may_change_while_requests_are_in_flight(known: bool) -> Non
     late.rest()
     assert [flow.in_flight for flow in late.cluster.nodes["a"].flows.values()] == [0] * known
     assert late.cluster.in_flight == 0
+
+
+# --- requests that this router did not send -------------------------------------------------------
+
+
+def report(at: World, leases: int, node: str = "a", state: str = "resident") -> None:
+    """A beat of a node that has so many requests for the version, and what control makes of it."""
+    event = holds(node, state=state, leases=leases) if state != "absent" else lacks(node)
+    step(at.cluster, event, at.now_ms)
+    for seen in copies.seen(at.cluster, [at.spec], node, at.now_ms):
+        step(at.cluster, seen, at.now_ms)
+    check(at.cluster)
+
+
+def waited(at: World) -> int:
+    return copies.stand(at.cluster, at.spec, at.now_ms).waited_ms
+
+
+def reported(at: World, leases: int, seconds: int) -> None:
+    for _ in range(seconds):
+        at.now_ms += 1_000
+        report(at, leases)
+
+
+def test_callers_who_go_to_the_node_themselves_bring_a_copy_as_well() -> None:
+    """Four are there all the time, three of whom wait: three seconds a second."""
+    two = world(holds("a"), lacks("b"))
+    reported(two, leases=4, seconds=1)
+    assert waited(two) == 0  # nobody knows since when
+    reported(two, leases=4, seconds=1)
+    assert waited(two) == 3_000
+    further, held = copies.choose(two.cluster, SPEC, two.now_ms)
+    assert held == "a"
+    step(two.cluster, Pointed(further, REF, share_bytes(SPEC)), two.now_ms)
+    assert waited(two) == 0  # whoever was told goes there, and nobody else is told so
+    reported(two, leases=4, seconds=5)
+    assert waited(two) == 0
+    assert copies.choose(two.cluster, SPEC, two.now_ms) == ["a", further]
+
+
+def test_who_asks_again_for_a_node_that_has_the_model_pays_nothing() -> None:
+    two = world(holds("a"), lacks("b"))
+    reported(two, leases=4, seconds=2)
+    step(two.cluster, Pointed("a", REF, share_bytes(SPEC)), two.now_ms)
+    assert waited(two) == 3_000
+
+
+def test_a_routers_own_requests_are_not_counted_again() -> None:
+    """They are in the node's reports as well; what they waited is counted when they are sent."""
+    two = world(holds("a"), lacks("b"), spec=replace(SPEC, replicas=2))
+    for _ in range(4):
+        two.route("a")
+    reported(two, leases=4, seconds=5)
+    assert (waited(two), two.cluster.nodes["a"].others) == (0, {})
+    reported(two, leases=6, seconds=2)
+    # Two of the six are others': of the five who wait, and the second that passed, a third is theirs.
+    assert waited(two) == 5 * 1_000 * 2 // 6
+
+
+def test_of_others_only_who_stays_from_one_report_to_the_next_has_waited() -> None:
+    two = world(holds("a"), lacks("b"))
+    for leases in (9, 1, 9, 1, 9, 0, 9):
+        reported(two, leases=leases, seconds=1)
+    assert waited(two) == 0
+    report(two, leases=9)
+    two.now_ms += 10 * REPORTS_APART_MS_MAX
+    report(two, leases=2)
+    assert waited(two) == REPORTS_APART_MS_MAX
+
+
+def test_others_who_share_a_pass_or_wait_for_a_restore_bring_no_copy() -> None:
+    together = world(holds("a"), lacks("b"), spec=replace(SPEC, batching=Batching(4, 5)))
+    reported(together, leases=4, seconds=5)
+    assert waited(together) == 0
+    coming = world(holds("a", state="restoring"), lacks("b"))
+    for _ in range(5):
+        coming.now_ms += 1_000
+        report(coming, leases=9, state="restoring")
+    assert waited(coming) == 0
+
+
+def test_others_save_for_nothing_where_there_are_enough_copies_and_go_with_the_node() -> None:
+    full = world(holds("a"), holds("b"), lacks("c"))
+    reported(full, leases=9, seconds=3)
+    assert (waited(full), list(full.cluster.nodes["a"].others)) == (0, [str(REF)])
+    assert copies.choose(full.cluster, SPEC, full.now_ms) == ["b", "a"]  # where nobody waits
+    report(full, leases=0, state="absent")
+    assert full.cluster.nodes["a"].others == {}
+    reported(full, leases=9, seconds=1)
+    step(full.cluster, NodeRemoved("a"), full.now_ms)
+    assert copies.seen(full.cluster, [SPEC], "a", full.now_ms) == []

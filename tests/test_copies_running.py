@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 from routed_fleet import Fleet, routed_fleet
-from running_control import Answer, until
+from running_control import Answer, empty_report, model_report, until
 
 from control.state import Control
 from packer.types import parse_ref
@@ -157,3 +157,27 @@ async def test_a_refusal_of_the_only_holder_is_the_callers_answer(fleet: Fleet) 
     fleet.gateways[0].respond = refuse
     assert (await fleet.embed()).status == 429
     assert fleet.gateways[1].seen == []
+
+
+async def test_who_calls_nodes_himself_is_told_of_the_next_copys_node_when_enough_has_waited(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request comes through the router at all: four callers are at the node whenever it reports."""
+    await order(fleet, 2)
+    control, past_ms = control_of(fleet), 0
+    begun_ms = control.now_ms()
+    monkeypatch.setattr(control, "now_ms", lambda: begun_ms + past_ms)
+
+    async def named() -> list[str]:
+        got = await fleet.control.call("GET", "/api/v1/route?model=acme/m", key=fleet.key)
+        return [item["node"] for item in got.json()["items"]]
+
+    busy = (model_report(fleet.ref, "resident", leases=4),)
+    for _ in range(2):
+        assert await named() == ["n0"]
+        past_ms += 1_000
+        await fleet.nodes[0].beat(fleet.folder, report=empty_report(fleet.gateways[0].url, busy))
+    assert await named() == ["n1"]
+    assert await named() == ["n0"]
+    await fleet.beat(1, "resident")
+    assert set(await named()) == {"n0", "n1"}

@@ -267,11 +267,12 @@ async def test_a_control_that_answers_is_believed_before_what_was_kept(scene: Sc
     await scene.router.router.stop()
     await scene.control.call("DELETE", f"/api/v1/keys/{scene.key.split('_')[1]}")
     router = Router(router_config(scene.control, scene.folder / "r1", "r1", None))
-    with mock.patch.object(router.keeper, "load", side_effect=AssertionError("it was asked for")):
-        async with serving(router, scene.control) as again:
-            await until(lambda: router.view.is_ready)
-            scene.router = again
-            assert (await scene.embed()).status == 401
+    async with serving(router, scene.control) as again:
+        async with asyncio.timeout(PATIENCE_S):
+            await router.settled.wait()
+        scene.router = again
+        assert (await scene.embed()).status == 401
+        assert not router.view.is_kept
 
 
 async def test_two_boxes_with_one_routers_identity_are_both_told_nothing(scene: Scene) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from control import choosing
+from control import choosing, copies
 from control import cluster as fleet
 from control.operations import Given, ModelText, Operation, Result
 from control.routes.access import Access, Caller, Handle, Route, S
@@ -68,7 +68,10 @@ async def show_route(control: Control, request: web.Request, caller: Caller) -> 
         found = await candidates(control, caller, spec)
         seq = seq_needed(control, caller, spec)
         nodes = [node for node in found if fleet.knows(control.cluster, node, seq)]
-    direct = choosing.equally_good(control.cluster, nodes, spec.ref, control.now_ms())[:NODES_MAX]
+    if nodes and copies.is_further(control.cluster, spec, nodes[0]):
+        direct: Sequence[str] = nodes[:1]  # this caller brings it there
+    else:
+        direct = choosing.equally_good(control.cluster, nodes, spec.ref, control.now_ms())[:NODES_MAX]
     life_ms = TICKET_LIFE_MS
     key = control.catalog.key_specs.get(caller.key_id)
     if key is not None and key.expires_ms is not None:
