@@ -25,7 +25,7 @@ from bunkhouse.cli.plans import decision_lines
 def row(ref: str, node: str, state: str = "absent", **figures: int) -> Placement:
     names = ("leases", "waiting", "device_bytes", "host_bytes", "disk_bytes", "requests", "answers")
     counted: dict[str, Any] = {**dict.fromkeys(names, 0), **figures}
-    return Placement(node=node, ref=ref, state=state, device=None, restores=(), last_used_ms=None, **counted)
+    return Placement(node=node, ref=ref, state=state, device=None, restores=(), last_used_ms=0, **counted)
 
 
 def test_nodes_that_hold_nothing_are_left_out_and_every_version_is_there() -> None:
@@ -89,20 +89,29 @@ async def test_rows_left_out_are_counted_and_there_when_asked_for(tmp_path: Path
         )
 
 
-async def test_a_push_whose_settings_are_refused_says_what_is_there_all_the_same(tmp_path: Path) -> None:
+async def test_a_push_whose_settings_are_refused_makes_no_version(tmp_path: Path) -> None:
+    """And what was uploaded is there for the next try. A version that there was keeps its settings."""
     model = tmp_path / "model"
     model.mkdir()
     for name, data in model_files().items():
         (model / name).write_bytes(data)
     async with routed_fleet(tmp_path) as fleet:
-        result = await command(fleet, "model", "push", "acme/cut", str(model), "--devices", "2")
-        assert result.exit_code == 1
-        assert (
-            "is registered, on 1 device and up to 1 nodes as before; `bunk model rm acme/cut@"
-            in result.stderr
-        )
-        listed = (await fleet.control.call("GET", "/api/v1/models?tenant=acme")).json()["items"]
-        assert [each["devices"] for each in listed if each["name"] == "cut"] == [1]
+
+        async def versions() -> list[tuple[int, int]]:
+            items = (await fleet.control.call("GET", "/api/v1/models?tenant=acme")).json()["items"]
+            return [(each["devices"], each["replicas"]) for each in items if each["name"] == "cut"]
+
+        for _ in range(2):
+            result = await command(fleet, "model", "push", "acme/cut", str(model), "--devices", "2")
+            assert (result.exit_code, "devices: acme/cut@" in result.stderr) == (1, True)
+            assert await versions() == []
+        result = await command(fleet, "model", "push", "acme/cut", str(model), "--replicas", "2")
+        assert result.exit_code == 0
+        assert await versions() == [(1, 2)]
+        result = await command(fleet, "model", "push", "acme/cut", str(model), "--devices", "3")
+        assert (result.exit_code, await versions()) == (1, [(1, 2)])
+        result = await command(fleet, "model", "push", "acme/cut", str(model), "--replicas", "3")
+        assert (result.exit_code, await versions()) == (0, [(1, 3)])
 
 
 async def test_an_explanation_of_a_model_with_replicas_ends_with_who_holds_it(

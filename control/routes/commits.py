@@ -11,13 +11,23 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 from aiohttp import web
+from msgspec import Meta
 
 from control.catalog import CONTROL_ORIGIN, Change, DropUpload, PutUpload, UploadRow, arriving, model_arrival
 from control.model_store import ModelStoreError, PartFiles
-from control.operations import Operation, Result
-from control.routes.access import Access, Caller, Route, check_still, not_found, render_error
+from control.operations import Given, Operation, Result
+from control.routes.access import (
+    Access,
+    Caller,
+    Route,
+    check_still,
+    not_found,
+    render_error,
+    whole_number,
+)
 from control.routes.models import (
     MODEL_REFUSALS,
     REFUSED_CODE,
@@ -31,7 +41,9 @@ from control.routes.models import (
 from control.routes.uploads import check_floor, offsets, part_path, upload_of
 from control.routing import wall_ms
 from control.state import Control
+from packer.gangs import check_devices
 from packer.http import ApiError, json_response
+from packer.types import DEVICES_PER_MODEL_MAX, REPLICAS_PER_MODEL_MAX, ModelSpec
 
 
 async def commit(control: Control, request: web.Request, caller: Caller) -> web.Response:
@@ -39,7 +51,7 @@ async def commit(control: Control, request: web.Request, caller: Caller) -> web.
     async with control.ref_lock(row.ref):
         row = upload_of(control, request, caller)  # another commit of the same may have ended just now
         if row.ref in control.catalog.models:
-            return await _commit_known(control, caller, row)
+            return await _commit_known(control, request, caller, row)
         if row.committed:
             raise ApiError(
                 409, "version_deleted", f"{row.ref} was committed and then deleted; declare the upload again."
@@ -62,14 +74,25 @@ async def commit(control: Control, request: web.Request, caller: Caller) -> web.
         return await _commit_new(control, request, caller, row)
 
 
-async def _commit_known(control: Control, caller: Caller, row: UploadRow) -> web.Response:
+def _asked(request: web.Request, spec: ModelSpec) -> ModelSpec:
+    """With the settings that the commit names. Raises ``BadValue``, before anything is a version."""
+    devices = whole_number(request, "devices", spec.devices, DEVICES_PER_MODEL_MAX, 1)
+    replicas = whole_number(request, "replicas", spec.replicas, REPLICAS_PER_MODEL_MAX, 1)
+    if devices != spec.devices:
+        check_devices(spec, devices)
+    return replace(spec, devices=devices, replicas=replicas)
+
+
+async def _commit_known(
+    control: Control, request: web.Request, caller: Caller, row: UploadRow
+) -> web.Response:
     """The version exists. A first commit of this upload makes it latest again; a repeated one does not."""
     async with control.writing:
         spec = control.catalog.models.get(row.ref)
         if spec is None:
             raise not_found("model", str(row.ref))
         if not row.committed and row.upload_id in control.catalog.uploads:
-            spec = replace(spec, latest=True)
+            spec = _asked(request, replace(spec, latest=True))
             answer = json_response(model_answer(spec))
             changes = [*model_arrival(control.catalog, spec), *_committed(control, row)]
             await control.write([*changes, *caller.remembering(answer)])
@@ -97,15 +120,16 @@ async def _commit_new(control: Control, request: web.Request, caller: Caller, ro
                     await control.write(kept)
             await asyncio.to_thread(parts[error.field].unlink, missing_ok=True)
         raise
+    spec = new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms())
+    _asked(request, arriving(control.catalog, spec))
     try:
         await asyncio.to_thread(check_floor, control.upload_dir, row.declared_bytes)
         await asyncio.to_thread(control.models.put, row.ref, parts)
-        spec = new_spec(row.ref, CONTROL_ORIGIN, examined, wall_ms())
         async with control.writing:
             upload_of(control, request, caller)  # it, or its tenant, may have been deleted meanwhile
             check_still(control, caller)  # hashing takes minutes
             check_room(control, spec)
-            spec = arriving(control.catalog, spec)
+            spec = _asked(request, arriving(control.catalog, spec))
             answer = json_response(model_answer(spec), 201)
             changes = [*model_arrival(control.catalog, spec), *_committed(control, row)]
             await control.write([*changes, *caller.remembering(answer)])
@@ -157,10 +181,15 @@ ROUTES = (
         commit,
         operation=Operation(
             "commitUpload",
-            "Make a complete upload a version of its model, the latest.",
+            "Make a complete upload a version of its model, the latest. With settings that do not do for it "
+            "it becomes none; without any it has those of the latest version before it.",
             [
                 Result(201, "A new version.", ModelAnswer),
                 Result(200, "The version was there already.", ModelAnswer),
+            ],
+            takes=[
+                Given("devices", Annotated[int, Meta(ge=1, le=DEVICES_PER_MODEL_MAX)], "See changeModel."),
+                Given("replicas", Annotated[int, Meta(ge=1, le=REPLICAS_PER_MODEL_MAX)], "See changeModel."),
             ],
             refusals=MODEL_REFUSALS,
         ),

@@ -225,15 +225,18 @@ class AsyncClient:
         progress: ProgressCallback | None = None,
         *,
         ignore: Iterable[str] = (),
+        devices: int | None = None,
+        replicas: int | None = None,
     ) -> Model:
         """Upload a Hugging Face style directory as a version of ``tenant/name``.
 
         Resumes where an interrupted push of the same files stopped, and uploads nothing when the
-        latest version is the same. ``ignore``: glob patterns of files to leave out. ``progress`` is
+        latest version is the same. ``ignore``: glob patterns of files to leave out. ``devices``,
+        ``replicas``: as of ``set_model``; where they do not do, there is no new version. ``progress`` is
         called from a worker thread.
         """
         patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-        steps = push_steps(model, directory, patterns, progress)
+        steps = push_steps(model, directory, patterns, progress, devices=devices, replicas=replicas)
         outcome: Answer | BunkhouseError | None = None
         while True:
             step = await asyncio.to_thread(advance, steps, outcome)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from io import FileIO
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from bunkhouse import _decode
 from bunkhouse._errors import BadAnswer, BadDirectory, BunkhouseError, NotFound, Unavailable, Unreachable
@@ -267,15 +267,20 @@ def advance(steps: Steps, outcome: Answer | BunkhouseError | None) -> Request | 
 
 
 def push_steps(
-    model: str, directory: str | os.PathLike[str], ignore: Iterable[str], progress: ProgressCallback | None
+    model: str,
+    directory: str | os.PathLike[str],
+    ignore: Iterable[str],
+    progress: ProgressCallback | None,
+    **settings: int | None,
 ) -> Steps:
-    """Push ``directory`` as a new version of ``model`` (``tenant/name``)."""
+    """Push ``directory`` as a new version of ``model`` (``tenant/name``). ``settings``: devices, replicas."""
     split_model(model)
     tell = progress or (lambda _: None)
     listing = list_directory(directory, ignore)
     for path in listing.skipped:
         tell(Progress("skip", path, 0, 0, "left out: no engine reads it"))
-    push = _Push(model, listing, _hash_files(listing, tell), tell)
+    given = {name: value for name, value in settings.items() if value is not None}
+    push = _Push(model, listing, _hash_files(listing, tell), tell, urlencode(given))
     declares = 0
     while True:
         upload_id, offsets = yield from push.declare()
@@ -297,6 +302,7 @@ class _Push:
     listing: Listing
     digests: dict[str, str]
     tell: ProgressCallback
+    settings: str = ""  # as a query
 
     def declare(self) -> Generator[Request, Answer, tuple[str, dict[str, int]]]:
         """Open the upload, or find the open one of the same files, and where each file stands."""
@@ -380,7 +386,7 @@ class _Push:
 
     def commit(self, upload_id: str) -> Generator[Request, Answer, Model]:
         """Make the version visible."""
-        path = f"{_upload_path(upload_id)}/commit"
+        path = f"{_upload_path(upload_id)}/commit{'?' if self.settings else ''}{self.settings}"
         answer = yield Request("POST", path, repeatable=True, timeout_s=COMMIT_TIMEOUT_S)
         return _decode.model(_decode.fields_of(answer))
 

@@ -97,7 +97,9 @@ def _model_push(
         assert directory is not None
         try:
             with _progress(quiet=out.json) as progress:
-                pushed = client.push(name, directory, progress, ignore=ignore)
+                pushed = client.push(
+                    name, directory, progress, ignore=ignore, devices=devices, replicas=replicas
+                )
         except KeyboardInterrupt:
             click.echo("run it again to go on from here", err=True)
             raise
