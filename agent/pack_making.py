@@ -101,17 +101,20 @@ class PackMaking:
     async def begin(self, spec: ModelSpec, limit_bytes: int, resume: bool = True) -> Making:
         """Files and key of a new pack, or of the one that was interrupted. Raises ``OSError``."""
         ref = spec.ref
-        kept_bytes = self._partial_bytes.get(ref, 0)
+        kept_bytes = self.partial_bytes(ref)
         if limit_bytes > self._packs.free_bytes() + kept_bytes:
             raise OSError(f"the file system has less than {limit_bytes} bytes free above its floor")
         key, wrapped = await self._journal.call(self._journal.journal.seal_partial_key, ref, self._clock_ms())
-        resumed = self._partial_bytes.pop(ref, None) is not None and resume
+        resumed = ref in self._partial_bytes and resume
         fd, part_fd = self._packs.create_partial(ref, resumed)
+        self._partial_bytes.pop(ref, None)  # it is counted as a pack in the making from here on
         making = Making(ref, fd, part_fd, key, wrapped, resumed)
         try:
             making.offers = await self._holdings.offer(spec)
         except BaseException:
             making.close()
+            if (nbytes := self._packs.partial_bytes(ref)) is not None:
+                self._partial_bytes[ref] = nbytes
             raise
         return making
 

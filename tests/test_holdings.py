@@ -413,3 +413,34 @@ async def test_a_pack_is_charged_what_its_file_takes_whatever_the_worker_states(
     await making.publish(begun, PackDone(4096, sizes), HostForm.STORED)
     await making.end(begun)
     assert shop.holdings.charge(ref(1)) == 4096
+
+
+@pytest.mark.parametrize("broken", ["files", "offers"])
+async def test_what_lies_on_disk_of_a_pack_is_known_also_when_it_can_not_be_gone_on_with(
+    broken: str, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more descriptors, or a disk that fails for a moment: the bytes stay on their tenant's account, and a
+    later load goes on from them."""
+    making = PackMaking(shop.packs, shop.journal, shop.holdings, lambda: 1, lambda gone: None)
+    spec = shop.register(ref(1), version_of(1, 2))
+    begun = await making.begin(spec, MIB)
+    os.truncate(begun.fd, 8192)
+    os.truncate(begun.part_fd, 64)
+    await making.give_up(begun, keep=True)
+    kept_bytes = making.partial_bytes(ref(1))
+    assert kept_bytes >= 8192
+
+    def fail(*words: object) -> object:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patched:
+        if broken == "files":
+            patched.setattr(PackDirectory, "create_partial", fail)
+        else:
+            patched.setattr(Holdings, "offer", fail)
+        with pytest.raises(OSError, match="open files"):
+            await making.begin(spec, MIB)
+    assert making.partial_bytes(ref(1)) == kept_bytes
+    again = await making.begin(spec, MIB)
+    assert again.resumed
+    await making.give_up(again)
