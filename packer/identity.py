@@ -67,11 +67,12 @@ class JoinToken:
 def read_token(path: Path, what: str = "node") -> JoinToken:
     """Parse ``<pin>.<id>.<secret>`` from a file; raises ``BadIdentity``."""
     try:
-        text = path.read_text()[: TOKEN_CHARS_MAX + 1].strip()
+        with path.open("rb") as file:
+            text = file.read(TOKEN_CHARS_MAX + 1).decode(errors="replace").strip()
     except OSError as error:
         raise BadIdentity(f"--join-token-file: {error}") from None
     parts = text.split(".")
-    if len(parts) != 3 or not all(parts) or len(text) > TOKEN_CHARS_MAX:
+    if len(parts) != 3 or not all(parts) or len(text) > TOKEN_CHARS_MAX or not text.isascii():
         raise BadIdentity(f"{path} holds no join token; make one with: bunk {what} token create")
     return JoinToken(*parts)
 

@@ -18,7 +18,7 @@ from aiohttp import web
 from control import choosing, copies
 from control import cluster as fleet
 from control.operations import Given, ModelText, Operation, Result
-from control.routes.access import Access, Caller, Handle, Route, S
+from control.routes.access import Access, Caller, Handle, Route, S, check_still
 from control.routes.forwarding import candidates, seq_needed
 from control.routes.router import resolve
 from control.routing import Routing
@@ -66,6 +66,7 @@ async def show_route(control: Control, request: web.Request, caller: Caller) -> 
     nodes: list[str] = []
     if control.config.direct:
         found = await candidates(control, caller, spec)
+        check_still(control, caller)
         seq = seq_needed(control, caller, spec)
         nodes = [node for node in found if fleet.knows(control.cluster, node, seq)]
     if nodes and copies.is_further(control.cluster, spec, nodes[0]):

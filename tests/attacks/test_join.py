@@ -98,10 +98,10 @@ async def join_once(uplink: Uplink, token_file: Path) -> None:
         raise ssl.SSLError(str(error)) from error
 
 
-@pytest.mark.parametrize("text", ["", "one.two", "a.b.c.d", "..", "x" * 5000])
-def test_a_file_that_holds_no_token_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("data", [b"", b"one.two", b"a.b.c.d", b"..", b"x" * 5000, b"a.b.\xff"])
+def test_a_file_that_holds_no_token_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "join.token"
-    path.write_text(text)
+    path.write_bytes(data)
     with pytest.raises(BadIdentity, match=r"join\.token"):
         read_token(path)
 

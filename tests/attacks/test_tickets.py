@@ -13,6 +13,8 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import pytest_asyncio
@@ -21,6 +23,7 @@ from direct_node import Clocks, DirectNode, direct_node
 from running_control import Answer, Running, model_files, running
 
 from agent.credentials import AWAY_MS_MAX, Credentials
+from control.routes.forwarding import candidates
 from packer.tickets import TICKET_CHARS_MAX, TICKET_LIFE_MS, Ticket, public_text, read, sign
 from packer.types import KeySpec
 
@@ -247,6 +250,21 @@ async def test_a_revoked_key_takes_its_tickets_with_it(site: Site) -> None:
     await site.nodes[0].learn()
     assert await site.refused(other)
     assert (await site.embed(kept)).status == 200
+
+
+async def test_a_key_that_is_revoked_while_it_waits_gets_no_ticket(site: Site) -> None:
+    """The answer waits for nodes that have heard of the model, for seconds."""
+    key = await site.control.key("acme")
+    for node in site.nodes:
+        await node.learn()
+
+    async def revoked_meanwhile(*words: Any) -> list[str]:
+        await site.control.call("DELETE", f"/api/v1/keys/{key.split('_')[1]}")
+        return await candidates(*words)
+
+    with mock.patch("control.routes.direct.candidates", revoked_meanwhile):
+        answer = await site.control.call("GET", "/api/v1/route?model=acme/m", key=key)
+    assert (answer.status, b"ticket" in answer.body) == (401, False)
 
 
 async def test_a_ticket_ends_with_its_key(site: Site) -> None:
