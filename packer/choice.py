@@ -175,7 +175,12 @@ def _claim(node: Node, model: Model, healthy: list[Device], promises: Promises, 
             if moved is not None:
                 return Choice(Turn.CLAIM, moved[0], tuple(moved[1]))
         if best is not None:
-            return Choice(Turn.CLAIM, best[1], tuple(best[2]))
+            takings = best[2]
+            if not busy and not reach and node.chosen is None:
+                claimed = promises.claims
+                others = [each for each in healthy if each is not best[1] and each.name not in claimed]
+                takings = moving.trade(node, model, takings, others, promises.earlier, now_ms)
+            return Choice(Turn.CLAIM, best[1], tuple(takings))
     return None
 
 

@@ -97,6 +97,7 @@ def _chosen(node: Node, model: Model, chosen: choice.Choice, promises: Promises,
     who = explain.victims_of(node, chosen.takings, now_ms)
     name = chosen.device.name if chosen.device is not None else ""
     busy = sum(victim.in_use for victim in who)
+    moving = sum(bool(victim.moves_to) for victim in who)
     if chosen.turn is Turn.START:
         what = "is the device" if chosen.device is None or not chosen.device.members else "are the devices"
         outcome, why = Outcome.FITS, f"{name} {what} with the least room that is enough"
@@ -109,14 +110,17 @@ def _chosen(node: Node, model: Model, chosen: choice.Choice, promises: Promises,
         outcome, why = Outcome.WAITS, "every device that it could go to is claimed by models before it"
     elif busy:
         outcome, why = Outcome.WAITS, f"{busy} of {_models(len(who))} that must go are in use"
+    elif moving:
+        others = f"{_models(len(who) - moving)} must give bytes and " if len(who) > moving else ""
+        outcome, why = Outcome.EVICTS, f"{others}{_models(moving)} must move, which costs less than evicting"
     elif who:
         outcome, why = Outcome.EVICTS, f"{_models(len(who))} must give bytes, the least valuable first"
     else:
         outcome, why = Outcome.WAITS, f"what is leaving {name} already is enough"
     found = _with_source(node, model, outcome, why, name)
-    others = sum(1 for other in node.queue.values() if other is not model and other.startable)
+    before = sum(1 for other in node.queue.values() if other is not model and other.startable)
     rooms = _rooms(node, model, promises, name, now_ms)
-    return replace(found, victims=who, devices=rooms, waiting_before=others)
+    return replace(found, victims=who, devices=rooms, waiting_before=before)
 
 
 def _models(count: int) -> str:

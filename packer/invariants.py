@@ -438,11 +438,14 @@ def _check_removed(node: Node) -> None:
 
 
 def _check_moves(node: Node) -> None:
-    """Whoever is to move is on its way off the device that it leaves."""
+    """Whoever is to move is on its way off the device that it leaves, or waits for who makes way for it."""
     for ref, move in node.moves.items():
         model = node.models.get(ref)
+        target = node.devices.get(move.target)
         leaves = model is not None and model.state is State.EVICTING and not model.kept_chunks
-        if not leaves or move.target not in node.devices:
+        waits = model is not None and model.state is State.ABSENT and not model.waiters
+        waits = waits and target is not None and target.account.leaving_bytes > 0
+        if not (leaves or waits) or target is None:
             raise InvariantBroken(f"{ref} is to move to {move.target} and does not leave")
 
 

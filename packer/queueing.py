@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from packer import choice, estimate, explain, room, turns, victims
+from packer import choice, estimate, explain, moving, room, turns, victims
 from packer.events import Action, Drop, Evict, Grant, RefusalReason, Refuse, Restore, StopFill, Wake
 from packer.ledger import (
     Claim,
@@ -412,7 +412,7 @@ def _finish_moves(node: Node, promises: choice.Promises, now_ms: int, out: list[
     away until somebody wants it."""
     for ref, move in list(node.moves.items()):
         model, device = node.models[ref], node.devices[move.target]
-        if model.state is State.EVICTING:
+        if model.state is State.EVICTING or moving.waits(model, device, promises.earlier):
             continue
         del node.moves[ref]
         promises.lay_down(model)

@@ -81,6 +81,8 @@ def judge_evictions(world: World, event: Event, actions: list[Action], kept: dic
         if any(order.ref in world.node.moves for order in orders):
             judge_moves(world, orders)
             continue
+        if claim is None and kept[name] <= world.seen_budgets[name] and not starting:
+            judge_makes_way(world, name, orders, kept[name])
         if claim is None or kept[name] > world.seen_budgets[name]:
             continue  # what a device holds above its budget goes whoever's it is
         world.reached["evicted for a claim"] += 1
@@ -203,6 +205,22 @@ def judge_moves(world: World, orders: list[Evict]) -> None:
         world.require(not lent, f"{order.ref} moves, whose tenant has reserved bytes")
         world.moving[order.ref] = move.target
     world.require(len(world.node.moves) <= 2 * len(world.node.devices), "more moves than two for each claim")
+
+
+def judge_makes_way(world: World, name: str, orders: list[Evict], kept_bytes: int) -> None:
+    """What goes where nobody claims makes way for what moves there: no chunk too many, and nothing of a
+    tenant that has reserved bytes."""
+    coming = _coming(world, name)
+    capped = any(tenant.quota.device.max is not None for tenant in world.tenants.values())
+    if not coming or capped or any(order.ref in world.node.queue for order in orders):
+        return
+    world.reached["made way for what moves"] += 1
+    for order in orders:
+        lent = world.node.tenants[order.ref.tenant].device.reserved_bytes
+        world.require(not lent, f"{order.ref} makes way, whose tenant has reserved bytes")
+    spare = world.seen_budgets[name] - (kept_bytes - sum(_freed(world, order) for order in orders)) - coming
+    least = min(_could_stay(world, order) for order in orders)
+    world.require(spare < least, f"{orders} make way: a chunk too many by {spare} bytes")
 
 
 def _missing(world: World, ref: ModelRef, device: str) -> int:

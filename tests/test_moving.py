@@ -129,6 +129,98 @@ def test_a_move_that_has_become_impossible_is_forgotten(what: str) -> None:
     assert not scene.node.moves
 
 
+# --- in a full node ---------------------------------------------------------------------------------
+
+# P and Q are hardly used, V and U all the time. V and P fill the first device, U and Q the second, and BIG
+# needs a whole one.
+V, P, U, Q = model("acme/v", 30), model("bolt/p", 70), model("core/u", 40), model("deli/q", 60)
+BIG = model("eden/big", 100)
+FULL = {V: "cpu:0", P: "cpu:0", U: "cpu:1", Q: "cpu:1"}
+
+
+def full(host_mib: int = 600, used: int = 20, **quotas: TenantQuota) -> Scene:
+    scene = Scene(*FULL, BIG, devices_mib=(100, 100), host_mib=host_mib, quotas=quotas)
+    for again in (False, True):
+        for name in ("cpu:0", "cpu:1") if again else ():
+            scene.settle(scene.feed(DeviceSeen(name, 0)))
+            scene.feed(DeviceSeen(name, 100 * MIB))
+        for spec in FULL:
+            scene.later(1000).warm(spec)
+    scene.later(3_600_000)
+    for _ in range(used):
+        for spec in (V, U):
+            scene.later(1000).warm(spec)
+    assert {spec: scene.device(spec) for spec in FULL} == FULL
+    return scene
+
+
+def evictions_for_big(scene: Scene) -> dict[ModelSpec, Evict]:
+    orders = {evict.ref: evict for evict in of(scene.ask(BIG), Evict)}
+    return {spec: orders[spec.ref] for spec in FULL if spec.ref in orders}
+
+
+def test_in_a_full_node_who_would_be_missed_moves_where_others_are_missed_less() -> None:
+    scene = full()
+    found = the(scene.feed(Asked("q", BIG.ref)), Answer).forecast
+    assert found.reason == "2 models must give bytes and 1 model must move, which costs less than evicting"
+    gives = {victim.ref: (victim.device, victim.moves_to) for victim in found.victims}
+    assert gives == {str(P.ref): ("cpu:0", ""), str(V.ref): ("cpu:0", "cpu:1"), str(Q.ref): ("cpu:1", "")}
+    evictions = evictions_for_big(scene)
+    assert list(evictions) == [V, P, Q]
+    scene.evicted(evictions[P])
+    orders = the(scene.evicted(evictions[V]), Restore)
+    assert (orders.ref, orders.device) == (BIG.ref, "cpu:0")
+    assert list(scene.node.moves) == [V.ref], "it waits for Q's bytes"
+    there = the(scene.evicted(evictions[Q]), Restore)
+    assert (there.ref, there.device, there.from_tier) == (V.ref, "cpu:1", Tier.HOST)
+    scene.settle([orders, there])
+    assert [scene.state(spec) for spec in (BIG, V, U, P, Q)] == ["resident"] * 3 + ["absent"] * 2
+    assert not scene.node.moves
+
+
+@pytest.mark.parametrize("why", ["missed as little", "no host copy", "its reserve", "others' reserve", "max"])
+def test_what_may_not_be_traded_is_evicted(why: str) -> None:
+    quotas = {"acme": device_quota(reserved_mib=1)} if why == "its reserve" else {}
+    quotas |= {"deli": device_quota(reserved_mib=1)} if why == "others' reserve" else {}
+    quotas |= {"eden": device_quota(max_mib=99)} if why == "max" else {}
+    used = 0 if why == "missed as little" else 20
+    scene = full(host_mib=0 if why == "no host copy" else 600, used=used, **quotas)
+    evictions = evictions_for_big(scene)
+    assert not scene.node.moves
+    assert bool(evictions) != (why == "max")
+    assert len({scene.device(spec) for spec in evictions}) <= 1
+
+
+def test_what_waits_for_its_new_room_is_there_for_whoever_asks() -> None:
+    scene = full()
+    evictions = evictions_for_big(scene)
+    scene.evicted(evictions[V])
+    assert not of(scene.ask(V), Restore)
+    assert not scene.node.moves, "it waits as everybody does"
+    there = the(scene.evicted(evictions[Q]), Restore)
+    assert (there.ref, there.device) == (V.ref, "cpu:1")
+
+
+@pytest.mark.parametrize("what", ["budget", "health", "drain", "plan"])
+def test_a_trade_that_has_become_impossible_is_forgotten(what: str) -> None:
+    scene = full()
+    evictions = evictions_for_big(scene)
+    scene.evicted(evictions[V])
+    assert list(scene.node.moves) == [V.ref]
+    match what:
+        case "budget":
+            scene.settle(scene.feed(DeviceSeen("cpu:1", 60 * MIB)))
+        case "health":
+            scene.feed(DeviceSeen("cpu:1", 100 * MIB, healthy=False))
+        case "drain":
+            scene.feed(DrainAsked())
+        case _:
+            scene.plan(P, U, Q, BIG)
+    restores = of(scene.evicted(evictions[Q]), Restore)
+    assert V.ref not in {order.ref for order in restores}
+    assert not scene.node.moves
+
+
 # --- histories ------------------------------------------------------------------------------------
 
 
@@ -156,7 +248,8 @@ class Roomy(World):
         return replace(spec, image_bytes=nbytes, chunk_bytes=(nbytes // 2, nbytes - nbytes // 2))
 
 
-SEEDS = range(24)
+# In the last two models make way for others that move.
+SEEDS = (*range(24), 44, 46)
 
 
 def test_histories_with_moves_are_safe_and_end_well() -> None:
@@ -165,6 +258,7 @@ def test_histories_with_moves_are_safe_and_end_well() -> None:
         reached += Roomy(seed).run().reached
     assert reached["moved to another device"] >= 3, reached
     assert reached["came where it was moved to"] >= 3, reached
+    assert reached["made way for what moves"] >= 3, reached
 
 
 MUTANTS = (
@@ -181,6 +275,18 @@ MUTANTS = (
         "",
     ),
     Mutant(
+        "what a slice has makes way for a move",
+        "moving",
+        "        and not tenant.device.reserved_bytes\n",
+        "",
+    ),
+    Mutant(
+        "as much makes way as if nothing else lay there",
+        "moving",
+        "node, model, device, earlier, False, False, now_ms)\n        if there",
+        "node, model, device, Earlier({device.name: 10 << 20}, {}), False, False, now_ms)\n        if there",
+    ),
+    Mutant(
         "nothing is promised to what moves",
         "choice",
         "        self.earlier.add(target, model.tenant.spec.tenant, model.need_bytes)\n",
@@ -189,7 +295,7 @@ MUTANTS = (
     Mutant(
         "a move is never finished",
         "queueing",
-        "        if model.state is State.EVICTING:\n            continue\n        del node.moves[ref]",
+        "        if model.state is State.EVICTING or moving.waits(model, device, promises.earlier):\n            continue\n        del node.moves[ref]",
         "        if model.state is not State.RESIDENT:\n            continue\n        del node.moves[ref]",
     ),
     Mutant(
