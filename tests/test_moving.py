@@ -17,6 +17,7 @@ from scene import Scene, device_quota, model, of, the
 from simulated_hands import Violated
 from simulation import World
 
+from packer import moving
 from packer.decisions import Kind, Outcome
 from packer.events import (
     Answer,
@@ -27,7 +28,9 @@ from packer.events import (
     PolicyChosen,
     Restore,
 )
+from packer.room import Earlier
 from packer.types import MIB, ModelSpec, TenantQuota, TenantSpec, Tier
+from packer.victims import Taking
 
 # X and Y lie on the first device, Z on the second; 20 and 40 MiB are free, and W needs 50.
 X, Y, Z, W = model("acme/x", 30), model("bolt/y", 50), model("core/z", 60), model("deli/w", 50)
@@ -191,6 +194,20 @@ def test_what_may_not_be_traded_is_evicted(why: str) -> None:
     assert len({scene.device(spec) for spec in evictions}) <= 1
 
 
+@pytest.mark.parametrize("capped", [False, True])
+def test_who_moves_as_a_whole_spares_others_unless_the_tenant_itself_must_give(capped: bool) -> None:
+    scene = full(**({"eden": device_quota(max_mib=100)} if capped else {}))
+    here = {spec: scene.node.models[spec.ref] for spec in (*FULL, BIG)}
+    takings = [Taking(here[P], 10 * MIB), Taking(here[V], 15 * MIB)]
+    earlier = Earlier({}, {"eden": MIB})
+    others = [scene.node.devices["cpu:1"]]
+    going = moving.trade(scene.node, here[BIG], takings, others, earlier, scene.now_ms)
+    if capped:
+        assert going == takings
+    else:
+        assert [(each.model, each.moves_to) for each in going] == [(here[V], "cpu:1"), (here[Q], "")]
+
+
 def test_what_waits_for_its_new_room_is_there_for_whoever_asks() -> None:
     scene = full()
     evictions = evictions_for_big(scene)
@@ -275,12 +292,6 @@ MUTANTS = (
         "",
     ),
     Mutant(
-        "what a slice has makes way for a move",
-        "moving",
-        "        and not tenant.device.reserved_bytes\n",
-        "",
-    ),
-    Mutant(
         "as much makes way as if nothing else lay there",
         "moving",
         "node, model, device, earlier, False, False, now_ms)\n        if there",
@@ -295,7 +306,8 @@ MUTANTS = (
     Mutant(
         "a move is never finished",
         "queueing",
-        "        if model.state is State.EVICTING or moving.waits(model, device, promises.earlier):\n            continue\n        del node.moves[ref]",
+        "        if model.state is State.EVICTING or moving.waits(model, device, promises.earlier):\n"
+        "            continue\n        del node.moves[ref]",
         "        if model.state is not State.RESIDENT:\n            continue\n        del node.moves[ref]",
     ),
     Mutant(
