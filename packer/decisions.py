@@ -34,6 +34,7 @@ class Kind(StrEnum):
 
     PLACED = "placed"  # a restore was started
     CLAIMED = "claimed"  # a device was chosen to make room on
+    DELAYED = "delayed"  # its restore waits for its tenant's rate of restores
     CONDEMNED = "condemned"  # new requests of a model wait, because a claim needs its room
     SHED = "shed"  # evicted although nobody waits for its room
     PREFETCHED = "prefetched"  # brought into host memory although nobody waits for it

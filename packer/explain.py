@@ -86,6 +86,13 @@ def claimed(node: Node, model: Model, device: Device, takings: Sequence[victims.
     node.why.append(Decision(Kind.CLAIMED, model.name, why, device.name, nbytes=need, victims=who))
 
 
+def delayed(node: Node, model: Model, wait_ms: int) -> None:
+    """Its tenant is above its rate of restores; told once for all that wait with it."""
+    limit = model.tenant.rates.restores.limit
+    why = f"its tenant may have {limit} restores per minute (restores_per_minute): the next in {wait_ms} ms"
+    node.why.append(Decision(Kind.DELAYED, model.name, why))
+
+
 def condemned(node: Node, model: Model, device: Device, busy: Sequence[Model]) -> None:
     for other in busy:
         if node.condemned.get(other.ref) != model.ref:

@@ -436,6 +436,7 @@ def _may_restore(node: Node, model: Model, claiming: dict[str, int], now_ms: int
     if wait_ms and not now_ms < tenant.restores_wake_ms <= now_ms + wait_ms:
         tenant.restores_wake_ms = now_ms + wait_ms
         wake_at(node, tenant.restores_wake_ms)
+        explain.delayed(node, model, wait_ms)
     return not wait_ms
 
 

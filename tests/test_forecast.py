@@ -31,6 +31,7 @@ from packer.events import (
     Requested,
     Restore,
     RestoreFailed,
+    Ticked,
 )
 from packer.types import MIB, ModelSpec, TenantQuota, Tier
 
@@ -176,6 +177,20 @@ def why(scene: Scene, kind: Kind) -> Decision:
     found = [decision for decision in scene.node.why if decision.kind is kind]
     assert len(found) == 1, scene.node.why
     return found[0]
+
+
+def test_a_restore_that_waits_for_its_tenants_rate_is_explained_once_until_it_may_come() -> None:
+    other = model("acme/other", 40)
+    scene = Scene(A, other, quotas={"acme": TenantQuota(restores_per_minute=1)})
+    scene.warm(A)
+    scene.ask(other, 100_000)
+    delayed = why(scene, Kind.DELAYED)
+    assert delayed.ref == str(other.ref)
+    assert "restores_per_minute): the next in 60000 ms" in delayed.reason
+    scene.later(1_000).feed(Ticked())
+    assert not scene.node.why
+    scene.later(59_000).feed(Ticked())
+    assert why(scene, Kind.PLACED).ref == str(other.ref)
 
 
 def test_each_decision_is_explained_until_the_next_step() -> None:
