@@ -160,7 +160,8 @@ async def test_the_certificate_of_a_removed_router_is_refused(site: Site) -> Non
 
 async def test_a_router_is_told_no_more_than_routing_needs(site: Site) -> None:
     """No operator's key, no secret, no quota, no place of weights, no digest of a file."""
-    await site.control.call("PATCH", "/api/v1/tenants/acme/quota", {"requests_per_minute": 4321})
+    limit = {"tokens_per_minute": 87_654_321}  # no such digits are in a hash by chance
+    assert (await site.control.call("PATCH", "/api/v1/tenants/acme/quota", limit)).status == 200
     await site.node.beat(site.folder)
     answer = await site.thief.ask(site.folder)
     told = decode(answer.body, RouterAnswer)
@@ -169,7 +170,7 @@ async def test_a_router_is_told_no_more_than_routing_needs(site: Site) -> None:
     text = answer.body.decode()
     state = site.control.server.control
     model = state.catalog.models[next(iter(state.catalog.models))]
-    unwanted = [site.control.operator_key.split("_")[1], site.acme.split("_", 2)[2], "4321", "control:"]
+    unwanted = [site.control.operator_key.split("_")[1], site.acme.split("_", 2)[2], "87654321", "control:"]
     unwanted += [file.sha256 for file in model.files] + [file.path for file in model.files]
     assert [word for word in unwanted if word in text] == []
 
