@@ -73,7 +73,11 @@ class EventStream:
 
     async def end(self) -> web.StreamResponse:
         response = await self._begin()
-        await response.write_eof()
+        self._sending()
+        try:
+            await response.write_eof()  # once everything before it is taken
+        finally:
+            self._sent()
         return response
 
     def close(self) -> None:
@@ -91,16 +95,22 @@ class EventStream:
 
     async def _write(self, line: bytes) -> None:
         response = await self._begin()
+        self._sending()
+        try:
+            await response.write(line)
+        finally:
+            self._sent()
+
+    def _sending(self) -> None:
         if self._watch is None:
             self._watch = _Silence(self._stall_seconds, self._look)
         self._watch.heard()
         self._writing = True
-        try:
-            await response.write(line)
-        finally:
-            self._writing = False
-            if self._stalled:
-                raise ConnectionResetError(f"the caller took nothing for {self._stall_seconds:g} s") from None
+
+    def _sent(self) -> None:
+        self._writing = False
+        if self._stalled:
+            raise ConnectionResetError(f"the caller took nothing for {self._stall_seconds:g} s") from None
 
     def _look(self) -> None:
         """No line was begun for so long: the caller is gone or hostile if one is on its way since then."""

@@ -121,6 +121,9 @@ class Caller:
         self.lines.append(line)
         await self.takes.wait()
 
+    async def write_eof(self) -> None:
+        await self.write(b"")
+
 
 def streamed(work: Callable[[EventStream, Caller], Coroutine[Any, Any, None]]) -> Caller:
     async def main() -> Caller:
@@ -149,6 +152,20 @@ def test_a_caller_that_takes_nothing_is_hung_up_on_and_one_that_waits_is_not() -
         caller.transport.abort.assert_called_once()
 
     assert len(streamed(work).lines) == 4
+
+
+def test_a_caller_that_does_not_take_the_end_is_hung_up_on() -> None:
+    """Lines up to 64 KiB are only put into the buffer; the end waits until all of it is taken."""
+
+    async def work(stream: EventStream, caller: Caller) -> None:
+        await stream.data(b"x")
+        await asyncio.sleep(10 * SILENCE_S)
+        caller.takes.clear()
+        with pytest.raises(ConnectionResetError, match="took nothing for 5 s"):
+            await stream.end()
+        caller.transport.abort.assert_called_once()
+
+    streamed(work)
 
 
 def test_many_lines_set_no_timer_each() -> None:

@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from unittest import mock
 
 import fake_node
 import pytest
@@ -21,11 +22,12 @@ from routed_fleet import Fleet, Gateway, Respond, routed_fleet
 from running_control import PATIENCE_S, Answer, empty_report, model_report, until
 
 from agent.facade import EngineFrame, EngineRequest
-from control.routes import forwarding
+from control.routes import answers, forwarding
 from control.routes.access import Access, Caller, Route, add_routes, render_error
 from control.routes.forwarding import Call, Once, Stopwatch, ask_nodes, call_query, hand_on, request_headers
 from control.routes.router import resolve
 from control.state import Control
+from packer.crowd import Crowd
 from packer.http import CROWD, protect, runner
 from packer.types import MIB, Task
 
@@ -224,6 +226,17 @@ async def test_a_reader_that_does_not_read_stops_the_node(fleet: Fleet) -> None:
     assert (control.routed.left, control.cluster.nodes["n0"].avoid_until_ms) == (1, 0)
     writer.close()
     del reader
+
+
+async def test_a_reader_that_does_not_take_the_end_is_given_up_on() -> None:
+    """Pieces up to 64 KiB are only put into the buffer; the end waits until all of it is taken."""
+    request, response = mock.Mock(app={CROWD: Crowd(stall_seconds=0.01)}), mock.Mock()
+    request.transport.get_write_buffer_size.return_value = 70_000
+    response.write_eof = asyncio.Event().wait
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(ConnectionResetError, match="took nothing"):
+            await answers.end(request, response)
+    request.transport.abort.assert_called_once()
 
 
 async def test_a_caller_that_leaves_cancels_in_the_engine(fleet: Fleet) -> None:

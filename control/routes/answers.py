@@ -139,8 +139,19 @@ async def pass_on(
             raise ConnectionResetError(f"node {node} broke off: {error}") from None
         event = b"data: " + json.dumps(openai_error(_lost(503))).encode() + b"\n\n"
         await _write(request, response, event)
-    await response.write_eof()
+    await end(request, response)
     return response
+
+
+async def end(request: web.Request, response: web.StreamResponse) -> None:
+    """Returns when all of the answer is taken."""
+    transport = request.transport
+    if transport is None:
+        raise ConnectionResetError("the caller left")
+    if not transport.get_write_buffer_size():
+        await response.write_eof()  # can not have to wait
+    else:
+        await in_time(transport, response.write_eof(), request.app[CROWD].stall_seconds)
 
 
 async def _pieces(answer: NodeAnswer) -> AsyncIterator[bytes]:
