@@ -488,10 +488,15 @@ def request_guard(render: Render, crowd: Crowd, doors: Doors) -> Middleware:
     return guard
 
 
+BASELESS = frozenset({"/models", "/embeddings", "/completions", "/chat/completions"})
+
+
 def _from_aiohttp(request: web.Request, error: web.HTTPException) -> ApiError:
     if error.status == 404:
         path = request.path[:ECHO_CHARS_MAX]
-        return ApiError(404, "unknown_route", f"There is no {request.method[:16]} {path!r} here.")
+        # The first mistake of most who set an OpenAI client up.
+        hint = "; OpenAI clients want a base_url that ends with /v1" if path in BASELESS else ""
+        return ApiError(404, "unknown_route", f"There is no {request.method[:16]} {path!r} here{hint}.")
     if error.status == 405:
         allow = error.headers.get("Allow", "")
         return ApiError(

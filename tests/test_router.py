@@ -63,6 +63,13 @@ async def test_what_no_node_has_is_refused_before_a_model_is_looked_for(fleet: F
     assert fleet.gateways[0].seen == []
 
 
+async def test_an_openai_client_without_v1_is_told_so(fleet: Fleet) -> None:
+    answer = await fleet.control.call("POST", "/chat/completions", {"model": "acme/m"}, key=fleet.key)
+    assert (answer.status, "base_url that ends with /v1" in answer.error["message"]) == (404, True)
+    answer = await fleet.control.call("POST", "/chat", {"model": "acme/m"}, key=fleet.key)
+    assert "base_url" not in answer.error["message"]
+
+
 async def test_a_stream_is_passed_on_piece_by_piece(fleet: Fleet) -> None:
     """Each event arrives before the node has written the next: nothing is gathered on the way."""
     turns = [asyncio.Event() for _ in range(3)]
