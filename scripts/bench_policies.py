@@ -50,7 +50,7 @@ QUICK_DAYS = {1e-5: 14.0, 1e-4: 1.5}
 GAIN_MIN = 1 / 0.93  # at least 7% below
 TTL_RATIO_MIN = 2.5
 # What a stress trace may cost more than the best peer for it, picked in hindsight.
-STRESS_RATIO_MAX = 1.1
+STRESS_RATIO_MAX = 1.05
 
 
 @dataclass(frozen=True, slots=True)
