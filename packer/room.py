@@ -36,8 +36,8 @@ PROBE_PAUSE_MS = 10_000
 STALE_GAINS_MAX = 12
 # What a host copy counts for while its model is on a device: the next use will most likely find it there, and
 # of those that do not the copy saves as much as any other. Measured in the full stack (docs/benchmarks.md):
-# a quarter or six tenths do as well; counting it in full costs 2 % more cold time.
-BENEATH_SHARE = 0.5
+# a half costs 4 % more cold time on one trace of two, a fifth 3 %.
+BENEATH_SHARE = 0.35
 
 
 # --- what a restore costs -------------------------------------------------------------------------
