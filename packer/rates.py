@@ -98,7 +98,8 @@ class Rate:
 
     def set_share(self, share: Share, lag_ms: int, now_ms: int) -> None:
         """Change the part that this node has. What is given up takes its part of what is owed along, what
-        comes brings ``lag_ms`` of its own."""
+        comes brings ``lag_ms`` of its own; it may be what this node gave up a moment ago, unheard by whoever
+        gives it, so it brings what is still to be paid for that at least."""
         share = _ONE if share.is_whole else share
         before, owed = self.share, self._owed(now_ms)
         if self.limit is None or share.value == before.value:
@@ -108,6 +109,7 @@ class Rate:
             owed = -(-owed * share.parts // before.parts)
         else:
             grown = share.parts * before.of - before.parts * share.of
+            lag_ms = max(lag_ms, self.gone_ms - now_ms)
             owed = -(-owed * share.of // before.of) - (-lag_ms * self.limit * grown // before.of)
         self.share = share
         self._cut()

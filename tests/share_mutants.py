@@ -234,4 +234,10 @@ SHARE_MUTANTS = (
         "            use.grains = max(use.grains, 2 * has, -(-count // FIRST_PART))\n",
         "            use.grains = max(use.grains, has)\n",
     ),
+    Mutant(
+        "what a node gave up unheard comes back unused",
+        "packer.rates",
+        "            lag_ms = max(lag_ms, self.gone_ms - now_ms)\n",
+        "",
+    ),
 )

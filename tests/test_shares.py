@@ -112,6 +112,20 @@ def test_a_share_that_goes_and_comes_back_frees_nothing(
     assert alone.wait_ms(away_ms) <= rate.wait_ms(away_ms) <= alone.wait_ms(away_ms) + 10
 
 
+@given(st.integers(60, 5_000), st.integers(2, 60), st.integers(0, 20_000))
+@settings(max_examples=100, deadline=None)
+def test_what_a_node_gave_up_unheard_frees_nothing_when_it_comes_back_as_unused(
+    limit: int, kept: int, away_ms: int
+) -> None:
+    """It halved by itself, and whoever gives it the rest has not heard so: the rest comes without a lag."""
+    rate, alone = Rate(limit, MINUTE_MS, 1), Rate(limit, MINUTE_MS, 1)
+    for each in (rate, alone):
+        each.take(0, limit)
+    rate.set_share(Share(kept, 64), 0, 0)
+    rate.set_share(WHOLE, 0, away_ms)
+    assert alone.wait_ms(away_ms) <= rate.wait_ms(away_ms)
+
+
 def test_a_whole_share_is_the_rate_itself_and_a_part_of_it_a_slower_one() -> None:
     rate = Rate(600)
     rate.set_share(Share(64, 64), 0, 0)
