@@ -15,7 +15,7 @@ if __name__ == "__main__":
     usage_meter.TELL_S = 0.2
     shares.TERM_MS = 2_000  # type: ignore[attr-defined]  # imported there
     shares.RENEW_MS = shares.LOOK_MS = 300
-    uplink.POLL_WAIT_MS = 1_000
+    uplink.POLL_WAIT_MS = 1_000  # type: ignore[attr-defined]  # imported there
     uplink.ANSWER_TIMEOUT_S = 3.0  # type: ignore[attr-defined]  # imported there
     joining.RETRY_MAX_S = 0.5
     main()
