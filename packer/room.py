@@ -35,8 +35,8 @@ PROBE_PAUSE_MS = 10_000
 # Gains worked out anew in one ranking, at some 7 microseconds each; the others serve as they are.
 STALE_GAINS_MAX = 12
 # What a host copy counts for while its model is on a device: the next use will most likely find it there, and
-# of those that do not the copy saves as much as any other. Measured in the full stack (docs/benchmarks.md):
-# a half costs 4 % more cold time on one trace of two, a fifth 3 %.
+# of those that do not the copy saves as much as any other. Measured in the full stack on three seeds of two
+# traces (docs/benchmarks.md): a half and a fifth cost more cold time on one of the two.
 BENEATH_SHARE = 0.35
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from fake_control import OPERATOR_KEY, FakeControl, Fault, serving
-from running_control import empty_report, model_report, running
+from running_control import empty_report, model_files, model_report, running
 
 from bunkhouse import About, Calibration, Client, EstimateErrors, Node
 from bunkhouse._types import Device
@@ -317,7 +317,8 @@ async def test_the_real_control_answers_what_the_doctor_asks(tmp_path: Path) -> 
             rates={"disk_direct": 1_200_000_000},
             accuracy=(AccuracyReport("disk", 40, 4, 9),),
         )
-        absent = model_report("acme/m@0123456789abcdef", restore_ms_estimate=47)
+        ref = (await real.push("acme", "m", model_files()))["ref"]
+        absent = model_report(ref, restore_ms_estimate=47)
         beat = empty_report("http://127.0.0.1:9", (absent,), calibration=encode(report).decode())
         await node.beat(tmp_path, report=beat)
 

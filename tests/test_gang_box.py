@@ -80,8 +80,7 @@ def test_a_model_too_large_for_a_device_answers_from_two_as_it_does_from_a_large
 
     output = command(box, "model", "push", "acme/gang", str(find_minilm()), "--devices", "2")
     assert "on 2 devices" in output
-    box.wait_planned(1)  # as pushed
-    box.wait_planned(1)  # with its devices
+    box.wait_planned(1)
     gang = client.model("acme/gang").ref
     assert client.plan(gang).items[0].device == "cpu:0+cpu:1"
     assert box.embed("acme/gang", TEXT) == (wanted, "origin")
