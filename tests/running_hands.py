@@ -67,7 +67,8 @@ class Hands:
 
     async def answer(self, model: Known) -> bytes:
         op = "embed" if model.spec.task is Task.EMBEDDING else "generate"
-        fields = {"inputs": ["hello"]} if op == "embed" else {"prompt": "hello", "temperature": 0, "max_tokens": 8}
+        generate = {"prompt": "hello", "temperature": 0, "max_tokens": 8}
+        fields = {"inputs": ["hello"]} if op == "embed" else generate
         request = EngineRequest(op, fields)  # type: ignore[arg-type]
         run = self.orders.run(model.ref, DEVICE.device, request, lambda nbytes: None)
         frames = [frame async for frame in run]
