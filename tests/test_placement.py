@@ -134,6 +134,13 @@ def test_the_least_room_that_is_enough_is_taken() -> None:
     assert place(bins, Wanted("w", 25, devices=3)) is None
 
 
+def test_of_two_sites_the_one_with_the_least_room_left_is_taken() -> None:
+    bins = [Bin("wide", 9, site="a"), Bin("tight", 5, site="b")]
+    placing = place(bins, Wanted("w", 4))
+    assert placing is not None
+    assert placing.bins == ("tight",)
+
+
 def test_promised_bytes_are_not_room() -> None:
     assert place([Bin("a", 30, reserved_bytes=10)], Wanted("w", 25)) is None
     assert place([Bin("a", 30, reserved_bytes=5)], Wanted("w", 25)) == Placing(("a",))
